@@ -1,0 +1,193 @@
+"""Which expert sits in which slot."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+
+from moeplan.solvers.arrays import Bool, Int32, integers
+from moeplan.solvers.errors import ProblemError
+from moeplan.solvers.kernel import kernel
+
+__all__ = ["EMPTY", "Hosts", "Layout"]
+
+EMPTY = -1
+"""Content of a slot that holds no replica."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Hosts:
+    """The replicas of a layout, expert by expert (compressed rows).
+
+    Attributes:
+        start: int32[experts + 1]; the replicas of expert e are ``start[e]:start[e + 1]``.
+        device: int32[replicas], ascending within an expert.
+        slot: int32[replicas], slot of the replica on its device.
+    """
+
+    start: Int32
+    device: Int32
+    slot: Int32
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """An assignment of experts to slots.
+
+    Attributes:
+        slots: int32[devices, width], expert in each slot, -1 for an empty one.
+        experts: Number of experts; each has at least one replica.
+
+    Raises:
+        ProblemError: an id is out of range, an expert has no replica, or a device holds two replicas of one expert.
+    """
+
+    slots: Int32
+    experts: int
+
+    def __post_init__(self) -> None:
+        slots = integers("layout.slots", self.slots, ndim=2, dtype=np.int32)
+        object.__setattr__(self, "slots", slots)
+        fault, where = _first_fault(slots, self.experts)
+        if fault == _RANGE:
+            device, slot = divmod(where, slots.shape[1])
+            raise ProblemError(
+                f"layout.slots[{device}, {slot}]",
+                int(slots[device, slot]),
+                f"must be -1 or 0..{self.experts - 1}",
+            )
+        if fault == _TWICE:
+            device, slot = divmod(where, slots.shape[1])
+            raise ProblemError(
+                f"layout.slots[{device}]", slots[device].tolist(), f"holds expert {slots[device, slot]} twice"
+            )
+        if fault == _MISSING:
+            raise ProblemError("layout.slots", f"no slot with expert {where}", "every expert needs a replica")
+
+    @classmethod
+    def contiguous(cls, experts: int, slots: npt.ArrayLike) -> Layout:
+        """Experts in order over devices of `slots` slots each, as evenly as the slots allow: expert parallelism.
+
+        With equal devices and `experts` a multiple of them this is ``expert // (experts / devices)``.
+
+        Args:
+            experts: Number of experts.
+            slots: int32[devices], slots per device.
+
+        Raises:
+            ProblemError: there are fewer slots than experts.
+        """
+        capacity = integers("cluster.slots", slots, ndim=1, dtype=np.int32, low=0)
+        if experts > capacity.sum():
+            raise ProblemError(
+                "layout.experts", experts, f"must be at most the number of slots ({capacity.sum()})"
+            )
+        shares = even_shares(experts, capacity)
+        width = max(1, int(capacity.max()))
+        table = np.full((len(capacity), width), EMPTY, np.int32)
+        start = 0
+        for device, share in enumerate(shares):
+            table[device, :share] = np.arange(start, start + share)
+            start += share
+        return cls(table, experts)
+
+    @property
+    def devices(self) -> int:
+        """Number of devices."""
+        return self.slots.shape[0]
+
+    @cached_property
+    def hosts(self) -> Hosts:
+        """The replicas, expert by expert."""
+        return Hosts(*_hosts(self.slots, self.experts))
+
+    @cached_property
+    def replicas(self) -> Int32:
+        """int32[experts]: number of replicas of each expert."""
+        counts: Int32 = np.diff(self.hosts.start)
+        return counts
+
+    @cached_property
+    def placed(self) -> Bool:
+        """bool[devices, experts]: whether a device holds a replica of an expert."""
+        table = np.zeros((self.devices, self.experts), np.bool_)
+        device, slot = np.nonzero(self.slots != EMPTY)
+        table[device, self.slots[device, slot]] = True
+        return table
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, Layout)
+            and self.experts == other.experts
+            and np.array_equal(self.slots, other.slots)
+        )
+
+    def __hash__(self) -> int:
+        return hash((self.experts, self.slots.tobytes()))
+
+
+def even_shares(experts: int, capacity: Int32) -> Int32:
+    """int32[devices]: how many of `experts` items each device gets, as even as `capacity` allows.
+
+    Earlier devices get the larger shares. The caller ensures ``experts <= capacity.sum()``.
+    """
+    shares = np.zeros(len(capacity), np.int32)
+    left = experts
+    while left:
+        open_devices = np.flatnonzero(shares < capacity)
+        each, extra = divmod(left, len(open_devices))
+        grant = np.minimum(
+            each + (np.arange(len(open_devices)) < extra), capacity[open_devices] - shares[open_devices]
+        )
+        shares[open_devices] += grant.astype(np.int32)
+        left -= int(grant.sum())
+    return shares
+
+
+_OK, _RANGE, _TWICE, _MISSING = range(4)
+
+
+@kernel
+def _first_fault(slots: Int32, experts: int) -> tuple[int, int]:
+    seen_on = np.full(max(experts, 0), -1, np.int32)
+    devices, width = slots.shape
+    for d in range(devices):
+        for c in range(width):
+            e = slots[d, c]
+            if e == -1:
+                continue
+            if e < -1 or e >= experts:
+                return _RANGE, d * width + c
+            if seen_on[e] == d:
+                return _TWICE, d * width + c
+            seen_on[e] = d
+    for e in range(experts):
+        if seen_on[e] < 0:
+            return _MISSING, e
+    return _OK, 0
+
+
+@kernel
+def _hosts(slots: Int32, experts: int) -> tuple[Int32, Int32, Int32]:
+    devices, width = slots.shape
+    start = np.zeros(experts + 1, np.int32)
+    for d in range(devices):
+        for c in range(width):
+            if slots[d, c] >= 0:
+                start[slots[d, c] + 1] += 1
+    for e in range(experts):
+        start[e + 1] += start[e]
+    fill = start[:-1].copy()
+    device = np.empty(start[experts], np.int32)
+    slot = np.empty(start[experts], np.int32)
+    for d in range(devices):
+        for c in range(width):
+            e = slots[d, c]
+            if e >= 0:
+                device[fill[e]] = d
+                slot[fill[e]] = c
+                fill[e] += 1
+    return start, device, slot

@@ -1,0 +1,164 @@
+"""One layer's placement problem: a cluster, a demand, what an expert and a token cost, and where replicas are now."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+
+from moeplan.solvers.arrays import Float64, Int32, Int64, integers
+from moeplan.solvers.cluster import Cluster
+from moeplan.solvers.demand import Demand
+from moeplan.solvers.errors import InfeasibleError, ProblemError
+from moeplan.solvers.layout import Layout
+
+__all__ = ["ExpertSpec", "Problem"]
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertSpec:
+    """What one expert and one token of a layer cost. The zeros of the default leave out memory and traffic.
+
+    Attributes:
+        weight_bytes: Weights of one replica; also what moving a replica sends.
+        state_bytes: Gradients and optimizer state of one resident replica; 0 where they are sharded elsewhere.
+        token_bytes: A token's hidden vector as it travels to a device, and again back.
+        activation_bytes: Memory that one token occupies on the device that computes it.
+        seconds_per_token: Forward time of one token on a device of speed 1.
+    """
+
+    weight_bytes: int = 0
+    state_bytes: int = 0
+    token_bytes: int = 0
+    activation_bytes: int = 0
+    seconds_per_token: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("weight_bytes", "state_bytes", "token_bytes", "activation_bytes"):
+            value = getattr(self, name)
+            if not 0 <= value <= 2**53:
+                raise ProblemError(f"expert.{name}", value, "must be 0 to 2**53")
+        if not 0 < self.seconds_per_token < float("inf"):
+            raise ProblemError(
+                "expert.seconds_per_token", self.seconds_per_token, "must be finite and above 0"
+            )
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """Everything that a policy knows about one layer.
+
+    Attributes:
+        cluster: Devices and links.
+        demand: Tokens that the layout should suit.
+        expert: Costs of an expert and of a token.
+        current: Layout in force, from which moves are counted; None if there is none.
+        max_moves: Most replicas that a new layout may load onto devices that do not hold them now; None for no limit.
+            Needs `current`.
+        groups: Groups of consecutive experts that routing treats as units (group-limited routing); 1 for none.
+
+    Raises:
+        ProblemError: a field is invalid or contradicts another.
+        InfeasibleError: the experts do not fit into slots or memory; the message says by how much.
+    """
+
+    cluster: Cluster
+    demand: Demand
+    expert: ExpertSpec = field(default=ExpertSpec())
+    current: Layout | None = None
+    max_moves: int | None = None
+    groups: int = 1
+
+    def __post_init__(self) -> None:
+        if self.experts > self.cluster.total_slots:
+            raise InfeasibleError(
+                "cluster.slots",
+                f"{self.cluster.total_slots} slots",
+                f"{self.experts} experts need {self.experts - self.cluster.total_slots} more; add slots or devices",
+            )
+        if self.experts > self.capacity.sum():
+            raise InfeasibleError(
+                "cluster.memory_bytes",
+                f"room for {self.capacity.sum()} replicas",
+                f"{self.experts} experts need {self.experts - int(self.capacity.sum())} more; "
+                "add memory or devices, or shrink expert.weight_bytes + expert.state_bytes",
+            )
+        if not 1 <= self.groups <= self.experts or self.experts % self.groups:
+            raise ProblemError("groups", self.groups, f"must divide the number of experts ({self.experts})")
+        if self.current is not None:
+            self._check_current(self.current)
+        if self.max_moves is not None:
+            if self.current is None:
+                raise ProblemError(
+                    "max_moves", self.max_moves, "needs `current`, the layout that moves start from"
+                )
+            if self.max_moves < 0:
+                raise ProblemError("max_moves", self.max_moves, "must be at least 0")
+
+    def _check_current(self, current: Layout) -> None:
+        if current.experts != self.experts:
+            raise ProblemError("current.experts", current.experts, f"the demand has {self.experts} experts")
+        if current.devices != self.devices:
+            raise ProblemError("current.devices", current.devices, f"the cluster has {self.devices} devices")
+        used = (current.slots >= 0).sum(axis=1)
+        over = np.flatnonzero(used > self.cluster.slots)
+        if len(over):
+            device = int(over[0])
+            raise ProblemError(
+                f"current.slots[{device}]",
+                f"{used[device]} replicas",
+                f"has {self.cluster.slots[device]} slots",
+            )
+
+    @property
+    def devices(self) -> int:
+        """Number of devices."""
+        return self.cluster.devices
+
+    @property
+    def experts(self) -> int:
+        """Number of experts."""
+        return self.demand.experts
+
+    @cached_property
+    def loads(self) -> Int64:
+        """int64[scenarios, experts]: tokens of each expert."""
+        return self.demand.loads()
+
+    @cached_property
+    def mean_load(self) -> Float64:
+        """float64[experts]: tokens of each expert, averaged over the scenarios by their weights."""
+        mean: Float64 = self.demand.weights @ self.loads
+        return mean
+
+    @cached_property
+    def capacity(self) -> Int32:
+        """int32[devices]: replicas that each device can hold: its slots, or what its memory has room for.
+
+        A device never holds two replicas of one expert, so never more than there are experts.
+        """
+        room = np.minimum(self.cluster.slots, self.experts)
+        per_replica = self.expert.weight_bytes + self.expert.state_bytes
+        if self.cluster.memory_bytes is not None and per_replica:
+            room = np.minimum(room, self.cluster.memory_bytes // per_replica)
+        return integers("capacity", room, ndim=1, dtype=np.int32)
+
+    @property
+    def spare(self) -> int:
+        """R: replicas that fit beyond one of each expert."""
+        return int(self.capacity.sum()) - self.experts
+
+    @cached_property
+    def source_device(self) -> Int32:
+        """int32[sources]: device whose tokens a source holds: itself, or contiguous blocks where the numbers differ.
+
+        Raises:
+            ProblemError: the demand has one source but the cluster several devices, so origins are not known.
+        """
+        sources = self.demand.sources
+        if sources == 1 and self.devices > 1:
+            raise ProblemError(
+                "demand.sources", 1, "traffic needs the demand of each source; give tokens[sources, experts]"
+            )
+        return (np.arange(sources, dtype=np.int64) * self.devices // sources).astype(np.int32)
