@@ -79,9 +79,7 @@ class Cluster:
                     f"cluster.{name}", f"{len(values)} values", f"must have one per device ({self.devices})"
                 )
         if len(np.unique(self.node)) != self.nodes:
-            raise ProblemError(
-                "cluster.node", np.unique(self.node).tolist(), "must use every number from 0 upward"
-            )
+            raise ProblemError("cluster.node", np.unique(self.node).tolist(), "must use every number from 0 upward")
 
     @classmethod
     def uniform(
@@ -92,8 +90,8 @@ class Cluster:
         nodes: int = 1,
         speed: npt.ArrayLike | None = None,
         memory_bytes: int | npt.ArrayLike | None = None,
-        intra_node: Link = Link(400e9),  # noqa: B008 - frozen
-        inter_node: Link = Link(50e9),  # noqa: B008 - frozen
+        intra_node: Link = Link(400e9),
+        inter_node: Link = Link(50e9),
     ) -> Cluster:
         """`devices` devices of `slots` slots each, in `nodes` contiguous blocks as equal as possible.
 
@@ -119,9 +117,7 @@ class Cluster:
             slots=np.full(devices, slots, np.int32),
             node=np.arange(devices, dtype=np.int64).astype(np.int32) * nodes // devices,
             speed=np.ones(devices) if speed is None else np.asarray(speed, np.float64),
-            memory_bytes=None
-            if memory_bytes is None
-            else np.broadcast_to(np.asarray(memory_bytes), (devices,)),
+            memory_bytes=None if memory_bytes is None else np.broadcast_to(np.asarray(memory_bytes), (devices,)),
             intra_node=intra_node,
             inter_node=inter_node,
         )

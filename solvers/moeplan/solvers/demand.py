@@ -62,9 +62,7 @@ class Demand:
         """
         array = np.asarray(tokens)
         if not 1 <= array.ndim <= 3:
-            raise ProblemError(
-                "demand.tokens", f"array of shape {array.shape}", "must have 1, 2 or 3 dimensions"
-            )
+            raise ProblemError("demand.tokens", f"array of shape {array.shape}", "must have 1, 2 or 3 dimensions")
         array = array[(np.newaxis,) * (3 - array.ndim)]
         return cls(array, np.ones(len(array)) if weights is None else np.asarray(weights, np.float64))
 

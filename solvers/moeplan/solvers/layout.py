@@ -82,9 +82,7 @@ class Layout:
         """
         capacity = integers("cluster.slots", slots, ndim=1, dtype=np.int32, low=0)
         if experts > capacity.sum():
-            raise ProblemError(
-                "layout.experts", experts, f"must be at most the number of slots ({capacity.sum()})"
-            )
+            raise ProblemError("layout.experts", experts, f"must be at most the number of slots ({capacity.sum()})")
         shares = even_shares(experts, capacity)
         width = max(1, int(capacity.max()))
         table = np.full((len(capacity), width), EMPTY, np.int32)
@@ -119,11 +117,7 @@ class Layout:
         return table
 
     def __eq__(self, other: object) -> bool:
-        return (
-            isinstance(other, Layout)
-            and self.experts == other.experts
-            and np.array_equal(self.slots, other.slots)
-        )
+        return isinstance(other, Layout) and self.experts == other.experts and np.array_equal(self.slots, other.slots)
 
     def __hash__(self) -> int:
         return hash((self.experts, self.slots.tobytes()))
@@ -139,9 +133,7 @@ def even_shares(experts: int, capacity: Int32) -> Int32:
     while left:
         open_devices = np.flatnonzero(shares < capacity)
         each, extra = divmod(left, len(open_devices))
-        grant = np.minimum(
-            each + (np.arange(len(open_devices)) < extra), capacity[open_devices] - shares[open_devices]
-        )
+        grant = np.minimum(each + (np.arange(len(open_devices)) < extra), capacity[open_devices] - shares[open_devices])
         shares[open_devices] += grant.astype(np.int32)
         left -= int(grant.sum())
     return shares

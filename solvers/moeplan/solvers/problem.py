@@ -40,9 +40,7 @@ class ExpertSpec:
             if not 0 <= value <= 2**53:
                 raise ProblemError(f"expert.{name}", value, "must be 0 to 2**53")
         if not 0 < self.seconds_per_token < float("inf"):
-            raise ProblemError(
-                "expert.seconds_per_token", self.seconds_per_token, "must be finite and above 0"
-            )
+            raise ProblemError("expert.seconds_per_token", self.seconds_per_token, "must be finite and above 0")
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,9 +88,7 @@ class Problem:
             self._check_current(self.current)
         if self.max_moves is not None:
             if self.current is None:
-                raise ProblemError(
-                    "max_moves", self.max_moves, "needs `current`, the layout that moves start from"
-                )
+                raise ProblemError("max_moves", self.max_moves, "needs `current`, the layout that moves start from")
             if self.max_moves < 0:
                 raise ProblemError("max_moves", self.max_moves, "must be at least 0")
 
