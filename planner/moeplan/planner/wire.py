@@ -269,14 +269,17 @@ def write_plan(plan: Plan) -> problem_pb2.Plan:
     return problem_pb2.Plan(
         policy=plan.policy,
         layout=write_array(plan.layout.slots),
-        split_rule=plan.split_rule,
+        split_rule=plan.split.rule,
         quota=write_array(plan.split.quota),
-        cost_s=plan.cost,
-        imbalance=np.asarray(plan.imbalance).tolist(),
-        bound_s=plan.bound,
+        cost_s=plan.cost.mean_s,
+        imbalance=plan.imbalance.tolist(),
+        mean_imbalance=plan.mean_imbalance,
+        bound=plan.bound,
         gap=plan.gap,
-        moves=problem_pb2.Moves(
-            expert=np.asarray(plan.moves.expert).tolist(), device=np.asarray(plan.moves.device).tolist()
+        moves=None
+        if plan.moves is None
+        else problem_pb2.Moves(
+            expert=plan.moves.expert.tolist(), device=plan.moves.device.tolist(), source=plan.moves.source.tolist()
         ),
         solve_time=write_duration(plan.seconds),
     )

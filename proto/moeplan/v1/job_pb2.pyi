@@ -502,9 +502,9 @@ class LayerPlan(_message.Message):
     VERSION_FIELD_NUMBER: _builtins.int
     LAYOUT_FIELD_NUMBER: _builtins.int
     COST_S_FIELD_NUMBER: _builtins.int
-    BOUND_S_FIELD_NUMBER: _builtins.int
-    GAP_FIELD_NUMBER: _builtins.int
     IMBALANCE_FIELD_NUMBER: _builtins.int
+    BOUND_FIELD_NUMBER: _builtins.int
+    GAP_FIELD_NUMBER: _builtins.int
     IMBALANCE_BEFORE_FIELD_NUMBER: _builtins.int
     MOVED_REPLICAS_FIELD_NUMBER: _builtins.int
     SPLIT_RULE_FIELD_NUMBER: _builtins.int
@@ -514,14 +514,14 @@ class LayerPlan(_message.Message):
     """Version of the job's plan that brought this layout."""
     cost_s: _builtins.float
     """Predicted cost of a step, averaged over the scenarios, seconds; absent in the initial layout."""
-    bound_s: _builtins.float
-    """Proven lower bound of that cost, seconds; absent in the initial layout."""
-    gap: _builtins.float
-    """cost_s / bound_s - 1; absent in the initial layout."""
     imbalance: _builtins.float
-    """Predicted max / mean load, averaged over the scenarios; absent in the initial layout."""
+    """Predicted largest load per speed over the mean, averaged over the scenarios; absent in the initial layout."""
+    bound: _builtins.float
+    """Proven: no layout with these slots has a smaller imbalance; absent in the initial layout."""
+    gap: _builtins.float
+    """imbalance / bound - 1; absent in the initial layout."""
     imbalance_before: _builtins.float
-    """Max / mean load of the layout that it replaces on the same forecast; absent in the initial layout."""
+    """Imbalance of the layout that it replaces on the same forecast; absent in the initial layout."""
     moved_replicas: _builtins.int
     """Replicas that arrive on devices that did not hold them."""
     split_rule: _builtins.str
@@ -537,19 +537,19 @@ class LayerPlan(_message.Message):
         version: _builtins.int = ...,
         layout: _tensor_pb2.Tensor | None = ...,
         cost_s: _builtins.float | None = ...,
-        bound_s: _builtins.float | None = ...,
-        gap: _builtins.float | None = ...,
         imbalance: _builtins.float | None = ...,
+        bound: _builtins.float | None = ...,
+        gap: _builtins.float | None = ...,
         imbalance_before: _builtins.float | None = ...,
         moved_replicas: _builtins.int = ...,
         split_rule: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_bound_s", b"_bound_s", "_cost_s", b"_cost_s", "_gap", b"_gap", "_imbalance", b"_imbalance", "_imbalance_before", b"_imbalance_before", "bound_s", b"bound_s", "cost_s", b"cost_s", "gap", b"gap", "imbalance", b"imbalance", "imbalance_before", b"imbalance_before", "layout", b"layout"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_bound", b"_bound", "_cost_s", b"_cost_s", "_gap", b"_gap", "_imbalance", b"_imbalance", "_imbalance_before", b"_imbalance_before", "bound", b"bound", "cost_s", b"cost_s", "gap", b"gap", "imbalance", b"imbalance", "imbalance_before", b"imbalance_before", "layout", b"layout"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_bound_s", b"_bound_s", "_cost_s", b"_cost_s", "_gap", b"_gap", "_imbalance", b"_imbalance", "_imbalance_before", b"_imbalance_before", "bound_s", b"bound_s", "cost_s", b"cost_s", "gap", b"gap", "imbalance", b"imbalance", "imbalance_before", b"imbalance_before", "layer", b"layer", "layout", b"layout", "moved_replicas", b"moved_replicas", "split_rule", b"split_rule", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_bound", b"_bound", "_cost_s", b"_cost_s", "_gap", b"_gap", "_imbalance", b"_imbalance", "_imbalance_before", b"_imbalance_before", "bound", b"bound", "cost_s", b"cost_s", "gap", b"gap", "imbalance", b"imbalance", "imbalance_before", b"imbalance_before", "layer", b"layer", "layout", b"layout", "moved_replicas", b"moved_replicas", "split_rule", b"split_rule", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType__bound_s: _TypeAlias = _typing.Literal["bound_s"]  # noqa: Y015
-    _WhichOneofArgType__bound_s: _TypeAlias = _typing.Literal["_bound_s", b"_bound_s"]  # noqa: Y015
+    _WhichOneofReturnType__bound: _TypeAlias = _typing.Literal["bound"]  # noqa: Y015
+    _WhichOneofArgType__bound: _TypeAlias = _typing.Literal["_bound", b"_bound"]  # noqa: Y015
     _WhichOneofReturnType__cost_s: _TypeAlias = _typing.Literal["cost_s"]  # noqa: Y015
     _WhichOneofArgType__cost_s: _TypeAlias = _typing.Literal["_cost_s", b"_cost_s"]  # noqa: Y015
     _WhichOneofReturnType__gap: _TypeAlias = _typing.Literal["gap"]  # noqa: Y015
@@ -559,7 +559,7 @@ class LayerPlan(_message.Message):
     _WhichOneofReturnType__imbalance_before: _TypeAlias = _typing.Literal["imbalance_before"]  # noqa: Y015
     _WhichOneofArgType__imbalance_before: _TypeAlias = _typing.Literal["_imbalance_before", b"_imbalance_before"]  # noqa: Y015
     @_typing.overload
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__bound_s) -> _WhichOneofReturnType__bound_s | None: ...
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__bound) -> _WhichOneofReturnType__bound | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__cost_s) -> _WhichOneofReturnType__cost_s | None: ...
     @_typing.overload

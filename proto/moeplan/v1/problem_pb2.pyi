@@ -243,7 +243,7 @@ class SolveParameters(_message.Message):
     work_limit: _builtins.int
     """Candidate layouts that a local search may score, at least 0; the solvers' default if absent."""
     target_gap: _builtins.float
-    """Stop when the cost is within this fraction of the proven bound, at least 0; the solvers' default if absent."""
+    """Stop when the mean imbalance is within this fraction of the proven bound, at least 0; the solvers' default if absent."""
     seed: _builtins.int
     """Seed of every random choice."""
     @_builtins.property
@@ -281,6 +281,7 @@ class Moves(_message.Message):
 
     EXPERT_FIELD_NUMBER: _builtins.int
     DEVICE_FIELD_NUMBER: _builtins.int
+    SOURCE_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def expert(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Expert of each arrival, [moves]."""
@@ -289,15 +290,20 @@ class Moves(_message.Message):
     def device(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Device of each arrival, [moves]."""
 
+    @_builtins.property
+    def source(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """A device that holds the expert now, for each arrival, [moves]."""
+
     def __init__(
         self,
         *,
         expert: _abc.Iterable[_builtins.int] | None = ...,
         device: _abc.Iterable[_builtins.int] | None = ...,
+        source: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "expert", b"expert"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "expert", b"expert", "source", b"source"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -315,7 +321,8 @@ class Plan(_message.Message):
     QUOTA_FIELD_NUMBER: _builtins.int
     COST_S_FIELD_NUMBER: _builtins.int
     IMBALANCE_FIELD_NUMBER: _builtins.int
-    BOUND_S_FIELD_NUMBER: _builtins.int
+    MEAN_IMBALANCE_FIELD_NUMBER: _builtins.int
+    BOUND_FIELD_NUMBER: _builtins.int
     GAP_FIELD_NUMBER: _builtins.int
     MOVES_FIELD_NUMBER: _builtins.int
     SOLVE_TIME_FIELD_NUMBER: _builtins.int
@@ -324,11 +331,13 @@ class Plan(_message.Message):
     split_rule: _builtins.str
     """Rule by which tokens were divided among replicas."""
     cost_s: _builtins.float
-    """Cost by the cost model, averaged over the scenarios, seconds."""
-    bound_s: _builtins.float
-    """Proven lower bound of the cost, seconds."""
+    """Modelled time of a step of the layer, averaged over the scenarios, seconds."""
+    mean_imbalance: _builtins.float
+    """`imbalance` averaged over the scenarios by their weights."""
+    bound: _builtins.float
+    """Proven: no layout with these slots has a smaller mean_imbalance."""
     gap: _builtins.float
-    """cost_s / bound_s - 1, at least 0."""
+    """mean_imbalance / bound - 1, at least 0."""
     @_builtins.property
     def layout(self) -> _tensor_pb2.Tensor:
         """Expert in each slot, int32[devices, width], -1 for an empty slot."""
@@ -339,11 +348,11 @@ class Plan(_message.Message):
 
     @_builtins.property
     def imbalance(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
-        """Max over mean of the devices' loads in each scenario, [scenarios]; 1.0 is perfect."""
+        """Largest load per speed over the mean in each scenario, [scenarios]; 1.0 is perfect."""
 
     @_builtins.property
     def moves(self) -> Global___Moves:
-        """What must move from the problem's `current`."""
+        """What must move from the problem's `current`; absent where there is none."""
 
     @_builtins.property
     def solve_time(self) -> _duration_pb2.Duration:
@@ -358,14 +367,15 @@ class Plan(_message.Message):
         quota: _tensor_pb2.Tensor | None = ...,
         cost_s: _builtins.float = ...,
         imbalance: _abc.Iterable[_builtins.float] | None = ...,
-        bound_s: _builtins.float = ...,
+        mean_imbalance: _builtins.float = ...,
+        bound: _builtins.float = ...,
         gap: _builtins.float = ...,
         moves: Global___Moves | None = ...,
         solve_time: _duration_pb2.Duration | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["layout", b"layout", "moves", b"moves", "quota", b"quota", "solve_time", b"solve_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bound_s", b"bound_s", "cost_s", b"cost_s", "gap", b"gap", "imbalance", b"imbalance", "layout", b"layout", "moves", b"moves", "policy", b"policy", "quota", b"quota", "solve_time", b"solve_time", "split_rule", b"split_rule"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bound", b"bound", "cost_s", b"cost_s", "gap", b"gap", "imbalance", b"imbalance", "layout", b"layout", "mean_imbalance", b"mean_imbalance", "moves", b"moves", "policy", b"policy", "quota", b"quota", "solve_time", b"solve_time", "split_rule", b"split_rule"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

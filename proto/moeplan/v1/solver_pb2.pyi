@@ -121,7 +121,7 @@ class SolveAnytimeResponse(_message.Message):
     PLAN_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def plan(self) -> _problem_pb2.Plan:
-        """A plan with a lower cost than those before it."""
+        """A plan with a lower mean imbalance than those before it."""
 
     def __init__(
         self,

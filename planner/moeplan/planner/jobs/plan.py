@@ -74,11 +74,11 @@ class Candidate:
         layout: New layout.
         split_rule: Rule by which the cost was counted.
         cost_s: Cost of the new layout, seconds.
-        bound_s: Proven lower bound of the cost, seconds.
-        gap: ``cost_s / bound_s - 1``.
-        imbalance: Max / mean load of the new layout, averaged over the scenarios.
+        imbalance: Largest load per speed over the mean of the new layout, averaged over the scenarios.
+        bound: No layout has a smaller imbalance.
+        gap: ``imbalance / bound - 1``.
         cost_before_s: Cost of the layout in force, seconds.
-        imbalance_before: Max / mean load of the layout in force.
+        imbalance_before: Imbalance of the layout in force.
         seconds: Time that the policy took.
     """
 
@@ -86,7 +86,7 @@ class Candidate:
     layout: Layout
     split_rule: str
     cost_s: float
-    bound_s: float
+    bound: float
     gap: float
     imbalance: float
     cost_before_s: float
@@ -103,7 +103,7 @@ class LayerPlan:
     layout: Layout
     split_rule: str = "optimal"
     cost_s: float | None = None
-    bound_s: float | None = None
+    bound: float | None = None
     gap: float | None = None
     imbalance: float | None = None
     imbalance_before: float | None = None
@@ -191,7 +191,7 @@ def decide(
             layout=candidate.layout,
             split_rule=candidate.split_rule,
             cost_s=candidate.cost_s,
-            bound_s=candidate.bound_s,
+            bound=candidate.bound,
             gap=candidate.gap,
             imbalance=candidate.imbalance,
             imbalance_before=candidate.imbalance_before,
