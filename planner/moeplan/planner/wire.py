@@ -140,7 +140,7 @@ def read_cluster(message: problem_pb2.Cluster) -> Cluster:
     devices = len(message.slots)
     links = {}
     for name in ("intra_node", "inter_node"):
-        if message.HasField(name):  # type: ignore[arg-type]
+        if message.HasField(name):
             link = getattr(message, name)
             with field(f"cluster.{name}"):
                 links[name] = Link(link.bytes_per_s, link.latency_s)

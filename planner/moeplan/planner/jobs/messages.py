@@ -17,6 +17,7 @@ from moeplan.v1 import job_pb2, planner_pb2
 
 __all__ = ["read_job", "read_plan", "read_report", "timestamp", "write_decision", "write_plan"]
 
+_FORECAST, _CLOSING = Forecast(), Closing()
 _METHODS = {
     job_pb2.Forecast.METHOD_UNSPECIFIED: ForecastMethod.SCENARIOS,
     job_pb2.Forecast.METHOD_LAST: ForecastMethod.LAST,
@@ -47,11 +48,11 @@ def read_job(job: job_pb2.Job) -> JobSpec:
         message = job.replan.payback
         payback = Payback(message.horizon_steps, message.cost_factor if message.HasField("cost_factor") else 1.0)
     closing = Closing(
-        max_lag_steps=job.closing.max_lag_steps or Closing.max_lag_steps,
+        max_lag_steps=job.closing.max_lag_steps or _CLOSING.max_lag_steps,
         timeout_s=wire.read_duration("job.closing.timeout", job.closing.timeout)
         if job.closing.HasField("timeout")
-        else Closing.timeout_s,
-        quorum=job.closing.quorum if job.closing.HasField("quorum") else Closing.quorum,
+        else _CLOSING.timeout_s,
+        quorum=job.closing.quorum if job.closing.HasField("quorum") else _CLOSING.quorum,
     )
     if job.HasField("initial_layouts"):
         initial = _read_layouts(job)
@@ -69,8 +70,8 @@ def read_job(job: job_pb2.Job) -> JobSpec:
         parameters=parameters,
         forecast=Forecast(
             _METHODS[job.forecast.method],
-            job.forecast.window_steps or Forecast.window_steps,
-            job.forecast.smoothing or Forecast.smoothing,
+            job.forecast.window_steps or _FORECAST.window_steps,
+            job.forecast.smoothing or _FORECAST.smoothing,
         ),
         replan=Replan(job.replan.every_steps or 1, payback),
         closing=closing,

@@ -21,6 +21,11 @@ MAX_WINDOW_STEPS = 4_096
 MAX_LAG_STEPS = 1_024
 
 
+def _within(field_name: str, value: int, low: int, high: int) -> None:
+    if not low <= value <= high:
+        raise ProblemError(field_name, value, f"must be {low} to {high}")
+
+
 class ForecastMethod(Enum):
     """How the demand of the coming steps follows from the window."""
 
@@ -189,8 +194,3 @@ class JobSpec:
             max_moves=self.max_moves,
             groups=self.groups,
         )
-
-
-def _within(field_name: str, value: int, low: int, high: int) -> None:
-    if not low <= value <= high:
-        raise ProblemError(field_name, value, f"must be {low} to {high}")
