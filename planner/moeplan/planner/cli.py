@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from moeplan.planner import jobs_command, serve_command
+from moeplan.planner.formats import Format, Output
 from moeplan.solvers import Cluster, ProblemError, SolveParameters
 
 __all__ = ["app", "main"]
@@ -22,15 +23,10 @@ app = typer.Typer(
 )
 trace_app = typer.Typer(no_args_is_help=True, help="Look at recorded routing.")
 app.add_typer(trace_app, name="trace")
+serve_command.register(app)
+jobs_command.register(app)
 
 BAD_INPUT = 2
-
-
-class Format(StrEnum):
-    """How results are printed."""
-
-    TABLE = "table"
-    JSON = "json"
 
 
 TraceFile = Annotated[
@@ -45,7 +41,7 @@ Deadline = Annotated[float | None, typer.Option(help="Milliseconds per layer tha
 Work = Annotated[int, typer.Option(help="Candidate layouts per layer that a search may score.")]
 Seed = Annotated[int, typer.Option(help="Seed of every random choice.")]
 MaxMoves = Annotated[int | None, typer.Option(help="Most replicas that a re-plan of a layer may copy.")]
-Output = Annotated[Format, typer.Option("--format", help="A table to read, or JSON on standard output.")]
+RemoteServer = Annotated[str | None, typer.Option(help="Solve in the daemon at this address.", envvar="MOEPLAN_SERVER")]
 
 
 @app.command()
@@ -116,15 +112,19 @@ def plan(
     deadline_ms: Deadline = None,
     work_limit: Work = SolveParameters().work_limit,
     seed: Seed = 0,
+    server: RemoteServer = None,
+    token: jobs_command.Token = None,
+    ca: jobs_command.Ca = None,
     output: Output = Format.TABLE,
 ) -> None:
     """Plan layouts from the last steps of a trace."""
     import numpy as np
 
     from moeplan.planner.plan_file import plan_document, read_layouts, write
+    from moeplan.planner.remote import solver_at
     from moeplan.planner.terminal import progress, show_table
     from moeplan.planner.trace import Trace
-    from moeplan.solvers import Demand, Problem, solve
+    from moeplan.solvers import Demand, Problem
 
     opened = Trace.open(trace)
     chosen = _layers(layers, opened.layers)
@@ -133,7 +133,7 @@ def plan(
     cluster = Cluster.uniform(devices, slots, nodes=nodes)
     parameters = _parameters(deadline_ms, work_limit, seed)
     plans = {}
-    with progress(f"planning with {policy}", len(chosen)) as advance:
+    with solver_at(server, token, ca) as solve, progress(f"planning with {policy}", len(chosen)) as advance:
         for layer in chosen:
             problem = Problem(
                 cluster, Demand.of(steps[:, layer]), current=in_force.get(layer), max_moves=max_moves, groups=groups
