@@ -101,6 +101,8 @@ def _limits(pairs: list[str]) -> dict[str, str]:
 def _show(settings: Any) -> None:
     for name, info in type(settings).model_fields.items():
         value = getattr(settings, name)
+        if name == "store" and value:
+            value = "..."  # may hold a password
         if name not in ("limits", "security"):
             sys.stdout.write(f"{name} = {str(value)!r}  # {info.description}\n")
     for section in ("limits", "security"):

@@ -192,7 +192,8 @@ class JobHost:
         """Bring the metrics of statistics up to date."""
         now = replace(self.job.count)
         for fate in ("accepted", "duplicate", "late", "missing", "early"):
-            self._metrics.cells.labels(fate).inc(getattr(now, fate) - getattr(self._counted, fate))
+            # A step that is dropped for an older one takes back what was accepted; a counter cannot.
+            self._metrics.cells.labels(fate).inc(max(0, getattr(now, fate) - getattr(self._counted, fate)))
         self._counted = now
 
     def _stop_work(self) -> None:

@@ -55,10 +55,12 @@ class _OpenStep:
 class Window:
     """The statistics of one job.
 
-    A step closes when every rank has reported every layer. It closes incomplete when a quorum of the ranks is more than
-    ``max_lag_steps`` ahead of it, or ``timeout_s`` after its first report. Steps close in order, so an open step holds
-    back those after it. The frontier follows a quorum, not the newest report, so that one rank with a wrong step number
-    cannot close the steps of all others.
+    A step closes when every rank has reported every layer. Once a quorum of the ranks has reached it, it also closes
+    incomplete: when the quorum is more than ``max_lag_steps`` ahead, or ``timeout_s`` after its first report. Steps close
+    in order, so an open step holds back those after it.
+
+    The frontier is the newest step that a quorum has reached. One rank with a wrong step number can neither move it nor
+    close what lies beyond it, and its steps are the first to go when there are too many open ones.
 
     The result is independent of the order of reports as long as each comes before its step is closed: a cell is written
     once, and sums are of integers.
@@ -92,7 +94,7 @@ class Window:
         self._advance(report)
         step = self._open.get(report.step)
         if step is None:
-            if len(self._open) >= self.spec.max_open_steps:
+            if len(self._open) >= self.spec.max_open_steps and not self._evict(report.step):
                 self.count.early += cells
                 return
             spec = self.spec
@@ -124,24 +126,37 @@ class Window:
         while self._open:
             number = min(self._open)
             step = self._open[number]
-            timed_out = now_s - step.since_s >= self.spec.closing.timeout_s
-            if step.missing and self._frontier - number <= self.spec.closing.max_lag_steps and not timed_out:
-                break
+            if step.missing:
+                ahead = self._frontier - number
+                timed_out = now_s - step.since_s >= self.spec.closing.timeout_s
+                if ahead < 0 or (ahead <= self.spec.closing.max_lag_steps and not timed_out):
+                    break
             del self._open[number]
             self._keep(number, step)
             closed = True
         return closed
 
     def next_timeout_s(self) -> float | None:
-        """When `close` should be called although nothing came, on the clock of `add`; None if no step is open."""
-        if not self._open:
+        """When `close` should be called although nothing came, on the clock of `add`; None if time closes no step."""
+        oldest = min(self._open, default=None)
+        if oldest is None or oldest > self._frontier:
             return None
-        return self._open[min(self._open)].since_s + self.spec.closing.timeout_s
+        return self._open[oldest].since_s + self.spec.closing.timeout_s
 
     def layer(self, layer: int) -> Int64 | None:
         """int64[steps, sources, experts]: the window of a layer, oldest step first; None if it is empty."""
         steps = self._steps[layer]
         return np.stack([tokens for _, tokens in steps]) if steps else None
+
+    def _evict(self, step: int) -> bool:
+        """Make room for an older step by dropping the newest open one; whether there was one to drop."""
+        newest = max(self._open)
+        if newest <= max(step, self._frontier):
+            return False
+        dropped = int(np.count_nonzero(self._open.pop(newest).seen))
+        self.count.accepted -= dropped
+        self.count.early += dropped
+        return True
 
     def _advance(self, report: Report) -> None:
         if report.step <= self._frontier or not len(report.ranks):
