@@ -42,13 +42,14 @@ WORK_PER_BURST = 2_000_000
 def hybrid(problem: Problem, parameters: SolveParameters) -> Layout:
     """Bounds, constructions, then local search over scenarios guided by the min cut, with few moves; the default."""
     start = time.perf_counter()
+    if problem.demand.scenarios == 1 and problem.current is None and _window_applies(problem):
+        return Layout(_window(problem), problem.experts)  # perfect, by the theorem
     target = float(problem.demand.weights @ plans.bound(problem)) * (1 + parameters.target_gap)
     best, best_score = _start(problem), np.inf
     if best is not None:
         best_score = _score(problem, best)
-    for slots in _constructions(problem):
-        if best_score <= target:
-            break
+    constructions = _constructions(problem)
+    while best_score > target and (slots := next(constructions, None)) is not None:
         if problem.current is not None:
             slots = relabel(problem.current, slots, problem.capacity, problem.cluster)
             if problem.max_moves is not None and _arrivals(problem.current, slots) > problem.max_moves:
@@ -80,20 +81,28 @@ def _start(problem: Problem) -> Int32 | None:
 def _constructions(problem: Problem) -> Iterator[Int32]:
     """int32[devices, width] layouts from the mean load, the one most likely to be perfect first."""
     loads, capacity, speed = problem.mean_load, problem.capacity, problem.cluster.speed
-    width = int(capacity.max())
-    equal = bool((capacity == width).all() and (speed == speed[0]).all())
-    if window.applies(problem.experts, capacity, speed):
-        slots = window.sliding_window(loads, np.arange(problem.experts), problem.devices, width)
-        fill(slots, loads, capacity)
-        yield _widen(slots, problem)
-    elif equal:
-        slots = grouping(loads, problem.devices, width, ROUNDS)
+    if _window_applies(problem):
+        yield _window(problem)
+    elif (capacity == capacity[0]).all() and (speed == speed[0]).all():
+        slots = grouping(loads, problem.devices, int(capacity[0]), ROUNDS)
         fill(slots, loads, capacity)
         yield _widen(slots, problem)
     replicas = adams_replicas(loads, int(capacity.sum()), problem.devices)
     slots = pack(loads, replicas, capacity, speed)
     swap(slots, loads / replicas, speed, ROUNDS)
     yield _widen(slots, problem)
+
+
+def _window_applies(problem: Problem) -> bool:
+    return window.applies(problem.experts, problem.capacity, problem.cluster.speed)
+
+
+def _window(problem: Problem) -> Int32:
+    """The layout of the sliding window for the mean load, with its spare slots put to use."""
+    experts, width = np.arange(problem.experts), int(problem.capacity[0])
+    slots = window.sliding_window(problem.mean_load, experts, problem.devices, width)
+    fill(slots, problem.mean_load, problem.capacity)
+    return _widen(slots, problem)
 
 
 def _widen(slots: Int32, problem: Problem) -> Int32:
