@@ -43,7 +43,17 @@ def start(tmp_path: Path) -> Iterator[Start]:
 def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DaemonProcess]:
     """One daemon for all tests that do not harm it."""
     for start in _starter(lambda: tmp_path_factory.mktemp("data")):
-        yield start("--limit", "hello_s=5").serving()
+        limits = ("hello_s=1", "queue=4", "worker_bytes=1073741824")
+        yield start(*(part for limit in limits for part in ("--limit", limit))).serving()
+
+
+@pytest.fixture(scope="session")
+def limited(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DaemonProcess]:
+    """One daemon with small limits, for those who hit them."""
+    for start in _starter(lambda: tmp_path_factory.mktemp("data")):
+        limits = ("message_bytes=10000", "jobs=3", "streams=3", "job_bytes=100000", "total_bytes=150000")
+        options = [part for limit in limits for part in ("--limit", limit)]
+        yield start(*options, "--listen", f"unix:{tmp_path_factory.mktemp('socket')}/s").serving(solver=False)
 
 
 @pytest.fixture

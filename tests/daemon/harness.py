@@ -148,25 +148,25 @@ def small_job(layers: int = 2, experts: int = 8, devices: int = 2, slots: int = 
 class Rank:
     """A rank's stream, driven by hand."""
 
-    def __init__(self, client: Client, job: str, rank: int, *, open: bool = True, **hello: Any) -> None:
+    def __init__(self, client: Client, job: str, rank: int, *, hello: dict[str, Any] | None = None) -> None:
         self._requests: queue.SimpleQueue[planner_pb2.StreamRankRequest | None] = queue.SimpleQueue()
         self.sequence = 0
         self.call = client.planner.StreamRank(iter(self._requests.get, None), timeout=WAIT_S)
-        if open:
-            values: dict[str, Any] = {"job": job, "rank": rank, "session": f"session-{rank}"} | hello
+        values: dict[str, Any] = {"job": job, "rank": rank, "session": f"session-{rank}"} | (hello or {})
+        if values["job"]:
             self.send(hello=planner_pb2.Hello(**values))
 
     def send(self, **message: Any) -> None:
         """Send any message."""
         self._requests.put(planner_pb2.StreamRankRequest(**message))
 
-    def report(self, step: int, tokens: Any, **fields: Any) -> None:
+    def report(self, step_: int, tokens_: Any, /, **fields: Any) -> None:
         """Send statistics, [layers, ranks, experts]."""
         self.sequence += 1
         values: dict[str, Any] = {
             "sequence": self.sequence,
-            "step": step,
-            "tokens": wire.write_array(np.asarray(tokens)),
+            "step": step_,
+            "tokens": wire.write_array(np.asarray(tokens_)),
         } | fields
         self.send(statistics=planner_pb2.Statistics(**values))
 

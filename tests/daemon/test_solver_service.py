@@ -6,11 +6,12 @@ import os
 import signal
 import threading
 import time
+from pathlib import Path
 
 import grpc
 import numpy as np
 import pytest
-from tests.daemon.harness import WAIT_S, DaemonProcess, Start, children, eventually, small_problem
+from tests.daemon.harness import WAIT_S, DaemonProcess, children, eventually, small_problem
 
 from moeplan.planner import wire
 from moeplan.planner.client import Client, DeadlineError, InvalidRequestError, PreconditionError, UnavailableError
@@ -20,8 +21,8 @@ from moeplan.v1 import solver_pb2, tensor_pb2
 
 def hard_problem() -> Problem:
     """A search that runs until its deadline: its work limit would take hours and its target cannot be reached."""
-    tokens = np.random.default_rng(0).integers(1, 1000, (8, 32, 128)) ** 2
-    return Problem(Cluster.uniform(32, 5), Demand.of(tokens))
+    tokens = (np.random.default_rng(0).pareto(1.0, (32, 1, 128)) * 100).astype(np.int64)
+    return Problem(Cluster.uniform(32, 6), Demand.of(tokens))
 
 
 ENDLESS = SolveParameters(work_limit=2**31 - 1, target_gap=0.0)
@@ -88,7 +89,7 @@ def test_anytime_needs_a_deadline(client: Client) -> None:
         (lambda r: setattr(r, "policy", "nonsense"), "policy"),
         (lambda r: setattr(r.problems[0].demand.tokens, "type", 77), "problems[0].demand.tokens.type"),
         (lambda r: setattr(r.problems[0].demand.tokens, "data", b"x"), "problems[0].demand.tokens.data"),
-        (lambda r: r.problems[0].demand.weights.append(float("nan")), "problems[0].demand.weights[0]"),
+        (lambda r: r.problems[0].demand.weights.extend([float("nan")]), "problems[0].demand.weights[1]"),
         (lambda r: r.problems[0].cluster.speed.append(1.0), "problems[0].cluster.speed"),
         (lambda r: r.problems[0].cluster.ClearField("slots"), "problems[0].cluster.devices"),
         (lambda r: setattr(r.parameters, "target_gap", -1.0), "parameters.target_gap"),
@@ -149,8 +150,7 @@ def test_cancelling_frees_the_worker(daemon: DaemonProcess, client: Client) -> N
     assert client.solve([small_problem()])
 
 
-def test_a_killed_worker_is_replaced_and_its_request_fails_clearly(start: Start) -> None:
-    daemon = start().serving()
+def test_a_killed_worker_is_replaced_and_its_request_fails_clearly(daemon: DaemonProcess) -> None:
     with daemon.client() as client:
         request = client._solve([hard_problem()], "", ENDLESS)
         # Without retries, so that the status of the very call is seen.
@@ -172,55 +172,51 @@ def test_a_killed_worker_is_replaced_and_its_request_fails_clearly(start: Start)
         assert daemon.workers() != [worker]
 
 
-def test_a_stopped_worker_is_killed_when_its_time_is_over(start: Start) -> None:
-    daemon = start("--limit", "solve_s=1").serving()
-    (worker,) = daemon.workers()
+def test_a_stopped_worker_is_killed_when_its_time_is_over(daemon: DaemonProcess, client: Client) -> None:
+    (worker,) = eventually(daemon.workers)
     os.kill(worker, signal.SIGSTOP)
-    with daemon.client() as client:
-        with pytest.raises(DeadlineError):
-            client.solve([small_problem()])
-        assert client.solve([small_problem()])
+    with Client(daemon.address, timeout_s=1) as hasty, pytest.raises(DeadlineError):
+        hasty.solve([small_problem()])
+    assert client.solve([small_problem()])
+    assert not Path(f"/proc/{worker}").exists()
 
 
-def test_a_dead_zygote_is_replaced(start: Start) -> None:
-    daemon = start().serving()
+def test_a_dead_zygote_is_replaced(daemon: DaemonProcess, client: Client) -> None:
     (zygote,) = children(daemon.process.pid)
-    (worker,) = daemon.workers()
+    (worker,) = eventually(daemon.workers)
     os.kill(zygote, signal.SIGKILL)
-    with daemon.client() as client:
-        eventually(lambda: daemon.workers() and daemon.workers() != [worker])
-        assert client.solve([small_problem()])
+    eventually(lambda: not Path(f"/proc/{worker}").exists())  # workers do not outlive it
+    assert client.solve([small_problem()])
+    assert children(daemon.process.pid) != [zygote]
 
 
-def test_a_full_queue_says_when_to_come_back(start: Start) -> None:
-    daemon = start("--limit", "queue=2").serving()
-    with daemon.client() as client:
-        request = client._solve([hard_problem()], "", ENDLESS)
-        calls = [client.solver.Solve.future(request, timeout=WAIT_S) for _ in range(3)]
-        eventually(lambda: daemon.metric("moeplan_queue_depth") == 2)
-        with pytest.raises(UnavailableError) as error:
-            client.solve([small_problem()])
-        assert error.value.code is grpc.StatusCode.RESOURCE_EXHAUSTED
-        assert error.value.reason == "QUEUE_FULL"
-        assert error.value.retry_s
-        for call in calls:
-            call.cancel()
-        assert client.solve([small_problem()])
+def test_a_full_queue_says_when_to_come_back(daemon: DaemonProcess, client: Client) -> None:
+    request = client._solve([hard_problem()], "", ENDLESS)
+    calls = [client.solver.Solve.future(request, timeout=WAIT_S) for _ in range(5)]
+    eventually(lambda: daemon.metric("moeplan_queue_depth") == 4)
+    with pytest.raises(UnavailableError) as error:
+        client.solve([small_problem()])
+    assert error.value.code is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert error.value.reason == "QUEUE_FULL"
+    assert error.value.retry_s
+    for call in calls:
+        call.cancel()
+    eventually(lambda: daemon.metric("moeplan_queue_depth") == 0)
+    assert client.solve([small_problem()])
 
 
-def test_too_much_memory_is_refused(start: Start) -> None:
-    daemon = start("--limit", "worker_bytes=536870912").serving()
-    with daemon.client() as client:
-        huge = np.ones((1, 2_000, 4_000), np.int64)
-        problem = Problem(Cluster.uniform(2_000, 4), Demand.of(huge))
-        with pytest.raises(UnavailableError, match="worker"):
-            client.solve([problem] * 1)
-        assert client.solve([small_problem()])
+def test_too_much_memory_is_refused(client: Client) -> None:
+    cluster = Cluster.uniform(30_000, 1)
+    current = Layout.contiguous(30_000, cluster.slots)
+    problem = Problem(cluster, Demand.of(np.ones(30_000, np.int64)), current=current)
+    with pytest.raises(UnavailableError, match="worker") as error:
+        client.solve([problem], "static")
+    assert error.value.reason == "WORKER_MEMORY"
+    assert client.solve([small_problem()])
 
 
-def test_a_message_that_is_too_large(start: Start) -> None:
-    daemon = start("--limit", "message_bytes=10000").serving(solver=False)
-    with daemon.client() as client:
+def test_a_message_that_is_too_large(limited: DaemonProcess) -> None:
+    with limited.client() as client:
         with pytest.raises(UnavailableError, match="larger than max"):
             client.solve([hard_problem()])
         assert client.policies()

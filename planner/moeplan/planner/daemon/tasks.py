@@ -144,6 +144,7 @@ def _solve(limited: Limited) -> solver_pb2.SolveResponse:
     if not request.problems:
         raise ProblemError("problems", "none", "must be at least one")
     parameters, end = _bounded(wire.read_parameters(request.parameters), limited.end)
+    policy = _policy(request.policy)
     problems = []
     for index, message in enumerate(request.problems):
         with wire.field(f"problems[{index}]"):
@@ -152,7 +153,7 @@ def _solve(limited: Limited) -> solver_pb2.SolveResponse:
     for index, problem in enumerate(problems):
         share = _share(parameters, end, len(problems) - index)
         with wire.field(f"problems[{index}]"):
-            plans.append(solve(problem, _policy(request.policy), share))
+            plans.append(solve(problem, policy, share))
     return solver_pb2.SolveResponse(plans=[wire.write_plan(plan) for plan in plans])
 
 
