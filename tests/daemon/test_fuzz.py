@@ -79,7 +79,7 @@ def scalar(field: FieldDescriptor) -> st.SearchStrategy[Any]:
 @st.composite
 def mutated(draw: st.DrawFn, message: Message, depth: int = 0) -> Message:
     """The message with a few of its fields replaced, dropped or added, at any depth."""
-    fields = list(message.DESCRIPTOR.fields)
+    fields: list[Any] = list(message.DESCRIPTOR.fields)
     if message.DESCRIPTOR is tensor_pb2.Tensor.DESCRIPTOR and draw(st.booleans()):
         return message
     for field in draw(st.lists(st.sampled_from(fields), max_size=3)) if fields else ():

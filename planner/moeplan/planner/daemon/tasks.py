@@ -22,14 +22,13 @@ from moeplan.solvers import (
     evaluate,
     solve,
 )
+from moeplan.solvers.splits import RULES
 from moeplan.v1 import solver_pb2
 
 __all__ = ["LayersTask", "Limited", "do", "failure", "plan_layers", "raise_failure"]
 
 ANYTIME_FACTOR = 4
 """How much more work each attempt of an anytime solve may do than the one before: at most a third is spent twice."""
-
-_UNSPLIT = "optimal"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -179,7 +178,10 @@ def _evaluate(payload: bytes) -> solver_pb2.EvaluateResponse:
     with wire.field("problem"):
         problem = wire.read_problem(request.problem)
     layout = wire.read_layout("layout", request.layout, problem.experts)
-    return solver_pb2.EvaluateResponse(plan=wire.write_plan(evaluate(problem, layout, request.split_rule or _UNSPLIT)))
+    rule = request.split_rule or "optimal"
+    if rule not in RULES:
+        raise ProblemError("split_rule", repr(rule[:64]), f"must be one of {', '.join(RULES)}")
+    return solver_pb2.EvaluateResponse(plan=wire.write_plan(evaluate(problem, layout, rule)))
 
 
 def _policy(name: str) -> str:
