@@ -1,0 +1,45 @@
+"""Placement of Mixture-of-Experts replicas: the problem, the bounds, and every policy.
+
+    from moeplan.solvers import Cluster, Demand, Problem, solve
+
+    problem = Problem(Cluster.uniform(devices=8, slots=9, nodes=1), Demand.of(tokens_per_expert))
+    plan = solve(problem)
+    plan.layout.slots, plan.mean_imbalance, plan.bound, plan.gap
+"""
+
+from moeplan.solvers.cluster import Cluster, Link
+from moeplan.solvers.cost import LAER, STEP, Cost, CostModel
+from moeplan.solvers.demand import Demand
+from moeplan.solvers.errors import InfeasibleError, ProblemError
+from moeplan.solvers.layout import EMPTY, Layout
+from moeplan.solvers.moves import Moves
+from moeplan.solvers.parameters import SolveParameters
+from moeplan.solvers.plan import Plan
+from moeplan.solvers.policy import Policy, available_policies
+from moeplan.solvers.problem import ExpertSpec, Problem
+from moeplan.solvers.solver import evaluate, solve
+from moeplan.solvers.splits import Split
+
+__all__ = [
+    "EMPTY",
+    "LAER",
+    "STEP",
+    "Cluster",
+    "Cost",
+    "CostModel",
+    "Demand",
+    "ExpertSpec",
+    "InfeasibleError",
+    "Layout",
+    "Link",
+    "Moves",
+    "Plan",
+    "Policy",
+    "Problem",
+    "ProblemError",
+    "SolveParameters",
+    "Split",
+    "available_policies",
+    "evaluate",
+    "solve",
+]

@@ -1,0 +1,89 @@
+"""Few spare slots: partition devices and experts into groups, each balanced perfectly by a sliding window.
+
+Theorem. With R < D - 1 spare slots the optimum over all layouts and splits is the best partition of the D devices and E
+experts into groups of t_j devices and at most t_j (C - 1) + 1 experts, judged by max_j W_j / t_j; every such partition
+has at least D - R groups. (Cancel cycles in the support of an optimal split: what remains is a forest, and each of its
+trees is such a group.) The problem is NP-hard, so groups are filled greedily and improved by exchanges.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from moeplan.solvers.arrays import Float64, Int32
+from moeplan.solvers.kernel import kernel
+from moeplan.solvers.sliding_window import sliding_window
+
+__all__ = ["grouping"]
+
+
+@kernel
+def grouping(loads: Float64, devices: int, width: int, rounds: int) -> Int32:
+    """Place all experts on equal devices with ``experts > devices * (width - 1) + 1`` and at least one slot each.
+
+    Args:
+        loads: float64[experts].
+        devices: Number of equal devices.
+        width: Slots of each.
+        rounds: Most exchanges between groups.
+
+    Returns:
+        int32[devices, width], -1 for slots that were not needed.
+    """
+    experts = len(loads)
+    groups = experts - devices * (width - 1)  # D - R
+    size = np.full(groups, devices // groups, np.int64)
+    size[: devices % groups] += 1
+    room = size * (width - 1) + 1
+    load = np.zeros(groups)
+    used = np.zeros(groups, np.int64)
+    group = np.empty(experts, np.int64)
+    for e in np.argsort(-loads, kind="mergesort"):
+        best = -1
+        for j in range(groups):
+            if used[j] < room[j] and (
+                best < 0 or (load[j] + loads[e]) / size[j] < (load[best] + loads[e]) / size[best]
+            ):
+                best = j
+        group[e] = best
+        used[best] += 1
+        load[best] += loads[e]
+    for _ in range(rounds):
+        if not _exchange(loads, group, load, size):
+            break
+    slots = np.full((devices, width), -1, np.int32)
+    start = 0
+    for j in range(groups):
+        members = np.flatnonzero(group == j)
+        end = start + size[j]
+        slots[start:end] = sliding_window(loads, members, size[j], width)
+        start = end
+    return slots
+
+
+@kernel
+def _exchange(loads: Float64, group: Int32, load: Float64, size: Int32) -> bool:
+    """Swap one expert of the heaviest group with the one elsewhere that lowers the larger of the two most."""
+    top = 0
+    for j in range(len(size)):
+        if load[j] / size[j] > load[top] / size[top]:
+            top = j
+    best = load[top] / size[top] * (1 - 1e-12)
+    best_a, best_b = -1, -1
+    for a in np.flatnonzero(group == top):
+        for b in range(len(loads)):
+            j = group[b]
+            change = loads[a] - loads[b]
+            if j == top or change <= 0:
+                continue
+            after = max((load[top] - change) / size[top], (load[j] + change) / size[j])
+            if after < best:
+                best, best_a, best_b = after, a, b
+    if best_a < 0:
+        return False
+    j = group[best_b]
+    change = loads[best_a] - loads[best_b]
+    load[top] -= change
+    load[j] += change
+    group[best_a], group[best_b] = j, top
+    return True

@@ -1,0 +1,1 @@
+"""One file per policy; `moeplan.solvers.policy` finds them by looking here."""

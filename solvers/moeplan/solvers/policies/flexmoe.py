@@ -1,0 +1,104 @@
+"""FlexMoE: expand the hottest expert, shrink the coldest, migrate, while the modelled time falls (arXiv 2304.03946).
+
+Placement changes one replica ("vExpert") at a time, from the layout in force. Nothing happens until the imbalance
+reaches a trigger; then each round proposes to replace a replica of the expert with the lightest replicas by one of the
+expert with the heaviest, and, when that no longer helps, to exchange a replica of the slowest device with one of the
+fastest. A proposal stands if the slowest device gets faster.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from moeplan.solvers.arrays import Float64, Int32
+from moeplan.solvers.fill import fill
+from moeplan.solvers.kernel import kernel
+from moeplan.solvers.layout import EMPTY, Layout
+from moeplan.solvers.packing import swap
+from moeplan.solvers.parameters import SolveParameters
+from moeplan.solvers.policy import policy
+from moeplan.solvers.problem import Problem
+
+TRIGGER = 1.05
+"""Largest load over mean load from which the layout is adjusted."""
+
+
+@policy("flexmoe", source="FlexMoE, arXiv 2304.03946", split="even")
+def flexmoe(problem: Problem, parameters: SolveParameters) -> Layout:
+    """From the current layout: expand, shrink and migrate single replicas while the slowest device gets faster."""
+    start = problem.current or Layout.contiguous(problem.experts, problem.capacity)
+    width = max(start.slots.shape[1], problem.cluster.max_slots)
+    slots = np.full((problem.devices, width), EMPTY, np.int32)
+    slots[:, : start.slots.shape[1]] = start.slots
+    fill(slots, problem.mean_load, problem.capacity)
+    _adjust(slots, problem.mean_load, problem.cluster.speed, TRIGGER)
+    return Layout(slots, problem.experts)
+
+
+@kernel
+def _adjust(slots: Int32, loads: Float64, speed: Float64, trigger: float) -> None:
+    experts = len(loads)
+    mean = loads.sum() / speed.sum()
+    for _ in range(experts):
+        replicas = np.zeros(experts, np.int32)
+        for e in slots.reshape(-1):
+            if e >= 0:
+                replicas[e] += 1
+        load = _even_loads(slots, loads, replicas)
+        level = (load / speed).max()
+        if level <= trigger * mean:
+            return
+        if not _expand(slots, loads, replicas, speed, level):
+            break
+    replicas = np.zeros(experts, np.int32)
+    for e in slots.reshape(-1):
+        if e >= 0:
+            replicas[e] += 1
+    swap(slots, loads / replicas, speed, experts)
+
+
+@kernel
+def _even_loads(slots: Int32, loads: Float64, replicas: Int32) -> Float64:
+    load = np.zeros(len(slots))
+    for d in range(len(slots)):
+        for e in slots[d]:
+            if e >= 0:
+                load[d] += loads[e] / replicas[e]
+    return load
+
+
+@kernel
+def _expand(slots: Int32, loads: Float64, replicas: Int32, speed: Float64, level: float) -> bool:
+    """Replace a replica of the lightest replicated expert by one of the heaviest, where that lowers `level` most."""
+    share = loads / replicas
+    hot = share.argmax()
+    cold = -1
+    for e in range(len(loads)):
+        if replicas[e] > 1 and e != hot and (cold < 0 or share[e] < share[cold]):
+            cold = e
+    if cold < 0:
+        return False
+    after = replicas.copy()
+    after[hot] += 1
+    after[cold] -= 1
+    best_d, best_c = -1, -1
+    best = level
+    for d in range(len(slots)):
+        at = -1
+        for c in range(slots.shape[1]):
+            if slots[d, c] == hot:
+                at = -1
+                break
+            if slots[d, c] == cold:
+                at = c
+        if at < 0:
+            continue
+        slots[d, at] = hot
+        reached = (_even_loads(slots, loads, after) / speed).max()
+        slots[d, at] = cold
+        if reached < best:
+            best, best_d, best_c = reached, d, at
+    if best_d < 0:
+        return False
+    slots[best_d, best_c] = hot
+    return True

@@ -1,0 +1,149 @@
+"""moeplan's own policy: bounds, constructions, and local search over scenarios, with few moves.
+
+1. Bounds (see `bounds`) say when to stop.
+2. Constructions from the mean load: EPLB with distinct devices and swaps; the sliding window where spare slots make
+   perfect balance attainable; groups of devices where they do not; and the current layout. Each is scored by what
+   counts: the best split in every scenario, averaged. A layout that is perfect for the mean is fragile.
+3. Local search (see `search`) from the best of them.
+4. Interchangeable devices are renamed so that the fewest replicas move. A limit of moves holds throughout: a
+   construction that exceeds it is dropped, and the search never steps over it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+import numpy as np
+
+from moeplan.solvers import plan as plans
+from moeplan.solvers import sliding_window as window
+from moeplan.solvers.adams import adams_replicas
+from moeplan.solvers.arrays import Float64, Int32
+from moeplan.solvers.fill import fill
+from moeplan.solvers.flow import optimal_quota
+from moeplan.solvers.grouping import grouping
+from moeplan.solvers.layout import EMPTY, Layout
+from moeplan.solvers.moves import keep_slots, relabel
+from moeplan.solvers.packing import pack, swap
+from moeplan.solvers.parameters import SolveParameters
+from moeplan.solvers.policy import policy
+from moeplan.solvers.problem import Problem
+from moeplan.solvers.search import improve
+
+ROUNDS = 1_000
+"""Most exchanges of a construction's own descent."""
+
+WORK_PER_BURST = 2_000_000
+"""Scenario x slot visits between two looks at the clock: a few milliseconds."""
+
+
+@policy("hybrid", source="moeplan", split="optimal", honours=("max_moves",))
+def hybrid(problem: Problem, parameters: SolveParameters) -> Layout:
+    """Bounds, constructions, then local search over scenarios guided by the min cut, with few moves; the default."""
+    start = time.perf_counter()
+    target = float(problem.demand.weights @ plans.bound(problem)) * (1 + parameters.target_gap)
+    best, best_score = _start(problem), np.inf
+    if best is not None:
+        best_score = _score(problem, best)
+    for slots in _constructions(problem):
+        if best_score <= target:
+            break
+        if problem.current is not None:
+            slots = relabel(problem.current, slots, problem.capacity, problem.cluster)
+            if problem.max_moves is not None and _arrivals(problem.current, slots) > problem.max_moves:
+                continue
+        score = _score(problem, slots)
+        if score < best_score:
+            best, best_score = slots, score
+    assert best is not None
+    if best_score > target:
+        best = _search(problem, best, target, parameters, start)
+    if problem.current is not None:
+        keep_slots(problem.current.slots, best)
+    return Layout(best, problem.experts)
+
+
+def _start(problem: Problem) -> Int32 | None:
+    """The current layout with its empty slots put to use, within the limit of moves; None if there is none."""
+    if problem.current is None:
+        return None
+    slots = np.full((problem.devices, max(1, problem.cluster.max_slots)), EMPTY, np.int32)
+    used = min(slots.shape[1], problem.current.slots.shape[1])
+    slots[:, :used] = problem.current.slots[:, :used]
+    filled = slots.copy()
+    fill(filled, problem.mean_load, problem.capacity)
+    within = problem.max_moves is None or _arrivals(problem.current, filled) <= problem.max_moves
+    return filled if within else slots
+
+
+def _constructions(problem: Problem) -> Iterator[Int32]:
+    """int32[devices, width] layouts from the mean load, the one most likely to be perfect first."""
+    loads, capacity, speed = problem.mean_load, problem.capacity, problem.cluster.speed
+    width = int(capacity.max())
+    equal = bool((capacity == width).all() and (speed == speed[0]).all())
+    if window.applies(problem.experts, capacity, speed):
+        slots = window.sliding_window(loads, np.arange(problem.experts), problem.devices, width)
+        fill(slots, loads, capacity)
+        yield _widen(slots, problem)
+    elif equal:
+        slots = grouping(loads, problem.devices, width, ROUNDS)
+        fill(slots, loads, capacity)
+        yield _widen(slots, problem)
+    replicas = adams_replicas(loads, int(capacity.sum()), problem.devices)
+    slots = pack(loads, replicas, capacity, speed)
+    swap(slots, loads / replicas, speed, ROUNDS)
+    yield _widen(slots, problem)
+
+
+def _widen(slots: Int32, problem: Problem) -> Int32:
+    """The same layout with one column per slot of the widest device."""
+    missing = problem.cluster.max_slots - slots.shape[1]
+    return np.pad(slots, ((0, 0), (0, missing)), constant_values=EMPTY) if missing else slots
+
+
+def _score(problem: Problem, slots: Int32) -> float:
+    """Scenario-averaged imbalance of a layout under the optimal split."""
+    quota, _ = optimal_quota(slots, problem.loads, problem.cluster.speed)
+    level = (quota.sum(axis=2) / problem.cluster.speed).max(axis=1)
+    return float((_weights(problem) * level).sum() + _idle_weight(problem))
+
+
+def _weights(problem: Problem) -> Float64:
+    """float64[scenarios]: weight of a scenario over its mean load per speed; 0 for one without tokens."""
+    mean = problem.loads.sum(axis=1) / problem.cluster.speed.sum()
+    return np.divide(problem.demand.weights, mean, out=np.zeros(len(mean)), where=mean > 0)
+
+
+def _idle_weight(problem: Problem) -> float:
+    """Weight of the scenarios without tokens, whose imbalance is 1."""
+    return float(problem.demand.weights[problem.loads.sum(axis=1) == 0].sum())
+
+
+def _arrivals(current: Layout, slots: Int32) -> int:
+    placed = Layout(slots, current.experts).placed
+    return int((placed & ~current.placed).sum())
+
+
+def _search(problem: Problem, slots: Int32, target: float, parameters: SolveParameters, start: float) -> Int32:
+    best = slots.copy()
+    current = problem.current
+    held = np.zeros((problem.devices, problem.experts), np.bool_) if current is None else current.placed
+    limit = problem.max_moves if problem.max_moves is not None else best.size
+    burst = max(8, WORK_PER_BURST // (problem.demand.scenarios * best.size * 16))
+    weights, idle = _weights(problem), _idle_weight(problem)
+    score = np.inf
+    for first in range(0, parameters.work_limit, burst):
+        if parameters.deadline_s is not None and time.perf_counter() - start >= parameters.deadline_s:
+            break
+        steps = min(burst, parameters.work_limit - first)
+        seed = parameters.seed * 1_000_003 + first
+        score = improve(
+            best, problem.loads, weights, problem.cluster.speed, held, limit, steps, seed, target - idle, TEMPERATURE
+        )[0]
+        if score <= target - idle:
+            break
+    return best
+
+
+TEMPERATURE = 0.0

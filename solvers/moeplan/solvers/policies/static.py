@@ -1,0 +1,14 @@
+"""Expert parallelism as it ships: experts in order, one replica each."""
+
+from __future__ import annotations
+
+from moeplan.solvers.layout import Layout
+from moeplan.solvers.parameters import SolveParameters
+from moeplan.solvers.policy import policy
+from moeplan.solvers.problem import Problem
+
+
+@policy("static", source="expert parallelism", split="even")
+def static(problem: Problem, parameters: SolveParameters) -> Layout:
+    """Experts in order over the devices, one replica each; spare slots stay empty."""
+    return Layout.contiguous(problem.experts, problem.capacity)

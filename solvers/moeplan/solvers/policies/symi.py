@@ -1,0 +1,65 @@
+"""SYMI (SwiftMoE): replicas in proportion to the last popularity, laid out in order (arXiv 2504.19925, algorithm 1).
+
+The optimizer state is sharded over all ranks whatever the layout, so a new layout each iteration moves no state. The
+original loops for ever when there are more experts than slots, divides by zero without any load, and puts neighbouring
+replicas of an expert on one device; here an expert's replicas go to consecutive devices instead, which keeps the
+contiguous range of ranks that the paper's replica groups rely on.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from moeplan.solvers.arrays import Int32, Int64
+from moeplan.solvers.layout import EMPTY, Layout
+from moeplan.solvers.parameters import SolveParameters
+from moeplan.solvers.policy import policy
+from moeplan.solvers.problem import Problem
+
+
+@policy("symi", source="SYMI / SwiftMoE, arXiv 2504.19925", split="even")
+def symi(problem: Problem, parameters: SolveParameters) -> Layout:
+    """Replicas proportional to the newest scenario's popularity, in expert order over consecutive devices."""
+    replicas = proportional(problem.loads[-1], int(problem.capacity.sum()), problem.devices)
+    slots = np.full((problem.devices, problem.cluster.max_slots), EMPTY, np.int32)
+    used = np.zeros(problem.devices, np.int32)
+    device = 0
+    for expert, count in enumerate(replicas):
+        for _ in range(count):
+            # The next device in turn that has room and does not hold the expert.
+            for step in range(problem.devices):
+                d = (device + step) % problem.devices
+                if used[d] < problem.capacity[d] and expert not in slots[d, : used[d]]:
+                    slots[d, used[d]] = expert
+                    used[d] += 1
+                    device = d + 1
+                    break
+    return Layout(slots, problem.experts)
+
+
+def proportional(popularity: Int64, slots: int, most: int) -> Int32:
+    """Algorithm 1: round ``popularity / sum * slots`` to whole replicas, at least 1 and at most `most` each.
+
+    Args:
+        popularity: int64[experts]; without any load all experts count the same.
+        slots: Replicas to hand out, at least one per expert.
+        most: Number of devices.
+
+    Returns:
+        int32[experts], summing to ``min(slots, experts * most)``.
+    """
+    experts = len(popularity)
+    total = popularity.sum()
+    goal = popularity / total * slots if total else np.full(experts, slots / experts)
+    count = np.minimum(np.floor(np.maximum(goal, 1)), most).astype(np.int32)
+    off = count - goal
+    slots = min(slots, experts * most)
+    while count.sum() > slots:
+        e = int(np.where(count > 1, off, -np.inf).argmax())
+        count[e] -= 1
+        off[e] -= 1
+    while count.sum() < slots:
+        e = int(np.where(count < most, off, np.inf).argmin())
+        count[e] += 1
+        off[e] += 1
+    return count
