@@ -3,29 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.utils.weak import TensorWeakRef
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from moeplan.runtime_client.ffn import ExpertShape, feed_forward
 from moeplan.runtime_client.group import ExpertGroup, Traffic, beside, join
 from moeplan.runtime_client.routing import combine, dispatch, find_route, gather_counts
 from moeplan.runtime_client.sharding import Gathering, Placement, return_gradient, shard_width
-from moeplan.runtime_client.split import even_quota
-from moeplan.solvers.arrays import Int32, Int64
+from moeplan.runtime_client.split import Split, optimal_split, rank_flow
 from moeplan.solvers.layout import Layout
 
-__all__ = ["FullyShardedExperts", "Split", "chain"]
-
-Split = Callable[[Int32, Int64], Int64]
-"""From slots int32[devices, width] and loads int64[experts] to tokens per slot int64[devices, width].
-
-It runs on every rank with the same arguments and must give the same answer there."""
+__all__ = ["FullyShardedExperts", "chain"]
 
 
 class FullyShardedExperts(nn.Module):
@@ -43,7 +37,7 @@ class FullyShardedExperts(nn.Module):
         experts: Number of experts.
         group: The ranks.
         layout: Layout to start with; contiguous by default.
-        split: Rule that divides an expert's tokens among its replicas.
+        split: Rule that divides an expert's tokens among its replicas; optimal for equal devices by default.
         compute_dtype: Type that weights travel and compute in; that of the parameter by default.
         reshard: Whether to free the gathered weights after the forward pass and gather them again for the backward.
             It saves their memory and costs a second gather.
@@ -62,7 +56,7 @@ class FullyShardedExperts(nn.Module):
         group: ExpertGroup,
         *,
         layout: Layout | None = None,
-        split: Split = even_quota,
+        split: Split | None = None,
         compute_dtype: torch.dtype | None = None,
         reshard: bool = True,
         dtype: torch.dtype | None = None,
@@ -72,7 +66,7 @@ class FullyShardedExperts(nn.Module):
         self.shape = shape
         self.experts = experts
         self.group = group
-        self.split = split
+        self.split = split or optimal_split(np.ones(group.size))
         self.compute_dtype = compute_dtype
         self.reshard = reshard
         self.traffic = Traffic()
@@ -135,8 +129,9 @@ class FullyShardedExperts(nn.Module):
         fingerprint = placement.fingerprint ^ (follower._placement.fingerprint << 1 if follower else 0)
         counts = gather_counts(group, index, weight, self.experts, fingerprint & (2**62 - 1))
         gathering = self._take_ahead() or self._start(placement, "weights.forward")
-        quota = self.split(placement.layout.slots, counts.sum(axis=0))
-        route = find_route(placement.layout.slots, quota, counts, group.rank, index)
+        slots = placement.layout.slots
+        quota = self.split(slots, counts.sum(axis=0))
+        route = find_route(slots, *rank_flow(slots, quota, counts, group.rank), index)
         arrived = dispatch(group, route, rows, self.traffic)
         if follower is not None:
             follower.prefetch()
@@ -146,8 +141,9 @@ class FullyShardedExperts(nn.Module):
         if torch.is_grad_enabled() and results.requires_grad:
             results = this.guard(results, flat)
             if self.reshard and not _in_backward():
-                flat.untyped_storage().resize_(0)
-        return combine(group, route, results, weight, self.traffic).view_as(hidden)
+                this.free(flat)
+        output = combine(group, route, results, weight, self.traffic).view_as(hidden)
+        return this.announce(output) if output.requires_grad else output
 
     def prefetch(self) -> None:
         """Start gathering the weights of the next forward pass. Every rank calls it at the same point, or none."""
@@ -197,34 +193,52 @@ def chain(layers: Sequence[FullyShardedExperts]) -> None:
 
 
 class _Pass:
-    """One forward pass of a layer, from which the backward pass learns what to gather ahead."""
+    """One forward pass of a layer: frees its gathered weights, and brings them back for the backward pass."""
 
     def __init__(self, layer: FullyShardedExperts, placement: Placement, flat: Tensor) -> None:
         self.layer = layer
         self.placement = placement
-        self.flat = TensorWeakRef(flat)
+        self.freed = False
         self.arriving: Gathering | None = None
+        # Weak, because autograd alone decides how long the weights are wanted.
+        self.storage = StorageWeakRef(flat.untyped_storage())
         place = layer._order.index(layer)
         self.before = layer._order[place - 1]._latest if place else None
         layer._latest = self
 
     def guard(self, results: Tensor, flat: Tensor) -> Tensor:
+        """`results`, before whose backward `flat` is brought back."""
         guarded: Tensor = _Restore.apply(results, flat, self)  # type: ignore[no-untyped-call]
         return guarded
 
+    def announce(self, output: Tensor) -> Tensor:
+        """`output` of the layer, before whose backward the weights set out, to arrive beside the tokens' gradients."""
+        announced: Tensor = _Announce.apply(output, self)  # type: ignore[no-untyped-call]
+        return announced
+
+    def free(self, flat: Tensor) -> None:
+        """Give up the memory of the weights, though autograd still refers to them."""
+        flat.untyped_storage().resize_(0)
+        self.freed = True
+
     def start(self) -> None:
-        """Gather ahead if the weights have been freed and are still wanted."""
-        flat = self.flat()
-        if flat is not None and not flat.untyped_storage().size() and self.arriving is None:
+        """Begin to gather the weights again, if they have been freed and are still wanted."""
+        if self.freed and self.arriving is None and not self.storage.expired():
             self.arriving = self.layer._start(self.placement, "weights.backward")
 
     def restore(self, flat: Tensor) -> None:
+        """Bring the weights back.
+
+        Under activation checkpointing `flat` is not the tensor of this pass but a recomputed one, which is whole.
+        """
         storage = flat.untyped_storage()
-        if not storage.size():
-            gathering = self.arriving or self.layer._start(self.placement, "weights.backward")
-            storage.resize_(flat.numel() * flat.element_size())
-            gathering.finish(flat)
-        self.arriving = None
+        if not self.freed or storage._cdata != self.storage.cdata:
+            return
+        self.start()
+        assert self.arriving is not None, "the storage is alive, since `flat` refers to it"
+        storage.resize_(flat.numel() * flat.element_size())
+        self.arriving.finish(flat)
+        self.arriving, self.freed = None, False
 
 
 class _Gather(torch.autograd.Function):
@@ -268,6 +282,21 @@ class _Restore(torch.autograd.Function):
         if this.before is not None:
             this.before.start()
         return gradient, None, None
+
+
+class _Announce(torch.autograd.Function):
+    """Identity on the output of the layer; its backward starts to bring the weights back."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, this: _Pass) -> Tensor:
+        ctx.this = this
+        return output.view_as(output)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        ctx.this.start()
+        return gradient, None
 
 
 def _in_backward() -> bool:

@@ -12,7 +12,6 @@ from torch.autograd.function import once_differentiable
 
 from moeplan.runtime_client.errors import LayoutMismatchError, RouterError
 from moeplan.runtime_client.group import ExpertGroup, Traffic
-from moeplan.runtime_client.split import rank_flow
 from moeplan.solvers.arrays import Int32, Int64
 
 __all__ = ["Route", "combine", "dispatch", "find_route", "gather_counts"]
@@ -78,28 +77,21 @@ class Route:
     rows: list[int]
 
 
-def find_route(slots: Int32, quota: Int64, counts: Int64, rank: int, index: Tensor) -> Route:
+def find_route(slots: Int32, send: Int64, receive: Int64, index: Tensor) -> Route:
     """The route of one micro-batch.
 
     Args:
         slots: int32[devices, width], the layout.
-        quota: int64[devices, width], tokens of each slot.
-        counts: int64[devices, experts], tokens of each source.
-        rank: This rank.
+        send: int64[devices, width], tokens from this rank to each slot.
+        receive: int64[devices, width], tokens from each source to the slots of this rank.
         index: int64[tokens, k], experts chosen for this rank's tokens.
     """
-    send, receive = rank_flow(slots, quota, counts, rank)
     # Sorting the pairs by expert, stably, makes each slot's share a range of the sorted order.
     by_expert = torch.sort(index.reshape(-1), stable=True).indices
-    taken = np.cumsum(counts[rank]) - counts[rank]
     order = np.argsort(slots.ravel(), kind="stable")
-    order = order[slots.ravel()[order] >= 0]
-    expert, share = slots.ravel()[order], send.ravel()[order]
-    before = np.cumsum(share) - share
-    starts = np.zeros(slots.size, np.int64)
-    # Within an expert, shares follow one another; `first` is where its first replica stands in `order`.
-    first = np.searchsorted(expert, expert, side="left")
-    starts[order] = taken[expert] + before - before[first]
+    share = send.ravel()[order]
+    starts = np.empty(slots.size, np.int64)
+    starts[order] = np.cumsum(share) - share
     from_source = np.cumsum(receive.ravel()) - receive.ravel()
     return Route(
         choices=index.shape[1],

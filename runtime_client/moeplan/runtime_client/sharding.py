@@ -95,10 +95,9 @@ class Gathering:
         assert self._transfer is not None, "a gathering is finished once"
         with beside(flat.device):
             received = self._transfer.wait()
-            slots = len(flat)
-            # Data pointer only: autograd must not see the weights of a saved tensor change, they come back the same.
-            target = flat.data.view(slots, self._size, -1)
-            target.copy_(received.view(self._size, slots, -1).transpose(0, 1))
+            shape = (self._size, len(flat), received.shape[1])
+            # `data`: autograd need not know that a saved tensor is written, as its old values come back.
+            flat.data.view(shape[1], shape[0], shape[2]).copy_(received.view(shape).transpose(0, 1))
             self._transfer = None
         join(flat.device)
 

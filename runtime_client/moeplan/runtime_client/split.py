@@ -2,16 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
-from moeplan.solvers.arrays import Int32, Int64
+from moeplan.solvers.arrays import Float64, Int32, Int64
+from moeplan.solvers.flow import optimal_quota
 from moeplan.solvers.kernel import kernel
 
-__all__ = ["even_quota", "rank_flow"]
+__all__ = ["Split", "even_split", "optimal_split", "rank_flow"]
+
+Split = Callable[[Int32, Int64], Int64]
+"""From a layout, slots int32[devices, width], and loads int64[experts] to tokens per slot, int64[devices, width].
+
+It runs on every rank with the same arguments and must give the same answer there."""
+
+
+def optimal_split(speed: Float64) -> Split:
+    """The split of least largest load per speed.
+
+    Args:
+        speed: float64[devices], relative tokens per second.
+    """
+
+    def split(slots: Int32, loads: Int64) -> Int64:
+        quota: Int64 = optimal_quota(slots, loads[np.newaxis], speed)[0][0]
+        return quota
+
+    return split
 
 
 @kernel
-def even_quota(slots: Int32, loads: Int64) -> Int64:
+def even_split(slots: Int32, loads: Int64) -> Int64:
     """Divide each expert's tokens evenly among its replicas; earlier devices take what is left over.
 
     Args:

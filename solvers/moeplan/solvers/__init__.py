@@ -1,10 +1,10 @@
 """Placement of Mixture-of-Experts replicas: the problem, the bounds, and every policy.
 
-    from moeplan.solvers import Cluster, Demand, Problem, solve
+from moeplan.solvers import Cluster, Demand, Problem, solve
 
-    problem = Problem(Cluster.uniform(devices=8, slots=9, nodes=1), Demand.of(tokens_per_expert))
-    plan = solve(problem)
-    plan.layout.slots, plan.mean_imbalance, plan.bound, plan.gap
+problem = Problem(Cluster.uniform(devices=8, slots=9, nodes=1), Demand.of(tokens_per_expert))
+plan = solve(problem)
+plan.layout.slots, plan.mean_imbalance, plan.bound, plan.gap
 """
 
 from moeplan.solvers.cluster import Cluster, Link

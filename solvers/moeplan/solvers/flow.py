@@ -237,9 +237,7 @@ def augment(
         if target < 0:
             return level
         # Equalise the two ends, within what every expert on the path can pass on.
-        amount = max(
-            1, int((load[top] * speed[target] - load[target] * speed[top]) / (speed[top] + speed[target]))
-        )
+        amount = max(1, int((load[top] * speed[target] - load[target] * speed[top]) / (speed[top] + speed[target])))
         d = target
         while d != top:
             amount = min(amount, quota[parent[0, d]])

@@ -134,7 +134,9 @@ def improve(
             _add(b, p, host, count)
             flat[p] = b
         _add(a, q, host, count)
-        threshold = objective + temperature * (-np.log((_next(state) + 1.0) / 2147483649.0)) if temperature > 0 else objective
+        threshold = (
+            objective + temperature * (-np.log((_next(state) + 1.0) / 2147483649.0)) if temperature > 0 else objective
+        )
         score = 0.0
         rest = floor.sum()
         for i in range(scenarios):
