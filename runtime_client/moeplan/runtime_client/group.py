@@ -102,6 +102,7 @@ class ExpertGroup:
         weights: bool = False,
         traffic: Traffic,
         purpose: str,
+        into: Tensor | None = None,
     ) -> Transfer:
         """Start an all-to-all of rows with uneven splits; every rank of the group calls it, also with no rows.
 
@@ -112,6 +113,7 @@ class ExpertGroup:
             weights: Whether they travel on the process group of the weights.
             traffic: Counter of the bytes sent.
             purpose: Key in `traffic`.
+            into: [sum(receive), ...], memory for what arrives; new by default.
         """
         row_bytes = rows.element_size() * math.prod(rows.shape[1:])
         traffic[purpose] += row_bytes * (sum(send) - send[self.rank])
@@ -119,7 +121,7 @@ class ExpertGroup:
         if process_group is None:
             return Transfer(rows, rows, None)
         rows = rows.contiguous()
-        received = rows.new_empty(sum(receive), *rows.shape[1:])
+        received = rows.new_empty(sum(receive), *rows.shape[1:]) if into is None else into
         work = dist.all_to_all_single(received, rows, list(receive), list(send), group=process_group, async_op=True)
         return Transfer(rows, received, work)
 
