@@ -35,9 +35,9 @@ def check(plan: SpillPlan, counts: Counts, options: SpillOptions, *, slots: bool
     assert (plan.kept >= 0).all()
     np.testing.assert_array_equal(plan.sent.sum(axis=0), plan.quota)
     np.testing.assert_array_equal(plan.kept.sum(axis=0), plan.home_quota)
-    per_source = plan.kept.astype(np.int64)
-    np.add.at(per_source, (slice(None), plan.expert), plan.sent)
-    np.testing.assert_array_equal(per_source, counts)
+    by_expert = plan.kept.T.astype(np.int64)
+    np.add.at(by_expert, plan.expert, plan.sent.T)
+    np.testing.assert_array_equal(by_expert.T, counts)
 
     load = np.zeros(devices, np.int64)
     np.add.at(load, options.home, plan.home_quota)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from typing import TypeVar
 
 import numpy as np
 import pytest
@@ -15,6 +16,8 @@ from moeplan.solvers.errors import InfeasibleError, ProblemError
 from moeplan.solvers.spill import QuotaPlanner, SpillOptions, SpillPlan, solve_exactly, transfer_tokens
 
 from .cases import Counts, check, skewed
+
+T = TypeVar("T")
 
 
 def plan_of(counts: Counts, options: SpillOptions) -> SpillPlan:
@@ -30,7 +33,10 @@ def instances(draw: st.DrawFn) -> tuple[Counts, SpillOptions]:
     sources = draw(st.sampled_from([1, 2, devices, 2 * devices + 1]))
     integer = st.integers(0, draw(st.sampled_from([1, 5, 1000])))
     counts = np.array(draw(st.lists(integer, min_size=sources * experts, max_size=sources * experts)), np.int64)
-    per_device = lambda values: draw(st.lists(values, min_size=devices, max_size=devices))  # noqa: E731
+
+    def per_device(values: st.SearchStrategy[T]) -> list[T]:
+        return draw(st.lists(values, min_size=devices, max_size=devices))
+
     options = SpillOptions(
         home=np.array(draw(st.lists(st.integers(0, devices - 1), min_size=experts, max_size=experts))),
         spare=np.array(per_device(st.integers(0, 3))),

@@ -127,7 +127,7 @@ class LlepPlanner:
         shortfall = np.maximum(load - self.options.token_cap, 0)
         return SpillPlan(
             expert, device, quota, home_quota, sent.T, kept, load, shortfall,
-            makespan=float(load.max()), bound=balanced, balanced=balanced,
+            np.array([load.max(), balanced, balanced]),
         )  # fmt: skip
 
 
@@ -139,7 +139,7 @@ def _least_loaded(
 
     Where no device has room, the least loaded takes all that remains.
     """
-    best, forced = np.int64(-1), np.int64(-1)
+    best, forced = -1, -1
     for d in range(len(load)):
         if d == home:
             continue

@@ -1,19 +1,17 @@
 """Packing at a given target: which device hands how many tokens of which expert to which other device.
 
-Devices appear by *position*: sorted by domain, so that a domain is the range [low, high), and the experts of position p
+All arrays are one domain's; devices appear by *position* 0..n-1, and the tokens of the experts at home on position p
 are ``w[first[p]:first[p + 1]]``. A device may be loaded up to its limit at the target; what is above is its excess,
 what is below its room. A chunk moves tokens of one expert from a device with excess to one with room.
 
 The point of the method is what happens to room that the sender does not need. When the last spare slot of a receiver is
 used, the chunk fills all of its room even if the sender's excess is smaller: the sender then has that room itself, with
 its own slots still free, and the next device can use it. Each chunk thus settles one device exactly and no room is
-lost, unless no expert is large enough to carry it. (A star of home devices around each receiver, as in UltraEP and
-LLEP, loses it.) Room passed on that nobody needed in the end is returned by `take_back`.
+lost, unless no expert is large enough to carry it. (If only devices below the target receive, as in UltraEP and LLEP,
+the room is lost.) Room passed on that nobody needed in the end is returned by `take_back`.
 """
 
 from __future__ import annotations
-
-import numpy as np
 
 from moeplan.solvers.arrays import Float64, Int64
 from moeplan.solvers.kernel import kernel
@@ -25,9 +23,9 @@ __all__ = [
     "CHUNK_TOKENS",
     "RULES",
     "finish_time",
+    "go_home",
     "pack",
     "replay",
-    "start_at_home",
     "take_back",
 ]
 
@@ -45,76 +43,73 @@ _POSITIONS = 2**16
 def limit_at(target: float, speed: float, cap: int, received: int, transfer: float, memory: int) -> int:
     """Tokens that a device may compute within `target` and its memory, when it has received that many replicas."""
     within_time = max((target - transfer * received) * speed, 0.0)
-    return np.int64(min(within_time, float(cap - memory * received)))
+    return int(min(within_time, float(cap - memory * received)))
 
 
 @kernel
-def settle(
-    p: int,
+def standing(
     target: float,
-    spare: Int64,
-    cap: Int64,
-    speed: Float64,
-    costs: Float64,
-    load: Int64,
-    received: Int64,
-    room: Int64,
-    excess: Int64,
-) -> None:
-    """Recompute room and excess of position p. Room too small for a replica counts as none."""
-    transfer, memory, smallest = costs[0], np.int64(costs[1]), np.int64(costs[2])
-    excess[p] = max(load[p] - limit_at(target, speed[p], cap[p], received[p], transfer, memory), 0)
-    room[p] = 0
-    if received[p] < spare[p]:
-        free = limit_at(target, speed[p], cap[p], received[p] + 1, transfer, memory) - load[p]
-        if free >= smallest:
-            room[p] = free
+    load: int,
+    speed: float,
+    cap: int,
+    received: int,
+    spare: int,
+    transfer: float,
+    memory: int,
+    smallest: int,
+) -> tuple[int, int]:
+    """Excess of a device, and its room for one more replica; room too small for a replica counts as none."""
+    excess = max(load - limit_at(target, speed, cap, received, transfer, memory), 0)
+    if received >= spare:
+        return excess, 0
+    room = limit_at(target, speed, cap, received + 1, transfer, memory) - load
+    return excess, room if room >= smallest else 0
 
 
 @kernel
-def neediest(excess: Int64, low: int, high: int) -> int:
+def neediest(excess: Int64) -> int:
     """Position with the largest excess, -1 if none has any."""
-    word = np.int64(-1)
-    for p in range(low, high):
+    word = -1
+    for p in range(len(excess)):
         word = max(word, excess[p] * _POSITIONS + p)
-    return word % _POSITIONS if word >= _POSITIONS else np.int64(-1)
+    return word % _POSITIONS if word >= _POSITIONS else -1
 
 
 @kernel
-def receiver(room: Int64, low: int, high: int, need: int, largest: int, last_slot: Int64, wasteful: bool) -> int:
+def receiver(room: Int64, need: int, largest: int, received: Int64, spare: Int64, wasteful: bool) -> int:
     """Position that takes a chunk: the snuggest room for `need`, else the largest room; -1 if there is no room.
+
+    Room that the sender's largest expert cannot fill would be lost with the last spare slot: then the largest of the
+    rooms that are too small for `need` comes first, unless `wasteful`.
 
     Args:
         room: Room of each position.
-        low: First position of the domain.
-        high: End of the domain.
         need: Tokens that the sender would like to send, at most `largest`.
         largest: Tokens that the sender's largest expert can fill.
-        last_slot: Whether a position has one spare slot left.
-        wasteful: Accept a room that the chunk leaves partly unused for good even if a smaller one would be filled.
+        received: Replicas that each position has received.
+        spare: Its spare slots.
+        wasteful: Take the snuggest room whatever is lost.
     """
-    never = np.int64(2**62)
-    snug, full = never, np.int64(-1)
-    for p in range(low, high):
+    never = 2**62
+    snug, full = never, 0
+    for p in range(len(room)):
         word = room[p] * _POSITIONS + p
-        if room[p] >= need:
-            snug = min(snug, word)
-        else:
-            full = max(full, word)
-    fills = full >= _POSITIONS
-    if snug < never:
-        p = snug % _POSITIONS
-        if wasteful or not fills or not last_slot[p] or room[p] <= largest:
-            return p
-    return full % _POSITIONS if fills else np.int64(-1)
+        snug = min(snug, word if room[p] >= need else never)
+        full = max(full, word if room[p] < need else 0)
+    smaller = full % _POSITIONS if full >= _POSITIONS else -1
+    if snug == never:
+        return smaller
+    p = snug % _POSITIONS
+    loses = room[p] > largest and received[p] + 1 == spare[p]
+    return smaller if loses and smaller >= 0 and not wasteful else p
 
 
 @kernel
 def largest_expert(left: Int64, begin: int, end: int) -> int:
     """Index in [begin, end) of the expert with most tokens left, -1 for an empty range."""
-    best = np.int64(-1)
-    for i in range(begin, end):
-        if best < 0 or left[i] > left[best]:
+    best = begin if begin < end else -1
+    for i in range(begin + 1, end):
+        if left[i] > left[best]:
             best = i
     return best
 
@@ -129,21 +124,17 @@ def smallest_covering(left: Int64, begin: int, end: int, tokens: int, best: int)
 
 
 @kernel
-def start_at_home(w: Int64, first: Int64, load: Int64, received: Int64) -> None:
-    """The loads when every token stays at its expert's home."""
+def go_home(at_home: Int64, load: Int64, received: Int64) -> None:
+    """The state without replicas. (A loop: compiled slice assignment takes longer than the rest of a short call.)"""
     for p in range(len(load)):
-        load[p] = 0
+        load[p] = at_home[p]
         received[p] = 0
-        for i in range(first[p], first[p + 1]):
-            load[p] += w[i]
 
 
 @kernel
 def pack(
     target: float,
     rule: int,
-    low: int,
-    high: int,
     w: Int64,
     first: Int64,
     spare: Int64,
@@ -154,43 +145,40 @@ def pack(
     received: Int64,
     room: Int64,
     excess: Int64,
-    last_slot: Int64,
     left: Int64,
     chunks: Int64,
 ) -> tuple[int, int]:
-    """Move chunks inside one domain until no device exceeds its limit at `target`, or nothing more can move.
+    """Move chunks until no device exceeds its limit at `target`, or nothing more can move.
 
     Args:
         target: Time that no device should exceed, in tokens at speed 1.
         rule: 0 avoids lost room; 1 prefers finishing senders; 2 is 0 but sends the largest expert.
-        low: First position of the domain.
-        high: End of the domain.
-        w: int64[experts] tokens by position; read only.
-        first: int64[positions + 1].
-        spare: int64[positions], spare slots; cap: token caps; speed: speeds.
-        cap: int64[positions].
+        w: int64[experts], tokens of each expert; read only.
+        first: int64[positions + 1], experts of each position.
+        spare: int64[positions], spare slots.
+        cap: int64[positions], token caps.
         speed: float64[positions].
-        costs: float64[3], transfer tokens, replica tokens, fewest tokens of a chunk.
-        load: int64[positions]; in: loads at home, out: loads after the chunks. So is `received`.
-        received: Replicas received.
-        room: Scratch of one word per position; so are `excess` and `last_slot`.
-        excess: Scratch.
-        last_slot: Scratch.
-        left: int64[experts], out: tokens of each expert that are still at home.
+        costs: float64[3+], transfer tokens, replica tokens, fewest tokens of a chunk.
+        load: int64[positions], loads at home before, loads with the chunks after.
+        received: int64[positions], replicas received: 0 before.
+        room: int64[positions], scratch.
+        excess: int64[positions], scratch.
+        left: int64[experts], scratch: tokens of each expert that are still at home.
         chunks: int64[4, slots], out.
 
     Returns:
         Number of chunks, and tokens above the limits that could not be moved (0: the target is met).
     """
-    smallest = np.int64(costs[2])
-    for i in range(first[low], first[high]):
+    transfer, memory, smallest = costs[0], int(costs[1]), int(costs[2])
+    for i in range(first[0], first[-1]):
         left[i] = w[i]
-    for p in range(low, high):
-        settle(p, target, spare, cap, speed, costs, load, received, room, excess)
-        last_slot[p] = received[p] + 1 == spare[p]
-    count, stuck = 0, np.int64(0)
+    for p in range(len(load)):
+        excess[p], room[p] = standing(
+            target, load[p], speed[p], cap[p], received[p], spare[p], transfer, memory, smallest
+        )
+    count, stuck = 0, 0
     while True:
-        sender = neediest(excess, low, high)
+        sender = neediest(excess)
         if sender < 0:
             return count, stuck
         begin, end = first[sender], first[sender + 1]
@@ -201,28 +189,29 @@ def pack(
             continue
         largest = left[expert]
         need = max(excess[sender], smallest)
-        target_p = receiver(room, low, high, min(need, largest), largest, last_slot, rule == 1)
-        if target_p < 0:
-            for p in range(low, high):
+        taker = receiver(room, min(need, largest), largest, received, spare, rule == 1)
+        if taker < 0:
+            for p in range(len(excess)):
                 stuck += excess[p]
             return count, stuck
-        tokens = min(largest, room[target_p])
-        if not last_slot[target_p]:
+        tokens = min(largest, room[taker])
+        if received[taker] + 1 < spare[taker]:
             tokens = min(tokens, need)
         if rule != 2:
             expert = smallest_covering(left, begin, end, tokens, expert)
         chunks[CHUNK_EXPERT, count] = expert
         chunks[CHUNK_FROM, count] = sender
-        chunks[CHUNK_TO, count] = target_p
+        chunks[CHUNK_TO, count] = taker
         chunks[CHUNK_TOKENS, count] = tokens
         count += 1
         left[expert] -= tokens
         load[sender] -= tokens
-        load[target_p] += tokens
-        received[target_p] += 1
-        last_slot[target_p] = received[target_p] + 1 == spare[target_p]
-        settle(sender, target, spare, cap, speed, costs, load, received, room, excess)
-        settle(target_p, target, spare, cap, speed, costs, load, received, room, excess)
+        load[taker] += tokens
+        received[taker] += 1
+        for p in (sender, taker):
+            excess[p], room[p] = standing(
+                target, load[p], speed[p], cap[p], received[p], spare[p], transfer, memory, smallest
+            )
 
 
 @kernel
@@ -248,13 +237,13 @@ def take_back(
 ) -> int:
     """Return tokens to their home where it has room left at `target`; drop chunks that become empty.
 
-    Last chunk first: a device receives room from a chunk before it passes room on, so what a chunk returns can be
-    returned further by the earlier ones. Senders never gain load above their limit.
+    Last chunk first: a device passes room on before it is given room, so what a chunk returns can be returned further
+    by earlier ones. No device gains load above its limit.
 
     Returns:
         Number of chunks left; they keep their order.
     """
-    transfer, memory, smallest = costs[0], np.int64(costs[1]), np.int64(costs[2])
+    transfer, memory, smallest = costs[0], int(costs[1]), int(costs[2])
     for c in range(count - 1, -1, -1):
         p, q, tokens = chunks[CHUNK_FROM, c], chunks[CHUNK_TO, c], chunks[CHUNK_TOKENS, c]
         back = limit_at(target, speed[p], cap[p], received[p], transfer, memory) - load[p]
@@ -266,18 +255,18 @@ def take_back(
     kept = 0
     for c in range(count):
         if chunks[CHUNK_TOKENS, c] > 0:
-            chunks[:, kept] = chunks[:, c]
+            for row in range(4):
+                chunks[row, kept] = chunks[row, c]
             kept += 1
     return kept
 
 
 @kernel
-def finish_time(
-    low: int, high: int, cap: Int64, speed: Float64, costs: Float64, load: Int64, received: Int64
-) -> tuple[float, int]:
+def finish_time(cap: Int64, speed: Float64, costs: Float64, load: Int64, received: Int64) -> tuple[float, int]:
     """Largest device time of a domain, and tokens above its memory caps."""
-    worst, short = 0.0, np.int64(0)
-    for p in range(low, high):
+    worst, short = 0.0, 0
+    memory = int(costs[1])
+    for p in range(len(load)):
         worst = max(worst, load[p] / speed[p] + costs[0] * received[p])
-        short += max(load[p] + np.int64(costs[1]) * received[p] - cap[p], 0)
+        short += max(load[p] + memory * received[p] - cap[p], 0)
     return worst, short

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from moeplan.solvers.arrays import Int64
+from moeplan.solvers.arrays import Float64, Int64
 from moeplan.solvers.errors import InfeasibleError
 
 __all__ = ["SpillPlan"]
@@ -18,7 +18,8 @@ __all__ = ["SpillPlan"]
 class SpillPlan:
     """Transient replicas of one layer and micro-batch, and which source sends how many tokens where.
 
-    The arrays are views into the planner's workspace: the planner's next call overwrites them. `copy` keeps them.
+    The arrays are views into the planner's workspace, and the planner keeps the views: its next call overwrites the
+    plan. `copy` makes one that lasts.
 
     Attributes:
         expert: int64[replicas], expert of each transient replica.
@@ -30,9 +31,7 @@ class SpillPlan:
             and expert, `kept` and the `sent` of its replicas add up to the count.
         load: int64[devices], tokens that each device computes.
         shortfall: int64[devices], tokens by which a device exceeds its memory cap; all 0 if the plan is feasible.
-        makespan: Largest device time, in tokens at speed 1: load / speed + transfers.
-        bound: No plan within the same homes, spare slots and domains has a smaller makespan.
-        balanced: Tokens / total speed: the makespan if every device worked equally long.
+        times: float64[3], what `makespan`, `bound` and `balanced` return.
     """
 
     expert: Int64
@@ -43,14 +42,27 @@ class SpillPlan:
     kept: npt.NDArray[Any]
     load: Int64
     shortfall: Int64
-    makespan: float
-    bound: float
-    balanced: float
+    times: Float64
 
     @property
     def replicas(self) -> int:
         """Number of transient replicas."""
         return len(self.expert)
+
+    @property
+    def makespan(self) -> float:
+        """Largest device time, in tokens at speed 1: load / speed + transfers."""
+        return float(self.times[0])
+
+    @property
+    def bound(self) -> float:
+        """No plan with the same homes, spare slots and domains has a smaller makespan."""
+        return float(self.times[1])
+
+    @property
+    def balanced(self) -> float:
+        """Tokens / total speed: the makespan if every device worked equally long."""
+        return float(self.times[2])
 
     @property
     def imbalance(self) -> float:
@@ -59,14 +71,7 @@ class SpillPlan:
 
     def copy(self) -> SpillPlan:
         """The same plan in arrays of its own."""
-        return SpillPlan(
-            *(a.copy() for a in (self.expert, self.device, self.quota, self.home_quota, self.sent, self.kept)),
-            self.load.copy(),
-            self.shortfall.copy(),
-            self.makespan,
-            self.bound,
-            self.balanced,
-        )
+        return SpillPlan(*(getattr(self, field.name).copy() for field in fields(self)))
 
     def require_feasible(self) -> SpillPlan:
         """This plan, if it respects every memory cap.

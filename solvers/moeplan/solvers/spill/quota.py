@@ -11,15 +11,7 @@ from moeplan.solvers.arrays import Float64, Int64
 from moeplan.solvers.errors import ProblemError
 from moeplan.solvers.kernel import kernel
 from moeplan.solvers.spill.options import MAX_TOTAL, SpillOptions
-from moeplan.solvers.spill.packing import (
-    CHUNK_EXPERT,
-    CHUNK_TO,
-    CHUNK_TOKENS,
-    finish_time,
-    replay,
-    start_at_home,
-    take_back,
-)
+from moeplan.solvers.spill.packing import CHUNK_EXPERT, CHUNK_TO, CHUNK_TOKENS, finish_time, go_home
 from moeplan.solvers.spill.plan import SpillPlan
 from moeplan.solvers.spill.search import lower_bound, solve_domain
 from moeplan.solvers.spill.sourcing import source_tokens
@@ -29,15 +21,15 @@ __all__ = ["QuotaPlanner"]
 # Rows of the tables that carry a planner's arrays into its kernel. Each argument of a compiled function costs about
 # 0.1 us of unpacking per call, so arrays of one length share a table.
 _FIRST, _SPARE, _CAP, _DEVICE, _NODE, _OF_DEVICE, _OF_NODE = range(7)
-_AT_HOME, _LOAD, _RECEIVED, _ROOM, _EXCESS, _LAST_SLOT = range(6)
+_AT_HOME, _LOAD, _RECEIVED, _ROOM, _EXCESS = range(5)
 _TOKENS, _LEFT, _HEAD = range(3)
 _EXPERT, _HOST, _QUOTA, _FOLLOWING, _NEED = range(5)
 _OUT_LOAD, _OUT_SHORT = range(2)
-_REPLICAS, _MAKESPAN, _BOUND, _BALANCED = range(4)
+_REPLICAS, _TIMES = range(2)
 
 
 class QuotaPlanner:
-    """The `quota` policy with its workspace: nothing is allocated in a call but the views of the answer.
+    """The `quota` policy with its workspace, which all calls share: a call allocates nothing.
 
     Every rank that plans the same counts with equal options gets the same plan, bit for bit.
 
@@ -102,7 +94,7 @@ class QuotaPlanner:
                     options.threshold,
                 ]
             ),
-            np.zeros((6, devices), np.int64),
+            np.zeros((5, devices), np.int64),
             np.full((3, experts), -1, np.int64),
             np.zeros((2, 4, slots), np.int64),
         )
@@ -112,6 +104,7 @@ class QuotaPlanner:
         self._sent = np.zeros((layers, slots, sources), self.dtype)
         self._kept = np.zeros((layers, sources, experts), self.dtype)
         self._summary = np.zeros((layers, 4), np.float64)
+        self._views: list[dict[int, SpillPlan]] = [{} for _ in range(layers)]
 
     def plan(self, counts: npt.NDArray[Any]) -> SpillPlan:
         """The plan of one layer.
@@ -164,37 +157,47 @@ class QuotaPlanner:
                 f"layer {fault}",
                 f"must hold counts of at least 0 with a total of at most {MAX_TOTAL}",
             )
-        return shape[0]
+        return len(counts)
 
     def _view(self, layer: int) -> SpillPlan:
-        count, makespan, bound, balanced = self._summary[layer].tolist()
-        n = int(count)
-        replicas = self._replicas[layer]
-        return SpillPlan(
-            replicas[_EXPERT, :n],
-            replicas[_HOST, :n],
-            replicas[_QUOTA, :n],
-            self._home_quota[layer],
-            self._sent[layer, :n].T,
-            self._kept[layer],
-            self._devices[layer, _OUT_LOAD],
-            self._devices[layer, _OUT_SHORT],
-            makespan,
-            bound,
-            balanced,
-        )
+        """The views of a plan depend on nothing but its number of replicas, so each is made once."""
+        n = int(self._summary[layer, _REPLICAS])
+        plan = self._views[layer].get(n)
+        if plan is None:
+            replicas = self._replicas[layer]
+            plan = self._views[layer][n] = SpillPlan(
+                replicas[_EXPERT, :n],
+                replicas[_HOST, :n],
+                replicas[_QUOTA, :n],
+                self._home_quota[layer],
+                self._sent[layer, :n].T,
+                self._kept[layer],
+                self._devices[layer, _OUT_LOAD],
+                self._devices[layer, _OUT_SHORT],
+                self._summary[layer, _TIMES:],
+            )
+        return plan
 
 
 @kernel
 def _add_up(counts: npt.NDArray[Any], total: Int64) -> bool:
     """Tokens of each expert from all sources; False if a count is negative or the total too large."""
-    bits = np.int64(0)
-    total[:] = 0
+    bits = 0
+    for e in range(len(total)):
+        total[e] = 0
     for s in range(counts.shape[0]):
         for e in range(counts.shape[1]):
             total[e] += counts[s, e]
             bits |= counts[s, e]
-    return 0 <= bits <= MAX_TOTAL and total.sum() <= MAX_TOTAL
+    return bits >= 0 and bits <= MAX_TOTAL and total.sum() <= MAX_TOTAL
+
+
+@kernel
+def _loads_at_home(w: Int64, first: Int64, load: Int64) -> None:
+    for p in range(len(load)):
+        load[p] = 0
+        for i in range(first[p], first[p + 1]):
+            load[p] += w[i]
 
 
 @kernel
@@ -227,7 +230,7 @@ def _plan_layers(
         )  # fmt: skip
         source_tokens(
             counts[layer],
-            np.int64(summary[layer, _REPLICAS]),
+            int(summary[layer, _REPLICAS]),
             replicas[layer, _EXPERT],
             replicas[layer, _HOST],
             replicas[layer, _QUOTA],
@@ -264,49 +267,43 @@ def _plan_quotas(
     summary: Float64,
 ) -> None:
     """Replicas and quotas of one layer; `home_quota` holds the tokens of each expert and keeps what stays."""
-    first, spare, cap, device = table[_FIRST], table[_SPARE], table[_CAP], table[_DEVICE]
-    at_home, load, received = work[_AT_HOME], work[_LOAD], work[_RECEIVED]
-    w = expert_work[_TOKENS]
+    n = len(speed)
+    first, spare, cap, device = table[_FIRST, : n + 1], table[_SPARE, :n], table[_CAP, :n], table[_DEVICE, :n]
+    at_home, load, received, room, excess = work[_AT_HOME], work[_LOAD], work[_RECEIVED], work[_ROOM], work[_EXCESS]
+    w, left = expert_work[_TOKENS], expert_work[_LEFT]
     for i in range(len(order)):
         w[i] = home_quota[order[i]]
-    start_at_home(w, first, at_home, received)
-    floor, worst = 0.0, 0.0
-    short = np.int64(0)
+    _loads_at_home(w, first, at_home)
+    go_home(at_home, load, received)
+    floor = 0.0
     for k in range(len(domains) - 1):
-        low, high = domains[k], domains[k + 1]
-        floor = max(floor, lower_bound(low, high, spare, speed, at_home))
-        time, over = finish_time(low, high, cap, speed, costs, at_home, received)
-        worst, short = max(worst, time), short + over
+        d = slice(domains[k], domains[k + 1])
+        floor = max(floor, lower_bound(spare[d], speed[d], at_home[d]))
+    worst, short = finish_time(cap, speed, costs, load, received)
     balanced = at_home.sum() / speed.sum()
 
     count = 0
-    load[:] = at_home
     if short > 0 or worst > costs[4] * balanced:
-        worst = 0.0
         for k in range(len(domains) - 1):
             low, high = domains[k], domains[k + 1]
+            d = slice(low, high)
             best, found = solve_domain(
-                floor, low, high, w, first, spare, cap, speed, costs, at_home, load, received,
-                work[_ROOM], work[_EXCESS], work[_LAST_SLOT], expert_work[_LEFT], chunks,
+                floor, w, first[low : high + 1], spare[d], cap[d], speed[d], costs,
+                at_home[d], load[d], received[d], room[d], excess[d], left, chunks,
             )  # fmt: skip
-            load[low:high] = at_home[low:high]
-            received[low:high] = 0
-            replay(chunks[best], found, load, received)
-            time, over = finish_time(low, high, cap, speed, costs, load, received)
-            found = take_back(max(time, floor), chunks[best], found, cap, speed, costs, load, received)
-            time, over = finish_time(low, high, cap, speed, costs, load, received)
-            worst = max(worst, time)
             for c in range(found):
                 expert = order[chunks[best, CHUNK_EXPERT, c]]
                 replicas[_EXPERT, count] = expert
-                replicas[_HOST, count] = device[chunks[best, CHUNK_TO, c]]
+                replicas[_HOST, count] = device[low + chunks[best, CHUNK_TO, c]]
                 replicas[_QUOTA, count] = chunks[best, CHUNK_TOKENS, c]
                 home_quota[expert] -= chunks[best, CHUNK_TOKENS, c]
                 count += 1
-    for p in range(len(at_home)):
+        worst, short = finish_time(cap, speed, costs, load, received)
+    memory = int(costs[1])
+    for p in range(n):
         devices[_OUT_LOAD, device[p]] = load[p]
-        devices[_OUT_SHORT, device[p]] = max(load[p] + np.int64(costs[1]) * received[p] - cap[p], 0)
+        devices[_OUT_SHORT, device[p]] = max(load[p] + memory * received[p] - cap[p], 0)
     summary[_REPLICAS] = count
-    summary[_MAKESPAN] = worst
-    summary[_BOUND] = floor
-    summary[_BALANCED] = balanced
+    summary[_TIMES] = worst
+    summary[_TIMES + 1] = floor
+    summary[_TIMES + 2] = balanced

@@ -91,9 +91,11 @@ def source_tokens(
     """
     sources = len(counts)
     for s in range(sources):
-        kept[s] = counts[s]
+        for e in range(counts.shape[1]):
+            kept[s, e] = counts[s, e]
     for r in range(replicas - 1, -1, -1):
-        sent[r, :] = 0
+        for s in range(sources):
+            sent[r, s] = 0
         need[r] = quota[r]
         following[r] = head[expert[r]]
         head[expert[r]] = r
