@@ -123,8 +123,11 @@ def lower_bound(tokens: Int64, speed: Float64, capacity: Int32) -> Float64:
         float64[scenarios], tokens per unit of speed.
     """
     best = np.empty(len(tokens))
+    equal = (speed == speed[0]).all()
     for s in range(len(tokens)):
         best[s] = _bounds(tokens[s], speed, capacity).max()
+        if equal:  # tokens are whole, so the largest load of equal devices is too
+            best[s] = np.ceil(best[s] * speed[0] * (1 - 1e-14)) / speed[0]
     return best
 
 

@@ -24,7 +24,7 @@ class SolveParameters:
     """
 
     deadline_s: float | None = None
-    work_limit: int = 2_000
+    work_limit: int = 10_000
     target_gap: float = 1e-4
     seed: int = 0
 
