@@ -13,9 +13,9 @@ from torch.autograd.function import once_differentiable
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from moeplan.runtime_client.ffn import ExpertShape, feed_forward
-from moeplan.runtime_client.group import ExpertGroup, Traffic, beside, join
+from moeplan.runtime_client.group import ExpertGroup, Traffic
 from moeplan.runtime_client.routing import combine, dispatch, find_route, gather_counts
-from moeplan.runtime_client.sharding import Gathering, Placement, return_gradient, shard_width
+from moeplan.runtime_client.sharding import Gathering, Placement, Returning, shard_width
 from moeplan.runtime_client.split import Split, optimal_split, rank_flow
 from moeplan.solvers.layout import Layout
 
@@ -129,14 +129,15 @@ class FullyShardedExperts(nn.Module):
         fingerprint = placement.fingerprint ^ (follower._placement.fingerprint << 1 if follower else 0)
         counts = gather_counts(group, index, weight, self.experts, fingerprint & (2**62 - 1))
         gathering = self._take_ahead() or self._start(placement, "weights.forward")
+        this = _Pass(self, placement)
+        landed: Tensor = _Land.apply(self.shard, this)  # type: ignore[no-untyped-call]
         slots = placement.layout.slots
         quota = self.split(slots, counts.sum(axis=0))
         route = find_route(slots, *rank_flow(slots, quota, counts, group.rank), index)
         arrived = dispatch(group, route, rows, self.traffic)
         if follower is not None:
             follower.prefetch()
-        flat = self._weights(gathering)
-        this = _Pass(self, placement, flat)
+        flat: Tensor = _Gather.apply(landed, gathering, this)  # type: ignore[no-untyped-call]
         results = feed_forward(self.shape, flat, arrived, [route.rows[slot] for slot in placement.slots])
         if torch.is_grad_enabled() and results.requires_grad:
             results = this.guard(results, flat)
@@ -168,15 +169,6 @@ class FullyShardedExperts(nn.Module):
         place = self._order.index(self)
         return None if place + 1 == len(self._order) or _in_backward() else self._order[place + 1]
 
-    def _weights(self, gathering: Gathering) -> Tensor:
-        # On the side stream, so that autograd runs the backward of the gather there too, beside the layers below.
-        with beside(self.shard.device):
-            flat: Tensor = _Gather.apply(self.shard, self, gathering)  # type: ignore[no-untyped-call]
-        join(flat.device)
-        if flat.device.type == "cuda":
-            flat.record_stream(torch.cuda.current_stream(flat.device))
-        return flat
-
     def extra_repr(self) -> str:
         return f"experts={self.experts}, {self.shape}, rank={self.group.rank}/{self.group.size}"
 
@@ -195,13 +187,14 @@ def chain(layers: Sequence[FullyShardedExperts]) -> None:
 class _Pass:
     """One forward pass of a layer: frees its gathered weights, and brings them back for the backward pass."""
 
-    def __init__(self, layer: FullyShardedExperts, placement: Placement, flat: Tensor) -> None:
+    def __init__(self, layer: FullyShardedExperts, placement: Placement) -> None:
         self.layer = layer
         self.placement = placement
         self.freed = False
         self.arriving: Gathering | None = None
+        self.returning: Returning | None = None
         # Weak, because autograd alone decides how long the weights are wanted.
-        self.storage = StorageWeakRef(flat.untyped_storage())
+        self.storage: StorageWeakRef | None = None
         place = layer._order.index(layer)
         self.before = layer._order[place - 1]._latest if place else None
         layer._latest = self
@@ -223,7 +216,7 @@ class _Pass:
 
     def start(self) -> None:
         """Begin to gather the weights again, if they have been freed and are still wanted."""
-        if self.freed and self.arriving is None and not self.storage.expired():
+        if self.freed and self.arriving is None and self.storage and not self.storage.expired():
             self.arriving = self.layer._start(self.placement, "weights.backward")
 
     def restore(self, flat: Tensor) -> None:
@@ -232,7 +225,7 @@ class _Pass:
         Under activation checkpointing `flat` is not the tensor of this pass but a recomputed one, which is whole.
         """
         storage = flat.untyped_storage()
-        if not self.freed or storage._cdata != self.storage.cdata:
+        if not self.freed or self.storage is None or storage._cdata != self.storage.cdata:
             return
         self.start()
         assert self.arriving is not None, "the storage is alive, since `flat` refers to it"
@@ -241,26 +234,49 @@ class _Pass:
         self.arriving, self.freed = None, False
 
 
-class _Gather(torch.autograd.Function):
+class _Land(torch.autograd.Function):
+    """Identity on the shard; its backward adds up the gradients that have come back from the slots.
+
+    A node apart from `_Gather`, made before the dispatch, so that its backward runs last, and the gradients of weights
+    travel beside those of tokens.
+    """
+
     @staticmethod
-    def forward(ctx: Any, shard: Tensor, layer: FullyShardedExperts, gathering: Gathering) -> Tensor:
-        ctx.layer, ctx.placement = layer, gathering.placement
+    def forward(ctx: Any, shard: Tensor, this: _Pass) -> Tensor:
+        ctx.this = this
         ctx.save_for_backward(shard)
-        slots, width = len(gathering.placement.experts), layer.group.size * shard.shape[1]
+        return shard.view_as(shard)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor, None]:
+        this: _Pass = ctx.this
+        (shard,) = ctx.saved_tensors
+        assert this.returning is not None, "_Gather.backward has run"
+        gradient, this.returning = this.returning.finish(shard), None
+        return gradient, None
+
+
+class _Gather(torch.autograd.Function):
+    """The weights of this rank's slots; its backward sends their gradients to the owners."""
+
+    @staticmethod
+    def forward(ctx: Any, shard: Tensor, gathering: Gathering, this: _Pass) -> Tensor:
+        ctx.this, ctx.shape = this, shard.shape
+        layer = this.layer
+        slots, width = len(this.placement.experts), layer.group.size * shard.shape[1]
         flat = torch.empty(slots, width, dtype=layer.compute_dtype or shard.dtype, device=shard.device)
         gathering.finish(flat)
+        this.storage = StorageWeakRef(flat.untyped_storage())
         return flat
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        layer: FullyShardedExperts = ctx.layer
-        (shard,) = ctx.saved_tensors
-        return (
-            return_gradient(gradient, shard, ctx.placement, layer.group, layer.traffic, "gradients"),
-            None,
-            None,
-        )
+        this: _Pass = ctx.this
+        this.returning = Returning(gradient, this.placement, this.layer.group, this.layer.traffic)
+        # Only tells _Land to run; the true gradient is still travelling.
+        return gradient.new_zeros(()).expand(ctx.shape), None, None
 
 
 class _Restore(torch.autograd.Function):

@@ -12,7 +12,7 @@ from moeplan.runtime_client.group import ExpertGroup, Traffic, Transfer, beside,
 from moeplan.solvers.arrays import Int32, Int64
 from moeplan.solvers.spill import SpillPlan
 
-__all__ = ["Loan", "LoanBuffer", "Homes"]
+__all__ = ["Homes", "Loan", "LoanBuffer"]
 
 
 class Homes:
@@ -132,7 +132,14 @@ class LoanBuffer:
         )
 
     def lend(
-        self, loan: Loan, flat: Tensor, into: Tensor, group: ExpertGroup, traffic: Traffic, purpose: str, contents: object
+        self,
+        loan: Loan,
+        flat: Tensor,
+        into: Tensor,
+        group: ExpertGroup,
+        traffic: Traffic,
+        purpose: str,
+        contents: object,
     ) -> None:
         """Start the transfer of a loan. Every rank calls it at the same point, also with nothing to give or take.
 
@@ -164,24 +171,17 @@ class LoanBuffer:
             self._transfer = None
 
 
-def return_loan(
-    gradient: Tensor, loan: Loan, like: Tensor, group: ExpertGroup, traffic: Traffic
-) -> Tensor | None:
-    """Send the gradients of borrowed replicas back and add up those of each expert, in float32 or wider.
+def add_up_loan(received: Tensor, loan: Loan, like: Tensor) -> Tensor | None:
+    """The sum of the returned gradients of each expert, taken in float32 or wider.
 
     Args:
-        gradient: [borrowed, elements].
+        received: [lent, elements], in the order of ``loan.rows``.
         loan: What was lent.
         like: [owned, elements], the experts of this rank.
-        group: The ranks.
-        traffic: Counter of the bytes sent.
 
     Returns:
         [owned, elements] in the dtype of `like`; None if this rank lent nothing.
     """
-    received = group.exchange(
-        gradient, loan.take, loan.give, weights=True, traffic=traffic, purpose="gradients"
-    ).wait()
     if not len(loan.rows):
         return None
     total = torch.zeros(like.shape, dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)

@@ -15,7 +15,7 @@ from torch import Tensor
 from moeplan.runtime_client.group import ExpertGroup, Traffic, Transfer, beside, join
 from moeplan.solvers.layout import EMPTY, Layout
 
-__all__ = ["Gathering", "Placement", "return_gradient", "shard_width"]
+__all__ = ["Gathering", "Placement", "Returning", "shard_width"]
 
 
 def shard_width(elements: int, size: int) -> int:
@@ -109,33 +109,53 @@ class Gathering:
             self._transfer = None
 
 
-def return_gradient(
-    gradient: Tensor, like: Tensor, placement: Placement, group: ExpertGroup, traffic: Traffic, purpose: str
-) -> Tensor:
-    """Send the gradients of this rank's slots to their owners and add up the replicas of each expert.
-
-    The sum is taken in float32 (float64 for double parameters) in the order of devices and slots, so it is the same
-    in every run.
+class Returning:
+    """Gradients of this rank's slots, on their way to the owners.
 
     Args:
         gradient: [filled slots, N * width].
-        like: [experts, width], the shard.
         placement: The layout that the slots were gathered by.
         group: The ranks.
         traffic: Counter of the bytes sent.
-        purpose: Key in `traffic`.
-
-    Returns:
-        [experts, width] in the dtype of `like`.
     """
-    slots, width = len(gradient), like.shape[1]
-    packed = gradient.view(slots, group.size, width).transpose(0, 1).reshape(group.size * slots, width)
-    transfer = group.exchange(
-        packed, [slots] * group.size, placement.filled, weights=True, traffic=traffic, purpose=purpose
-    )
-    received = transfer.wait()
-    total = torch.zeros(like.shape, dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
-    for rows in placement.rounds:
-        # One replica of each expert at a time: an index never repeats, so the order of the sum is fixed.
-        total.index_add_(0, placement.replicas[rows], received[rows].to(total.dtype))
-    return total.to(like.dtype)
+
+    def __init__(self, gradient: Tensor, placement: Placement, group: ExpertGroup, traffic: Traffic) -> None:
+        self._placement = placement
+        self._gradient = gradient  # read on the side stream, so it must not be freed before
+        slots, width = len(gradient), gradient.shape[1] // group.size
+        with beside(gradient.device):
+            packed = gradient.view(slots, group.size, width).transpose(0, 1).reshape(group.size * slots, width)
+            self._transfer = group.exchange(
+                packed,
+                [slots] * group.size,
+                placement.filled,
+                weights=True,
+                traffic=traffic,
+                purpose="gradients",
+            )
+
+    def finish(self, like: Tensor) -> Tensor:
+        """Wait, and add up the replicas of each expert.
+
+        The sum is taken in float32 (float64 for double parameters) in the order of devices and slots, so it is the
+        same in every run.
+
+        Args:
+            like: [experts, width], the shard.
+
+        Returns:
+            [experts, width] in the dtype of `like`.
+        """
+        placement = self._placement
+        with beside(like.device):
+            received = self._transfer.wait()
+            total = torch.zeros(like.shape, dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
+            for rows in placement.rounds:
+                # One replica of each expert at a time: an index never repeats, so the order of the sum is fixed.
+                part = received.index_select(0, rows).to(total.dtype)
+                total.index_add_(0, placement.replicas.index_select(0, rows), part)
+            total = total.to(like.dtype)
+        join(like.device)
+        if like.device.type == "cuda":
+            total.record_stream(torch.cuda.current_stream(like.device))
+        return total

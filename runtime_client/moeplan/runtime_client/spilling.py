@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from moeplan.runtime_client.ffn import ExpertShape, feed_forward
-from moeplan.runtime_client.group import ExpertGroup, Traffic
-from moeplan.runtime_client.lending import Homes, Loan, LoanBuffer, return_loan
+from moeplan.runtime_client.group import ExpertGroup, Traffic, Transfer, beside, join
+from moeplan.runtime_client.lending import Homes, Loan, LoanBuffer, add_up_loan
 from moeplan.runtime_client.routing import combine, dispatch, find_route, gather_counts
 from moeplan.solvers.arrays import Int64
 from moeplan.solvers.spill import QuotaPlanner, SpillOptions, SpillPlan
@@ -120,6 +119,7 @@ class ResidentExperts(nn.Module):
         lending = _Lending(self, loan) if loan.total else None
         if lending is not None:
             lending.start("weights.forward")
+            landed: Tensor = _Land.apply(self.flat, lending)  # type: ignore[no-untyped-call]
         route = find_route(loan.slots, loan.sent, loan.received, index)
         arrived = dispatch(group, route, rows, self.traffic)
 
@@ -127,9 +127,12 @@ class ResidentExperts(nn.Module):
         at_home, away = route.rows[:owned], route.rows[width : width + loan.borrowed]
         own = self.flat if self.compute_dtype is None else self.flat.to(self.compute_dtype)
         own_rows, lent_rows = arrived.split([sum(at_home), sum(away)])
+        if lending is not None:
+            # Made before the experts at home run, so that its backward, which other ranks wait for, runs after theirs.
+            lent: Tensor = _Lend.apply(landed, lending)  # type: ignore[no-untyped-call]
         results = feed_forward(self.shape, own, own_rows, at_home)
         if lending is not None:
-            lent: Tensor = _Lend.apply(self.flat, lending)  # type: ignore[no-untyped-call]
+            self.buffer.wait()
             spilled = feed_forward(self.shape, lent, lent_rows, away)
             if spilled.requires_grad:
                 spilled = _Repeat.apply(spilled, lent, lending)  # type: ignore[no-untyped-call]
@@ -150,13 +153,12 @@ class _Lending:
         self.layer = layer
         self.loan = loan
         self.contents = layer, layer.passes, loan.identity
+        self.returning: Transfer | None = None
         self.into = layer.buffer.view(loan.borrowed, layer.flat, layer.compute_dtype or layer.flat.dtype)
 
     def start(self, purpose: str) -> None:
         layer = self.layer
-        layer.buffer.lend(
-            self.loan, layer.flat, self.into, layer.group, layer.traffic, purpose, contents=self.contents
-        )
+        layer.buffer.lend(self.loan, layer.flat, self.into, layer.group, layer.traffic, purpose, contents=self.contents)
 
     def repeat(self) -> None:
         """Start the transfer again, unless no other loan has been in the buffer since."""
@@ -164,21 +166,55 @@ class _Lending:
             self.start("weights.backward")
 
 
-class _Lend(torch.autograd.Function):
+class _Land(torch.autograd.Function):
+    """Identity on the weights at home; its backward adds up the gradients that have come back from loans.
+
+    A node apart from `_Lend`, made before the dispatch, so that its backward runs last, and the gradients of weights
+    travel beside those of tokens.
+    """
+
     @staticmethod
     def forward(ctx: Any, flat: Tensor, lending: _Lending) -> Tensor:
         ctx.lending = lending
         ctx.save_for_backward(flat)
-        lending.layer.buffer.wait()
+        return flat.view_as(flat)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, None]:
+        lending: _Lending = ctx.lending
+        (flat,) = ctx.saved_tensors
+        assert lending.returning is not None, "_Lend.backward has run"
+        device = flat.device
+        with beside(device):
+            total = add_up_loan(lending.returning.wait(), lending.loan, flat)
+        join(device)
+        if total is not None and device.type == "cuda":
+            total.record_stream(torch.cuda.current_stream(device))
+        lending.returning = None
+        return total, None
+
+
+class _Lend(torch.autograd.Function):
+    """The buffer of transient replicas, which may still be on their way; its backward sends their gradients home."""
+
+    @staticmethod
+    def forward(ctx: Any, flat: Tensor, lending: _Lending) -> Tensor:
+        ctx.lending, ctx.shape = lending, flat.shape
         # `data`: autograd need not know that the buffer is written again, as a backward pass finds its own loan in it.
         return lending.into.data
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None]:
-        (flat,) = ctx.saved_tensors
-        layer: ResidentExperts = ctx.lending.layer
-        return return_loan(gradient, ctx.lending.loan, flat, layer.group, layer.traffic), None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        lending: _Lending = ctx.lending
+        layer, loan = lending.layer, lending.loan
+        with beside(gradient.device):
+            lending.returning = layer.group.exchange(
+                gradient, loan.take, loan.give, weights=True, traffic=layer.traffic, purpose="gradients"
+            )
+        # Only tells _Land to run; the true gradient is still travelling.
+        return gradient.new_zeros(()).expand(ctx.shape), None
 
 
 class _Repeat(torch.autograd.Function):

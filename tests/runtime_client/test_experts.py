@@ -1,26 +1,31 @@
-"""Fully sharded experts against a dense model in one process, in double precision, on real gloo groups."""
+"""Fully sharded and resident experts against a dense model in one process, in double precision, over gloo."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from moeplan.runtime_client.errors import LayoutMismatchError, RouterError
 from moeplan.runtime_client.ffn import ExpertShape
 from moeplan.runtime_client.fsep import FullyShardedExperts, chain
 from moeplan.runtime_client.group import ExpertGroup
+from moeplan.runtime_client.lending import LoanBuffer
+from moeplan.runtime_client.spilling import ResidentExperts, SpillPlanner
 from moeplan.runtime_client.split import even_split, optimal_split
 from moeplan.solvers.arrays import Int32, Int64
+from moeplan.solvers.errors import InfeasibleError
 from moeplan.solvers.layout import Layout
+from moeplan.solvers.spill import LlepPlanner, QuotaPlanner, SpillOptions
 
 Launch = Callable[..., list[Any]]
+Layer = FullyShardedExperts | ResidentExperts
 TOLERANCE = 1e-12
 
 
@@ -115,27 +120,60 @@ def random_cases(seed: int, size: int, cases: int) -> Iterator[tuple[np.random.G
         yield rng, shape, int(rng.integers(1, 8))
 
 
-def train_and_compare(cases: int) -> int:
-    """Random layers through three optimizer steps, the layout and the split changing at each."""
+def make_sharded(
+    rng: np.random.Generator, shape: ExpertShape, experts: int, group: ExpertGroup
+) -> Sequence[Layer]:
+    split = (even_split, random_split, optimal_split(np.ones(group.size)))[int(rng.integers(3))]
+    reshard = bool(rng.random() < 0.5)
+    layers = [
+        FullyShardedExperts(shape, experts, group, split=split, reshard=reshard, dtype=torch.float64) for _ in range(2)
+    ]
+    if rng.random() < 0.7:
+        chain(layers)
+    return layers
+
+
+def make_resident(
+    rng: np.random.Generator, shape: ExpertShape, experts: int, group: ExpertGroup
+) -> Sequence[Layer]:
+    """Homes anywhere, so that ranks may own nothing, and planners of both kinds."""
+    home = rng.integers(group.size, size=experts)
+    options = SpillOptions.uniform(experts, group.size, int(rng.integers(4)), home=home)
+    planner: SpillPlanner
+    if rng.random() < 0.5:
+        planner = QuotaPlanner(options, group.size)
+    else:
+        planner = LlepPlanner(options, group.size, min_tokens=1, threshold=1.0)
+    buffer = LoanBuffer()
+    return [
+        ResidentExperts(shape, experts, group, planner=planner, buffer=buffer, dtype=torch.float64) for _ in range(2)
+    ]
+
+
+def train_and_compare(kind: str, cases: int) -> int:
+    """Random pairs of layers through three optimizer steps; the demand changes at each, and so do layouts.
+
+    Returns:
+        The bytes that this rank lent or gathered, so that the caller can see that weights did travel.
+    """
     group = make_group()
+    travelled = 0
     for rng, shape, experts in random_cases(1, group.size, cases):
-        split = (even_split, random_split, optimal_split(np.ones(group.size)))[int(rng.integers(3))]
-        reshard = bool(rng.random() < 0.5)
-        layers = [
-            FullyShardedExperts(shape, experts, group, split=split, reshard=reshard, dtype=torch.float64)
-            for _ in range(2)
-        ]
-        if rng.random() < 0.7:
-            chain(layers)
+        layers: Sequence[Layer]
+        if kind == "sharded":
+            layers = make_sharded(rng, shape, experts, group)
+        else:
+            layers = make_resident(rng, shape, experts, group)
         reference = torch.from_numpy(rng.standard_normal((2, experts, shape.elements))).requires_grad_()
-        for layer, flat in zip(layers, reference, strict=True):
-            layer.load_experts(0, flat)
+        for nth, layer in enumerate(layers):
+            layer.load_experts(0, reference[nth].detach())
         ours = torch.optim.AdamW([p for layer in layers for p in layer.parameters()], lr=0.01)
         theirs = torch.optim.AdamW([reference], lr=0.01)
         for _ in range(3):
             batch = random_batch(rng, group.size, shape, experts)
             for layer in layers:
-                layer.layout = random_layout(rng, experts, group.size)
+                if isinstance(layer, FullyShardedExperts):
+                    layer.layout = random_layout(rng, experts, group.size)
             mine = batch.part(group.rank)
             hidden, weight = (x.clone().requires_grad_() for x in (batch.hidden, batch.weight))
             first = dense(shape, reference[0], hidden, batch.index, weight)
@@ -150,34 +188,38 @@ def train_and_compare(cases: int) -> int:
             (actual * batch.target[mine]).sum().backward()
 
             close(actual, expected[mine])
-            assert hidden.grad is not None
-            assert my_hidden.grad is not None
-            close(my_hidden.grad, hidden.grad[mine])
-            assert weight.grad is not None
-            assert my_weight.grad is not None
-            close(my_weight.grad, weight.grad[mine])
-            assert reference.grad is not None
-            compare_shards(layers, [layer.shard.grad for layer in layers], reference.grad, group)
+            close(gradient_of(my_hidden), gradient_of(hidden)[mine])
+            close(gradient_of(my_weight), gradient_of(weight)[mine])
+            for nth, layer in enumerate(layers):
+                compare_weights(layer, gradient_of(next(layer.parameters())), gradient_of(reference)[nth])
             ours.step()
             theirs.step()
-            compare_shards(layers, [layer.shard.detach() for layer in layers], reference.detach(), group)
-    return cases
+            for nth, layer in enumerate(layers):
+                compare_weights(layer, next(layer.parameters()), reference[nth])
+        travelled += sum(layer.traffic["weights.forward"] for layer in layers)
+    return travelled
 
 
-def compare_shards(
-    layers: list[FullyShardedExperts], shards: list[Tensor | None], flat: Tensor, group: ExpertGroup
-) -> None:
-    for layer, shard, whole in zip(layers, shards, flat, strict=True):
-        assert shard is not None
-        width = layer.shard.shape[1]
-        columns = slice(group.rank * width, (group.rank + 1) * width)
-        padded = torch.nn.functional.pad(whole, (0, width * group.size - whole.shape[1]))
-        close(shard, padded[:, columns])
+def gradient_of(tensor: Tensor) -> Tensor:
+    assert tensor.grad is not None
+    return tensor.grad
 
 
+def compare_weights(layer: Layer, own: Tensor, flat: Tensor) -> None:
+    """This rank's part of the weights, or of their gradients, against the whole."""
+    if isinstance(layer, ResidentExperts):
+        close(own, flat[layer.homes.owned])
+        return
+    width, size = layer.shard.shape[1], layer.group.size
+    padded = torch.nn.functional.pad(flat, (0, width * size - flat.shape[1]))
+    close(own, padded[:, layer.group.rank * width : (layer.group.rank + 1) * width])
+
+
+@pytest.mark.parametrize("kind", ["sharded", "resident"])
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
-def test_outputs_gradients_and_steps_equal_a_dense_model(ranks: Launch, size: int) -> None:
-    assert ranks(size, train_and_compare, 12) == [12] * size
+def test_outputs_gradients_and_steps_equal_a_dense_model(ranks: Launch, size: int, kind: str) -> None:
+    travelled = ranks(size, train_and_compare, kind, 12)
+    assert (sum(travelled) > 0) == (size > 1)
 
 
 def count_traffic() -> list[dict[str, int]]:
@@ -204,43 +246,73 @@ def test_traffic_is_slots_times_expert_bytes(ranks: Launch) -> None:
         assert resharded["weights.forward"] == resharded["weights.backward"] == resharded["gradients"] == one_pass
 
 
-def recompute(use_reentrant: bool) -> dict[str, int]:
-    """Two chained layers under activation checkpointing give the gradients of the plain pass."""
+def recompute(kind: str, use_reentrant: bool, together: bool) -> dict[str, int]:
+    """Two layers under activation checkpointing, each for itself or both together, give the plain pass's gradients."""
     group = make_group()
     rng = np.random.default_rng(3)
     shape, experts = ExpertShape(6, 4), 5
-    layers = [FullyShardedExperts(shape, experts, group, dtype=torch.float64) for _ in range(2)]
-    chain(layers)
+    layers: Sequence[Layer]
+    if kind == "sharded":
+        sharded = [FullyShardedExperts(shape, experts, group, dtype=torch.float64) for _ in range(2)]
+        chain(sharded)
+        for first in sharded:
+            first.layout = random_layout(rng, experts, group.size)
+        layers = sharded
+    else:
+        planner, buffer = QuotaPlanner(SpillOptions.uniform(experts, group.size, 2), group.size), LoanBuffer()
+        layers = [
+            ResidentExperts(shape, experts, group, planner=planner, buffer=buffer, dtype=torch.float64)
+            for _ in range(2)
+        ]
     for layer in layers:
         layer.load_experts(0, torch.from_numpy(rng.standard_normal((experts, shape.elements))))
-        layer.layout = random_layout(rng, experts, group.size)
     batch = random_batch(rng, group.size, shape, experts)
     mine = batch.part(group.rank)
 
-    def run(through: Callable[..., Any]) -> list[Tensor]:
-        hidden = batch.hidden[mine].clone().requires_grad_()
-        out = hidden
-        for layer in layers:
-            layer.shard.grad = None
-            out = out + through(layer, out, batch.index[mine], batch.weight[mine])
-        (out * batch.target[mine]).sum().backward()
-        gradients = [hidden.grad, *(layer.shard.grad for layer in layers)]
-        return [gradient for gradient in gradients if gradient is not None]
+    def one(layer: nn.Module, hidden: Tensor) -> Tensor:
+        return hidden + layer(hidden, batch.index[mine], batch.weight[mine])  # type: ignore[no-any-return]
 
-    plain = run(lambda layer, *arguments: layer(*arguments))
-    for layer in layers:
-        layer.traffic.clear()
-    again = run(lambda *arguments: checkpoint(*arguments, use_reentrant=use_reentrant))
-    for actual, expected in zip(again, plain, strict=True):
+    def both(hidden: Tensor) -> Tensor:
+        return one(layers[1], one(layers[0], hidden))
+
+    def gradients(forward: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        hidden = batch.hidden[mine].clone().requires_grad_()
+        for layer in layers:
+            layer.zero_grad()
+            layer.traffic.clear()
+        (forward(hidden) * batch.target[mine]).sum().backward()
+        return [gradient_of(hidden), *(gradient_of(p).clone() for layer in layers for p in layer.parameters())]
+
+    def checkpointed(hidden: Tensor) -> Tensor:
+        if together:
+            return checkpoint(both, hidden, use_reentrant=use_reentrant)  # type: ignore[no-any-return]
+        for layer in layers:
+            hidden = checkpoint(one, layer, hidden, use_reentrant=use_reentrant)
+        return hidden
+
+    plain = gradients(both)
+    for actual, expected in zip(gradients(checkpointed), plain, strict=True):
         close(actual, expected)
     return dict(layers[0].traffic)
 
 
+@pytest.mark.parametrize("together", [False, True])
 @pytest.mark.parametrize("use_reentrant", [False, True])
-def test_activation_checkpointing_keeps_gradients_and_adds_one_gather(ranks: Launch, use_reentrant: bool) -> None:
-    traffic = ranks(3, recompute, use_reentrant)
+def test_activation_checkpointing_keeps_gradients_and_adds_one_gather(
+    ranks: Launch, use_reentrant: bool, together: bool
+) -> None:
+    traffic = ranks(3, recompute, "sharded", use_reentrant, together)
     assert sum(rank["weights.forward"] for rank in traffic) == 2 * sum(rank["gradients"] for rank in traffic)
     assert all("weights.backward" not in rank for rank in traffic)
+
+
+@pytest.mark.parametrize("together", [False, True])
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_activation_checkpointing_keeps_gradients_of_spilled_experts(
+    ranks: Launch, use_reentrant: bool, together: bool
+) -> None:
+    traffic = ranks(3, recompute, "resident", use_reentrant, together)
+    assert sum(rank["gradients"] for rank in traffic) > 0
 
 
 def interleave() -> None:
@@ -262,8 +334,7 @@ def interleave() -> None:
     layer.layout = random_layout(rng, experts, group.size)
     for loss in losses:
         loss.backward()
-    assert flat.grad is not None
-    compare_shards([layer], [layer.shard.grad], flat.grad[None], group)
+    compare_weights(layer, gradient_of(layer.shard), gradient_of(flat))
 
 
 def test_a_layout_is_frozen_from_forward_to_backward(ranks: Launch) -> None:
@@ -336,3 +407,36 @@ def test_refuses_a_layout_that_does_not_fit() -> None:
         layer.layout = Layout.contiguous(5, np.array([5]))
     with pytest.raises(ValueError, match="twice"):
         layer.layout = Layout(np.array([[0, 1, 2, 3, 0]]), 4)
+
+
+def lend(hot: bool) -> tuple[int, int]:
+    """Bytes lent by this rank, and tokens that came to it, with all tokens on one expert or evenly spread."""
+    group = make_group()
+    planner = QuotaPlanner(SpillOptions.uniform(4, group.size, 1), group.size)
+    layer = ResidentExperts(ExpertShape(4, 3), 4, group, planner=planner)
+    with torch.no_grad():
+        index = torch.zeros(8, 1, dtype=torch.int64) if hot else torch.arange(8)[:, None] % 4
+        layer(torch.ones(8, 4), index, torch.ones(8, 1))
+    return layer.traffic["weights.forward"], layer.traffic["tokens.forward"]
+
+
+def test_weights_are_lent_only_where_it_pays(ranks: Launch) -> None:
+    expert_bytes = 4 * ExpertShape(4, 3).elements
+    assert [weights for weights, _ in ranks(2, lend, False)] == [0, 0]
+    # The owner of expert 0 lends it, so that the other rank computes its own tokens, and none travel.
+    assert ranks(2, lend, True) == [(expert_bytes, 0), (0, 0)]
+
+
+def exceed_token_cap() -> str:
+    group = make_group()
+    planner = QuotaPlanner(SpillOptions.uniform(2, group.size, 1, token_cap=5), group.size)
+    layer = ResidentExperts(ExpertShape(4, 3), 2, group, planner=planner)
+    with pytest.raises(InfeasibleError) as caught:
+        layer(torch.ones(8, 4), torch.zeros(8, 1, dtype=torch.int64), torch.ones(8, 1))
+    return str(caught.value)
+
+
+def test_a_token_cap_that_no_plan_keeps_is_reported_on_every_rank(ranks: Launch) -> None:
+    told = ranks(2, exceed_token_cap)
+    assert told[0] == told[1]
+    assert "exceeds the cap by" in told[0]
