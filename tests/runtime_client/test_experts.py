@@ -120,9 +120,7 @@ def random_cases(seed: int, size: int, cases: int) -> Iterator[tuple[np.random.G
         yield rng, shape, int(rng.integers(1, 8))
 
 
-def make_sharded(
-    rng: np.random.Generator, shape: ExpertShape, experts: int, group: ExpertGroup
-) -> Sequence[Layer]:
+def make_sharded(rng: np.random.Generator, shape: ExpertShape, experts: int, group: ExpertGroup) -> Sequence[Layer]:
     split = (even_split, random_split, optimal_split(np.ones(group.size)))[int(rng.integers(3))]
     reshard = bool(rng.random() < 0.5)
     layers = [
@@ -133,9 +131,7 @@ def make_sharded(
     return layers
 
 
-def make_resident(
-    rng: np.random.Generator, shape: ExpertShape, experts: int, group: ExpertGroup
-) -> Sequence[Layer]:
+def make_resident(rng: np.random.Generator, shape: ExpertShape, experts: int, group: ExpertGroup) -> Sequence[Layer]:
     """Homes anywhere, so that ranks may own nothing, and planners of both kinds."""
     home = rng.integers(group.size, size=experts)
     options = SpillOptions.uniform(experts, group.size, int(rng.integers(4)), home=home)

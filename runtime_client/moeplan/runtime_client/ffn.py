@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 __all__ = ["ExpertShape", "feed_forward", "join_weights", "split_weights"]
 
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": functional.silu,
-    "gelu": functional.gelu,
-    "relu": functional.relu,
+_ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]] = {
+    "silu": (functional.silu, torch.ops.aten.silu_backward),
+    "gelu": (functional.gelu, torch.ops.aten.gelu_backward),
+    "relu": (functional.relu, lambda gradient, x: torch.ops.aten.threshold_backward(gradient, x, 0)),
 }
-
+"""Forward, and backward from the gradient and the input."""
 
 _HAS_GROUPED = hasattr(functional, "grouped_mm")
 
@@ -95,41 +97,112 @@ def feed_forward(shape: ExpertShape, flat: Tensor, rows: Tensor, counts: Sequenc
     Returns:
         [sum(counts), hidden] in the dtype of `rows`.
     """
-    dtype = rows.dtype
-    with torch.autocast(rows.device.type, enabled=False):
-        rows = rows.to(flat.dtype)
-        if len(counts) == 0:
-            return (rows + flat.sum() * 0).to(dtype)
+    result: Tensor = _FeedForward.apply(flat, rows.to(flat.dtype), shape, list(counts))  # type: ignore[no-untyped-call]
+    return result.to(rows.dtype)
+
+
+class _FeedForward(torch.autograd.Function):
+    """The network with its own backward, which writes the gradients of all matrices into one flat tensor.
+
+    Autograd's would gather them from their pieces in two more copies of the weights. Of the activations it keeps only
+    the first product, from which the backward computes the rest again.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, flat: Tensor, rows: Tensor, shape: ExpertShape, counts: list[int]) -> Tensor:
         inner, outer = split_weights(shape, flat)
-        multiply = _grouped if _groups(rows, inner, outer) else _each
-        hidden = multiply(rows, inner, counts)
-        act = _ACTIVATIONS[shape.activation]
-        if shape.gated:
-            gate, up = hidden.chunk(2, dim=1)
-            hidden = act(gate) * up
-        else:
-            hidden = act(hidden)
-        return multiply(hidden, outer, counts).to(dtype)
+        ctx.shape, ctx.products = shape, _products(rows, inner, outer)(counts, rows.device)
+        with _plain(rows):
+            first = ctx.products.forward(rows, inner)
+            results: Tensor = ctx.products.forward(_activate(shape, first), outer)
+        ctx.save_for_backward(flat, rows, first)
+        return results
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        flat, rows, first = ctx.saved_tensors
+        shape, products = ctx.shape, ctx.products
+        inner, outer = split_weights(shape, flat)
+        to_flat = torch.empty_like(flat)
+        to_flat[:, shape.elements :] = 0
+        to_inner, to_outer = split_weights(shape, to_flat)
+        gradient = gradient.contiguous()
+        with _plain(rows):
+            products.to_weights(gradient, _activate(shape, first), to_outer)
+            to_first = _activate_backward(shape, first, products.to_rows(gradient, outer))
+            products.to_weights(to_first, rows, to_inner)
+            return to_flat, products.to_rows(to_first, inner), None, None
 
 
-def _each(rows: Tensor, weights: Tensor, counts: Sequence[int]) -> Tensor:
-    parts = zip(rows.split(list(counts)), weights.unbind(), strict=True)
-    return torch.cat([functional.linear(part, weight) for part, weight in parts])
+def _plain(rows: Tensor) -> torch.autocast:
+    return torch.autocast(rows.device.type, enabled=False)
 
 
-def _grouped(rows: Tensor, weights: Tensor, counts: Sequence[int]) -> Tensor:
-    ends = torch.tensor(counts, dtype=torch.int32).cumsum(0, dtype=torch.int32).to(rows.device, non_blocking=True)
-    return functional.grouped_mm(rows, weights.transpose(1, 2), offs=ends)
+def _activate(shape: ExpertShape, first: Tensor) -> Tensor:
+    forward, _ = _ACTIVATIONS[shape.activation]
+    if not shape.gated:
+        return forward(first)
+    gate, up = first.chunk(2, dim=1)
+    return forward(gate).mul_(up)
 
 
-def _groups(rows: Tensor, *weights: Tensor) -> bool:
-    """Whether torch has a grouped product for these operands: bfloat16 on CUDA, rows 16-byte aligned."""
-    if (
-        rows.device.type != "cuda"
-        or rows.dtype != torch.bfloat16
-        or not hasattr(functional, "grouped_mm")
-        or not len(rows)
-    ):
-        return False
-    aligned = (rows.data_ptr() % 16, rows.shape[1] % 8, *(extent % 8 for w in weights for extent in w.stride()[:2]))
-    return not any(aligned) and all(w.data_ptr() % 16 == 0 for w in weights)
+def _activate_backward(shape: ExpertShape, first: Tensor, gradient: Tensor) -> Tensor:
+    forward, backward = _ACTIVATIONS[shape.activation]
+    if not shape.gated:
+        return backward(gradient, first)
+    gate, up = first.chunk(2, dim=1)
+    result = torch.empty_like(first)
+    torch.mul(gradient, forward(gate), out=result[:, shape.width :])
+    result[:, : shape.width] = backward(gradient.mul_(up), gate)
+    return result
+
+
+class _Each:
+    """Products of rows with the matrices of their replicas, one replica after the other."""
+
+    def __init__(self, counts: list[int], device: torch.device) -> None:
+        self.counts = counts
+
+    def forward(self, rows: Tensor, weights: Tensor) -> Tensor:
+        """``rows @ weight.T``: [rows, outputs] from weights [replicas, outputs, inputs]."""
+        return self.to_rows(rows, weights.transpose(1, 2))
+
+    def to_rows(self, rows: Tensor, weights: Tensor) -> Tensor:
+        """``rows @ weight``."""
+        result = rows.new_empty(len(rows), weights.shape[2])
+        for part, weight, out in zip(rows.split(self.counts), weights, result.split(self.counts), strict=True):
+            torch.mm(part, weight, out=out)
+        return result
+
+    def to_weights(self, gradient: Tensor, rows: Tensor, out: Tensor) -> None:
+        """``gradient.T @ rows`` of each replica, into out [replicas, outputs, inputs]."""
+        parts = zip(gradient.split(self.counts), rows.split(self.counts), out, strict=True)
+        for gradient_part, part, weight in parts:
+            torch.mm(gradient_part.T, part, out=weight)
+
+
+class _Grouped:
+    """The same products in one kernel each."""
+
+    def __init__(self, counts: list[int], device: torch.device) -> None:
+        ends = torch.tensor(counts, dtype=torch.int32).cumsum(0, dtype=torch.int32)
+        self.ends = ends.to(device, non_blocking=True)
+
+    def forward(self, rows: Tensor, weights: Tensor) -> Tensor:
+        return functional.grouped_mm(rows, weights.transpose(1, 2), offs=self.ends)
+
+    def to_rows(self, rows: Tensor, weights: Tensor) -> Tensor:
+        return functional.grouped_mm(rows, weights, offs=self.ends)
+
+    def to_weights(self, gradient: Tensor, rows: Tensor, out: Tensor) -> None:
+        out.copy_(functional.grouped_mm(gradient.T, rows, offs=self.ends))
+
+
+def _products(rows: Tensor, *weights: Tensor) -> type[_Each] | type[_Grouped]:
+    """Grouped where torch has a fast kernel for the operands: bfloat16 on CUDA, matrices 16-byte aligned."""
+    if rows.device.type != "cuda" or rows.dtype != torch.bfloat16 or not _HAS_GROUPED:
+        return _Each
+    if not len(rows) or not all(len(w) and w.data_ptr() % 16 == 0 and w.stride(0) % 8 == 0 for w in weights):
+        return _Each
+    return _Grouped if all(w.shape[1] % 8 == 0 and w.shape[2] % 8 == 0 for w in weights) else _Each

@@ -171,27 +171,17 @@ class LoanBuffer:
             self._transfer = None
 
 
-def add_up_loan(received: Tensor, loan: Loan, like: Tensor) -> Tensor | None:
-    """The sum of the returned gradients of each expert, taken in float32 or wider.
+def add_loan(gradient: Tensor, returned: Tensor, loan: Loan) -> None:
+    """Add the gradients that came back from borrowers to those of the experts at home, in float32 or wider.
 
     Args:
-        received: [lent, elements], in the order of ``loan.rows``.
+        gradient: [owned, elements], changed in place.
+        returned: [lent, elements], in the order of ``loan.rows``.
         loan: What was lent.
-        like: [owned, elements], the experts of this rank.
-
-    Returns:
-        [owned, elements] in the dtype of `like`; None if this rank lent nothing.
     """
-    if not len(loan.rows):
-        return None
-    total = torch.zeros(like.shape, dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
-    order = np.argsort(loan.rows, kind="stable")
-    first = np.searchsorted(loan.rows[order], loan.rows[order], side="left")
-    nth = np.arange(len(order)) - first
-    for turn in range(int(nth.max()) + 1):
-        # One loan of each expert at a time: an index never repeats, so the order of the sum is fixed.
-        positions = order[nth == turn]
-        rows = torch.from_numpy(loan.rows[positions]).to(like.device, non_blocking=True)
-        source = torch.from_numpy(positions).to(like.device, non_blocking=True)
-        total.index_add_(0, rows, received.index_select(0, source).to(total.dtype))
-    return total.to(like.dtype)
+    wide = torch.promote_types(gradient.dtype, torch.float32)
+    for row in np.unique(loan.rows).tolist():
+        total = gradient[row].to(wide)
+        for position in np.flatnonzero(loan.rows == row).tolist():
+            total += returned[position]
+        gradient[row] = total

@@ -149,8 +149,10 @@ class Returning:
         placement = self._placement
         with beside(like.device):
             received = self._transfer.wait()
-            total = torch.zeros(like.shape, dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
-            for rows in placement.rounds:
+            first, *others = placement.rounds
+            # Every expert has a replica, so the first round holds each of them once, in order.
+            total = received.index_select(0, first).to(torch.promote_types(like.dtype, torch.float32))
+            for rows in others:
                 # One replica of each expert at a time: an index never repeats, so the order of the sum is fixed.
                 part = received.index_select(0, rows).to(total.dtype)
                 total.index_add_(0, placement.replicas.index_select(0, rows), part)

@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from moeplan.runtime_client.ffn import ExpertShape, feed_forward
 from moeplan.runtime_client.group import ExpertGroup, Traffic, Transfer, beside, join
-from moeplan.runtime_client.lending import Homes, Loan, LoanBuffer, add_up_loan
+from moeplan.runtime_client.lending import Homes, Loan, LoanBuffer, add_loan
 from moeplan.runtime_client.routing import combine, dispatch, find_route, gather_counts
 from moeplan.solvers.arrays import Int64
 from moeplan.solvers.spill import QuotaPlanner, SpillOptions, SpillPlan
@@ -117,19 +117,20 @@ class ResidentExperts(nn.Module):
         counts = gather_counts(group, index, weight, self.experts)
         loan = Loan.of(self.planner.plan(counts).require_feasible(), self.homes, group.rank)
         lending = _Lending(self, loan) if loan.total else None
+        home: Tensor = self.flat
         if lending is not None:
             lending.start("weights.forward")
-            landed: Tensor = _Land.apply(self.flat, lending)  # type: ignore[no-untyped-call]
+            home = _Land.apply(home, lending)  # type: ignore[no-untyped-call]
         route = find_route(loan.slots, loan.sent, loan.received, index)
         arrived = dispatch(group, route, rows, self.traffic)
 
         owned, width = len(self.homes.owned), self.homes.slots.shape[1]
         at_home, away = route.rows[:owned], route.rows[width : width + loan.borrowed]
-        own = self.flat if self.compute_dtype is None else self.flat.to(self.compute_dtype)
+        own = home if self.compute_dtype is None else home.to(self.compute_dtype)
         own_rows, lent_rows = arrived.split([sum(at_home), sum(away)])
         if lending is not None:
             # Made before the experts at home run, so that its backward, which other ranks wait for, runs after theirs.
-            lent: Tensor = _Lend.apply(landed, lending)  # type: ignore[no-untyped-call]
+            lent: Tensor = _Lend.apply(home, lending)  # type: ignore[no-untyped-call]
         results = feed_forward(self.shape, own, own_rows, at_home)
         if lending is not None:
             self.buffer.wait()
@@ -167,7 +168,7 @@ class _Lending:
 
 
 class _Land(torch.autograd.Function):
-    """Identity on the weights at home; its backward adds up the gradients that have come back from loans.
+    """Identity on the weights at home; its backward adds the gradients that have come back from loans.
 
     A node apart from `_Lend`, made before the dispatch, so that its backward runs last, and the gradients of weights
     travel beside those of tokens.
@@ -176,23 +177,21 @@ class _Land(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, flat: Tensor, lending: _Lending) -> Tensor:
         ctx.lending = lending
-        ctx.save_for_backward(flat)
+        ctx.save_for_backward(flat)  # so that weights that change between forward and backward are an error
         return flat.view_as(flat)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         lending: _Lending = ctx.lending
-        (flat,) = ctx.saved_tensors
+        _ = ctx.saved_tensors
         assert lending.returning is not None, "_Lend.backward has run"
-        device = flat.device
-        with beside(device):
-            total = add_up_loan(lending.returning.wait(), lending.loan, flat)
-        join(device)
-        if total is not None and device.type == "cuda":
-            total.record_stream(torch.cuda.current_stream(device))
+        with beside(gradient.device):
+            # In place: the gradient comes from the experts at home, which made it for nobody else.
+            add_loan(gradient, lending.returning.wait(), lending.loan)
+        join(gradient.device)
         lending.returning = None
-        return total, None
+        return gradient, None
 
 
 class _Lend(torch.autograd.Function):
@@ -200,21 +199,20 @@ class _Lend(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, flat: Tensor, lending: _Lending) -> Tensor:
-        ctx.lending, ctx.shape = lending, flat.shape
+        ctx.lending = lending
         # `data`: autograd need not know that the buffer is written again, as a backward pass finds its own loan in it.
         return lending.into.data
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None]:
         lending: _Lending = ctx.lending
         layer, loan = lending.layer, lending.loan
         with beside(gradient.device):
             lending.returning = layer.group.exchange(
                 gradient, loan.take, loan.give, weights=True, traffic=layer.traffic, purpose="gradients"
             )
-        # Only tells _Land to run; the true gradient is still travelling.
-        return gradient.new_zeros(()).expand(ctx.shape), None
+        return None, None  # it is still travelling; _Land adds it
 
 
 class _Repeat(torch.autograd.Function):
