@@ -70,9 +70,9 @@ def sglang_planner(name: str) -> ModuleType:
             check=True,
         )
         with zipfile.ZipFile(next(CACHE.glob("sglang-*.whl"))) as wheel:
-            for module in ("deepseek", "deepseek_vec"):
-                text = wheel.read(f"sglang/srt/eplb/eplb_algorithms/{module}.py")
-                (CACHE / f"{module}.py").write_bytes(text)
+            for source in ("deepseek", "deepseek_vec"):
+                text = wheel.read(f"sglang/srt/eplb/eplb_algorithms/{source}.py")
+                (CACHE / f"{source}.py").write_bytes(text)
     spec = importlib.util.spec_from_file_location(f"sglang_{name}", path)
     assert spec is not None
     assert spec.loader is not None

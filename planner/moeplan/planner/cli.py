@@ -24,6 +24,7 @@ trace_app = typer.Typer(no_args_is_help=True, help="Look at recorded routing.")
 app.add_typer(trace_app, name="trace")
 
 BAD_INPUT = 2
+WORK_LIMIT = SolveParameters().work_limit
 
 
 class Format(StrEnum):
@@ -114,7 +115,7 @@ def plan(
     current: Annotated[Path | None, typer.Option(help="Plan file in force, from which moves are counted.")] = None,
     max_moves: MaxMoves = None,
     deadline_ms: Deadline = None,
-    work_limit: Work = SolveParameters().work_limit,
+    work_limit: Work = WORK_LIMIT,
     seed: Seed = 0,
     output: Output = Format.TABLE,
 ) -> None:
@@ -177,7 +178,7 @@ def compare(
     groups: Groups = 1,
     max_moves: MaxMoves = None,
     deadline_ms: Deadline = None,
-    work_limit: Work = SolveParameters().work_limit,
+    work_limit: Work = WORK_LIMIT,
     seed: Seed = 0,
     output: Output = Format.TABLE,
 ) -> None:
@@ -189,7 +190,8 @@ def compare(
     """
     from moeplan.planner.compare import Setting
     from moeplan.planner.compare import compare as judge
-    from moeplan.planner.terminal import progress, show_table, status
+    from moeplan.planner.comparison_table import show_comparison
+    from moeplan.planner.terminal import progress, status
     from moeplan.planner.trace import Trace
     from moeplan.solvers.policy import find
 
@@ -216,32 +218,10 @@ def compare(
     if output is Format.JSON:
         _print_json(result)
         return
-    show_table(
+    show_comparison(
         f"{trace.name}: plan from {window} steps, judge on the next, every {every} steps "
         f"({opened.experts} experts, {devices} devices, {slots} slots each)",
-        [
-            "imbalance",
-            "on the window",
-            "next step, even split",
-            "next step, best split",
-            "(p95)",
-            "proven gap",
-            "moved",
-            "ms/layer",
-        ],
-        [
-            [
-                row["policy"],
-                f"{row['fitted']['mean']:.4f}",
-                f"{row['next_step']['even']['mean']:.4f}",
-                f"{row['next_step']['optimal']['mean']:.4f}",
-                f"{row['next_step']['optimal']['p95']:.4f}",
-                f"{row['gap_to_bound']['mean']:.2%}",
-                f"{row['moved_fraction']['mean']:.1%}",
-                f"{row['plan_ms_per_layer']['p50']:.1f}",
-            ]
-            for row in result["policies"]
-        ],
+        result,
     )
 
 
