@@ -89,7 +89,7 @@ def test_caps_minimum_chunks_and_transfers_match_cp_sat(seed: int) -> None:
     assert exact.optimal
     plan = plan_of(counts, options)
     assert not plan.shortfall.any()
-    assert exact.makespan <= plan.makespan <= 1.03 * exact.makespan
+    assert plan.bound <= exact.makespan <= plan.makespan <= 1.03 * exact.makespan
 
 
 def test_unequal_speeds_match_cp_sat() -> None:

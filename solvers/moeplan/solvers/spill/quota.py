@@ -278,7 +278,7 @@ def _plan_quotas(
     floor = 0.0
     for k in range(len(domains) - 1):
         d = slice(domains[k], domains[k + 1])
-        floor = max(floor, lower_bound(spare[d], speed[d], at_home[d]))
+        floor = max(floor, lower_bound(spare[d], cap[d], speed[d], at_home[d]))
     worst, short = finish_time(cap, speed, costs, load, received)
     balanced = at_home.sum() / speed.sum()
 
