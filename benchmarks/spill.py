@@ -254,7 +254,7 @@ def zipf_counts(experts: int, ranks: int, ratio: float, *, tokens: int, top_k: i
 def zipf_weights(experts: int, ranks: int, power: float) -> npt.NDArray[np.float64]:
     each = experts // ranks
     weights = np.outer(np.arange(1, ranks + 1) ** -power, np.arange(1, each + 1) ** -4.0).ravel()
-    return weights / weights.sum()  # type: ignore[no-any-return]
+    return weights / weights.sum()
 
 
 def chance_of_choice(weights: npt.NDArray[np.float64], top_k: int) -> npt.NDArray[np.float64]:

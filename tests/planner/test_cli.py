@@ -163,3 +163,21 @@ def test_missing_files_are_explained(tmp_path: Path) -> None:
     for current in ("none.json", "plan.json"):
         done = moeplan("plan", path, "--devices", 4, "--slots", 3, "--current", tmp_path / current, code=2)
         assert "moeplan plan" in done.stderr
+
+
+def test_compare_exact_answers_as_documented() -> None:
+    done = moeplan(
+        *("compare", TRACE, "--exact", "--devices", 24, "--spare", 1, "--every", 30, "--format", "json"),
+    )
+    rows = {row["policy"]: row for row in json.loads(done.stdout)["policies"]}
+    assert list(rows) == ["static", "llep", "quota"]
+    for row in rows.values():
+        assert row.keys() == {"policy", "imbalance", "replicas", "us_per_call", "remote_fraction"}
+        assert 1 <= row["imbalance"]["mean"] <= row["imbalance"]["max"]
+        assert 0 < row["remote_fraction"]["mean"] < 1
+    assert rows["static"]["replicas"]["max"] == 0
+    assert 0 < rows["quota"]["replicas"]["max"] <= 24
+    assert rows["quota"]["imbalance"]["mean"] < rows["static"]["imbalance"]["mean"]
+    near = moeplan("compare", TRACE, "--exact", "--devices", 16, "--domain", 4, "--policies", "quota", "--every", 60)
+    assert "us/layer" in near.stdout
+    assert "--slots" in moeplan("compare", TRACE, "--devices", 16, code=2).stderr
