@@ -194,15 +194,17 @@ def _topology(options: SpillOptions, source_device: Int64) -> tuple[Int64, Int64
 
 
 @kernel
-def _add_up(counts: npt.NDArray[Any], total: Int64) -> bool:
-    """Tokens of each expert from all sources; False if a count is negative or the total too large."""
+def _add_up(counts: npt.NDArray[Any], total: Int64, copy: npt.NDArray[Any]) -> bool:
+    """Tokens of each expert from all sources, and a copy; False if a count is negative or the total too large."""
     bits = 0
     for e in range(len(total)):
         total[e] = 0
     for s in range(counts.shape[0]):
         for e in range(counts.shape[1]):
-            total[e] += counts[s, e]
-            bits |= counts[s, e]
+            tokens = counts[s, e]
+            total[e] += tokens
+            copy[s, e] = tokens
+            bits |= tokens
     return bits >= 0 and bits <= MAX_TOTAL and total.sum() <= MAX_TOTAL
 
 
@@ -236,7 +238,7 @@ def _plan_layers(
 ) -> int:
     """Plan every layer; -1, or the first layer whose counts are invalid. The tables' rows are named at the top."""
     for layer in range(len(counts)):
-        if not _add_up(counts[layer], home_quota[layer]):
+        if not _add_up(counts[layer], home_quota[layer], kept[layer]):
             return layer
         _plan_quotas(
             experts[0], table, speed, domains, costs, work, expert_work, chunks,
