@@ -266,7 +266,7 @@ def recompute(kind: str, use_reentrant: bool, together: bool) -> dict[str, int]:
     mine = batch.part(group.rank)
 
     def one(layer: nn.Module, hidden: Tensor) -> Tensor:
-        return hidden + layer(hidden, batch.index[mine], batch.weight[mine])  # type: ignore[no-any-return]
+        return hidden + layer(hidden, batch.index[mine], batch.weight[mine])
 
     def both(hidden: Tensor) -> Tensor:
         return one(layers[1], one(layers[0], hidden))
@@ -281,7 +281,7 @@ def recompute(kind: str, use_reentrant: bool, together: bool) -> dict[str, int]:
 
     def checkpointed(hidden: Tensor) -> Tensor:
         if together:
-            return checkpoint(both, hidden, use_reentrant=use_reentrant)  # type: ignore[no-any-return]
+            return checkpoint(both, hidden, use_reentrant=use_reentrant)
         for layer in layers:
             hidden = checkpoint(one, layer, hidden, use_reentrant=use_reentrant)
         return hidden

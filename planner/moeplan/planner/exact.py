@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from time import perf_counter_ns
-from typing import Any, Protocol
+from typing import Any, Protocol, TypedDict
 
 import numpy as np
 import numpy.typing as npt
@@ -13,10 +13,26 @@ import numpy.typing as npt
 from moeplan.solvers import ProblemError
 from moeplan.solvers.spill import LlepPlanner, QuotaPlanner, SpillOptions, SpillPlan
 
-__all__ = ["EXACT_POLICIES", "compare_exact"]
+__all__ = ["EXACT_POLICIES", "ExactComparison", "compare_exact"]
 
 EXACT_POLICIES = ("static", "llep", "quota")
 """Names that `compare_exact` knows."""
+
+
+class ExactRow(TypedDict):
+    """What was measured of one policy; see `compare_exact`."""
+
+    policy: str
+    imbalance: dict[str, float]
+    replicas: dict[str, float]
+    us_per_call: dict[str, float]
+    remote_fraction: dict[str, float | None]
+
+
+class ExactComparison(TypedDict):
+    """The answer of `compare_exact`."""
+
+    policies: list[ExactRow]
 
 
 class _Planner(Protocol):
@@ -30,7 +46,7 @@ def compare_exact(
     *,
     every: int = 1,
     on_plan: Callable[[], None] = lambda: None,
-) -> dict[str, object]:
+) -> ExactComparison:
     """Plan every layer of every `every`-th step with each policy and summarise what came out.
 
     `static` leaves all tokens at home; `llep` has the paper's parameters (alpha 1, m 1024, lambda 1.3) and no limit of
@@ -79,7 +95,7 @@ def _planner(name: str, options: SpillOptions, sources: int, dtype: np.dtype[Any
 
 def _judge(
     name: str, counts: npt.NDArray[Any], dtype: np.dtype[Any], options: SpillOptions, on_plan: Callable[[], None]
-) -> dict[str, object]:
+) -> ExactRow:
     sources = counts.shape[2]
     planner = _planner(name, options, sources, dtype)
     source_device = options.source_device(sources)

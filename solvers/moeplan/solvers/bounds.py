@@ -124,8 +124,14 @@ def lower_bound(tokens: Int64, speed: Float64, capacity: Int32) -> Float64:
     """
     best = np.empty(len(tokens))
     equal = (speed == speed[0]).all()
+    devices = len(speed)
+    # With this many spare slots the average is attainable (see `sliding_window`), so no bound exceeds it.
+    perfect = equal and (capacity == capacity[0]).all() and tokens.shape[1] <= devices * (capacity[0] - 1) + 1
     for s in range(len(tokens)):
-        best[s] = _bounds(tokens[s], speed, capacity).max()
+        if perfect:
+            best[s] = tokens[s].sum() / speed.sum()
+        else:
+            best[s] = _bounds(tokens[s], speed, capacity).max()
         if equal:  # tokens are whole, so the largest load of equal devices is too
             best[s] = np.ceil(best[s] * speed[0] * (1 - 1e-14)) / speed[0]
     return best

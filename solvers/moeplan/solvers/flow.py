@@ -50,6 +50,33 @@ def host_table(slots: Int32, experts: int, most: int) -> tuple[Int32, Int32]:
     return host, count
 
 
+SHORT = 24
+"""Hosts up to which insertion sort is the fastest, and allocates nothing."""
+
+
+@kernel
+def _ascending(hosts: Int32, n: int, width: int, speed: Float64, load: Int64, order: Int32) -> None:
+    """Order the hosts by load per speed, ties as they come: ``order[i]`` is the index of the i-th lowest."""
+    if n > SHORT:
+        level = np.empty(n)
+        for i in range(n):
+            d = hosts[i] // width
+            level[i] = load[d] / speed[d]
+        order[:n] = np.argsort(level, kind="mergesort")
+        return
+    for i in range(n):
+        d = hosts[i] // width
+        key = load[d] / speed[d]
+        j = i
+        while j > 0:
+            other = hosts[order[j - 1]] // width
+            if load[other] / speed[other] <= key:
+                break
+            order[j] = order[j - 1]
+            j -= 1
+        order[j] = i
+
+
 @kernel
 def pour(
     tokens: int, hosts: Int32, n: int, width: int, speed: Float64, quota: Int64, load: Int64, order: Int32
@@ -70,17 +97,7 @@ def pour(
         quota[hosts[0]] = tokens
         load[hosts[0] // width] += tokens
         return
-    for i in range(n):  # hosts by ascending load per speed
-        d = hosts[i] // width
-        key = load[d] / speed[d]
-        j = i
-        while j > 0:
-            other = hosts[order[j - 1]] // width
-            if load[other] / speed[other] <= key:
-                break
-            order[j] = order[j - 1]
-            j -= 1
-        order[j] = i
+    _ascending(hosts, n, width, speed, load, order)
     total = float(tokens)
     capacity = 0.0
     level = 0.0
@@ -103,18 +120,12 @@ def pour(
         quota[position] = share
         load[d] += share
         left -= share
-    while left > 0:  # fewer tokens than hosts remain, unless speeds differ by orders of magnitude
-        best = -1
-        best_level = 0.0
+    while left > 0:  # whole tokens: those left are fewer than the hosts, unless rounding went against us
         for i in range(used):
-            d = hosts[order[i]] // width
-            after = (load[d] + 1) / speed[d]
-            if best < 0 or after < best_level:
-                best = hosts[order[i]]
-                best_level = after
-        quota[best] += 1
-        load[best // width] += 1
-        left -= 1
+            if left > 0:
+                quota[hosts[order[i]]] += 1
+                load[hosts[order[i]] // width] += 1
+                left -= 1
 
 
 @kernel
@@ -172,6 +183,15 @@ def waterfill(
 
 
 @kernel
+def _no_room_below(level: float, load: Int64, speed: Float64) -> bool:
+    """Whether all devices together cannot compute the tokens with every load per speed below `level`."""
+    room = 0
+    for d in range(len(load)):
+        room += int(np.ceil(level * speed[d])) - 1 - load[d]
+    return room < 0
+
+
+@kernel
 def augment(
     slots: Int32,
     host: Int32,
@@ -204,17 +224,21 @@ def augment(
         Largest load per speed.
     """
     devices = len(load)
+    mean = load.sum() / speed.sum()
     queue = np.empty(devices, np.int32)
     while True:
         top = most_loaded(load, speed)
         level = load[top] / speed[top]
+        if _no_room_below(level, load, speed):
+            tight[:] = True
+            return level
         tight[:] = False
         tight[top] = True
         queue[0] = top
         head, tail = 0, 1
         target = -1
         lowest = level
-        while head < tail:
+        while head < tail and lowest > mean:  # below the mean is low enough
             d = queue[head]
             head += 1
             for position in range(d * width, (d + 1) * width):

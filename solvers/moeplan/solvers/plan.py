@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from moeplan.solvers.arrays import Float64
-from moeplan.solvers.bounds import lower_bound
 from moeplan.solvers.cost import Cost
 from moeplan.solvers.layout import Layout
 from moeplan.solvers.moves import Moves
@@ -56,7 +55,7 @@ def imbalance(problem: Problem, split: Split) -> Float64:
 
 def bound(problem: Problem) -> Float64:
     """float64[scenarios]: the least imbalance that any layout and split could have; see `bounds`."""
-    return _relative(problem, lower_bound(problem.loads, problem.cluster.speed, problem.capacity))
+    return _relative(problem, problem.lower_bound)
 
 
 def _relative(problem: Problem, level: Float64) -> Float64:

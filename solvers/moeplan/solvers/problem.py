@@ -8,6 +8,7 @@ from functools import cached_property
 import numpy as np
 
 from moeplan.solvers.arrays import Float64, Int32, Int64, integers
+from moeplan.solvers.bounds import lower_bound
 from moeplan.solvers.cluster import Cluster
 from moeplan.solvers.demand import Demand
 from moeplan.solvers.errors import InfeasibleError, ProblemError
@@ -139,6 +140,11 @@ class Problem:
         if self.cluster.memory_bytes is not None and per_replica:
             room = np.minimum(room, self.cluster.memory_bytes // per_replica)
         return integers("capacity", room, ndim=1, dtype=np.int32)
+
+    @cached_property
+    def lower_bound(self) -> Float64:
+        """float64[scenarios]: no layout and split has a smaller largest load per speed; see `bounds`."""
+        return lower_bound(self.loads, self.cluster.speed, self.capacity)
 
     @property
     def spare(self) -> int:

@@ -54,7 +54,8 @@ def check(plan: SpillPlan, counts: Counts, options: SpillOptions, *, slots: bool
     np.testing.assert_array_equal(over, plan.shortfall)
     time = load / options.speed + options.transfer_tokens * received
     assert plan.makespan == max(time)
-    assert plan.bound <= plan.makespan * (1 + 1e-12)
+    if not plan.shortfall.any():
+        assert plan.bound <= plan.makespan * (1 + 1e-12)
     at_home = np.bincount(options.home, weights=tokens, minlength=devices)
     if not np.maximum(at_home - options.token_cap, 0).any():
         assert plan.makespan <= (at_home / options.speed).max()

@@ -30,8 +30,8 @@ def test_tokens_are_conserved_and_no_pair_is_listed_twice(
 
 
 def test_a_worked_example() -> None:
-    # Capacity 100. Expert 0 (250 tokens): 100 stay... but its home also awaits expert 1 (30), so 70 stay. The other 180
-    # go to the least loaded device: 2 (nothing expected) takes 100, then 1 (expected 20) takes 80.
+    # Capacity 100. The home of expert 0 still expects 30 tokens of expert 1, so 70 of 250 stay. The least loaded device
+    # is 2, which expects nothing and takes 100; device 1 expects 20 and takes the last 80.
     counts = np.array([[250, 30, 15, 5, 0, 0]])
     options = SpillOptions.uniform(6, 3, 0)
     plan = LlepPlanner(options, 1, min_tokens=1).plan(counts)

@@ -71,6 +71,20 @@ def test_small_instances_reach_the_optimum_of_cp_sat(seed: int, spare: int) -> N
     assert plan.bound <= exact.makespan
 
 
+def test_cp_sat_starts_from_a_hint_and_knows_what_is_infeasible() -> None:
+    options = SpillOptions.uniform(24, 6, 1)
+    counts = skewed(4, 6, 24, 2048)
+    plan = plan_of(counts, options)
+    hinted = solve_exactly(counts, options, time_limit_s=5, hint=plan)
+    assert plan.bound <= hinted.bound <= hinted.makespan <= plan.makespan
+    assert hinted.share is not None
+    np.testing.assert_array_equal(hinted.share.sum(axis=1), counts.sum(axis=0))
+    tight = SpillOptions.uniform(8, 4, 2, token_cap=799)
+    nothing = solve_exactly(np.full((4, 8), 100), tight, time_limit_s=5)
+    assert nothing.infeasible
+    assert nothing.share is None
+
+
 def test_medium_instances_are_not_worse_than_cp_sat_with_a_time_limit() -> None:
     options = SpillOptions.uniform(32, 8, 1)
     counts = skewed(3, 8, 32, 4096, skew=0.7)
@@ -89,7 +103,7 @@ def test_caps_minimum_chunks_and_transfers_match_cp_sat(seed: int) -> None:
     assert exact.optimal
     plan = plan_of(counts, options)
     assert not plan.shortfall.any()
-    assert exact.makespan <= plan.makespan <= 1.03 * exact.makespan
+    assert plan.bound <= exact.makespan <= plan.makespan <= 1.03 * exact.makespan
 
 
 def test_unequal_speeds_match_cp_sat() -> None:

@@ -107,7 +107,7 @@ class LlepPlanner:
         quota = share[expert, device]
         slots = len(expert)
         sent = np.zeros((slots, self.sources), counts.dtype)
-        kept = np.zeros_like(counts)
+        kept = counts.copy()
         source_tokens(
             counts,
             slots,

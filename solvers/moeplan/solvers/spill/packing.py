@@ -21,7 +21,6 @@ __all__ = [
     "CHUNK_FROM",
     "CHUNK_TO",
     "CHUNK_TOKENS",
-    "RULES",
     "finish_time",
     "go_home",
     "pack",
@@ -31,9 +30,6 @@ __all__ = [
 
 CHUNK_EXPERT, CHUNK_FROM, CHUNK_TO, CHUNK_TOKENS = range(4)
 """Rows of a table of chunks."""
-
-RULES = 3
-"""Ways to choose a receiver and an expert; `pack` takes one of them."""
 
 _POSITIONS = 2**16
 """A count and a position share a word, count first: the plain maximum of words finds both, in vector instructions."""
@@ -134,7 +130,7 @@ def go_home(at_home: Int64, load: Int64, received: Int64) -> None:
 @kernel
 def pack(
     target: float,
-    rule: int,
+    wasteful: bool,
     w: Int64,
     first: Int64,
     spare: Int64,
@@ -152,7 +148,7 @@ def pack(
 
     Args:
         target: Time that no device should exceed, in tokens at speed 1.
-        rule: 0 avoids lost room; 1 prefers finishing senders; 2 is 0 but sends the largest expert.
+        wasteful: See `receiver`; the second thing to try.
         w: int64[experts], tokens of each expert; read only.
         first: int64[positions + 1], experts of each position.
         spare: int64[positions], spare slots.
@@ -189,7 +185,7 @@ def pack(
             continue
         largest = left[expert]
         need = max(excess[sender], smallest)
-        taker = receiver(room, min(need, largest), largest, received, spare, rule == 1)
+        taker = receiver(room, min(need, largest), largest, received, spare, wasteful)
         if taker < 0:
             for p in range(len(excess)):
                 stuck += excess[p]
@@ -197,8 +193,7 @@ def pack(
         tokens = min(largest, room[taker])
         if received[taker] + 1 < spare[taker]:
             tokens = min(tokens, need)
-        if rule != 2:
-            expert = smallest_covering(left, begin, end, tokens, expert)
+        expert = smallest_covering(left, begin, end, tokens, expert)
         chunks[CHUNK_EXPERT, count] = expert
         chunks[CHUNK_FROM, count] = sender
         chunks[CHUNK_TO, count] = taker

@@ -56,7 +56,7 @@ class SpillPlan:
 
     @property
     def bound(self) -> float:
-        """No plan with the same homes, spare slots and domains has a smaller makespan."""
+        """No feasible plan with the same homes, spare slots and domains has a smaller makespan."""
         return float(self.times[1])
 
     @property

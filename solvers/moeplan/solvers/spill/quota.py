@@ -31,7 +31,8 @@ _REPLICAS, _TIMES = range(2)
 class QuotaPlanner:
     """The `quota` policy with its workspace, which all calls share: a call allocates nothing.
 
-    Every rank that plans the same counts with equal options gets the same plan, bit for bit.
+    Every rank that plans the same counts with equal options gets the same plan, bit for bit. Building a planner
+    compiles the kernels, once per machine. A planner serves one thread at a time.
 
     The search packs chunks at a target load (`packing`), raising the target from the lower bound until it fits
     (`search`). It shares the outer idea, greedy export at a threshold, with UltraEP (arXiv 2606.04101); its own are
@@ -61,43 +62,16 @@ class QuotaPlanner:
             raise ProblemError("spill.dtype", self.dtype, "must be int32 or int64")
         self.source_device = options.source_device(sources)
 
-        experts, devices, slots = options.experts, options.devices, int(options.spare.sum())
-        device = np.argsort(options.domain, kind="stable")
-        position = np.argsort(device)
-        home = position[options.home]
-        width = max(devices + 1, int(options.node.max()) + 2)
-        table = np.zeros((7, width), np.int64)
-        table[_FIRST, : devices + 1] = np.searchsorted(np.sort(home), np.arange(devices + 1))
-        table[_SPARE, :devices] = np.minimum(options.spare, experts)[device]
-        table[_CAP, :devices] = options.token_cap[device]
-        table[_DEVICE, :devices] = device
-        table[_NODE, :devices] = options.node
-        table[_OF_DEVICE, : devices + 1] = np.searchsorted(self.source_device, np.arange(devices + 1))
-        source_node = options.node[self.source_device]
-        table[_OF_NODE] = np.searchsorted(np.sort(source_node), np.arange(width))
-        domains = options.domain[device]
-        starts = np.flatnonzero(np.diff(domains, prepend=-1))
-
-        self._inputs = (
-            np.ascontiguousarray(np.vstack([np.argsort(home, kind="stable"), options.home]), np.int64),
-            table,
-            options.speed[device],
-            np.append(starts, devices).astype(np.int64),
-            np.vstack([np.arange(sources), np.argsort(source_node, kind="stable"), np.zeros(sources, np.int64)]),
-            int(options.node.max()) + 1,
-            np.array(
-                [
-                    options.transfer_tokens,
-                    options.replica_tokens,
-                    options.min_tokens,
-                    options.tolerance,
-                    options.threshold,
-                ]
-            ),
+        experts, devices = options.experts, options.devices
+        slots = int(np.minimum(options.spare, experts).sum())
+        # Scratch: what a call needs between its steps, and nothing beyond it.
+        self._scratch = (
             np.zeros((5, devices), np.int64),
             np.full((3, experts), -1, np.int64),
+            np.zeros(sources, np.int64),
             np.zeros((2, 4, slots), np.int64),
         )
+        self._topology = _topology(options, self.source_device)
         self._replicas = np.zeros((layers, 5, slots), np.int64)
         self._home_quota = np.zeros((layers, experts), np.int64)
         self._devices = np.zeros((layers, 2, devices), np.int64)
@@ -105,6 +79,7 @@ class QuotaPlanner:
         self._kept = np.zeros((layers, sources, experts), self.dtype)
         self._summary = np.zeros((layers, 4), np.float64)
         self._views: list[dict[int, SpillPlan]] = [{} for _ in range(layers)]
+        self.plan(np.zeros((sources, experts), self.dtype))  # compiles, or loads what is compiled
 
     def plan(self, counts: npt.NDArray[Any]) -> SpillPlan:
         """The plan of one layer.
@@ -143,7 +118,8 @@ class QuotaPlanner:
             counts = np.ascontiguousarray(counts)
         fault = _plan_layers(
             counts,
-            *self._inputs,
+            *self._topology,
+            *self._scratch,
             self._replicas,
             self._home_quota,
             self._devices,
@@ -179,16 +155,56 @@ class QuotaPlanner:
         return plan
 
 
+def _topology(options: SpillOptions, source_device: Int64) -> tuple[Int64, Int64, Float64, Int64, Int64, Float64]:
+    """The options as the kernel reads them; devices by position: sorted by domain, stably.
+
+    Returns:
+        int64[2, experts], experts sorted by the position of their home, and each expert's home; int64[7, devices + 1 or
+        more], one row per name above; float64[positions], speeds; int64[domains + 1], first position of each domain;
+        int64[2, sources], sources sorted by device and by node; float64[6], costs, limits and the number of nodes.
+    """
+    devices = options.devices
+    device = np.argsort(options.domain, kind="stable")
+    home = np.argsort(device)[options.home]
+    source_node = options.node[source_device]
+    nodes = int(options.node.max()) + 1
+    table = np.zeros((7, max(devices, nodes) + 1), np.int64)
+    table[_FIRST, : devices + 1] = np.searchsorted(np.sort(home), np.arange(devices + 1))
+    table[_SPARE, :devices] = np.minimum(options.spare, options.experts)[device]
+    table[_CAP, :devices] = options.token_cap[device]
+    table[_DEVICE, :devices] = device
+    table[_NODE, :devices] = options.node
+    table[_OF_DEVICE, : devices + 1] = np.searchsorted(source_device, np.arange(devices + 1))
+    table[_OF_NODE, : nodes + 1] = np.searchsorted(np.sort(source_node), np.arange(nodes + 1))
+    limits = (
+        options.transfer_tokens,
+        options.replica_tokens,
+        options.min_tokens,
+        options.tolerance,
+        options.threshold,
+    )
+    return (
+        np.stack([np.argsort(home, kind="stable"), options.home.astype(np.int64)]),
+        table,
+        options.speed[device],
+        np.append(np.flatnonzero(np.diff(options.domain[device], prepend=-1)), devices).astype(np.int64),
+        np.stack([np.arange(len(source_device)), np.argsort(source_node, kind="stable")]),
+        np.array([*limits, nodes], np.float64),
+    )
+
+
 @kernel
-def _add_up(counts: npt.NDArray[Any], total: Int64) -> bool:
-    """Tokens of each expert from all sources; False if a count is negative or the total too large."""
+def _add_up(counts: npt.NDArray[Any], total: Int64, copy: npt.NDArray[Any]) -> bool:
+    """Tokens of each expert from all sources, and a copy; False if a count is negative or the total too large."""
     bits = 0
     for e in range(len(total)):
         total[e] = 0
     for s in range(counts.shape[0]):
         for e in range(counts.shape[1]):
-            total[e] += counts[s, e]
-            bits |= counts[s, e]
+            tokens = counts[s, e]
+            total[e] += tokens
+            copy[s, e] = tokens
+            bits |= tokens
     return bits >= 0 and bits <= MAX_TOTAL and total.sum() <= MAX_TOTAL
 
 
@@ -208,10 +224,10 @@ def _plan_layers(
     speed: Float64,
     domains: Int64,
     source_order: Int64,
-    nodes: int,
     costs: Float64,
     work: Int64,
     expert_work: Int64,
+    supply: Int64,
     chunks: Int64,
     replicas: Int64,
     home_quota: Int64,
@@ -222,7 +238,7 @@ def _plan_layers(
 ) -> int:
     """Plan every layer; -1, or the first layer whose counts are invalid. The tables' rows are named at the top."""
     for layer in range(len(counts)):
-        if not _add_up(counts[layer], home_quota[layer]):
+        if not _add_up(counts[layer], home_quota[layer], kept[layer]):
             return layer
         _plan_quotas(
             experts[0], table, speed, domains, costs, work, expert_work, chunks,
@@ -240,10 +256,10 @@ def _plan_layers(
             source_order[0],
             table[_OF_DEVICE],
             source_order[1],
-            table[_OF_NODE, : nodes + 1],
+            table[_OF_NODE, : int(costs[5]) + 1],
             expert_work[_HEAD],
             replicas[layer, _FOLLOWING],
-            source_order[2],
+            supply,
             replicas[layer, _NEED],
             sent[layer],
             kept[layer],
@@ -278,7 +294,7 @@ def _plan_quotas(
     floor = 0.0
     for k in range(len(domains) - 1):
         d = slice(domains[k], domains[k + 1])
-        floor = max(floor, lower_bound(spare[d], speed[d], at_home[d]))
+        floor = max(floor, lower_bound(spare[d], cap[d], speed[d], at_home[d]))
     worst, short = finish_time(cap, speed, costs, load, received)
     balanced = at_home.sum() / speed.sum()
 

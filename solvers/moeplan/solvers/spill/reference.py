@@ -57,7 +57,7 @@ def solve_exactly(
         options: The same options as the fast planner's. Speeds and transfer times are rounded to 1/10,000.
         time_limit_s: Wall-clock limit.
         workers: Threads; one gives the same answer on every run that ends before the limit.
-        hint: A plan to start from, so that the answer is never worse.
+        hint: A plan to start from; by default every token starts at home.
 
     Raises:
         ProblemError: `counts` has not one value per expert or is negative.
@@ -84,14 +84,13 @@ def solve_exactly(
     if np.all(options.speed == 1.0) and total:
         model.add(makespan >= -(-total // options.devices) * _SPEED_UNITS)
     model.minimize(makespan)
-    if hint is not None:
-        _add_hint(model, hint, x, y, options)
+    _add_hint(model, tokens, hint, x, y, options)
 
     solver = cp_model.CpSolver()
     solver.parameters.max_time_in_seconds = time_limit_s
     solver.parameters.num_workers = workers
     status = solver.solve(model)
-    bound = solver.best_objective_bound / _SPEED_UNITS
+    bound = max(solver.best_objective_bound / _SPEED_UNITS, total / float(options.speed.sum()))
     if status not in (cp_model.OPTIMAL, cp_model.FEASIBLE):
         return ExactSpill(None, float("inf"), bound, False, status == cp_model.INFEASIBLE)
     share = np.zeros((options.experts, options.devices), np.int64)
@@ -121,9 +120,14 @@ def _replica_variables(model: cp_model.CpModel, tokens: Int64, options: SpillOpt
     return x, y
 
 
-def _add_hint(model: cp_model.CpModel, plan: SpillPlan, x: _Variables, y: _Variables, options: SpillOptions) -> None:
-    quota = dict(zip(zip(plan.expert.tolist(), plan.device.tolist(), strict=True), plan.quota.tolist(), strict=True))
-    quota |= {(e, int(options.home[e])): int(plan.home_quota[e]) for e in range(options.experts)}
+def _add_hint(
+    model: cp_model.CpModel, tokens: Int64, plan: SpillPlan | None, x: _Variables, y: _Variables, options: SpillOptions
+) -> None:
+    at_home = tokens if plan is None else plan.home_quota
+    quota = {(e, int(options.home[e])): int(at_home[e]) for e in range(options.experts)}
+    if plan is not None:
+        pairs = zip(plan.expert.tolist(), plan.device.tolist(), strict=True)
+        quota |= dict(zip(pairs, plan.quota.tolist(), strict=True))
     for key, var in x.items():
         model.add_hint(var, quota.get(key, 0))
     for key, var in y.items():

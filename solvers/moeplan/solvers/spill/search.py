@@ -5,11 +5,11 @@ from __future__ import annotations
 from moeplan.solvers.arrays import Float64, Int64
 from moeplan.solvers.kernel import kernel
 from moeplan.solvers.spill.options import MAX_TOTAL
-from moeplan.solvers.spill.packing import RULES, finish_time, go_home, pack, replay, take_back
+from moeplan.solvers.spill.packing import finish_time, go_home, pack, replay, take_back
 
 __all__ = ["lower_bound", "solve_domain"]
 
-_ATTEMPTS = 8
+_ATTEMPTS = 6
 """Targets tried at most; most calls need one."""
 
 _FINEST = 1e-4
@@ -20,11 +20,12 @@ _UNLIMITED = float(MAX_TOTAL)
 
 
 @kernel
-def lower_bound(spare: Int64, speed: Float64, load: Int64) -> float:
+def lower_bound(spare: Int64, cap: Int64, speed: Float64, load: Int64) -> float:
     """A time that no plan of a domain can undercut, from its loads at home.
 
     The domain's tokens over its speed; and the same for the devices with spare slots alone, whose tokens cannot reach
-    the others. Without any spare slot every device keeps its load. With equal speeds tokens are whole.
+    the others. Without any spare slot every device keeps its load. With equal speeds tokens are whole. Memory caps move
+    what they do not admit to the other devices.
     """
     tokens, open_tokens, open_devices = 0, 0, 0
     rate, open_rate, worst = 0.0, 0.0, 0.0
@@ -41,8 +42,25 @@ def lower_bound(spare: Int64, speed: Float64, load: Int64) -> float:
     if open_devices == 0:
         return worst
     if equal:
-        return float(max(-(-tokens // len(load)), -(-open_tokens // open_devices)) / speed[0])
-    return max(tokens / rate, open_tokens / open_rate)
+        even = float(max(-(-tokens // len(load)), -(-open_tokens // open_devices)) / speed[0])
+    else:
+        even = max(tokens / rate, open_tokens / open_rate)
+    return above_caps(even, tokens, cap, speed)
+
+
+@kernel
+def above_caps(bound: float, tokens: int, cap: Int64, speed: Float64) -> float:
+    """Raise a bound until devices that reach their memory cap below it leave no more than the others can do by then."""
+    while True:
+        left, rate = tokens, 0.0
+        for p in range(len(cap)):
+            if cap[p] < bound * speed[p]:
+                left -= cap[p]
+            else:
+                rate += speed[p]
+        if rate == 0.0 or left / rate <= bound:
+            return bound
+        bound = left / rate
 
 
 @kernel
@@ -65,8 +83,8 @@ def solve_domain(
     """The best plan found for one domain; never worse than leaving everything at home.
 
     The first target is the bound plus the tolerance. One that cannot be packed leaves stuck tokens. Spread over the
-    domain they are the least by which the target must grow, so it grows by that much, or to the middle between it and
-    the best plan if that is less.
+    domain they are the least by which the target must grow, so it grows by that much, twice as far after
+    every further failure, but at most to the middle between it and the best plan.
 
     Args:
         floor: Proven lower bound of the whole problem: nothing is gained below it.
@@ -96,10 +114,10 @@ def solve_domain(
         if best_short == 0 and (best_time <= target or best_time <= failed + step):
             break
         fewest_stuck = 2**62
-        for rule in range(RULES):
+        for wasteful in (False, True):
             go_home(at_home, load, received)
             count, stuck = pack(
-                target, rule, w, first, spare, cap, speed, costs,
+                target, wasteful, w, first, spare, cap, speed, costs,
                 load, received, room, excess, left, chunks[1 - best],
             )  # fmt: skip
             time, short = finish_time(cap, speed, costs, load, received)
@@ -115,7 +133,7 @@ def solve_domain(
             continue
         if fewest_stuck > 0:
             failed = max(failed, target)
-            grow = max(fewest_stuck / speed.sum(), step)
+            grow = max(fewest_stuck / speed.sum(), step, 2 * grow)
         target = min(failed + grow, (failed + best_time) / 2)
 
     go_home(at_home, load, received)

@@ -87,12 +87,9 @@ def source_tokens(
         supply: Scratch int64[sources].
         need: Scratch int64[slots].
         sent: int[slots, sources], out.
-        kept: int[sources, experts], out.
+        kept: int[sources, experts], all counts before, what goes to the homes after.
     """
     sources = len(counts)
-    for s in range(sources):
-        for e in range(counts.shape[1]):
-            kept[s, e] = counts[s, e]
     for r in range(replicas - 1, -1, -1):
         for s in range(sources):
             sent[r, s] = 0
