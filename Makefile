@@ -1,7 +1,44 @@
-.PHONY: proto check-proto
+.DEFAULT_GOAL := help
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
 
-proto:  ## regenerate the gRPC stubs
-	proto/generate.sh
+help:  ## show this help
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 14
 
-check-proto:  ## lint the API, look for breaking changes, and for stale stubs
-	proto/generate.sh --check
+# torch first and pinned: an unpinned requirement would take a build with gigabytes of CUDA libraries.
+$(STAMP): pyproject.toml constraints.txt
+	@echo "installing into $(VENV) (about two minutes the first time)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+install: $(STAMP)  ## install everything into .venv
+
+demo: $(STAMP)  ## plan from a recorded trace and compare policies on steps they did not see
+	@$(BIN)/python examples/demo.py
+
+test: $(STAMP)  ## run the tests
+	@$(BIN)/python -m pytest
+
+check: $(STAMP) check-proto  ## lint and type-check
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+
+proto:  ## generate the gRPC stubs of proto/
+	@PYTHON=$(PYTHON) proto/generate.sh
+
+check-proto:  ## lint the API, look for breaking changes and stale stubs
+	@PYTHON=$(PYTHON) proto/generate.sh --check
+
+fix: $(STAMP)  ## format, and mend what the linter can
+	@$(BIN)/ruff format .
+	@$(BIN)/ruff check --fix .
+
+bench: $(STAMP)  ## measure layouts against SGLang's planners (downloads their wheel once)
+	@$(BIN)/python benchmarks/layouts.py
+
+.PHONY: help install demo test check proto check-proto fix bench

@@ -1,6 +1,6 @@
 """Figures of the daemon, on this machine, over loopback, with everything as users start it.
 
-    python benchmarks/daemon.py streams --jobs 16 --ranks 64 --seconds 60     1,024 rank streams, one report a second each
+    python benchmarks/daemon.py streams --jobs 16 --ranks 64 --seconds 60     1,024 rank streams, a report a second each
     python benchmarks/daemon.py streams --jobs 1 --ranks 1024 --seconds 60    the same as one job
     python benchmarks/daemon.py saturation --ranks 1024 --seconds 20          as fast as the streams take it
     python benchmarks/daemon.py solve                                         Solve against the same solve in process
@@ -120,7 +120,7 @@ async def _ranks(
 
     async def rank(number: int, name: str, index: int, phase: float) -> None:
         nonlocal sent, acknowledged
-        stub = planner_pb2_grpc.PlannerServiceStub(channels[number % len(channels)])
+        stub: Any = planner_pb2_grpc.PlannerServiceStub(channels[number % len(channels)])
         call = stub.StreamRank()
         hello = planner_pb2.Hello(job=name, rank=index, session=str(number))
         await call.write(planner_pb2.StreamRankRequest(hello=hello))

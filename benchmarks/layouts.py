@@ -5,7 +5,8 @@
 SGLang's planners (`deepseek`, `deepseek_vec`) come from the wheel of version 0.5.23, which is downloaded once, without
 its dependencies, into a folder outside the repository; only its two pure-torch planner modules are loaded. They plan
 with even splits and may put two replicas of an expert on one device; their layouts are judged with the best split as
-well, to compare placement alone. Times are the best of several runs over all layers, one thread each.
+well, to compare placement alone. All planners are timed from loads to layouts, which is all that SGLang's compute;
+splits and proofs come on top. Times are the best of several runs over all layers, one thread each.
 """
 
 from __future__ import annotations
@@ -26,9 +27,10 @@ import numpy as np
 
 from moeplan.planner.terminal import show_table
 from moeplan.planner.trace import Trace
-from moeplan.solvers import Cluster, Demand, Problem, SolveParameters, solve
+from moeplan.solvers import Cluster, Demand, Problem, SolveParameters
 from moeplan.solvers.arrays import Float64, Int64
 from moeplan.solvers.flow import optimal_quota
+from moeplan.solvers.policy import find
 
 SGLANG = "0.5.23"
 CACHE = Path(tempfile.gettempdir()) / f"moeplan-bench-sglang-{SGLANG}"
@@ -70,9 +72,9 @@ def sglang_planner(name: str) -> ModuleType:
             check=True,
         )
         with zipfile.ZipFile(next(CACHE.glob("sglang-*.whl"))) as wheel:
-            for module in ("deepseek", "deepseek_vec"):
-                text = wheel.read(f"sglang/srt/eplb/eplb_algorithms/{module}.py")
-                (CACHE / f"{module}.py").write_bytes(text)
+            for source in ("deepseek", "deepseek_vec"):
+                text = wheel.read(f"sglang/srt/eplb/eplb_algorithms/{source}.py")
+                (CACHE / f"{source}.py").write_bytes(text)
     spec = importlib.util.spec_from_file_location(f"sglang_{name}", path)
     assert spec is not None
     assert spec.loader is not None
@@ -120,12 +122,11 @@ def benchmark(size: Size, kind: str, loads: Int64) -> list[list[str]]:
     slots = size.devices * size.slots
     cluster = Cluster.uniform(size.devices, size.slots)
 
+    hybrid = find("hybrid")
+
     def ours() -> Int64:
         return np.stack(
-            [
-                solve(Problem(cluster, Demand.of(load)), "hybrid", SolveParameters(deadline_s=0.02)).layout.slots
-                for load in loads
-            ]
+            [hybrid.make(Problem(cluster, Demand.of(load)), SolveParameters(deadline_s=0.02)).slots for load in loads]
         )
 
     def deepseek() -> Int64:

@@ -173,12 +173,14 @@ def test_repeated_late_and_shuffled_statistics(client: Client, job: str) -> None
     first, second = Rank(client, job, 0), Rank(client, job, 1)
     for step in (1, 0, 1):
         first.report(step, tokens(step))
+    assert eventually(lambda: (c := client.job(job).status.statistics).duplicate and c).accepted == 4
+    for step in (1, 0, 1):  # step 1 waits for step 0, which is open; both close, and the last report is late
         second.report(step, tokens(step))
-    eventually(lambda: client.job(job).status.closed_step == 1)
+    eventually(lambda: client.job(job).status.statistics.late == 2)
     first.report(0, tokens(0))
-    count = eventually(lambda: (c := client.job(job).status.statistics).late and c)
-    assert count.accepted == 8
-    assert count.duplicate + count.late == 6
+    count = eventually(lambda: (c := client.job(job).status.statistics).late == 4 and c)
+    assert (count.accepted, count.duplicate) == (8, 2)
+    assert client.job(job).status.closed_step == 1
     first.close()
     second.close()
 

@@ -2,16 +2,32 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from moeplan.planner import jobs_command, serve_command
+from moeplan.planner import compare_command, jobs_command, serve_command
+from moeplan.planner.cli_options import (
+    WORK_LIMIT,
+    Deadline,
+    Devices,
+    Groups,
+    Layers,
+    MaxMoves,
+    Nodes,
+    Seed,
+    Slots,
+    TraceFile,
+    Work,
+    layer_numbers,
+    positive,
+    print_json,
+    solve_parameters,
+)
 from moeplan.planner.formats import Format, Output
-from moeplan.solvers import Cluster, ProblemError, SolveParameters
+from moeplan.solvers import Cluster, ProblemError
 
 __all__ = ["app", "main"]
 
@@ -23,24 +39,12 @@ app = typer.Typer(
 )
 trace_app = typer.Typer(no_args_is_help=True, help="Look at recorded routing.")
 app.add_typer(trace_app, name="trace")
+compare_command.register(app)
 serve_command.register(app)
 jobs_command.register(app)
 
 BAD_INPUT = 2
 
-
-TraceFile = Annotated[
-    Path, typer.Argument(metavar="TRACE", help="An .npz file with counts[step, layer, source, expert].")
-]
-Devices = Annotated[int, typer.Option(help="Devices (ranks) that host experts.")]
-Slots = Annotated[int, typer.Option(help="Expert slots per device.")]
-Nodes = Annotated[int, typer.Option(help="Nodes that the devices are spread over, in contiguous blocks.")]
-Layers = Annotated[str | None, typer.Option(help="Layers to plan, such as 0,3-5; all by default.")]
-Groups = Annotated[int, typer.Option(help="Expert groups that routing treats as units.")]
-Deadline = Annotated[float | None, typer.Option(help="Milliseconds per layer that a search may take.")]
-Work = Annotated[int, typer.Option(help="Candidate layouts per layer that a search may score.")]
-Seed = Annotated[int, typer.Option(help="Seed of every random choice.")]
-MaxMoves = Annotated[int | None, typer.Option(help="Most replicas that a re-plan of a layer may copy.")]
 RemoteServer = Annotated[str | None, typer.Option(help="Solve in the daemon at this address.", envvar="MOEPLAN_SERVER")]
 
 
@@ -52,7 +56,7 @@ def policies(output: Output = Format.TABLE) -> None:
 
     known = available_policies().values()
     if output is Format.JSON:
-        _print_json(
+        print_json(
             {
                 "policies": [
                     {"policy": p.name, "source": p.source, "split": p.split, "summary": p.summary} for p in known
@@ -76,7 +80,7 @@ def info(trace: TraceFile, output: Output = Format.TABLE) -> None:
     with progress("reading", opened.steps) as advance:
         description = describe(opened, advance)
     if output is Format.JSON:
-        _print_json(description)
+        print_json(description)
         return
     facts = [[name, str(value)] for name, value in description.items() if name != "per_layer" and value is not None]
     show_table(str(trace), ["trace", ""], facts)
@@ -110,7 +114,7 @@ def plan(
     current: Annotated[Path | None, typer.Option(help="Plan file in force, from which moves are counted.")] = None,
     max_moves: MaxMoves = None,
     deadline_ms: Deadline = None,
-    work_limit: Work = SolveParameters().work_limit,
+    work_limit: Work = WORK_LIMIT,
     seed: Seed = 0,
     server: RemoteServer = None,
     token: jobs_command.Token = None,
@@ -127,11 +131,11 @@ def plan(
     from moeplan.solvers import Demand, Problem
 
     opened = Trace.open(trace)
-    chosen = _layers(layers, opened.layers)
-    steps = np.stack(list(opened.read(max(0, opened.steps - _positive("--window", window)))))
+    chosen = layer_numbers(layers, opened.layers)
+    steps = np.stack(list(opened.read(max(0, opened.steps - positive("--window", window)))))
     in_force = {} if current is None else read_layouts(current)
     cluster = Cluster.uniform(devices, slots, nodes=nodes)
-    parameters = _parameters(deadline_ms, work_limit, seed)
+    parameters = solve_parameters(deadline_ms, work_limit, seed)
     plans = {}
     with solver_at(server, token, ca) as solve, progress(f"planning with {policy}", len(chosen)) as advance:
         for layer in chosen:
@@ -143,7 +147,7 @@ def plan(
     document = plan_document(plans)
     write(out, document)
     if output is Format.JSON:
-        _print_json(document)
+        print_json(document)
         return
     show_table(
         f"{policy}: {len(plans)} layers planned from {len(steps)} steps, written to {out}",
@@ -160,123 +164,6 @@ def plan(
             for layer, p in plans.items()
         ],
     )
-
-
-@app.command()
-def compare(
-    trace: TraceFile,
-    devices: Devices,
-    slots: Slots,
-    nodes: Nodes = 1,
-    policies: Annotated[
-        str, typer.Option(help="Policies to compare, comma-separated.")
-    ] = "static,eplb,laer,symi,flexmoe,hybrid",
-    window: Annotated[int, typer.Option(help="Steps to plan from.")] = 10,
-    every: Annotated[int, typer.Option(help="Steps from one plan to the next.")] = 20,
-    layers: Layers = None,
-    groups: Groups = 1,
-    max_moves: MaxMoves = None,
-    deadline_ms: Deadline = None,
-    work_limit: Work = SolveParameters().work_limit,
-    seed: Seed = 0,
-    output: Output = Format.TABLE,
-) -> None:
-    """Compare policies on steps that they did not see.
-
-    Every policy plans from a window of steps and is judged on the step right after it, over and over along the trace.
-    Imbalance is the largest load of a device over the mean: 1.0 is perfect, and a step takes that much longer.
-    --max-moves binds the policies that can limit their moves; the others re-plan freely.
-    """
-    from moeplan.planner.compare import Setting
-    from moeplan.planner.compare import compare as judge
-    from moeplan.planner.terminal import progress, show_table, status
-    from moeplan.planner.trace import Trace
-    from moeplan.solvers.policy import find
-
-    opened = Trace.open(trace)
-    names = [find(name.strip()).name for name in policies.split(",")]
-    setting = Setting(
-        Cluster.uniform(devices, slots, nodes=nodes),
-        _layers(layers, opened.layers),
-        groups=groups,
-        max_moves=max_moves,
-        parameters=_parameters(deadline_ms, work_limit, seed),
-    )
-    windows = opened.windows(_positive("--window", window), _positive("--every", every))
-    with status("compiling kernels (the first time only)"):
-        first = next(iter(opened.windows(window, every)))
-        judge(
-            [first, first],
-            names,
-            Setting(setting.cluster, setting.layers[:1], groups, max_moves, SolveParameters(work_limit=1)),
-        )
-    plans = opened.window_count(window, every) * len(setting.layers) * len(names)
-    with progress("planning", plans) as advance:
-        result = judge(windows, names, setting, advance)
-    if output is Format.JSON:
-        _print_json(result)
-        return
-    show_table(
-        f"{trace.name}: plan from {window} steps, judge on the next, every {every} steps "
-        f"({opened.experts} experts, {devices} devices, {slots} slots each)",
-        [
-            "imbalance",
-            "on the window",
-            "next step, even split",
-            "next step, best split",
-            "(p95)",
-            "proven gap",
-            "moved",
-            "ms/layer",
-        ],
-        [
-            [
-                row["policy"],
-                f"{row['fitted']['mean']:.4f}",
-                f"{row['next_step']['even']['mean']:.4f}",
-                f"{row['next_step']['optimal']['mean']:.4f}",
-                f"{row['next_step']['optimal']['p95']:.4f}",
-                f"{row['gap_to_bound']['mean']:.2%}",
-                f"{row['moved_fraction']['mean']:.1%}",
-                f"{row['plan_ms_per_layer']['p50']:.1f}",
-            ]
-            for row in result["policies"]
-        ],
-    )
-
-
-def _layers(text: str | None, layers: int) -> list[int]:
-    """Layer numbers of a list such as ``0,3-5``."""
-    if text is None:
-        return list(range(layers))
-    chosen: list[int] = []
-    for part in text.split(","):
-        first, _, last = part.partition("-")
-        try:
-            span = range(int(first), int(last or first) + 1)
-        except ValueError:
-            raise ProblemError("--layers", repr(text), "must look like 0,3-5") from None
-        if not span or span[0] < 0 or span[-1] >= layers:
-            raise ProblemError("--layers", part, f"must be within 0-{layers - 1}")
-        chosen.extend(span)
-    return sorted(set(chosen))
-
-
-def _positive(name: str, value: int) -> int:
-    if value < 1:
-        raise ProblemError(name, value, "must be at least 1")
-    return value
-
-
-def _parameters(deadline_ms: float | None, work_limit: int, seed: int) -> SolveParameters:
-    return SolveParameters(
-        deadline_s=None if deadline_ms is None else deadline_ms / 1e3, work_limit=work_limit, seed=seed
-    )
-
-
-def _print_json(document: object) -> None:
-    json.dump(document, sys.stdout, indent=2)
-    print()
 
 
 def main() -> None:

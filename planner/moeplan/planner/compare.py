@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TypedDict
 
 import numpy as np
 
@@ -11,9 +12,33 @@ from moeplan.planner.trace import Window
 from moeplan.solvers import Cluster, Demand, Layout, Problem, SolveParameters, evaluate, solve
 from moeplan.solvers.policy import find
 
-__all__ = ["Setting", "Summary", "compare", "summary"]
+__all__ = ["Comparison", "Setting", "Summary", "compare", "summary"]
 
 Summary = dict[str, float]
+
+
+class NextStep(TypedDict):
+    """Imbalance of the step after the window, by split."""
+
+    even: Summary
+    optimal: Summary
+
+
+class Row(TypedDict):
+    """What was measured of one policy; see `compare`."""
+
+    policy: str
+    fitted: Summary
+    next_step: NextStep
+    gap_to_bound: Summary
+    moved_fraction: Summary
+    plan_ms_per_layer: Summary
+
+
+class Comparison(TypedDict):
+    """The answer of `compare`."""
+
+    policies: list[Row]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +78,7 @@ def compare(
     policies: Sequence[str],
     setting: Setting,
     on_plan: Callable[[], None] = lambda: None,
-) -> dict[str, object]:
+) -> Comparison:
     """Plan each window with each policy and evaluate on the step after it.
 
     Every policy continues from its own previous layout. Imbalance is largest load over mean load, per layer. `fitted`
@@ -79,7 +104,7 @@ def compare(
             for name in policies:
                 _judge(window, layer, name, setting, scores[name])
                 on_plan()
-    return {"policies": [_report(name, score, setting) for name, score in scores.items()]}
+    return {"policies": [_report(name, score) for name, score in scores.items()]}
 
 
 def _judge(window: Window, layer: int, name: str, setting: Setting, scores: _Scores) -> None:
@@ -104,7 +129,7 @@ def _judge(window: Window, layer: int, name: str, setting: Setting, scores: _Sco
     scores.layouts[layer] = plan.layout
 
 
-def _report(name: str, scores: _Scores, setting: Setting) -> dict[str, object]:
+def _report(name: str, scores: _Scores) -> Row:
     return {
         "policy": name,
         "fitted": summary(scores.fitted),

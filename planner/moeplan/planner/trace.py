@@ -1,8 +1,8 @@
 """Recorded routing: ``counts[step, layer, source, expert]`` in an ``.npz`` file, read one step at a time.
 
-Steps are read in order through a small buffer, so a trace may be larger than memory, compressed or not. Optional scalars
-beside ``counts`` describe it: ``first_step`` (number of the first recorded step), ``top_k`` (experts per token) and
-``tokens_per_rank`` (tokens that each source routes per step).
+Steps are read in order through a small buffer, so a trace may be larger than memory, compressed or not. Optional
+scalars beside ``counts`` describe it: ``first_step`` (number of the first recorded step), ``top_k`` (experts per
+token) and ``tokens_per_rank`` (tokens that each source routes per step).
 """
 
 from __future__ import annotations

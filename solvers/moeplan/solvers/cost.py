@@ -108,7 +108,8 @@ def traffic(problem: Problem, layout: Layout, split: Split) -> Int64:
     between = np.zeros((len(sent), problem.devices, problem.devices), np.int64)
     device = layout.hosts.device
     for source, origin in enumerate(problem.source_device):
-        np.add.at(between[:, origin], (slice(None), device), sent[:, source])
+        for replica, target in enumerate(device):
+            between[:, origin, target] += sent[:, source, replica]
     return between
 
 

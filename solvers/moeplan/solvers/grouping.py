@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from moeplan.solvers.arrays import Float64, Int32
+from moeplan.solvers.arrays import Float64, Int32, Int64
 from moeplan.solvers.kernel import kernel
 from moeplan.solvers.sliding_window import sliding_window
 
@@ -62,7 +62,7 @@ def grouping(loads: Float64, devices: int, width: int, rounds: int) -> Int32:
 
 
 @kernel
-def _exchange(loads: Float64, group: Int32, load: Float64, size: Int32) -> bool:
+def _exchange(loads: Float64, group: Int64, load: Float64, size: Int64) -> bool:
     """Swap one expert of the heaviest group with the one elsewhere that lowers the larger of the two most."""
     top = 0
     for j in range(len(size)):
@@ -70,7 +70,9 @@ def _exchange(loads: Float64, group: Int32, load: Float64, size: Int32) -> bool:
             top = j
     best = load[top] / size[top] * (1 - 1e-12)
     best_a, best_b = -1, -1
-    for a in np.flatnonzero(group == top):
+    for a in range(len(loads)):
+        if group[a] != top:
+            continue
         for b in range(len(loads)):
             j = group[b]
             change = loads[a] - loads[b]

@@ -42,9 +42,9 @@ class Moves:
 def moves(current: Layout, new: Layout, cluster: Cluster) -> Moves:
     """The replicas to copy for going from `current` to `new`."""
     device, expert = np.nonzero(new.placed & ~current.placed)
-    expert, device = expert.astype(np.int32), device.astype(np.int32)
+    experts, devices = expert.astype(np.int32), device.astype(np.int32)
     hosts = current.hosts
-    return Moves(expert, device, _nearest_holder(expert, device, hosts.start, hosts.device, cluster.node))
+    return Moves(experts, devices, _nearest_holder(experts, devices, hosts.start, hosts.device, cluster.node))
 
 
 @kernel
@@ -92,8 +92,8 @@ def relabel(current: Layout, slots: Int32, capacity: Int32, cluster: Cluster) ->
                 gain[a, b] = block[rows, columns].sum()
                 inner[a, b] = old[columns]
     target = np.empty(cluster.devices, np.int64)
-    for a, b in zip(*linear_sum_assignment(np.where(gain < 0, -1e12, gain), maximize=True), strict=True):
-        target[nodes[a]] = inner[int(a), int(b)]
+    for new_node, old_node in zip(*linear_sum_assignment(np.where(gain < 0, -1e12, gain), maximize=True), strict=True):
+        target[nodes[new_node]] = inner[int(new_node), int(old_node)]
     renamed = np.empty_like(slots)
     renamed[target] = slots
     return renamed

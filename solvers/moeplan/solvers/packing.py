@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from moeplan.solvers.arrays import Float64, Int32
+from moeplan.solvers.arrays import Bool, Float64, Int32
 from moeplan.solvers.kernel import kernel
 
 __all__ = ["pack", "swap"]
@@ -15,7 +15,8 @@ def pack(loads: Float64, replicas: Int32, capacity: Int32, speed: Float64) -> In
     """Place replicas, heaviest share first, each on the device it fills least, never twice on one device.
 
     This is the packing step of EPLB with the distinctness that EPLB lacks. Where every device with room already holds
-    the expert, one with room takes over a replica of another device, which then takes this one.
+    the expert, one with room takes over a replica of another device, which then takes this one; if none can, replicas
+    beyond the first are left out.
 
     Args:
         loads: float64[experts].
@@ -34,16 +35,16 @@ def pack(loads: Float64, replicas: Int32, capacity: Int32, speed: Float64) -> In
     for e in np.argsort(-loads / replicas, kind="mergesort"):
         share = loads[e] / replicas[e]
         for _ in range(replicas[e]):
-            best, with_room = -1, -1
+            best = -1
             for d in range(devices):
-                if used[d] == capacity[d]:
+                if used[d] == capacity[d] or on[d, e]:
                     continue
-                if on[d, e]:
-                    with_room = d
-                elif best < 0 or (load[d] + share) / speed[d] < (load[best] + share) / speed[best]:
+                if best < 0 or (load[d] + share) / speed[d] < (load[best] + share) / speed[best]:
                     best = d
             if best < 0:
-                best = _make_room(with_room, e, slots, used, on, load, loads, replicas)
+                best = _make_room(e, capacity, slots, used, on, load, loads, replicas)
+            if best < 0:
+                break
             slots[best, used[best]] = e
             used[best] += 1
             on[best, e] = True
@@ -53,26 +54,36 @@ def pack(loads: Float64, replicas: Int32, capacity: Int32, speed: Float64) -> In
 
 @kernel
 def _make_room(
-    target: int, e: int, slots: Int32, used: Int32, on: Float64, load: Float64, loads: Float64, replicas: Int32
+    e: int,
+    capacity: Int32,
+    slots: Int32,
+    used: Int32,
+    on: Bool,
+    load: Float64,
+    loads: Float64,
+    replicas: Int32,
 ) -> int:
-    """Move one replica from a device without `e` to `target`, and return that device."""
+    """Move one replica from a full device without `e` to one with room, and return the former; -1 if none can."""
     for d in range(len(used)):
         if on[d, e]:
             continue
-        for c in range(used[d]):
-            x = slots[d, c]
-            if not on[target, x]:
-                used[d] -= 1
-                slots[d, c] = slots[d, used[d]]
-                slots[d, used[d]] = -1
-                slots[target, used[target]] = x
-                used[target] += 1
-                on[d, x] = False
-                on[target, x] = True
-                load[d] -= loads[x] / replicas[x]
-                load[target] += loads[x] / replicas[x]
-                return d
-    return -1  # unreachable: a full device without `e` holds more experts than `target`
+        for target in range(len(used)):
+            if used[target] == capacity[target]:
+                continue
+            for c in range(used[d]):
+                x = slots[d, c]
+                if not on[target, x]:
+                    used[d] -= 1
+                    slots[d, c] = slots[d, used[d]]
+                    slots[d, used[d]] = -1
+                    slots[target, used[target]] = x
+                    used[target] += 1
+                    on[d, x] = False
+                    on[target, x] = True
+                    load[d] -= loads[x] / replicas[x]
+                    load[target] += loads[x] / replicas[x]
+                    return d
+    return -1
 
 
 @kernel

@@ -19,20 +19,46 @@ __all__ = ["improve"]
 
 
 @kernel
-def _remove(e: int, position: int, host: Int32, count: Int32) -> None:
-    n = count[e]
-    for i in range(n):
-        if host[e, i] == position:
-            host[e, i] = host[e, n - 1]
-            host[e, n - 1] = -1
-            count[e] = n - 1
-            return
+def _put(e: int, position: int, flat: Int32, host: Int32, count: Int32) -> None:
+    """Replace whatever is at `position` by expert `e`."""
+    old = flat[position]
+    last = count[old] - 1
+    for i in range(last):
+        if host[old, i] == position:
+            host[old, i] = host[old, last]
+            break
+    count[old] = last
+    host[e, count[e]] = position
+    count[e] += 1
+    flat[position] = e
 
 
 @kernel
-def _add(e: int, position: int, host: Int32, count: Int32) -> None:
-    host[e, count[e]] = position
-    count[e] += 1
+def _pour_again(
+    a: int,
+    b: int,
+    p: int,
+    q: int,
+    tokens: Int64,
+    host: Int32,
+    count: Int32,
+    width: int,
+    speed: Float64,
+    quota: Int64,
+    load: Int64,
+    order: Int32,
+) -> None:
+    """Take experts `a` and `b` off their devices, as positions `p` and `q` just changed hands, and pour them anew."""
+    for x in (a, b):
+        for i in range(count[x]):
+            position = host[x, i]
+            if position != p and position != q:
+                load[position // width] -= quota[position]
+    for position in (p, q):
+        load[position // width] -= quota[position]
+        quota[position] = 0
+    for x in (a, b):
+        pour(tokens[x], host[x], count[x], width, speed, quota, load, order)
 
 
 @kernel
@@ -43,7 +69,7 @@ def _next(state: Int64) -> int:
     x ^= x << np.uint64(25)
     x ^= x >> np.uint64(27)
     state[0] = np.int64(x)
-    return np.int64((x * np.uint64(2685821657736338717)) >> np.uint64(33))
+    return int((x * np.uint64(2685821657736338717)) >> np.uint64(33))
 
 
 @kernel
@@ -57,8 +83,7 @@ def improve(
     steps: int,
     seed: int,
     target: float,
-    temperature: float,
-) -> tuple[float, int]:
+) -> float:
     """Improve `slots` in place.
 
     Args:
@@ -73,7 +98,7 @@ def improve(
         target: Stop at this objective.
 
     Returns:
-        The objective, sum of ``weights * largest load per speed``, and the number of candidates scored.
+        The objective: sum of ``weights * largest load per speed``.
     """
     devices, width = slots.shape
     scenarios, experts = tokens.shape
@@ -126,44 +151,26 @@ def improve(
         if change > 0 and arrivals + change > max_arrivals:
             continue
         scored += 1
-        # The layout after the change.
-        _remove(b, q, host, count)
-        flat[q] = a
+        _put(a, q, flat, host, count)
         if not replace:
-            _remove(a, p, host, count)
-            _add(b, p, host, count)
-            flat[p] = b
-        _add(a, q, host, count)
-        threshold = (
-            objective + temperature * (-np.log((_next(state) + 1.0) / 2147483649.0)) if temperature > 0 else objective
-        )
+            _put(b, p, flat, host, count)
         score = 0.0
         rest = floor.sum()
         for i in range(scenarios):
             t = (s + i) % scenarios
             trial_quota[t] = quota[t]
             trial_load[t] = load[t]
-            # Take both experts off the devices that held them, then pour them again.
-            ld = trial_load[t]
-            qt = trial_quota[t]
-            for x in (a, b):
-                for j in range(count[x]):
-                    position = host[x, j]
-                    if position != p and position != q:
-                        ld[position // width] -= qt[position]
-            ld[dp] -= qt[p]
-            ld[dq] -= qt[q]
-            qt[p] = 0
-            qt[q] = 0
-            pour(tokens[t, a], host[a], count[a], width, speed, qt, ld, order)
-            pour(tokens[t, b], host[b], count[b], width, speed, qt, ld, order)
-            trial_level[t] = augment(flat, host, count, width, speed, qt, ld, parent, trial_tight[t])
+            _pour_again(a, b, p, q, tokens[t], host, count, width, speed, trial_quota[t], trial_load[t], order)
+            trial_level[t] = augment(
+                flat, host, count, width, speed, trial_quota[t], trial_load[t], parent, trial_tight[t]
+            )
             score += weights[t] * trial_level[t]
             rest -= floor[t]
-            if score + rest > threshold or (i == 0 and trial_level[t] > level[t]):
+            # The scenario it was drawn for comes first: a candidate that does not even help there is dropped.
+            if score + rest > objective or (i == 0 and trial_level[t] > level[t]):
                 score = np.inf
                 break
-        if score <= threshold:
+        if score <= objective:
             quota, trial_quota = trial_quota, quota
             load, trial_load = trial_load, load
             tight, trial_tight = trial_tight, tight
@@ -179,11 +186,7 @@ def improve(
                 best = objective
                 slots[:] = flat.reshape(devices, width)
         else:
-            _remove(a, q, host, count)
-            flat[q] = b
+            _put(b, q, flat, host, count)
             if not replace:
-                _remove(b, p, host, count)
-                _add(a, p, host, count)
-                flat[p] = a
-            _add(b, q, host, count)
-    return best, scored
+                _put(a, p, flat, host, count)
+    return best

@@ -2,11 +2,11 @@
 
 Theorem. D equal devices of C slots hold E experts in perfect balance, whatever the loads, if E <= D (C - 1) + 1.
 
-Proof, and algorithm. Pad with experts of zero load to E = D (C - 1) + 1, sort upwards, let L = W / D. The C - 1 lightest
-weigh less than L together, the C heaviest at least L. Slide a window of C experts upwards to the first that weighs at
-least L. All but its heaviest weigh less than L: place them whole, fill the device up with a part of the heaviest, and
-put its remainder back. C - 1 experts and one device are gone, so the argument repeats. Remainders go to later devices,
-so replicas of an expert sit on different devices.
+Proof, and algorithm. Pad with experts of zero load to E = D (C - 1) + 1, sort upwards, let L = W / D. The C - 1
+lightest weigh less than L together, the C heaviest at least L. Slide a window of C experts upwards to the first that
+weighs at least L. All but its heaviest weigh less than L: place them whole, fill the device up with a part of the
+heaviest, and put its remainder back. C - 1 experts and one device are gone, so the argument repeats. Remainders go to
+later devices, so replicas of an expert sit on different devices.
 
 The result is known for video-on-demand servers (Golubchik, Khanna, Khuller, Thurimella, Zhu, SODA 2000; Shachnai and
 Tamir, Algorithmica 29, 2001), where devices are disks and experts are movies.

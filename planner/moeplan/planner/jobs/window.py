@@ -56,8 +56,8 @@ class Window:
     """The statistics of one job.
 
     A step closes when every rank has reported every layer. Once a quorum of the ranks has reached it, it also closes
-    incomplete: when the quorum is more than ``max_lag_steps`` ahead, or ``timeout_s`` after its first report. Steps close
-    in order, so an open step holds back those after it.
+    incomplete: when the quorum is more than ``max_lag_steps`` ahead, or ``timeout_s`` after its first report. Steps
+    close in order, so an open step holds back those after it.
 
     The frontier is the newest step that a quorum has reached. One rank with a wrong step number can neither move it nor
     close what lies beyond it, and its steps are the first to go when there are too many open ones.

@@ -1,7 +1,7 @@
 """EPLB: replicate the hottest experts, pack the heaviest first (DeepSeek, github.com/deepseek-ai/EPLB).
 
-With g expert groups that divide evenly over n nodes the plan is hierarchical: groups to nodes, then replicas inside each
-node, then replicas to devices. Otherwise it is global: one node. Replicas take even shares.
+With g expert groups that divide evenly over n nodes the plan is hierarchical: groups to nodes, then replicas inside
+each node, then replicas to devices. Otherwise it is global: one node. Replicas take even shares.
 
 Where the original puts two replicas of an expert on one device, this one takes the next lightest device without it;
 wherever the original has no such pair and devices are equal, the replicas are the same.
@@ -31,7 +31,7 @@ def eplb(problem: Problem, parameters: SolveParameters) -> Layout:
         return Layout(_place(loads, problem.capacity, problem.cluster.speed), problem.experts)
 
     group_of = np.arange(problem.experts) // (problem.experts // problem.groups)
-    group_load = np.bincount(group_of, loads)
+    group_load = np.bincount(group_of, loads).astype(np.float64)
     share = np.full(len(nodes), problem.groups // len(nodes), np.int32)
     groups_on = pack(group_load, np.ones(problem.groups, np.int32), share, np.ones(len(nodes)))
     slots = np.full((problem.devices, problem.cluster.max_slots), EMPTY, np.int32)

@@ -69,13 +69,18 @@ def _even_loads(slots: Int32, loads: Float64, replicas: Int32) -> Float64:
 
 @kernel
 def _expand(slots: Int32, loads: Float64, replicas: Int32, speed: Float64, level: float) -> bool:
-    """Replace a replica of the lightest replicated expert by one of the heaviest, where that lowers `level` most."""
+    """Replace a replica of the lightest expert that has one to spare by one of the heaviest, if that lowers `level`.
+
+    Only devices without the heaviest expert count; of several the one where `level` falls most.
+    """
     share = loads / replicas
     hot = share.argmax()
     cold = -1
-    for e in range(len(loads)):
-        if replicas[e] > 1 and e != hot and (cold < 0 or share[e] < share[cold]):
-            cold = e
+    for d in range(len(slots)):
+        if not (slots[d] == hot).any():
+            for e in slots[d]:
+                if e >= 0 and replicas[e] > 1 and (cold < 0 or share[e] < share[cold]):
+                    cold = e
     if cold < 0:
         return False
     after = replicas.copy()
@@ -84,20 +89,16 @@ def _expand(slots: Int32, loads: Float64, replicas: Int32, speed: Float64, level
     best_d, best_c = -1, -1
     best = level
     for d in range(len(slots)):
-        at = -1
-        for c in range(slots.shape[1]):
-            if slots[d, c] == hot:
-                at = -1
-                break
-            if slots[d, c] == cold:
-                at = c
-        if at < 0:
+        if (slots[d] == hot).any():
             continue
-        slots[d, at] = hot
-        reached = (_even_loads(slots, loads, after) / speed).max()
-        slots[d, at] = cold
-        if reached < best:
-            best, best_d, best_c = reached, d, at
+        for c in range(slots.shape[1]):
+            if slots[d, c] != cold:
+                continue
+            slots[d, c] = hot
+            reached = (_even_loads(slots, loads, after) / speed).max()
+            slots[d, c] = cold
+            if reached < best:
+                best, best_d, best_c = reached, d, c
     if best_d < 0:
         return False
     slots[best_d, best_c] = hot

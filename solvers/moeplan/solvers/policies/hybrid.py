@@ -1,9 +1,10 @@
 """moeplan's own policy: bounds, constructions, and local search over scenarios, with few moves.
 
 1. Bounds (see `bounds`) say when to stop.
-2. Constructions from the mean load: EPLB with distinct devices and swaps; the sliding window where spare slots make
-   perfect balance attainable; groups of devices where they do not; and the current layout. Each is scored by what
-   counts: the best split in every scenario, averaged. A layout that is perfect for the mean is fragile.
+2. Constructions from the mean load: the sliding window where spare slots make perfect balance attainable, groups of
+   devices where they do not; longest-first packing with swaps; the published policies, so that none is ever better; and
+   the current layout. Each is scored by what counts: the best split in every scenario, averaged. A layout that is
+   perfect for the mean is fragile.
 3. Local search (see `search`) from the best of them.
 4. Interchangeable devices are renamed so that the fewest replicas move. A limit of moves holds throughout: a
    construction that exceeds it is dropped, and the search never steps over it.
@@ -20,6 +21,7 @@ from moeplan.solvers import plan as plans
 from moeplan.solvers import sliding_window as window
 from moeplan.solvers.adams import adams_replicas
 from moeplan.solvers.arrays import Float64, Int32
+from moeplan.solvers.errors import ProblemError
 from moeplan.solvers.fill import fill
 from moeplan.solvers.flow import optimal_quota
 from moeplan.solvers.grouping import grouping
@@ -27,6 +29,11 @@ from moeplan.solvers.layout import EMPTY, Layout
 from moeplan.solvers.moves import keep_slots, relabel
 from moeplan.solvers.packing import pack, swap
 from moeplan.solvers.parameters import SolveParameters
+from moeplan.solvers.policies.eplb import eplb
+from moeplan.solvers.policies.flexmoe import flexmoe
+from moeplan.solvers.policies.laer import laer
+from moeplan.solvers.policies.static import static
+from moeplan.solvers.policies.symi import symi
 from moeplan.solvers.policy import policy
 from moeplan.solvers.problem import Problem
 from moeplan.solvers.search import improve
@@ -48,7 +55,7 @@ def hybrid(problem: Problem, parameters: SolveParameters) -> Layout:
     best, best_score = _start(problem), np.inf
     if best is not None:
         best_score = _score(problem, best)
-    constructions = _constructions(problem)
+    constructions = _constructions(problem, parameters)
     while best_score > target and (slots := next(constructions, None)) is not None:
         if problem.current is not None:
             slots = relabel(problem.current, slots, problem.capacity, problem.cluster)
@@ -78,7 +85,7 @@ def _start(problem: Problem) -> Int32 | None:
     return filled if within else slots
 
 
-def _constructions(problem: Problem) -> Iterator[Int32]:
+def _constructions(problem: Problem, parameters: SolveParameters) -> Iterator[Int32]:
     """int32[devices, width] layouts from the mean load, the one most likely to be perfect first."""
     loads, capacity, speed = problem.mean_load, problem.capacity, problem.cluster.speed
     if _window_applies(problem):
@@ -90,7 +97,15 @@ def _constructions(problem: Problem) -> Iterator[Int32]:
     replicas = adams_replicas(loads, int(capacity.sum()), problem.devices)
     slots = pack(loads, replicas, capacity, speed)
     swap(slots, loads / replicas, speed, ROUNDS)
+    fill(slots, loads, capacity)
     yield _widen(slots, problem)
+    for published in (eplb, laer, flexmoe, symi, static):
+        try:
+            slots = _widen(published(problem, parameters).slots.copy(), problem)
+        except ProblemError:  # EPLB's groups may not fit its nodes
+            continue
+        fill(slots, loads, capacity)
+        yield slots
 
 
 def _window_applies(problem: Problem) -> bool:
@@ -140,19 +155,13 @@ def _search(problem: Problem, slots: Int32, target: float, parameters: SolvePara
     held = np.zeros((problem.devices, problem.experts), np.bool_) if current is None else current.placed
     limit = problem.max_moves if problem.max_moves is not None else best.size
     burst = max(8, WORK_PER_BURST // (problem.demand.scenarios * best.size * 16))
-    weights, idle = _weights(problem), _idle_weight(problem)
-    score = np.inf
+    weights, goal = _weights(problem), target - _idle_weight(problem)
     for first in range(0, parameters.work_limit, burst):
         if parameters.deadline_s is not None and time.perf_counter() - start >= parameters.deadline_s:
             break
         steps = min(burst, parameters.work_limit - first)
         seed = parameters.seed * 1_000_003 + first
-        score = improve(
-            best, problem.loads, weights, problem.cluster.speed, held, limit, steps, seed, target - idle, TEMPERATURE
-        )[0]
-        if score <= target - idle:
+        speed = problem.cluster.speed
+        if improve(best, problem.loads, weights, speed, held, limit, steps, seed, goal) <= goal:
             break
     return best
-
-
-TEMPERATURE = 0.0

@@ -1,0 +1,272 @@
+"""Exact-load spilling: balance, replicas and time of `quota` and LLEP, CP-SAT's answer, and how it all scales.
+
+    python benchmarks/spill.py [TRACE:DEVICES ...] [--exact N] [--seconds S] [--hint]
+
+A trace is an .npz file with the array ``counts[step, layer, source, expert]``. Times are of one call for one layer on
+one core, compiling left out: medians and 99th percentiles over the calls of a trace, each with its own counts. Without
+traces only the synthetic loads are measured; without ``--exact`` CP-SAT is left out (it takes N * S seconds a row).
+
+The zipf loads follow the description of UltraEP's own solver test (Dots-Infra/UltraEP 94cab09, tests/utils.py):
+8,192 tokens per rank choose 8 of 128 experts without replacement; the weights fall as a power of the rank, and within a
+rank as the fourth power of the position, with the power that gives the wanted imbalance of the ranks. The random
+numbers are not the same. UltraEP's replica counts are those that it reaches on such loads at its tolerance of 0.01.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+from collections.abc import Sequence
+from dataclasses import replace
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from rich.console import Console
+from rich.table import Table
+
+from moeplan.solvers.spill import LlepPlanner, QuotaPlanner, SpillOptions, solve_exactly
+
+Counts = npt.NDArray[Any]
+
+ULTRAEP_REPLICAS = {1.5: 41, 2.0: 45, 2.5: 48, 3.0: 48}
+PASSES = 3
+CONSOLE = Console()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("traces", nargs="*", metavar="TRACE:DEVICES")
+    parser.add_argument("--exact", type=int, default=0, metavar="N", help="instances per row that CP-SAT solves")
+    parser.add_argument("--seconds", type=float, default=20.0, help="its time limit for each")
+    parser.add_argument("--hint", action="store_true", help="let it start from the plan of `quota`")
+    arguments = parser.parse_args()
+    for trace in arguments.traces:
+        path, _, devices = trace.rpartition(":")
+        counts = np.load(path)["counts"]
+        layers = counts.reshape(-1, *counts.shape[2:]).astype(np.int32)
+        table_of_trace(f"{path} on {devices} devices", layers, int(devices))
+        if arguments.exact:
+            sample = layers[np.linspace(0, len(layers) - 1, arguments.exact).astype(int)]
+            table_of_exact(sample, int(devices), arguments.seconds, arguments.hint)
+    table_of_zipf()
+    table_of_sizes()
+
+
+def table_of_trace(title: str, layers: Counts, devices: int) -> None:
+    _, sources, experts = layers.shape
+    table = new_table(title, "policy", "mean", "p95", "max", "replicas", "us p50", "us p99", "us batched")
+    for spare in (2, 1):
+        options = SpillOptions.uniform(experts, devices, spare)
+        planner = QuotaPlanner(options, sources, dtype=layers.dtype)
+        table.add_row(f"quota, K={spare}", *measured(planner, layers), f"{batched(options, layers):.1f}")
+    table.add_row("llep (ours)", *measured(LlepPlanner(options, sources), layers), "-")
+    table.add_row("llep as published, pure Python", *measured_python(layers, devices), "-")
+    table.add_row(
+        "static",
+        *measured(QuotaPlanner(replace(options, spare=0 * options.spare), sources, dtype=layers.dtype), layers),
+        "-",
+    )
+    CONSOLE.print(table)
+
+
+def table_of_exact(sample: Counts, devices: int, seconds: float, hint: bool) -> None:
+    title = f"CP-SAT, {seconds:g} s on one thread{', starting from quota' if hint else ''}, {len(sample)} instances"
+    table = new_table(
+        title, "spare", "quota mean", "CP-SAT mean", "bound mean", "quota - CP-SAT: mean", "max", "proven"
+    )
+    for spare in (2, 1):
+        options = SpillOptions.uniform(sample.shape[2], devices, spare)
+        planner = QuotaPlanner(options, sample.shape[1], dtype=sample.dtype)
+        ours, theirs, bounds, proven = [], [], [], 0
+        for counts in sample:
+            plan = planner.plan(counts)
+            exact = solve_exactly(counts, options, time_limit_s=seconds, hint=plan if hint else None)
+            ours.append(plan.imbalance)
+            theirs.append(exact.makespan / plan.balanced)
+            bounds.append(exact.bound / plan.balanced)
+            proven += exact.optimal
+        difference = np.array(ours) - np.array(theirs)
+        table.add_row(
+            f"K={spare}",
+            *(f"{np.mean(values):.5f}" for values in (ours, theirs, bounds, difference)),
+            f"{difference.max():.5f}",
+            str(proven),
+        )
+    CONSOLE.print(table)
+
+
+def table_of_zipf() -> None:
+    table = new_table(
+        "zipf, E128 on 64 devices, K=2",
+        "rank / expert imbalance",
+        "tolerance",
+        "imbalance",
+        "replicas",
+        "UltraEP",
+        "us p50",
+    )
+    for ratio, theirs in ULTRAEP_REPLICAS.items():
+        counts = zipf_counts(128, 64, ratio, tokens=8192)
+        tokens = counts.sum(axis=0)
+        ranks = tokens.reshape(64, -1).sum(axis=1)
+        name = f"{ranks.max() / ranks.mean():.2f} / {tokens.max() / tokens.mean():.2f}"
+        for tolerance in (5e-4, 0.01):
+            planner = QuotaPlanner(SpillOptions.uniform(128, 64, 2, tolerance=tolerance), 64, dtype=counts.dtype)
+            plan = planner.plan(counts)
+            peer = str(theirs) if tolerance == 0.01 else "-"
+            time = f"{median_us(planner, counts):.1f}"
+            table.add_row(name, f"{tolerance:g}", f"{plan.imbalance:.5f}", str(plan.replicas), peer, time)
+    CONSOLE.print(table)
+
+
+def table_of_sizes() -> None:
+    table = new_table(
+        "scaling, zipf at rank imbalance 2", "experts", "devices", "spare", "imbalance", "replicas", "us p50"
+    )
+    for experts in (256, 512):
+        for devices in (64, 128, 256):
+            counts = zipf_counts(experts, devices, 2.0, tokens=512)
+            for spare in (2, 1):
+                planner = QuotaPlanner(SpillOptions.uniform(experts, devices, spare), devices, dtype=counts.dtype)
+                plan = planner.plan(counts)
+                table.add_row(
+                    str(experts), str(devices), str(spare), f"{plan.imbalance:.5f}", str(plan.replicas),
+                    f"{median_us(planner, counts):.1f}",
+                )  # fmt: skip
+    CONSOLE.print(table)
+
+
+def new_table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left")
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index == 0 else "right")
+    return table
+
+
+def measured(planner: QuotaPlanner | LlepPlanner, layers: Counts) -> list[str]:
+    planner.plan(layers[0])
+    imbalance, replicas, seconds = [], [], []
+    for counts in itertools.chain.from_iterable(itertools.repeat(layers, PASSES)):
+        begin = perf_counter()
+        plan = planner.plan(counts)
+        seconds.append(perf_counter() - begin)
+        imbalance.append(plan.imbalance)
+        replicas.append(plan.replicas)
+    return cells(imbalance, replicas, seconds)
+
+
+def batched(options: SpillOptions, layers: Counts) -> float:
+    """Microseconds per layer when one call plans all layers: what is left without the interpreter."""
+    chunk = layers[: min(len(layers), 64)]
+    planner = QuotaPlanner(options, layers.shape[1], layers=len(chunk), dtype=layers.dtype)
+    seconds = []
+    for _ in range(20):
+        begin = perf_counter()
+        planner.plan_layers(chunk)
+        seconds.append(perf_counter() - begin)
+    return float(np.median(seconds)) / len(chunk) * 1e6
+
+
+def measured_python(layers: Counts, devices: int) -> list[str]:
+    imbalance, replicas, seconds = [], [], []
+    for counts in layers[:: max(1, len(layers) // 100)]:
+        begin = perf_counter()
+        load, transfers = llep_as_published(counts.sum(axis=0).tolist(), devices)
+        seconds.append(perf_counter() - begin)
+        imbalance.append(max(load) / (sum(load) / devices))
+        replicas.append(transfers)
+    return cells(imbalance, replicas, seconds)
+
+
+def cells(imbalance: Sequence[float], replicas: Sequence[int], seconds: Sequence[float]) -> list[str]:
+    return [
+        f"{np.mean(imbalance):.5f}",
+        f"{np.quantile(imbalance, 0.95):.5f}",
+        f"{np.max(imbalance):.5f}",
+        f"{np.mean(replicas):.1f}",
+        f"{np.quantile(seconds, 0.5) * 1e6:.1f}",
+        f"{np.quantile(seconds, 0.99) * 1e6:.1f}",
+    ]
+
+
+def median_us(planner: QuotaPlanner, counts: Counts, calls: int = 300) -> float:
+    seconds = []
+    for _ in range(calls):
+        begin = perf_counter()
+        planner.plan(counts)
+        seconds.append(perf_counter() - begin)
+    return float(np.median(seconds)) * 1e6
+
+
+def llep_as_published(
+    tokens: list[int], devices: int, alpha: float = 1.0, smallest: int = 1024
+) -> tuple[list[int], int]:
+    """LLEP's algorithms 2 and 3 (arXiv 2601.17111) on Python lists: loads, and transfers with repeated pairs.
+
+    As in its program, the devices are sorted anew for every chunk where the home has room for a part of the expert,
+    and once per expert where the home is full.
+    """
+    each = len(tokens) // devices
+    capacity = max(int(alpha * (sum(tokens) // devices)), 1)
+    pending = [sum(tokens[d * each : (d + 1) * each]) for d in range(devices)]
+    load = [0] * devices
+    transfers = 0
+    for expert in sorted(range(len(tokens)), key=lambda e: -tokens[e]):
+        remaining, home = tokens[expert], expert // each
+        pending[home] -= remaining
+        room = capacity - load[home] - pending[home]
+        stays = min(remaining, max(room, 0))
+        load[home] += stays
+        remaining -= stays
+        order: list[int] = []
+        while remaining > 0:
+            if room > 0 or not order:
+                order = sorted((d for d in range(devices) if d != home), key=lambda d: load[d] + pending[d])
+            for device in order:
+                chunk = min(remaining, capacity - load[device] - pending[device])
+                if chunk > 0 and (chunk >= smallest or chunk == remaining):
+                    break
+            else:
+                device, chunk = order[0], remaining
+            load[device] += chunk
+            transfers += 1
+            remaining -= chunk
+    return load, transfers
+
+
+def zipf_counts(experts: int, ranks: int, ratio: float, *, tokens: int, top_k: int = 8, seed: int = 33) -> Counts:
+    """int32[ranks, experts]: tokens of each expert from each rank, where ranks' loads have imbalance `ratio`."""
+    low, high = 0.0, 8.0
+    for _ in range(40):
+        power = (low + high) / 2
+        chosen = chance_of_choice(zipf_weights(experts, ranks, power), top_k).reshape(ranks, -1).sum(axis=1)
+        low, high = (power, high) if chosen.max() < ratio * chosen.mean() else (low, power)
+    weights = zipf_weights(experts, ranks, high).astype(np.float32)
+    rng = np.random.default_rng(seed)
+    counts = np.empty((ranks, experts), np.int32)
+    for rank in range(ranks):
+        # The k first arrivals of exponential clocks are a weighted choice without replacement.
+        arrival = rng.standard_exponential((tokens, experts), dtype=np.float32) / weights
+        counts[rank] = np.bincount(np.argpartition(arrival, top_k)[:, :top_k].ravel(), minlength=experts)
+    return counts
+
+
+def zipf_weights(experts: int, ranks: int, power: float) -> npt.NDArray[np.float64]:
+    each = experts // ranks
+    weights = np.outer(np.arange(1, ranks + 1) ** -power, np.arange(1, each + 1) ** -4.0).ravel()
+    return weights / weights.sum()
+
+
+def chance_of_choice(weights: npt.NDArray[np.float64], top_k: int) -> npt.NDArray[np.float64]:
+    """Chance that each expert is among `top_k`: that its exponential clock rings before the time when k have rung."""
+    low, high = 0.0, 1e9
+    for _ in range(100):
+        time = (low + high) / 2
+        low, high = (time, high) if (1 - np.exp(-time * weights)).sum() < top_k else (low, time)
+    return 1 - np.exp(-high * weights)
+
+
+if __name__ == "__main__":
+    main()
