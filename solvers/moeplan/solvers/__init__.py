@@ -7,6 +7,7 @@ plan = solve(problem)
 plan.layout.slots, plan.mean_imbalance, plan.bound, plan.gap
 """
 
+from moeplan.solvers.assignment import Assignment, balanced_assignment, optimal_assignment
 from moeplan.solvers.cluster import Cluster, Link
 from moeplan.solvers.cost import LAER, STEP, Cost, CostModel
 from moeplan.solvers.demand import Demand
@@ -24,6 +25,7 @@ __all__ = [
     "EMPTY",
     "LAER",
     "STEP",
+    "Assignment",
     "Cluster",
     "Cost",
     "CostModel",
@@ -40,6 +42,8 @@ __all__ = [
     "SolveParameters",
     "Split",
     "available_policies",
+    "balanced_assignment",
     "evaluate",
+    "optimal_assignment",
     "solve",
 ]
