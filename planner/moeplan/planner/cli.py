@@ -27,7 +27,7 @@ from moeplan.planner.cli_options import (
     solve_parameters,
 )
 from moeplan.planner.formats import Format, Output
-from moeplan.solvers import Cluster, ProblemError
+from moeplan.solvers.errors import ProblemError
 
 __all__ = ["app", "main"]
 
@@ -120,7 +120,7 @@ def plan(
     from moeplan.planner.plan_file import plan_document, read_layouts, write
     from moeplan.planner.terminal import progress, show_table
     from moeplan.planner.trace import Trace
-    from moeplan.solvers import Demand, Problem, solve
+    from moeplan.solvers import Cluster, Demand, Problem, solve
 
     opened = Trace.open(trace)
     chosen = layer_numbers(layers, opened.layers)

@@ -26,7 +26,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from scipy.optimize import linear_sum_assignment
 
 from moeplan.solvers.arrays import Bool, Float64, Int32, Int64
 from moeplan.solvers.errors import ProblemError
@@ -122,6 +121,8 @@ def optimal_assignment(scores: npt.ArrayLike) -> Assignment:
     Raises:
         ProblemError: a score is not a number within +-1e30.
     """
+    from scipy.optimize import linear_sum_assignment  # takes half a second to import
+
     table = _checked(scores).astype(np.float64)
     tokens, experts = table.shape
     each, extra = divmod(tokens, experts)
