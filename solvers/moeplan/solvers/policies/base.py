@@ -1,12 +1,13 @@
 """Layouts as linear assignment: replicas to slots, with balance, locality and moves in one cost matrix.
 
 BASE layers (arXiv 2103.16716) assign tokens to experts in equal numbers; this assigns replicas to devices in equal
-numbers. Replica counts are Adams'. Replicas come in rounds, heaviest share first, one for every device that has a slot
-left, and each round is an exact assignment. Its costs are tokens:
+numbers. Replica counts are Adams'. Replicas come in rounds, one for every device that has a slot left, and each round
+is an exact assignment of the heaviest replicas that wait to those devices. Its costs are tokens:
 
     balance    share * (load + share / 2) / (speed * mean), what the replica adds to the sum of squared loads
     locality   share * LOCALITY * the part of the expert's tokens that comes from elsewhere, by the links they take
     moves      share * MOVE where the device does not hold the expert now
+    order      -share: heavy replicas come first, unless a lighter one saves more of the above
 
 A token from a node that already has a replica of the expert is served there and no longer counts.
 """
@@ -28,6 +29,8 @@ LOCALITY = 0.1
 MOVE = 0.05
 """What loading a replica costs, per token that it will compute."""
 
+CHOICE = 3
+"""Replicas considered in a round, per device that takes one."""
 FORBIDDEN = 1e15
 """A second replica of an expert on one device."""
 
@@ -51,7 +54,7 @@ def base(problem: Problem, parameters: SolveParameters) -> Layout:
     origin = _origin(problem)
     while len(waiting):
         room = np.flatnonzero(used < capacity)
-        experts, waiting = waiting[: len(room)], waiting[len(room) :]
+        experts = waiting[: CHOICE * len(room)]
         heavy = share[experts]
         # The tiny constant spreads experts without any load as well.
         cost = (heavy + 1e-9 * mean) * (load[room, None] + heavy / 2) / (speed[room, None] * mean)
@@ -60,7 +63,9 @@ def base(problem: Problem, parameters: SolveParameters) -> Layout:
         if held is not None:
             cost += MOVE * heavy * ~held[np.ix_(room, experts)]
         cost += FORBIDDEN * on[np.ix_(room, experts)]
-        for row, column in zip(*linear_sum_assignment(cost), strict=True):
+        rows, columns = linear_sum_assignment(cost - heavy)
+        waiting = np.delete(waiting, columns)
+        for row, column in zip(rows, columns, strict=True):
             device, expert = room[row], experts[column]
             if not on[device, expert]:
                 slots[device, used[device]] = expert
@@ -82,7 +87,7 @@ def _origin(problem: Problem) -> Float64 | None:
 
 
 def _remote(problem: Problem, origin: Float64, on: Bool, experts: Int64) -> Float64:
-    """float64[devices, len(experts)]: part of each expert's tokens that a replica on each device would draw from afar."""
+    """float64[devices, len(experts)]: part of an expert's tokens that a replica on a device draws from afar."""
     cluster = problem.cluster
     member = (np.arange(cluster.nodes)[:, None] == cluster.node).astype(np.float64)
     here = origin[:, experts]
