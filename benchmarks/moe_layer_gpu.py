@@ -257,7 +257,7 @@ def make_methods(bench: Bench, size: Size, dtype: torch.dtype, spare: int, cost:
     """All methods with the same weights; the resident ones share one parameter."""
     group, experts = bench.group, size.experts
     exact = SpillOptions.uniform(
-        experts, group.size, spare if group.size > 1 else 0, tolerance=0.01, min_tokens=least, transfer_tokens=cost
+        experts, group.size, spare if group.size > 1 else 0, tolerance=0.002, min_tokens=least, transfer_tokens=cost
     )
     static = ResidentExperts(size.shape, experts, group, dtype=dtype, device=bench.device)
     spilling = [
