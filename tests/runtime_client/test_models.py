@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict_loader import load as load_checkpoint
 from torch.distributed.checkpoint.state_dict_saver import save as save_checkpoint
 from torch.nn.functional import cross_entropy
+from torch.nn.parallel import DistributedDataParallel
 
 from moeplan.runtime_client.checkpoint import TrainingState
 from moeplan.runtime_client.fsep import FullyShardedExperts
@@ -168,3 +169,36 @@ def test_a_checkpoint_continues_with_any_ranks_layers_and_layout(ranks: Launch, 
     for size, other in [(3, "sharded"), (2, "resident"), (1, "plain")]:
         for actual in ranks(size, load, other, tmp_path):
             torch.testing.assert_close(actual, expected, rtol=0, atol=TOLERANCE)
+
+
+def train_wrapped() -> list[str]:
+    """The recipe of docs/experts.md for data parallelism; returns the logical names of the weights."""
+    group = make_group()
+    plain, ours = make_model("mixtral"), make_model("mixtral")
+    layers = replace_experts(ours, partial(FullyShardedExperts, group=group))
+    names = [f"{name}.{own}" for name, layer in layers.items() for own, _ in layer.named_parameters()]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(ours, names)
+    for layer in layers.values():
+        for parameter in layer.parameters():
+            parameter.register_hook(lambda gradient: gradient / group.size)
+    wrapped = DistributedDataParallel(ours)
+    optimizers = [torch.optim.SGD(model.parameters(), lr=0.01) for model in (plain, wrapped)]
+    for step in range(2):
+        batch = tokens(step)
+        mine = batch.tensor_split(group.size)[group.rank]
+        for model, part, optimizer in zip((plain, wrapped), (batch, mine), optimizers, strict=True):
+            optimizer.zero_grad()
+            loss = loss_of(model, part)[1] / part[:, 1:].numel()
+            loss.backward()
+            optimizer.step()
+    with torch.no_grad():
+        logits = [loss_of(model, tokens(3))[0] for model in (plain, wrapped)]
+    torch.testing.assert_close(*logits, rtol=0, atol=TOLERANCE)
+    state = TrainingState(wrapped, optimizers[1]).state_dict()
+    for name, tensor in plain.state_dict().items():
+        assert state["model"][name].shape == tensor.shape
+    return sorted(state["model"])
+
+
+def test_data_parallelism_as_documented(ranks: Launch) -> None:
+    assert ranks(2, train_wrapped) == [sorted(make_model("mixtral").state_dict())] * 2
