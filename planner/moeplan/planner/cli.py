@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from moeplan.planner import compare_command, jobs_command, serve_command
+from moeplan.planner import affinity_command, compare_command, generate_command, jobs_command, serve_command
 from moeplan.planner.cli_options import (
     WORK_LIMIT,
     Deadline,
@@ -37,9 +37,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Plan where the expert replicas of a Mixture-of-Experts model live, and prove how good the plan is.",
 )
-trace_app = typer.Typer(no_args_is_help=True, help="Look at recorded routing.")
+trace_app = typer.Typer(no_args_is_help=True, help="Look at recorded routing, or make some.")
 app.add_typer(trace_app, name="trace")
+generate_command.register(trace_app)
 compare_command.register(app)
+affinity_command.register(app)
 serve_command.register(app)
 jobs_command.register(app)
 
