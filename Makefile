@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 help:  ## show this help
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 10
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 14
 
 # torch first and pinned: an unpinned requirement would take a build with gigabytes of CUDA libraries.
 $(STAMP): pyproject.toml constraints.txt
@@ -23,10 +23,16 @@ demo: $(STAMP)  ## plan from a recorded trace and compare policies on steps they
 test: $(STAMP)  ## run the tests
 	@$(BIN)/python -m pytest
 
-check: $(STAMP)  ## lint and type-check
+check: $(STAMP) check-proto  ## lint and type-check
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
+
+proto:  ## generate the gRPC stubs of proto/
+	@PYTHON=$(PYTHON) proto/generate.sh
+
+check-proto:  ## lint the API, look for breaking changes and stale stubs
+	@PYTHON=$(PYTHON) proto/generate.sh --check
 
 fix: $(STAMP)  ## format, and mend what the linter can
 	@$(BIN)/ruff format .
@@ -35,4 +41,4 @@ fix: $(STAMP)  ## format, and mend what the linter can
 bench: $(STAMP)  ## measure layouts against SGLang's planners (downloads their wheel once)
 	@$(BIN)/python benchmarks/layouts.py
 
-.PHONY: help install demo test check fix bench
+.PHONY: help install demo test check proto check-proto fix bench

@@ -4,7 +4,8 @@
 
 A trace is an .npz file with the array ``counts[step, layer, source, expert]``. Times are of one call for one layer on
 one core, compiling left out: medians and 99th percentiles over the calls of a trace, each with its own counts. Without
-traces only the synthetic loads are measured; without ``--exact`` CP-SAT is left out (it takes N * S seconds a row).
+traces only the synthetic loads are measured; without ``--exact`` CP-SAT is left out (it takes N * S seconds a row,
+spread over the cores).
 
 The zipf loads follow the description of UltraEP's own solver test (Dots-Infra/UltraEP 94cab09, tests/utils.py):
 8,192 tokens per rank choose 8 of 128 experts without replacement; the weights fall as a power of the rank, and within a
@@ -16,7 +17,9 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import os
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from time import perf_counter
 from typing import Any
@@ -26,7 +29,7 @@ import numpy.typing as npt
 from rich.console import Console
 from rich.table import Table
 
-from moeplan.solvers.spill import LlepPlanner, QuotaPlanner, SpillOptions, solve_exactly
+from moeplan.solvers.spill import ExactSpill, LlepPlanner, QuotaPlanner, SpillOptions, solve_exactly
 
 Counts = npt.NDArray[Any]
 
@@ -78,15 +81,12 @@ def table_of_exact(sample: Counts, devices: int, seconds: float, hint: bool) -> 
     )
     for spare in (2, 1):
         options = SpillOptions.uniform(sample.shape[2], devices, spare)
-        planner = QuotaPlanner(options, sample.shape[1], dtype=sample.dtype)
-        ours, theirs, bounds, proven = [], [], [], 0
-        for counts in sample:
-            plan = planner.plan(counts)
-            exact = solve_exactly(counts, options, time_limit_s=seconds, hint=plan if hint else None)
-            ours.append(plan.imbalance)
-            theirs.append(exact.makespan / plan.balanced)
-            bounds.append(exact.bound / plan.balanced)
-            proven += exact.optimal
+        with ProcessPoolExecutor(os.cpu_count()) as pool:
+            pairs = list(pool.map(ours_and_exact, sample, *map(itertools.repeat, (options, seconds, hint))))
+        ours = [mine for mine, _, _ in pairs]
+        theirs = [exact.makespan / balanced for _, exact, balanced in pairs]
+        bounds = [exact.bound / balanced for _, exact, balanced in pairs]
+        proven = sum(exact.optimal for _, exact, _ in pairs)
         difference = np.array(ours) - np.array(theirs)
         table.add_row(
             f"K={spare}",
@@ -95,6 +95,18 @@ def table_of_exact(sample: Counts, devices: int, seconds: float, hint: bool) -> 
             str(proven),
         )
     CONSOLE.print(table)
+
+
+def ours_and_exact(
+    counts: Counts, options: SpillOptions, seconds: float, hint: bool
+) -> tuple[float, ExactSpill, float]:
+    """Imbalance of `quota`, CP-SAT's answer on one thread, and the load of a perfectly balanced device."""
+    plan = QuotaPlanner(options, len(counts), dtype=counts.dtype).plan(counts)
+    return (
+        plan.imbalance,
+        solve_exactly(counts, options, time_limit_s=seconds, hint=plan if hint else None),
+        plan.balanced,
+    )
 
 
 def table_of_zipf() -> None:

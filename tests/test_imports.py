@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import importlib
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -55,8 +57,24 @@ def test_forbidden_imports(part: str) -> None:
 
 
 def test_solvers_use_only_their_libraries() -> None:
-    import sys
-
     for path in ROOTS["solvers"].rglob("*.py"):
         outside = {name for name in imports(path) if name not in sys.stdlib_module_names and name != "moeplan.solvers"}
         assert outside <= MAY_IMPORT["solvers"], path
+
+
+def modules_after(statement: str) -> set[str]:
+    """Top-level modules that a fresh interpreter holds after a statement."""
+    program = f"{statement}; import sys; print(*{{name.split('.')[0] for name in sys.modules}})"
+    return set(
+        subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout.split()
+    )
+
+
+def test_help_waits_for_no_compiler_and_no_solver() -> None:
+    heavy = {"numba", "scipy", "ortools", "pulp", "highspy", "grpc", "numpy", "torch"}
+    assert not modules_after("import moeplan.planner.cli") & heavy
+
+
+def test_spilling_needs_no_solver() -> None:
+    planning = "from moeplan.solvers.spill import QuotaPlanner; from moeplan.solvers import solve, evaluate"
+    assert not modules_after(planning) & {"ortools", "pulp", "highspy"}

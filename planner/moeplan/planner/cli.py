@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from moeplan.planner import compare_command
+from moeplan.planner import compare_command, jobs_command, serve_command
 from moeplan.planner.cli_options import (
     WORK_LIMIT,
     Deadline,
@@ -27,7 +27,7 @@ from moeplan.planner.cli_options import (
     solve_parameters,
 )
 from moeplan.planner.formats import Format, Output
-from moeplan.solvers import Cluster, ProblemError
+from moeplan.solvers.errors import ProblemError
 
 __all__ = ["app", "main"]
 
@@ -40,8 +40,12 @@ app = typer.Typer(
 trace_app = typer.Typer(no_args_is_help=True, help="Look at recorded routing.")
 app.add_typer(trace_app, name="trace")
 compare_command.register(app)
+serve_command.register(app)
+jobs_command.register(app)
 
 BAD_INPUT = 2
+
+RemoteServer = Annotated[str | None, typer.Option(help="Solve in the daemon at this address.", envvar="MOEPLAN_SERVER")]
 
 
 @app.command()
@@ -112,15 +116,19 @@ def plan(
     deadline_ms: Deadline = None,
     work_limit: Work = WORK_LIMIT,
     seed: Seed = 0,
+    server: RemoteServer = None,
+    token: jobs_command.Token = None,
+    ca: jobs_command.Ca = None,
     output: Output = Format.TABLE,
 ) -> None:
     """Plan layouts from the last steps of a trace."""
     import numpy as np
 
     from moeplan.planner.plan_file import plan_document, read_layouts, write
+    from moeplan.planner.remote import solver_at
     from moeplan.planner.terminal import progress, show_table
     from moeplan.planner.trace import Trace
-    from moeplan.solvers import Demand, Problem, solve
+    from moeplan.solvers import Cluster, Demand, Problem
 
     opened = Trace.open(trace)
     chosen = layer_numbers(layers, opened.layers)
@@ -129,7 +137,7 @@ def plan(
     cluster = Cluster.uniform(devices, slots, nodes=nodes)
     parameters = solve_parameters(deadline_ms, work_limit, seed)
     plans = {}
-    with progress(f"planning with {policy}", len(chosen)) as advance:
+    with solver_at(server, token, ca) as solve, progress(f"planning with {policy}", len(chosen)) as advance:
         for layer in chosen:
             problem = Problem(
                 cluster, Demand.of(steps[:, layer]), current=in_force.get(layer), max_moves=max_moves, groups=groups

@@ -9,7 +9,8 @@ from typing import Annotated
 
 import typer
 
-from moeplan.solvers import ProblemError, SolveParameters
+from moeplan.solvers.errors import ProblemError
+from moeplan.solvers.parameters import SolveParameters
 
 WORK_LIMIT = SolveParameters().work_limit
 

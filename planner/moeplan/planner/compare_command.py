@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import numpy as np
 import typer
 
 from moeplan.planner.cli_options import (
@@ -24,16 +23,12 @@ from moeplan.planner.cli_options import (
     print_json,
     solve_parameters,
 )
-from moeplan.planner.compare import Setting
-from moeplan.planner.compare import compare as judge
-from moeplan.planner.comparison_table import show_comparison, show_exact
-from moeplan.planner.exact import EXACT_POLICIES, compare_exact
 from moeplan.planner.formats import Format, Output
-from moeplan.planner.terminal import progress, status
-from moeplan.planner.trace import Trace
-from moeplan.solvers import Cluster, ProblemError, SolveParameters
-from moeplan.solvers.policy import find
-from moeplan.solvers.spill import SpillOptions
+from moeplan.solvers.errors import ProblemError
+
+if TYPE_CHECKING:
+    from moeplan.planner.trace import Trace
+    from moeplan.solvers.spill import SpillOptions
 
 __all__ = ["register"]
 
@@ -76,6 +71,16 @@ def compare(
     With --exact nothing is predicted: static, llep and quota split the very counts that they are judged on, over homes
     in order and --spare transient replicas per device, as a rank does in every micro-batch.
     """
+    from moeplan.planner.compare import Setting
+    from moeplan.planner.compare import compare as judge
+    from moeplan.planner.comparison_table import show_comparison
+    from moeplan.planner.exact import EXACT_POLICIES
+    from moeplan.planner.terminal import progress, status
+    from moeplan.planner.trace import Trace
+    from moeplan.solvers import Cluster, SolveParameters
+    from moeplan.solvers.policy import find
+    from moeplan.solvers.spill import SpillOptions
+
     opened = Trace.open(trace)
     positive("--every", every)
     chosen = layer_numbers(layers, opened.layers)
@@ -117,6 +122,12 @@ def compare(
 def _compare_exact(
     trace: Trace, layers: Sequence[int], options: SpillOptions, policies: Sequence[str], every: int, output: Format
 ) -> None:
+    import numpy as np
+
+    from moeplan.planner.comparison_table import show_exact
+    from moeplan.planner.exact import compare_exact
+    from moeplan.planner.terminal import progress
+
     counts = np.stack([step[list(layers)] for i, step in enumerate(trace.read()) if i % every == 0])
     with progress("planning", counts.shape[0] * counts.shape[1] * len(policies)) as advance:
         result = compare_exact(counts, options, [name.strip() for name in policies], on_plan=advance)

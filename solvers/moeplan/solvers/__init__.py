@@ -7,18 +7,24 @@ plan = solve(problem)
 plan.layout.slots, plan.mean_imbalance, plan.bound, plan.gap
 """
 
-from moeplan.solvers.cluster import Cluster, Link
-from moeplan.solvers.cost import LAER, STEP, Cost, CostModel
-from moeplan.solvers.demand import Demand
-from moeplan.solvers.errors import InfeasibleError, ProblemError
-from moeplan.solvers.layout import EMPTY, Layout
-from moeplan.solvers.moves import Moves
-from moeplan.solvers.parameters import SolveParameters
-from moeplan.solvers.plan import Plan
-from moeplan.solvers.policy import Policy, available_policies
-from moeplan.solvers.problem import ExpertSpec, Problem
-from moeplan.solvers.solver import evaluate, solve
-from moeplan.solvers.splits import Split
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from moeplan.solvers.cluster import Cluster, Link
+    from moeplan.solvers.cost import LAER, STEP, Cost, CostModel
+    from moeplan.solvers.demand import Demand
+    from moeplan.solvers.errors import InfeasibleError, ProblemError
+    from moeplan.solvers.layout import EMPTY, Layout
+    from moeplan.solvers.moves import Moves
+    from moeplan.solvers.parameters import SolveParameters
+    from moeplan.solvers.plan import Plan
+    from moeplan.solvers.policy import Policy, available_policies
+    from moeplan.solvers.problem import ExpertSpec, Problem
+    from moeplan.solvers.solver import evaluate, solve
+    from moeplan.solvers.splits import Split
 
 __all__ = [
     "EMPTY",
@@ -43,3 +49,28 @@ __all__ = [
     "evaluate",
     "solve",
 ]
+
+_HOMES = {
+    "cluster": ("Cluster", "Link"),
+    "cost": ("Cost", "CostModel", "LAER", "STEP"),
+    "demand": ("Demand",),
+    "errors": ("InfeasibleError", "ProblemError"),
+    "layout": ("EMPTY", "Layout"),
+    "moves": ("Moves",),
+    "parameters": ("SolveParameters",),
+    "plan": ("Plan",),
+    "policy": ("Policy", "available_policies"),
+    "problem": ("ExpertSpec", "Problem"),
+    "solver": ("evaluate", "solve"),
+    "splits": ("Split",),
+}
+_HOME = {name: module for module, names in _HOMES.items() for name in names}
+
+
+def __getattr__(name: str) -> object:
+    """Import a public name at its first use (PEP 562): the compiler of the kernels alone takes half a second."""
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value

@@ -10,7 +10,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.optimize import linear_sum_assignment
 
 from moeplan.solvers.arrays import Float64, Int32, Int64
 from moeplan.solvers.cluster import Cluster
@@ -76,6 +75,8 @@ def relabel(current: Layout, slots: Int32, capacity: Int32, cluster: Cluster) ->
     Returns:
         int32[devices, width]: the rows of `slots`, permuted.
     """
+    from scipy.optimize import linear_sum_assignment  # takes half a second to import
+
     experts = current.experts
     placed = np.zeros((cluster.devices, experts + 1), np.float32)
     placed[np.arange(cluster.devices)[:, None], slots] = 1  # column -1 collects the empty slots

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from ortools.graph.python import min_cost_flow
 
 from moeplan.solvers.arrays import Int32, Int64
 from moeplan.solvers.flow import optimal_quota
@@ -129,6 +128,8 @@ COST_SCALE = 1_000
 
 def _least_traffic(problem: Problem, hosts: Hosts, tokens: Int64, cap: Int64) -> Int64:
     """int64[sources, replicas] for one scenario's ``tokens[sources, experts]`` and ``cap[devices]``."""
+    from ortools.graph.python import min_cost_flow  # ranks, which never use this rule, may lack it
+
     cluster, source_device = problem.cluster, problem.source_device
     sources = len(tokens)
     expert = np.repeat(np.arange(problem.experts), np.diff(hosts.start))

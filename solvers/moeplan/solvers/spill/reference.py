@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-from ortools.sat.python import cp_model
 
 from moeplan.solvers.arrays import Int64, integers
 from moeplan.solvers.errors import ProblemError
 from moeplan.solvers.spill.options import SpillOptions
 from moeplan.solvers.spill.plan import SpillPlan
+
+if TYPE_CHECKING:
+    from ortools.sat.python import cp_model
 
 __all__ = ["ExactSpill", "solve_exactly"]
 
@@ -62,6 +65,8 @@ def solve_exactly(
     Raises:
         ProblemError: `counts` has not one value per expert or is negative.
     """
+    from ortools.sat.python import cp_model  # slow to import, and ranks, which never solve exactly, may lack it
+
     table = np.atleast_2d(np.asarray(counts))
     tokens = integers("counts", table.sum(axis=0), ndim=1, low=0)
     if len(tokens) != options.experts:
@@ -99,7 +104,7 @@ def solve_exactly(
     return ExactSpill(share, solver.objective_value / _SPEED_UNITS, bound, status == cp_model.OPTIMAL, False)
 
 
-_Variables = dict[tuple[int, int], cp_model.IntVar]
+_Variables: TypeAlias = "dict[tuple[int, int], cp_model.IntVar]"
 
 
 def _replica_variables(model: cp_model.CpModel, tokens: Int64, options: SpillOptions) -> tuple[_Variables, _Variables]:

@@ -1,0 +1,332 @@
+"""Figures of the daemon, on this machine, over loopback, with everything as users start it.
+
+    python benchmarks/daemon.py streams --jobs 16 --ranks 64 --seconds 60     1,024 rank streams, a report a second each
+    python benchmarks/daemon.py streams --jobs 1 --ranks 1024 --seconds 60    the same as one job
+    python benchmarks/daemon.py saturation --ranks 1024 --seconds 20          as fast as the streams take it
+    python benchmarks/daemon.py solve                                         Solve against the same solve in process
+    python benchmarks/daemon.py restart --jobs 100                            kill -9, start, everything there
+
+Results are JSON on standard output. Latency of a plan: from the writing of the window's last statistics to the plan's
+arrival at each rank, less the time that the daemon reports for the solve (decision to plan: queue, solve and answer).
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from multiprocessing.queues import Queue
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+
+from moeplan.planner import wire
+from moeplan.planner.client import Client
+from moeplan.solvers import Cluster, Demand, Problem, solve
+from moeplan.v1 import job_pb2, planner_pb2, planner_pb2_grpc
+
+LAYERS, EXPERTS = 8, 64
+
+
+class Daemon:
+    """A daemon in a process of its own."""
+
+    def __init__(self, data: Path, *arguments: str) -> None:
+        self.started = time.perf_counter()
+        command = [
+            sys.executable,
+            "-m",
+            "moeplan.planner.cli",
+            "serve",
+            "--data",
+            str(data),
+            "--metrics",
+            "127.0.0.1:0",
+        ]
+        self.process = subprocess.Popen(
+            [*command, "--listen", "127.0.0.1:0", *arguments], stderr=subprocess.PIPE, text=True
+        )
+        self.address = self._await("serving")["address"]
+
+    def _await(self, name: str) -> dict[str, Any]:
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            event: dict[str, Any] = json.loads(line) if line.startswith("{") else {}
+            if event.get("event") == name:
+                return event
+        raise SystemExit("the daemon did not start")
+
+    def ready(self) -> None:
+        """Wait for the workers."""
+        self._await("workers ready")
+
+    def mute(self) -> None:
+        """Keep its log from filling the pipe."""
+        assert self.process.stderr is not None
+        threading.Thread(target=self.process.stderr.read, daemon=True).start()
+
+    def memory_mb(self) -> float:
+        """Resident memory of the daemon itself."""
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        return int(status.split("VmRSS:")[1].split()[0]) / 1024
+
+    def cpu_s(self) -> float:
+        """Processor time of the daemon itself."""
+        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rsplit(")", 1)[1].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    def stop(self, how: int = signal.SIGTERM) -> None:
+        """End it."""
+        self.process.send_signal(how)
+        self.process.wait(60)
+
+
+def job(ranks: int, devices: int, every: int) -> job_pb2.Job:
+    """A job of the benchmark; sources are merged where there are more of them than a window should hold."""
+    cluster = Cluster.uniform(devices, max(5, -(-EXPERTS // devices) + 1), nodes=max(1, devices // 8))
+    return job_pb2.Job(
+        cluster=wire.write_cluster(cluster),
+        layers=LAYERS,
+        experts=EXPERTS,
+        ranks=ranks,
+        merge_sources=True,
+        forecast=job_pb2.Forecast(window_steps=4),
+        replan=job_pb2.Replan(every_steps=every),
+    )
+
+
+async def _ranks(
+    address: str, streams: list[tuple[str, int, float]], seconds: float, interval: float
+) -> dict[str, Any]:
+    """Ranks of one process; each reports a step, waits for its turn, and notes when plans come."""
+    options = [("grpc.use_local_subchannel_pool", 1), ("grpc.max_receive_message_length", -1)]
+    channels = [grpc.aio.insecure_channel(address, options) for _ in range(8)]
+    rng = np.random.default_rng(len(streams))
+    payloads = [wire.write_array((rng.pareto(1.2, (LAYERS, 1, EXPERTS)) * 50).astype(np.int32)) for _ in range(16)]
+    start = time.time() + 3.0
+    sent_at: dict[tuple[str, int], float] = {}
+    arrivals: list[tuple[str, int, float, float]] = []
+    sent = acknowledged = 0
+
+    async def rank(number: int, name: str, index: int, phase: float) -> None:
+        nonlocal sent, acknowledged
+        stub: Any = planner_pb2_grpc.PlannerServiceStub(channels[number % len(channels)])
+        call = stub.StreamRank()
+        hello = planner_pb2.Hello(job=name, rank=index, session=str(number))
+        await call.write(planner_pb2.StreamRankRequest(hello=hello))
+        credit = (await call.read()).welcome.credit
+        room = asyncio.Semaphore(credit)
+        done = 0
+
+        async def receive() -> None:
+            nonlocal acknowledged, done
+            async for response in call:
+                kind = response.WhichOneof("message")
+                if kind == "plan_update":
+                    plan = response.plan_update.plan
+                    took = plan.solve_time.seconds + plan.solve_time.nanos * 1e-9
+                    arrivals.append((name, plan.decision.step, time.time(), took))
+                elif kind == "acknowledgement":
+                    for _ in range(response.acknowledgement.sequence - done):
+                        room.release()
+                    acknowledged += response.acknowledgement.sequence - done
+                    done = response.acknowledgement.sequence
+
+        receiver = asyncio.create_task(receive())
+        step = 0
+        while True:
+            due = start + phase + step * interval
+            if due > start + seconds:
+                break
+            if interval:
+                await asyncio.sleep(max(0.0, due - time.time()))
+            elif time.time() > start + seconds:
+                break
+            async with asyncio.timeout(60):
+                await room.acquire()
+            statistics = planner_pb2.Statistics(sequence=step + 1, step=step, tokens=payloads[(index + step) % 16])
+            await call.write(planner_pb2.StreamRankRequest(statistics=statistics))
+            sent_at[name, step] = max(sent_at.get((name, step), 0.0), time.time())
+            sent += 1
+            step += 1
+        await asyncio.sleep(1.0)
+        await call.write(planner_pb2.StreamRankRequest(leave=planner_pb2.Leave()))
+        await receiver
+
+    await asyncio.gather(*(rank(n, name, index, phase) for n, (name, index, phase) in enumerate(streams)))
+    for channel in channels:
+        await channel.close()
+    return {
+        "sent": sent,
+        "acknowledged": acknowledged,
+        "sent_at": [(*key, value) for key, value in sent_at.items()],
+        "arrivals": arrivals,
+    }
+
+
+def _process(queue: Queue[Any], *arguments: Any) -> None:
+    queue.put(asyncio.run(_ranks(*arguments)))
+
+
+def streams(jobs: int, ranks: int, devices: int, every: int, seconds: float, interval: float) -> dict[str, Any]:
+    """Ranks of `jobs` jobs, reporting every `interval` seconds; jobs begin their steps spread over the interval."""
+    with tempfile.TemporaryDirectory() as folder:
+        daemon = Daemon(Path(folder))
+        daemon.ready()
+        daemon.mute()
+        with Client(daemon.address) as client:
+            names = [client.create_job(f"job-{n}", job(ranks, devices, every)).name for n in range(jobs)]
+        all_streams = [(name, r, n * interval / jobs) for n, name in enumerate(names) for r in range(ranks)]
+        context = multiprocessing.get_context("spawn")
+        queue: Queue[Any] = context.Queue()
+        parts = [all_streams[n::2] for n in range(2)]
+        workers = [
+            context.Process(target=_process, args=(queue, daemon.address, part, seconds, interval)) for part in parts
+        ]
+        for worker in workers:
+            worker.start()
+        time.sleep(8)
+        memory = [daemon.memory_mb()]
+        cpu, began = daemon.cpu_s(), time.time()
+        while time.time() - began < seconds - 10:
+            time.sleep(1)
+            memory.append(daemon.memory_mb())
+        cpu = (daemon.cpu_s() - cpu) / (time.time() - began)
+        results = [queue.get(timeout=seconds + 300) for _ in workers]
+        for worker in workers:
+            worker.join(60)
+        with Client(daemon.address) as client:
+            counts = [found.status.statistics for found in client.jobs()]
+            versions = sum(found.status.plan_version for found in client.jobs())
+        daemon.stop()
+    last: dict[tuple[str, int], float] = {}
+    for result in results:
+        for name, step, when in result["sent_at"]:
+            last[name, step] = max(last.get((name, step), 0.0), when)
+    latencies = [
+        (when - last[name, step] - took) * 1e3 for result in results for name, step, when, took in result["arrivals"]
+    ]
+    sent = sum(result["sent"] for result in results)
+    size = LAYERS * EXPERTS * 4
+    report: dict[str, Any] = {
+        "streams": jobs * ranks,
+        "jobs": jobs,
+        "messages_sent": sent,
+        "messages_accepted": sum(count.accepted for count in counts) / LAYERS,
+        "late_or_early": sum(count.late + count.early for count in counts) / LAYERS,
+        "messages_per_s": sent / seconds,
+        "MB_per_s": sent * size / seconds / 1e6,
+        "plan_versions": versions,
+        "plans_received": len(latencies),
+        "memory_MB_first_last_max": [memory[0], memory[-1], max(memory)],
+        "daemon_cpu_cores": cpu,
+    }
+    if latencies:
+        report["latency_ms_p50_p99_max"] = [float(np.percentile(latencies, q)) for q in (50, 99, 100)]
+    return report
+
+
+def solve_overhead(rounds: int) -> dict[str, Any]:
+    """Solve of 8 layers, 64 experts, 16 devices: over loopback against in process, taken in turns."""
+    rng = np.random.default_rng(0)
+    problems = [
+        Problem(Cluster.uniform(16, 5, nodes=2), Demand.of((rng.pareto(1.2, (16, 64)) * 500).astype(np.int64)))
+        for _ in range(8)
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        daemon = Daemon(Path(folder))
+        daemon.ready()
+        daemon.mute()
+        here, there = [], []
+        with Client(daemon.address) as client:
+            for number in range(rounds + 5):
+                start = time.perf_counter()
+                for problem in problems:
+                    solve(problem)
+                middle = time.perf_counter()
+                client.solve(problems)
+                end = time.perf_counter()
+                if number >= 5:
+                    here.append(middle - start)
+                    there.append(end - middle)
+        daemon.stop()
+    local, remote = np.array(here) * 1e3, np.array(there) * 1e3
+    return {
+        "in_process_ms_median": float(np.median(local)),
+        "over_loopback_ms_median": float(np.median(remote)),
+        "added_ms_median": float(np.median(remote - local)),
+    }
+
+
+def restart(jobs: int) -> dict[str, Any]:
+    """Kill -9 with jobs in the store; time from process start to the first answer, and what is there."""
+    with tempfile.TemporaryDirectory() as folder:
+        first = Daemon(Path(folder))
+        first.ready()
+        first.mute()
+        with Client(first.address) as client:
+            names = [client.create_job(f"job-{n}", job(2, 16, 1)).name for n in range(jobs)]
+            for name in names:
+                stub = client.planner.StreamRank(iter(_two_reports(name)), timeout=60)
+                for response in stub:
+                    if response.WhichOneof("message") == "plan_update":
+                        break
+                stub.cancel()
+            before = {name: client.plan(f"{name}/plans/-").version for name in names}
+        first.stop(signal.SIGKILL)
+        times = []
+        for _ in range(3):
+            second = Daemon(Path(folder))
+            with Client(second.address) as client:
+                client.job(names[0])
+                times.append(time.perf_counter() - second.started)
+                after = {name: client.plan(f"{name}/plans/-").version for name in names}
+            second.stop(signal.SIGKILL)
+    return {"serving_after_s": times, "jobs": jobs, "all_plans_there": after == before}
+
+
+def _two_reports(name: str) -> Any:
+    hello = planner_pb2.Hello(job=name, rank=0, reports_for=[0, 1], session="benchmark")
+    yield planner_pb2.StreamRankRequest(hello=hello)
+    tokens = (np.random.default_rng(0).pareto(1.2, (LAYERS, 2, EXPERTS)) * 500).astype(np.int64)
+    yield planner_pb2.StreamRankRequest(
+        statistics=planner_pb2.Statistics(sequence=1, step=0, tokens=wire.write_array(tokens))
+    )
+    time.sleep(30)
+
+
+def main() -> None:
+    """Run one benchmark."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["streams", "saturation", "solve", "restart"])
+    parser.add_argument("--jobs", type=int, default=16)
+    parser.add_argument("--ranks", type=int, default=64, help="ranks of each job")
+    parser.add_argument("--devices", type=int, default=16, help="devices of each job")
+    parser.add_argument("--every", type=int, default=5, help="steps from one plan to the next")
+    parser.add_argument("--seconds", type=float, default=60)
+    parser.add_argument("--rounds", type=int, default=50)
+    given = parser.parse_args()
+    match given.what:
+        case "streams":
+            report = streams(given.jobs, given.ranks, given.devices, given.every, given.seconds, 1.0)
+        case "saturation":
+            report = streams(1, given.ranks, given.devices, 10**9, given.seconds, 0.0)
+        case "solve":
+            report = solve_overhead(given.rounds)
+        case _:
+            report = restart(given.jobs)
+    print(json.dumps(report, indent=2))
+
+
+if __name__ == "__main__":
+    main()

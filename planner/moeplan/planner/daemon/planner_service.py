@@ -1,0 +1,316 @@
+"""The planner service: between streams and jobs."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import contextlib
+import itertools
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
+
+import grpc
+import structlog
+
+from moeplan.planner.daemon.host import JobHost, RankStream
+from moeplan.planner.daemon.job_table import JobTable, described, job_id, stale
+from moeplan.planner.daemon.metrics import Metrics
+from moeplan.planner.daemon.refusal import RefusalError, exhausted, exists, invalid, missing, refusal_of, unavailable
+from moeplan.planner.daemon.settings import Limits
+from moeplan.planner.daemon.store import JobRow, Store
+from moeplan.planner.jobs import messages
+from moeplan.planner.jobs.job import RankTakenError, StaleIncarnationError
+from moeplan.solvers.errors import ProblemError
+from moeplan.v1 import job_pb2, planner_pb2, planner_pb2_grpc
+
+__all__ = ["PlannerService"]
+
+PAGE, LARGEST_PAGE = 100, 1_000
+LONGEST_REASON = 1_000
+LONGEST_SESSION = 64
+MAX_STEP = 2**53
+
+Context = grpc.aio.ServicerContext[Any, Any]
+Requests = AsyncIterator[planner_pb2.StreamRankRequest]
+
+log = structlog.get_logger()
+
+
+class PlannerService(planner_pb2_grpc.PlannerServiceServicer):
+    """moeplan.v1.PlannerService."""
+
+    def __init__(self, table: JobTable, store: Store, metrics: Metrics, limits: Limits, owner: str) -> None:
+        self._table, self._store, self._metrics, self._limits, self._owner = table, store, metrics, limits, owner
+        self._numbers = itertools.count(1)
+        self._open = 0
+        self._draining = asyncio.Event()
+
+    def drain(self) -> None:
+        """Tell every stream to go elsewhere, and end it."""
+        self._draining.set()
+        for host in self._table.hosts:
+            host.close(unavailable("DRAINING", "the server is about to end; connect again", 0.5))
+
+    async def CreateJob(  # noqa: N802
+        self, request: planner_pb2.CreateJobRequest, context: Context
+    ) -> planner_pb2.CreateJobResponse:
+        """Create a job."""
+        return planner_pb2.CreateJobResponse(job=self._job(await self._table.create(request.job_id, request.job)))
+
+    async def GetJob(  # noqa: N802
+        self, request: planner_pb2.GetJobRequest, context: Context
+    ) -> planner_pb2.GetJobResponse:
+        """Read a job, whoever owns it."""
+        identity = job_id("name", request.name)
+        host = self._table.owned(identity)
+        if host is not None:
+            return planner_pb2.GetJobResponse(job=self._job(host))
+        row = await self._store.job(identity)
+        if row is None:
+            raise missing(request.name, "moeplan.v1/Job")
+        return planner_pb2.GetJobResponse(job=_stored(row))
+
+    async def ListJobs(  # noqa: N802
+        self, request: planner_pb2.ListJobsRequest, context: Context
+    ) -> planner_pb2.ListJobsResponse:
+        """List jobs, whoever owns them."""
+        if request.page_size < 0:
+            raise invalid("page_size", request.page_size, "must be at least 0")
+        size = min(request.page_size or PAGE, LARGEST_PAGE)
+        rows = await self._store.jobs(_after(request.page_token), size + 1)
+        jobs = []
+        for row in rows[:size]:
+            host = self._table.owned(row.name)
+            jobs.append(_stored(row) if host is None else self._job(host))
+        token = base64.urlsafe_b64encode(rows[size - 1].name.encode()).decode() if len(rows) > size else ""
+        return planner_pb2.ListJobsResponse(jobs=jobs, next_page_token=token)
+
+    async def DeleteJob(  # noqa: N802
+        self, request: planner_pb2.DeleteJobRequest, context: Context
+    ) -> planner_pb2.DeleteJobResponse:
+        """Delete a job."""
+        await self._table.delete(job_id("name", request.name))
+        log.info("job deleted", job=request.name)
+        return planner_pb2.DeleteJobResponse()
+
+    async def GetPlan(  # noqa: N802
+        self, request: planner_pb2.GetPlanRequest, context: Context
+    ) -> planner_pb2.GetPlanResponse:
+        """Read a plan, whoever owns the job."""
+        job, _, version = request.name.partition("/plans/")
+        identity = job_id("name", job)
+        host = self._table.owned(identity)
+        if version != "-" and not (version.isascii() and version.isdecimal() and 0 < int(version[:19]) < 2**63):
+            raise invalid("name", request.name, "must be jobs/{job}/plans/{version}, the version a number from 1, or -")
+        if host is not None and version in ("-", str(host.job.plan.version)):
+            return planner_pb2.GetPlanResponse(plan=_plan(host, 0))
+        row = await self._store.plan(identity, None if version == "-" else int(version))
+        if row is None:
+            raise missing(request.name, "moeplan.v1/JobPlan")
+        return planner_pb2.GetPlanResponse(plan=job_pb2.JobPlan.FromString(row.plan))
+
+    async def WatchPlans(  # noqa: N802
+        self, request: planner_pb2.WatchPlansRequest, context: Context
+    ) -> AsyncIterator[planner_pb2.WatchPlansResponse]:
+        """Send the plan whenever there is a newer one."""
+        with self._stream("watch"):
+            host = await self._table.get(job_id("job", request.job))
+            sent = request.after_version
+            changed = host.watch()
+            try:
+                while True:
+                    changed.clear()
+                    host.check()
+                    if host.job.plan.version > sent:
+                        response = planner_pb2.WatchPlansResponse(plan=_plan(host, sent))
+                        sent = host.job.plan.version
+                        self._metrics.plan_bytes.inc(response.ByteSize())
+                        yield response
+                    else:
+                        await changed.wait()
+            finally:
+                host.unwatch(changed)
+
+    async def StreamRank(  # noqa: N802
+        self, request_iterator: Requests, context: Context
+    ) -> AsyncIterator[planner_pb2.StreamRankResponse]:
+        """Take statistics in, give plans out."""
+        with self._stream("rank"):
+            hello = await self._hello(request_iterator)
+            host = await self._table.get(job_id("hello.job", hello.job))
+            ranks = _ranks(hello, host.job.spec.ranks)
+            stream = RankStream(next(self._numbers))
+            try:
+                await host.join(stream, hello.incarnation, ranks, hello.session)
+            except StaleIncarnationError as error:
+                raise stale(error) from None
+            except RankTakenError as error:
+                raise exists(f"{host.name} rank {error.rank}", "RANK_TAKEN", str(error)) from None
+            reader = asyncio.get_running_loop().create_task(self._read(request_iterator, host, stream, ranks))
+            try:
+                sent = host.job.plan.version
+                welcome = planner_pb2.Welcome(plan=_plan(host, hello.plan_version), credit=self._limits.unacknowledged)
+                yield planner_pb2.StreamRankResponse(welcome=welcome)
+                while True:
+                    await stream.wake.wait()
+                    stream.wake.clear()
+                    if stream.ending is not None:
+                        if self._draining.is_set():
+                            yield planner_pb2.StreamRankResponse(drain=planner_pb2.Drain(reason="shutdown"))
+                        raise stream.ending
+                    if host.job.plan.version > sent:
+                        # Whatever came between is left out: only the newest layouts matter.
+                        update = planner_pb2.PlanUpdate(plan=_plan(host, sent))
+                        sent = host.job.plan.version
+                        self._metrics.plan_bytes.inc(update.ByteSize())
+                        yield planner_pb2.StreamRankResponse(plan_update=update)
+                    if stream.taken > stream.acknowledged and (stream.left or self._due(stream)):
+                        stream.acknowledged = stream.taken
+                        acknowledgement = planner_pb2.Acknowledgement(sequence=stream.taken)
+                        yield planner_pb2.StreamRankResponse(acknowledgement=acknowledgement)
+                    if stream.left:
+                        return
+            finally:
+                reader.cancel()
+                host.leave(stream)
+
+    def _due(self, stream: RankStream) -> bool:
+        return stream.taken - stream.acknowledged >= self._limits.unacknowledged // 2
+
+    @contextlib.contextmanager
+    def _stream(self, kind: str) -> Iterator[None]:
+        if self._draining.is_set():
+            raise unavailable("DRAINING", "the server is about to end; connect again", 0.5)
+        if self._open >= self._limits.streams:
+            raise exhausted(
+                "STREAMS", f"{self._open} streams are open (limits.streams); let one rank of a node report for all", 5
+            )
+        self._open += 1
+        self._metrics.streams.labels(kind).inc()
+        try:
+            yield
+        finally:
+            self._open -= 1
+            self._metrics.streams.labels(kind).dec()
+
+    async def _hello(self, requests: Requests) -> planner_pb2.Hello:
+        try:
+            async with asyncio.timeout(self._limits.hello_s):
+                first = await anext(aiter(requests))
+        except TimeoutError:
+            raise RefusalError(
+                grpc.StatusCode.DEADLINE_EXCEEDED, f"no hello within {self._limits.hello_s} s (limits.hello_s)"
+            ) from None
+        except StopAsyncIteration:
+            raise invalid("message", "none", "the first message must be a hello") from None
+        if first.WhichOneof("message") != "hello":
+            raise invalid("message", first.WhichOneof("message") or "empty", "the first message must be a hello")
+        return first.hello
+
+    async def _read(self, requests: Requests, host: JobHost, stream: RankStream, ranks: tuple[int, ...]) -> None:
+        try:
+            async for request in requests:
+                await self._take(request, host, stream, ranks)
+                if stream.ending is not None or stream.left:
+                    break
+            else:
+                # The client half-closed, or is gone: only a leave would have been its own end.
+                stream.end(RefusalError(grpc.StatusCode.CANCELLED, "the stream ended without a leave"))
+        except RefusalError as error:
+            stream.end(error)
+        except ProblemError as error:
+            stream.end(refusal_of(error))
+        except Exception as error:
+            log.error("stream failed", job=host.name, exc_info=error)
+            stream.end(RefusalError(grpc.StatusCode.INTERNAL, "a fault of the server; its log has the details"))
+        finally:
+            stream.wake.set()
+
+    async def _take(
+        self, request: planner_pb2.StreamRankRequest, host: JobHost, stream: RankStream, ranks: tuple[int, ...]
+    ) -> None:
+        match request.WhichOneof("message"):
+            case "statistics":
+                statistics = request.statistics
+                if not stream.taken < statistics.sequence <= MAX_STEP:
+                    raise invalid(
+                        "statistics.sequence", statistics.sequence, f"must be above the last one ({stream.taken})"
+                    )
+                self._metrics.statistics.inc()
+                self._metrics.statistics_bytes.inc(len(statistics.tokens.data))
+                host.report(messages.read_report(host.job.spec, ranks, statistics))
+                stream.taken = statistics.sequence
+                if self._due(stream):
+                    stream.wake.set()
+            case "applied":
+                host.job.applied(request.applied.version)
+            case "failed":
+                failed = request.failed
+                await host.apply_failed(failed.version, failed.in_force_version, failed.reason[:LONGEST_REASON])
+            case "leave":
+                stream.left = True
+            case other:
+                raise invalid("message", other or "empty", "must be statistics, applied, failed or leave")
+
+    def _job(self, host: JobHost) -> job_pb2.Job:
+        job, count = host.job, host.job.count
+        message = job_pb2.Job()
+        message.CopyFrom(host.message)
+        message.name = host.name
+        message.incarnation = job.incarnation
+        message.create_time.CopyFrom(host.created)
+        message.status.CopyFrom(
+            job_pb2.JobStatus(
+                plan_version=job.plan.version,
+                connected_ranks=job.connected_ranks,
+                closed_step=job.closed_step,
+                applied_version=job.applied_version,
+                decision=messages.write_decision(job.decision),
+                statistics=job_pb2.StatisticsCount(
+                    accepted=count.accepted,
+                    duplicate=count.duplicate,
+                    late=count.late,
+                    missing=count.missing,
+                    early=count.early,
+                ),
+                owner=self._owner,
+            )
+        )
+        return message
+
+
+def _plan(host: JobHost, after_version: int) -> job_pb2.JobPlan:
+    return messages.write_plan(host.name, host.job.plan, host.plan_created, after_version)
+
+
+def _stored(row: JobRow) -> job_pb2.Job:
+    message = described(job_pb2.Job.FromString(row.spec))
+    message.name = f"jobs/{row.name}"
+    message.incarnation = row.incarnation
+    message.create_time.CopyFrom(messages.timestamp(row.created))
+    message.status.CopyFrom(job_pb2.JobStatus(plan_version=row.version, owner=row.address))
+    return message
+
+
+def _after(token: str) -> str:
+    try:
+        return base64.b64decode(token.encode("ascii"), altchars=b"-_", validate=True).decode("ascii")
+    except (binascii.Error, UnicodeError):
+        raise invalid("page_token", token, "must be the next_page_token of the page before") from None
+
+
+def _ranks(hello: planner_pb2.Hello, ranks: int) -> tuple[int, ...]:
+    if hello.incarnation < 0:
+        raise invalid("hello.incarnation", hello.incarnation, "must be at least 0")
+    if len(hello.session) > LONGEST_SESSION:
+        raise invalid("hello.session", hello.session, f"must be at most {LONGEST_SESSION} characters")
+    if not 0 <= hello.rank < ranks:
+        raise invalid("hello.rank", hello.rank, f"must be 0..{ranks - 1}")
+    chosen = tuple(hello.reports_for) or (hello.rank,)
+    for rank in chosen:
+        if not 0 <= rank < ranks:
+            raise invalid("hello.reports_for", rank, f"must be 0..{ranks - 1}")
+    if len(set(chosen)) != len(chosen):
+        raise invalid("hello.reports_for", list(chosen)[:16], "must not repeat")
+    return chosen

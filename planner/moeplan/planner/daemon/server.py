@@ -1,0 +1,247 @@
+"""The daemon: starts the parts, serves, and ends in order."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import threading
+import time
+import uuid
+from pathlib import Path
+from typing import Any
+from wsgiref.simple_server import WSGIServer
+
+import grpc
+import structlog
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1.health import aio as health
+from grpc_reflection.v1alpha import reflection
+from prometheus_client import start_http_server
+
+from moeplan.planner.daemon.gate import Gate, read_tokens
+from moeplan.planner.daemon.job_table import JobTable
+from moeplan.planner.daemon.metrics import Metrics
+from moeplan.planner.daemon.notify import notify
+from moeplan.planner.daemon.planner_service import PlannerService
+from moeplan.planner.daemon.refusal import unavailable
+from moeplan.planner.daemon.settings import Security, Settings
+from moeplan.planner.daemon.solver_service import SolverService
+from moeplan.planner.daemon.store import Store
+from moeplan.planner.daemon.workers import Workers
+from moeplan.v1 import planner_pb2, planner_pb2_grpc, solver_pb2, solver_pb2_grpc
+
+__all__ = ["Daemon", "StartError", "serve"]
+
+PLANNER = planner_pb2.DESCRIPTOR.services_by_name["PlannerService"]
+SOLVER = solver_pb2.DESCRIPTOR.services_by_name["SolverService"]
+
+TICK_S = 0.5
+"""How often the metrics that are not events are brought up to date."""
+
+LAST_RESORT_S = 5.0
+"""How much longer than its drain the end may take."""
+
+log = structlog.get_logger()
+
+
+class StartError(Exception):
+    """The daemon cannot start; the message says what to do."""
+
+
+class Daemon:
+    """One daemon. `start` it, then `stop` it."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.metrics = Metrics()
+        self.workers = Workers(
+            settings.workers,
+            queue=settings.limits.queue,
+            memory_bytes=settings.limits.worker_bytes,
+            metrics=self.metrics,
+        )
+        self.address = ""
+        self.metrics_address = ""
+        self._server: grpc.aio.Server
+        self._store: Store
+        self._table: JobTable
+        self._planner: PlannerService
+        self._health = health.HealthServicer()
+        self._http: WSGIServer | None = None
+        self._http_thread: threading.Thread | None = None
+        self._background: list[asyncio.Task[None]] = []
+
+    async def start(self) -> None:
+        """Open the store, take over its jobs, and serve.
+
+        Raises:
+            StartError: an address is taken, or a certificate or token file cannot be used.
+            StoreError: the store cannot be used.
+        """
+        settings, limits = self.settings, self.settings.limits
+        try:
+            tokens = read_tokens(settings.security.tokens) if settings.security.tokens else ()
+            credentials = _credentials(settings.security)
+        except (OSError, ValueError) as error:
+            raise StartError(str(error)) from None
+        self._server = grpc.aio.server(
+            interceptors=(Gate(self.metrics, tokens),), options=_options(limits.message_bytes)
+        )
+        self._listen(credentials)
+        owner = uuid.uuid4().hex
+        address = settings.advertise or self.address
+        self._store = Store(
+            settings.store,
+            settings.data,
+            owner=owner,
+            address=address,
+            lease_s=settings.lease_s,
+            kept=limits.kept_plans,
+            metrics=self.metrics,
+        )
+        try:
+            await self._store.open()
+            self.workers.start()
+            self._table = JobTable(settings, self._store, self.workers, self.metrics)
+            await self._table.start()
+            self._planner = PlannerService(self._table, self._store, self.metrics, limits, address)
+            await self._serve()
+        except BaseException:
+            await self.workers.stop()
+            await self._store.close()
+            await self._server.stop(0)
+            raise
+
+    async def stop(self) -> None:
+        """Refuse new calls, let those that run end within the drain time, and keep everything."""
+        log.info("draining", seconds=self.settings.drain_s)
+        notify("STOPPING=1")
+        for task in self._background:
+            task.cancel()
+        await asyncio.gather(*self._background, return_exceptions=True)
+        await self._health.enter_graceful_shutdown()
+        self._planner.drain()
+        await self._server.stop(self.settings.drain_s)
+        await self._table.stop(unavailable("DRAINING", "the server is about to end; connect again", 0.5))
+        await self.workers.stop()
+        await self._store.close()
+        if self._http is not None:
+            await asyncio.to_thread(self._http.shutdown)
+            self._http.server_close()
+        log.info("stopped")
+
+    def _listen(self, credentials: grpc.ServerCredentials | None) -> None:
+        listen = self.settings.listen
+        if listen.startswith("unix:"):
+            path = Path(listen.removeprefix("unix:"))
+            if path.is_socket() and _answers(path):
+                raise StartError(f"listen = {listen}: another daemon answers there; stop it, or choose another path")
+        try:
+            if credentials is None:
+                port = self._server.add_insecure_port(listen)
+            else:
+                port = self._server.add_secure_port(listen, credentials)
+        except RuntimeError as error:
+            raise StartError(f"listen = {listen}: {error}; stop who uses it, or choose another address") from None
+        self.address = listen if listen.startswith("unix:") else f"{listen.rpartition(':')[0]}:{port}"
+
+    async def _serve(self) -> None:
+        solver = SolverService(self.workers, self.settings.limits)
+        planner_pb2_grpc.add_PlannerServiceServicer_to_server(self._planner, self._server)
+        solver_pb2_grpc.add_SolverServiceServicer_to_server(solver, self._server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        names = [PLANNER.full_name, SOLVER.full_name, "grpc.health.v1.Health"]
+        if self.settings.reflection:
+            reflection.enable_server_reflection([*names, reflection.SERVICE_NAME], self._server)
+        self.metrics.prepare(
+            [f"/{service.full_name}/{method.name}" for service in (PLANNER, SOLVER) for method in service.methods]
+        )
+        self._start_metrics()
+        await self._server.start()
+        serving = health_pb2.HealthCheckResponse.SERVING
+        for name in ("", PLANNER.full_name):
+            await self._health.set(name, serving)
+        await self._health.set(SOLVER.full_name, health_pb2.HealthCheckResponse.NOT_SERVING)
+        loop = asyncio.get_running_loop()
+        self._background = [loop.create_task(self._tick()), loop.create_task(self._solver_ready())]
+        notify("READY=1")
+        log.info("serving", address=self.address, metrics=self.metrics_address, jobs=len(self._table.hosts))
+
+    async def _solver_ready(self) -> None:
+        await self.workers.ready.wait()
+        await self._health.set(SOLVER.full_name, health_pb2.HealthCheckResponse.SERVING)
+        log.info("workers ready", count=len(self.workers.pids))
+
+    async def _tick(self) -> None:
+        while True:
+            before = time.monotonic()
+            await asyncio.sleep(TICK_S)
+            self.metrics.loop_lag.set(time.monotonic() - before - TICK_S)
+            for host in self._table.hosts:
+                host.count()
+            notify("WATCHDOG=1")
+
+    def _start_metrics(self) -> None:
+        if not self.settings.metrics:
+            return
+        host, _, port = self.settings.metrics.rpartition(":")
+        try:
+            server, thread = start_http_server(int(port), host, registry=self.metrics.registry)
+        except (OSError, ValueError, OverflowError) as error:
+            raise StartError(f"metrics = {self.settings.metrics}: {error}; choose another address, or none") from None
+        self._http, self._http_thread = server, thread
+        self.metrics_address = f"{host}:{server.server_port}"
+
+
+async def serve(settings: Settings) -> None:
+    """Run a daemon until SIGTERM or SIGINT.
+
+    Raises:
+        StartError: it cannot start.
+        StoreError: its store cannot be used.
+    """
+    daemon = Daemon(settings)
+    await daemon.start()
+    asked = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, asked.set)
+    await asked.wait()
+    # If ending hangs, in native code for instance, the process ends all the same: what was acknowledged is on disk.
+    watchdog = threading.Timer(settings.drain_s + LAST_RESORT_S, os._exit, (1,))
+    watchdog.daemon = True
+    watchdog.start()
+    await daemon.stop()
+    watchdog.cancel()
+
+
+def _options(message_bytes: int) -> list[tuple[str, Any]]:
+    return [
+        ("grpc.max_receive_message_length", message_bytes),
+        ("grpc.max_send_message_length", message_bytes),
+        ("grpc.so_reuseport", 0),  # otherwise a second daemon would silently share the port
+        # Ranks are idle between steps: let them ping, and find out about those that are gone.
+        ("grpc.keepalive_time_ms", 30_000),
+        ("grpc.keepalive_timeout_ms", 10_000),
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+    ]
+
+
+def _credentials(security: Security) -> grpc.ServerCredentials | None:
+    if security.certificate is None or security.key is None:
+        return None
+    authority = security.client_ca.read_bytes() if security.client_ca else None
+    return grpc.ssl_server_credentials(
+        [(security.key.read_bytes(), security.certificate.read_bytes())], authority, authority is not None
+    )
+
+
+def _answers(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX) as connection, contextlib.suppress(OSError):
+        connection.connect(str(path))
+        return True
+    return False

@@ -1,0 +1,173 @@
+"""How the daemon is configured: a TOML file, then the environment (``MOEPLAN_*``), then flags; the later wins."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import socket
+from pathlib import Path
+from typing import Annotated, Any
+
+import platformdirs
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
+
+__all__ = ["Limits", "Security", "Settings", "default_data_folder", "load", "loopback"]
+
+MIB = 1024**2
+
+
+def default_data_folder() -> Path:
+    """Where state lives if nothing else is said, by the custom of the platform."""
+    return Path(platformdirs.user_data_dir("moeplan"))
+
+
+def loopback(address: str) -> bool:
+    """Whether only this machine can reach `address` (host:port or unix:path)."""
+    if address.startswith("unix:"):
+        return True
+    host = address.rpartition(":")[0].strip("[]")
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Limits(_Section):
+    """What the daemon accepts at most. Beyond a limit requests are refused; nothing that was accepted is dropped."""
+
+    message_bytes: int = Field(64 * MIB, ge=1024, le=2**31 - 1, description="size of one message")
+    streams: int = Field(4_096, ge=1, description="rank and watch streams at a time")
+    jobs: int = Field(1_024, ge=1, description="jobs in the store")
+    job_bytes: int = Field(1_024 * MIB, ge=1, description="statistics of one job in memory")
+    total_bytes: int = Field(4_096 * MIB, ge=1, description="statistics of all jobs in memory")
+    queue: int = Field(256, ge=0, description="solves that wait for a worker")
+    solve_s: float = Field(60.0, gt=0, description="time of one solve, whatever its request allows")
+    worker_bytes: int = Field(8_192 * MIB, ge=512 * MIB, description="memory of one worker")
+    kept_plans: int = Field(100, ge=1, description="plans of a job that the store keeps")
+    unacknowledged: int = Field(16, ge=2, description="statistics messages of a stream without acknowledgement")
+    hello_s: float = Field(10.0, gt=0, description="time for a stream's hello")
+
+
+def _readable(path: Path | None) -> Path | None:
+    if path is not None and not os.access(path, os.R_OK):
+        raise ValueError(f"{path} cannot be read")
+    return path
+
+
+Readable = Annotated[Path | None, AfterValidator(_readable)]
+
+
+class Security(_Section):
+    """Who may connect. Secrets are given as files, never as values."""
+
+    certificate: Readable = Field(None, description="PEM file: the server's certificate and those that signed it")
+    key: Readable = Field(None, description="PEM file: the server's private key")
+    client_ca: Readable = Field(None, description="PEM file: clients must show a certificate that one of these signed")
+    tokens: Readable = Field(None, description="file of bearer tokens, one a line; # begins a comment")
+    insecure: bool = Field(False, description="allow anyone on an address that other machines reach")
+
+    @model_validator(mode="after")
+    def _pairs(self) -> Security:
+        if (self.certificate is None) != (self.key is None):
+            raise ValueError("certificate and key go together: give both or none")
+        if self.client_ca is not None and self.certificate is None:
+            raise ValueError("client_ca needs certificate and key: clients are only asked for theirs over TLS")
+        return self
+
+
+class Settings(BaseSettings):
+    """All settings of `moeplan serve`; every one has a default."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="MOEPLAN_", env_nested_delimiter="__", extra="forbid", frozen=True, env_ignore_empty=True
+    )
+
+    listen: str = Field("127.0.0.1:7433", description="address: host:port (port 0 takes a free one) or unix:path")
+    advertise: str = Field("", description="address by which others reach this daemon; `listen` if empty")
+    metrics: str = Field("127.0.0.1:7434", description="address of Prometheus metrics over HTTP; empty for none")
+    store: str = Field("", description="SQLAlchemy URL, for instance postgresql://host/moeplan; SQLite if empty")
+    data: Path = Field(default_factory=default_data_folder, description="folder of the embedded store")
+    workers: int = Field(
+        default_factory=lambda: max(1, (os.cpu_count() or 2) - 1), ge=1, le=1024, description="processes that solve"
+    )
+    lease_s: float = Field(
+        10.0, ge=0.5, description="how long a dead daemon's jobs stay its own, behind a shared store"
+    )
+    drain_s: float = Field(10.0, ge=0, description="time for calls to end after SIGTERM")
+    log_level: str = Field("info", pattern="^(debug|info|warning|error)$", description="debug, info, warning or error")
+    reflection: bool = Field(True, description="answer gRPC reflection")
+    limits: Limits = Limits()
+    security: Security = Security()
+
+    @model_validator(mode="after")
+    def _address_is_safe(self) -> Settings:
+        if not self.listen.startswith("unix:"):
+            host, colon, port = self.listen.rpartition(":")
+            if not (host and colon and port.isdigit() and int(port) < 65_536):
+                raise ValueError(f"listen = {self.listen}: must be host:port or unix:path")
+        if loopback(self.listen) or self.security.insecure:
+            return self
+        if self.security.certificate is None:
+            raise ValueError(
+                f"listen = {self.listen} can be reached from other machines: "
+                "give security.certificate and security.key, "
+                "listen on 127.0.0.1, or say --insecure"
+            )
+        if self.security.client_ca is None and self.security.tokens is None:
+            raise ValueError(
+                f"listen = {self.listen} can be reached from other machines: "
+                "give security.tokens or security.client_ca, "
+                "listen on 127.0.0.1, or say --insecure"
+            )
+        return self
+
+    @property
+    def advertised(self) -> str:
+        """The address that other daemons hand to clients."""
+        return self.advertise or (self.listen if loopback(self.listen) else f"{socket.getfqdn()}:{self.port}")
+
+    @property
+    def port(self) -> str:
+        """The port to listen on."""
+        return self.listen.rpartition(":")[2]
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Strongest first: flags, environment, file."""
+        return init_settings, env_settings, TomlConfigSettingsSource(settings_cls, deep_merge=True)
+
+
+def load(file: Path | None, flags: dict[str, Any]) -> Settings:
+    """Read all sources.
+
+    Args:
+        file: TOML file; None for none.
+        flags: Values by (nested) field, only those that were given.
+
+    Raises:
+        pydantic.ValidationError: a value is out of range, or a name is not known.
+        OSError: the file cannot be read.
+        tomllib.TOMLDecodeError: the file is not TOML.
+    """
+    if file is None:
+        return Settings(**flags)
+    file.open("rb").close()  # pydantic-settings takes a missing file for an empty one
+
+    class FromFile(Settings):
+        model_config = SettingsConfigDict(toml_file=file)
+
+    return FromFile(**flags)

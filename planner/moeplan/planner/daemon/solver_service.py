@@ -1,0 +1,86 @@
+"""The solver service: everything happens in the workers."""
+
+from __future__ import annotations
+
+import contextlib
+import pickle
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+
+from moeplan.planner.daemon.frames import Kind
+from moeplan.planner.daemon.refusal import invalid
+from moeplan.planner.daemon.settings import Limits
+from moeplan.planner.daemon.tasks import Limited
+from moeplan.planner.daemon.workers import Workers
+from moeplan.solvers import available_policies
+from moeplan.v1 import solver_pb2, solver_pb2_grpc
+
+__all__ = ["SolverService"]
+
+REPLY_S = 0.05
+"""Time kept back from a caller's deadline for the way of the answer; at most a tenth of it."""
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class SolverService(solver_pb2_grpc.SolverServiceServicer):
+    """moeplan.v1.SolverService."""
+
+    def __init__(self, workers: Workers, limits: Limits) -> None:
+        self._workers, self._limits = workers, limits
+
+    async def Solve(  # noqa: N802
+        self, request: solver_pb2.SolveRequest, context: Context
+    ) -> solver_pb2.SolveResponse:
+        """Solve one or several layers."""
+        limit_s = self._limit_s(context)
+        answer = await self._workers.run(Kind.SOLVE, _task(request, limit_s), limit_s=limit_s, label="solve")
+        return solver_pb2.SolveResponse.FromString(answer)
+
+    async def SolveAnytime(  # noqa: N802
+        self, request: solver_pb2.SolveAnytimeRequest, context: Context
+    ) -> AsyncIterator[solver_pb2.SolveAnytimeResponse]:
+        """Send better and better plans."""
+        if context.time_remaining() is None and not request.parameters.HasField("deadline"):
+            raise invalid("parameters.deadline", "absent", "give it, or a deadline of the call")
+        limit_s = self._limit_s(context)
+        answers = self._workers.stream(Kind.ANYTIME, _task(request, limit_s), limit_s=limit_s, label="anytime")
+        async with contextlib.aclosing(answers):
+            async for answer in answers:
+                yield solver_pb2.SolveAnytimeResponse.FromString(answer)
+
+    async def Evaluate(  # noqa: N802
+        self, request: solver_pb2.EvaluateRequest, context: Context
+    ) -> solver_pb2.EvaluateResponse:
+        """Judge a layout."""
+        limit_s = self._limit_s(context)
+        answer = await self._workers.run(Kind.EVALUATE, _task(request, limit_s), limit_s=limit_s, label="evaluate")
+        return solver_pb2.EvaluateResponse.FromString(answer)
+
+    async def ListPolicies(  # noqa: N802
+        self, request: solver_pb2.ListPoliciesRequest, context: Context
+    ) -> solver_pb2.ListPoliciesResponse:
+        """List the policies."""
+        return solver_pb2.ListPoliciesResponse(
+            policies=[
+                solver_pb2.Policy(
+                    name=policy.name, title=policy.source, split_rule=policy.split, description=policy.summary
+                )
+                for policy in available_policies().values()
+            ]
+        )
+
+    def _limit_s(self, context: Context) -> float:
+        remaining = context.time_remaining()
+        if remaining is None:
+            return self._limits.solve_s
+        return min(self._limits.solve_s, remaining - min(REPLY_S, remaining / 10))
+
+
+def _task(
+    request: solver_pb2.SolveRequest | solver_pb2.SolveAnytimeRequest | solver_pb2.EvaluateRequest, limit_s: float
+) -> bytes:
+    return pickle.dumps(Limited(request.SerializeToString(), time.monotonic() + limit_s))

@@ -1,0 +1,36 @@
+"""From the window of past steps to the demand that a layout should suit."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from moeplan.planner.jobs.spec import Forecast, ForecastMethod
+from moeplan.solvers.arrays import Int64
+from moeplan.solvers.demand import Demand
+
+__all__ = ["forecast_demand"]
+
+
+def forecast_demand(forecast: Forecast, window: Int64) -> Demand:
+    """The demand of one layer in the coming steps.
+
+    Args:
+        forecast: How to forecast.
+        window: int64[steps, sources, experts], oldest step first, at least one step.
+
+    Returns:
+        One scenario; with ``SCENARIOS`` one per step of the window, all of the same weight. Averages are rounded to
+        whole tokens, halves to even.
+    """
+    match forecast.method:
+        case ForecastMethod.LAST:
+            return Demand.of(window[-1])
+        case ForecastMethod.MEAN:
+            return Demand.of(np.rint(window.mean(axis=0)).astype(np.int64))
+        case ForecastMethod.EMA:
+            average = window[0].astype(np.float64)
+            for step in window[1:]:
+                average += forecast.smoothing * (step - average)
+            return Demand.of(np.rint(average).astype(np.int64))
+        case ForecastMethod.SCENARIOS:
+            return Demand.of(window)

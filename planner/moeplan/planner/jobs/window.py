@@ -1,0 +1,192 @@
+"""Statistics of the last steps: collected as they come, closed by a rule, kept as a window."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from moeplan.planner.jobs.spec import JobSpec
+from moeplan.solvers.arrays import Bool, Int64
+
+__all__ = ["Report", "StatisticsCount", "Window"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Report:
+    """Token counts of some layers of one step, from some ranks.
+
+    Attributes:
+        step: Training step.
+        layers: int64[n], distinct.
+        ranks: int64[m], distinct.
+        tokens: int64[n, m, experts], at least 0.
+    """
+
+    step: int
+    layers: Int64
+    ranks: Int64
+    tokens: Int64
+
+
+@dataclass(slots=True)
+class StatisticsCount:
+    """What became of the statistics, in cells: one layer of one step of one rank."""
+
+    accepted: int = 0
+    duplicate: int = 0
+    late: int = 0
+    missing: int = 0
+    early: int = 0
+
+
+@dataclass(slots=True)
+class _OpenStep:
+    tokens: Int64
+    """int64[layers, sources, experts]"""
+    seen: Bool
+    """bool[layers, ranks]"""
+    since_s: float
+    missing: int
+
+
+@dataclass(slots=True)
+class Window:
+    """The statistics of one job.
+
+    A step closes when every rank has reported every layer. Once a quorum of the ranks has reached it, it also closes
+    incomplete: when the quorum is more than ``max_lag_steps`` ahead, or ``timeout_s`` after its first report. Steps
+    close in order, so an open step holds back those after it.
+
+    The frontier is the newest step that a quorum has reached. One rank with a wrong step number can neither move it nor
+    close what lies beyond it, and its steps are the first to go when there are too many open ones.
+
+    The result is independent of the order of reports as long as each comes before its step is closed: a cell is written
+    once, and sums are of integers.
+    """
+
+    spec: JobSpec
+    count: StatisticsCount = field(default_factory=StatisticsCount)
+    closed_step: int | None = None
+    closed_steps: int = 0
+    _open: dict[int, _OpenStep] = field(default_factory=dict)
+    _steps: list[deque[tuple[int, Int64]]] = field(default_factory=list)
+    _newest: Int64 = field(init=False)
+    _last: Int64 | None = None
+    _frontier: int = -1
+
+    def __post_init__(self) -> None:
+        self._steps = [deque(maxlen=self.spec.forecast.window_steps) for _ in range(self.spec.layers)]
+        self._newest = np.full(self.spec.ranks, -1, np.int64)
+
+    def add(self, report: Report, now_s: float) -> None:
+        """Take in a report; what is late, early or a duplicate is counted and dropped.
+
+        Args:
+            report: Counts whose layers, ranks and shape are those of the job.
+            now_s: Time on a clock that never goes back.
+        """
+        cells = len(report.layers) * len(report.ranks)
+        if self.closed_step is not None and report.step <= self.closed_step:
+            self.count.late += cells
+            return
+        self._advance(report)
+        step = self._open.get(report.step)
+        if step is None:
+            if len(self._open) >= self.spec.max_open_steps and not self._evict(report.step):
+                self.count.early += cells
+                return
+            spec = self.spec
+            step = self._open[report.step] = _OpenStep(
+                tokens=np.zeros((spec.layers, spec.sources, spec.experts), np.int64),
+                seen=np.zeros((spec.layers, spec.ranks), np.bool_),
+                since_s=now_s,
+                missing=spec.layers * spec.ranks,
+            )
+        where = np.ix_(report.layers, report.ranks)
+        new = ~step.seen[where]
+        fresh = int(np.count_nonzero(new))
+        if fresh:
+            tokens = report.tokens if fresh == cells else np.where(new[:, :, np.newaxis], report.tokens, 0)
+            if self.spec.merge_sources:
+                step.tokens[report.layers, 0] += tokens.sum(axis=1)
+            elif fresh == cells:
+                step.tokens[where] = tokens
+            else:
+                step.tokens[where] += tokens
+            step.seen[where] = True
+            step.missing -= fresh
+        self.count.accepted += fresh
+        self.count.duplicate += cells - fresh
+
+    def close(self, now_s: float) -> bool:
+        """Close every step that the rule allows; whether there was one."""
+        closed = False
+        while self._open:
+            number = min(self._open)
+            step = self._open[number]
+            if step.missing:
+                ahead = self._frontier - number
+                timed_out = now_s - step.since_s >= self.spec.closing.timeout_s
+                if ahead < 0 or (ahead <= self.spec.closing.max_lag_steps and not timed_out):
+                    break
+            del self._open[number]
+            self._keep(number, step)
+            closed = True
+        return closed
+
+    def next_timeout_s(self) -> float | None:
+        """When `close` should be called although nothing came, on the clock of `add`; None if time closes no step."""
+        oldest = min(self._open, default=None)
+        if oldest is None or oldest > self._frontier:
+            return None
+        return self._open[oldest].since_s + self.spec.closing.timeout_s
+
+    def layer(self, layer: int) -> Int64 | None:
+        """int64[steps, sources, experts]: the window of a layer, oldest step first; None if it is empty."""
+        steps = self._steps[layer]
+        return np.stack([tokens for _, tokens in steps]) if steps else None
+
+    def _evict(self, step: int) -> bool:
+        """Make room for an older step by dropping the newest open one; whether there was one to drop."""
+        newest = max(self._open)
+        if newest <= max(step, self._frontier):
+            return False
+        dropped = int(np.count_nonzero(self._open.pop(newest).seen))
+        self.count.accepted -= dropped
+        self.count.early += dropped
+        return True
+
+    def _advance(self, report: Report) -> None:
+        if report.step <= self._frontier or not len(report.ranks):
+            return
+        self._newest[report.ranks] = np.maximum(self._newest[report.ranks], report.step)
+        reached = max(1, int(np.ceil(self.spec.closing.quorum * self.spec.ranks)))
+        position = self.spec.ranks - reached
+        self._frontier = max(self._frontier, int(np.partition(self._newest, position)[position]))
+
+    def _keep(self, number: int, step: _OpenStep) -> None:
+        self.count.missing += step.missing
+        self.closed_step = number
+        self.closed_steps += 1
+        if step.missing:
+            self._complete(step)
+        if not self.spec.merge_sources:
+            # Rows for ranks that miss the next step. An own array is needed only once a step was incomplete before.
+            self._last = step.tokens
+        need = max(1, int(np.ceil(self.spec.closing.quorum * self.spec.ranks)))
+        reported = step.seen.sum(axis=1)
+        for layer in np.flatnonzero(reported >= need):
+            self._steps[layer].append((number, step.tokens[layer]))
+
+    def _complete(self, step: _OpenStep) -> None:
+        """Fill in the ranks that are missing: with their last rows, or merged, with the mean of the others."""
+        if self.spec.merge_sources:
+            reported = np.maximum(step.seen.sum(axis=1), 1)
+            step.tokens = np.rint(step.tokens * (self.spec.ranks / reported)[:, np.newaxis, np.newaxis]).astype(
+                np.int64
+            )
+        elif self._last is not None:
+            layers, ranks = np.nonzero(~step.seen)
+            step.tokens[layers, ranks] = self._last[layers, ranks]

@@ -1,0 +1,111 @@
+"""`moeplan serve`: the daemon."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+__all__ = ["register"]
+
+EXIT_FAILED, EXIT_USAGE = 1, 2
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the application."""
+    app.command()(serve)
+
+
+def serve(
+    config: Annotated[Path | None, typer.Option(help="TOML file of settings.", envvar="MOEPLAN_CONFIG")] = None,
+    listen: Annotated[str | None, typer.Option(help="host:port or unix:path. [127.0.0.1:7433]")] = None,
+    advertise: Annotated[str | None, typer.Option(help="Address by which others reach this daemon.")] = None,
+    metrics: Annotated[str | None, typer.Option(help="host:port of Prometheus metrics. [127.0.0.1:7434]")] = None,
+    store: Annotated[str | None, typer.Option(help="URL of a shared store, postgresql://... [SQLite]")] = None,
+    data: Annotated[Path | None, typer.Option(help="Folder of the embedded store.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Processes that solve. [cores - 1]")] = None,
+    certificate: Annotated[Path | None, typer.Option(help="PEM file of the server's certificate.")] = None,
+    key: Annotated[Path | None, typer.Option(help="PEM file of the server's private key.")] = None,
+    client_ca: Annotated[Path | None, typer.Option(help="PEM file: ask clients for a certificate of these.")] = None,
+    tokens: Annotated[Path | None, typer.Option(help="File of bearer tokens, one a line.")] = None,
+    insecure: Annotated[bool | None, typer.Option("--insecure", help="Allow anyone, on any address.")] = None,
+    log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error. [info]")] = None,
+    limit: Annotated[list[str] | None, typer.Option(help="A limit, NAME=VALUE; repeatable. See --show.")] = None,
+    show: Annotated[bool, typer.Option("--show", help="Print the settings with their meaning, and end.")] = False,
+) -> None:
+    """Run the planner daemon until SIGTERM; without options on localhost with an embedded store.
+
+    Settings come from --config, then MOEPLAN_* environment variables (MOEPLAN_LIMITS__JOBS=10), then options; the later
+    wins.
+    """
+    from pydantic import ValidationError
+
+    from moeplan.planner.daemon.settings import load
+
+    given: dict[str, Any] = {
+        "listen": listen,
+        "advertise": advertise,
+        "metrics": metrics,
+        "store": store,
+        "data": data,
+        "workers": workers,
+        "log_level": log_level,
+        "security": _given(
+            certificate=certificate, key=key, client_ca=client_ca, tokens=tokens, insecure=insecure or None
+        ),
+        "limits": _limits(limit or []),
+    }
+    try:
+        settings = load(config, _given(**given))
+    except ValidationError as error:
+        for problem in error.errors(include_url=False, include_input=False):
+            place = ".".join(str(part) for part in problem["loc"])
+            typer.echo(f"moeplan serve: {place + ': ' if place else ''}{problem['msg']}", err=True)
+        raise typer.Exit(EXIT_USAGE) from None
+    except (OSError, tomllib.TOMLDecodeError) as error:
+        typer.echo(f"moeplan serve: --config {config}: {error}", err=True)
+        raise typer.Exit(EXIT_USAGE) from None
+    if show:
+        _show(settings)
+        return
+    from moeplan.planner.daemon import logs
+    from moeplan.planner.daemon.server import StartError, serve
+    from moeplan.planner.daemon.store import StoreError
+
+    logs.configure(settings.log_level)
+    try:
+        asyncio.run(serve(settings))
+    except (StartError, StoreError) as error:
+        typer.echo(f"moeplan serve: {error}", err=True)
+        raise typer.Exit(EXIT_FAILED) from None
+
+
+def _given(**values: Any) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value is not None and value != {}}
+
+
+def _limits(pairs: list[str]) -> dict[str, str]:
+    limits = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals:
+            raise typer.BadParameter(f"{pair}: must be NAME=VALUE, for instance jobs=10", param_hint="--limit")
+        limits[name] = value
+    return limits
+
+
+def _show(settings: Any) -> None:
+    for name, info in type(settings).model_fields.items():
+        value = getattr(settings, name)
+        if name == "store" and value:
+            value = "..."  # may hold a password
+        if name not in ("limits", "security"):
+            sys.stdout.write(f"{name} = {str(value)!r}  # {info.description}\n")
+    for section in ("limits", "security"):
+        sys.stdout.write(f"\n[{section}]\n")
+        for name, info in type(getattr(settings, section)).model_fields.items():
+            sys.stdout.write(f"{name} = {getattr(getattr(settings, section), name)}  # {info.description}\n")

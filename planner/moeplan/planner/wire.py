@@ -1,0 +1,285 @@
+"""Between the messages of moeplan.v1 and the types of the solvers: tensors, problems and plans.
+
+Reading validates: a message that holds no valid value raises ProblemError with the path of the field.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+from google.protobuf.duration_pb2 import Duration
+
+from moeplan.solvers.arrays import MAX_TOKENS, Int64
+from moeplan.solvers.cluster import Cluster, Link
+from moeplan.solvers.demand import Demand
+from moeplan.solvers.errors import ProblemError
+from moeplan.solvers.layout import Layout
+from moeplan.solvers.parameters import SolveParameters
+from moeplan.solvers.problem import ExpertSpec, Problem
+from moeplan.v1 import problem_pb2, tensor_pb2
+
+if TYPE_CHECKING:
+    from moeplan.solvers import Plan
+
+__all__ = [
+    "field",
+    "read_array",
+    "read_cluster",
+    "read_counts",
+    "read_expert",
+    "read_layout",
+    "read_parameters",
+    "read_problem",
+    "write_array",
+    "write_cluster",
+    "write_duration",
+    "write_expert",
+    "write_parameters",
+    "write_plan",
+    "write_problem",
+]
+
+_DTYPES: dict[int, np.dtype[Any]] = {
+    tensor_pb2.DATA_TYPE_INT32: np.dtype("<i4"),
+    tensor_pb2.DATA_TYPE_INT64: np.dtype("<i8"),
+    tensor_pb2.DATA_TYPE_FLOAT32: np.dtype("<f4"),
+    tensor_pb2.DATA_TYPE_FLOAT64: np.dtype("<f8"),
+}
+_CODES = {dtype: code for code, dtype in _DTYPES.items()}
+_DEFAULTS = SolveParameters()
+
+
+@contextmanager
+def field(prefix: str) -> Iterator[None]:
+    """Errors raised inside name their field relative to `prefix`, for instance ``problems[3]``."""
+    try:
+        yield
+    except ProblemError as error:
+        raise type(error)(f"{prefix}.{error.field}", error.value, error.reason) from None
+
+
+def read_array(name: str, tensor: tensor_pb2.Tensor) -> npt.NDArray[Any]:
+    """A read-only view of a tensor's data.
+
+    Raises:
+        ProblemError: the type is not known, or the data do not fill the shape exactly.
+    """
+    dtype = _DTYPES.get(tensor.type)
+    if dtype is None:
+        raise ProblemError(f"{name}.type", tensor.type, "must be INT32, INT64, FLOAT32 or FLOAT64")
+    shape = tuple(tensor.shape)
+    if len(shape) > 8 or any(length < 0 for length in shape):
+        raise ProblemError(f"{name}.shape", list(shape[:8]), "must be at most 8 numbers of at least 0")
+    size = dtype.itemsize
+    for length in shape:
+        size *= length
+    if size != len(tensor.data):
+        raise ProblemError(
+            f"{name}.data", f"{len(tensor.data)} bytes", f"shape {list(shape)} of {dtype.name} has {size}"
+        )
+    return np.frombuffer(tensor.data, dtype).reshape(shape)
+
+
+def read_counts(name: str, tensor: tensor_pb2.Tensor) -> Int64:
+    """Whole numbers from 0 to 2**53, sent as integers or as floats.
+
+    Raises:
+        ProblemError: a value is negative, too large, broken or not a number.
+    """
+    array = read_array(name, tensor)
+    if array.size:
+        low, high = array.min(), array.max()
+        if not (low >= 0 and high <= MAX_TOKENS):
+            bad = ~((array >= 0) & (array <= MAX_TOKENS))
+            index = tuple(int(i) for i in np.argwhere(bad)[0])
+            raise ProblemError(f"{name}[{', '.join(map(str, index))}]", array[index], f"must be 0 to {MAX_TOKENS}")
+    counts = array.astype(np.int64)
+    if array.dtype.kind == "f" and not np.array_equal(counts, array):
+        index = tuple(int(i) for i in np.argwhere(counts != array)[0])
+        raise ProblemError(f"{name}[{', '.join(map(str, index))}]", array[index], "must be a whole number of tokens")
+    return counts
+
+
+def write_array(array: npt.NDArray[Any]) -> tensor_pb2.Tensor:
+    """A tensor of the array's type; other integers travel as int64."""
+    dtype = array.dtype.newbyteorder("<")
+    if dtype not in _CODES:
+        dtype = np.dtype("<f8") if array.dtype.kind == "f" else np.dtype("<i8")
+    return tensor_pb2.Tensor(
+        shape=array.shape,
+        type=tensor_pb2.DataType.ValueType(_CODES[dtype]),
+        data=array.astype(dtype, copy=False).tobytes(),
+    )
+
+
+def read_layout(name: str, tensor: tensor_pb2.Tensor, experts: int) -> Layout:
+    """A layout.
+
+    Raises:
+        ProblemError: the tensor is not one of `experts` experts.
+    """
+    slots = read_array(name, tensor)
+    if slots.dtype.kind != "i" or slots.ndim != 2:
+        raise ProblemError(name, f"{slots.dtype} of shape {list(slots.shape)}", "must be int32[devices, width]")
+    try:
+        return Layout(slots, experts)
+    except ProblemError as error:
+        raise ProblemError(name + error.field.removeprefix("layout.slots"), error.value, error.reason) from None
+
+
+def read_cluster(message: problem_pb2.Cluster) -> Cluster:
+    """A cluster, with the defaults of the fields that are absent.
+
+    Raises:
+        ProblemError: a field is out of range.
+    """
+    devices = len(message.slots)
+    links = {}
+    for name in ("intra_node", "inter_node"):
+        if message.HasField(name):
+            link = getattr(message, name)
+            with field(f"cluster.{name}"):
+                links[name] = Link(link.bytes_per_s, link.latency_s)
+    return Cluster(
+        slots=np.array(message.slots, np.int32),
+        node=np.array(message.node, np.int32) if message.node else np.zeros(devices, np.int32),
+        speed=np.array(message.speed, np.float64) if message.speed else np.ones(devices),
+        memory_bytes=np.array(message.memory_bytes, np.int64) if message.memory_bytes else None,
+        **links,
+    )
+
+
+def write_cluster(cluster: Cluster) -> problem_pb2.Cluster:
+    """The message of a cluster."""
+    return problem_pb2.Cluster(
+        slots=cluster.slots.tolist(),
+        node=cluster.node.tolist(),
+        speed=cluster.speed.tolist(),
+        memory_bytes=[] if cluster.memory_bytes is None else cluster.memory_bytes.tolist(),
+        intra_node=problem_pb2.Link(bytes_per_s=cluster.intra_node.bytes_per_s, latency_s=cluster.intra_node.latency_s),
+        inter_node=problem_pb2.Link(bytes_per_s=cluster.inter_node.bytes_per_s, latency_s=cluster.inter_node.latency_s),
+    )
+
+
+def read_expert(message: problem_pb2.ExpertSpec) -> ExpertSpec:
+    """What an expert costs.
+
+    Raises:
+        ProblemError: a field is out of range.
+    """
+    return ExpertSpec(
+        weight_bytes=message.weight_bytes,
+        state_bytes=message.state_bytes,
+        token_bytes=message.token_bytes,
+        activation_bytes=message.activation_bytes,
+        seconds_per_token=message.seconds_per_token if message.HasField("seconds_per_token") else 1.0,
+    )
+
+
+def write_expert(expert: ExpertSpec) -> problem_pb2.ExpertSpec:
+    """The message of an expert's costs."""
+    return problem_pb2.ExpertSpec(
+        weight_bytes=expert.weight_bytes,
+        state_bytes=expert.state_bytes,
+        token_bytes=expert.token_bytes,
+        activation_bytes=expert.activation_bytes,
+        seconds_per_token=expert.seconds_per_token,
+    )
+
+
+def read_problem(message: problem_pb2.Problem) -> Problem:
+    """One layer's problem.
+
+    Raises:
+        ProblemError: a field is invalid; InfeasibleError where no layout can exist.
+    """
+    tokens = read_counts("demand.tokens", message.demand.tokens)
+    demand = Demand.of(tokens, list(message.demand.weights) or None)
+    return Problem(
+        cluster=read_cluster(message.cluster),
+        demand=demand,
+        expert=read_expert(message.expert),
+        current=read_layout("current", message.current, demand.experts) if message.HasField("current") else None,
+        max_moves=message.max_moves if message.HasField("max_moves") else None,
+        groups=message.groups or 1,
+    )
+
+
+def write_problem(problem: Problem) -> problem_pb2.Problem:
+    """The message of a problem."""
+    return problem_pb2.Problem(
+        cluster=write_cluster(problem.cluster),
+        demand=problem_pb2.Demand(tokens=write_array(problem.demand.tokens), weights=problem.demand.weights.tolist()),
+        expert=write_expert(problem.expert),
+        current=None if problem.current is None else write_array(problem.current.slots),
+        max_moves=problem.max_moves,
+        groups=problem.groups,
+    )
+
+
+def read_parameters(message: problem_pb2.SolveParameters) -> SolveParameters:
+    """Limits of a solve.
+
+    Raises:
+        ProblemError: a field is out of range.
+    """
+    deadline_s = read_duration("parameters.deadline", message.deadline) if message.HasField("deadline") else None
+    return SolveParameters(
+        deadline_s=deadline_s,
+        work_limit=message.work_limit if message.HasField("work_limit") else _DEFAULTS.work_limit,
+        target_gap=message.target_gap if message.HasField("target_gap") else _DEFAULTS.target_gap,
+        seed=message.seed,
+    )
+
+
+def write_parameters(parameters: SolveParameters) -> problem_pb2.SolveParameters:
+    """The message of a solve's limits."""
+    return problem_pb2.SolveParameters(
+        deadline=None if parameters.deadline_s is None else write_duration(parameters.deadline_s),
+        work_limit=parameters.work_limit,
+        target_gap=parameters.target_gap,
+        seed=parameters.seed,
+    )
+
+
+def read_duration(name: str, message: Duration) -> float:
+    """Seconds.
+
+    Raises:
+        ProblemError: the duration is not above 0.
+    """
+    seconds = message.seconds + message.nanos * 1e-9
+    if not seconds > 0:
+        raise ProblemError(name, f"{seconds} s", "must be above 0, or absent")
+    return seconds
+
+
+def write_duration(seconds: float) -> Duration:
+    """The message of a number of seconds, to the nanosecond."""
+    nanos = round(seconds * 1e9)
+    return Duration(seconds=nanos // 10**9, nanos=nanos % 10**9)
+
+
+def write_plan(plan: Plan) -> problem_pb2.Plan:
+    """The message of a plan."""
+    return problem_pb2.Plan(
+        policy=plan.policy,
+        layout=write_array(plan.layout.slots),
+        split_rule=plan.split.rule,
+        quota=write_array(plan.split.quota),
+        cost_s=plan.cost.mean_s,
+        imbalance=plan.imbalance.tolist(),
+        mean_imbalance=plan.mean_imbalance,
+        bound=plan.bound,
+        gap=plan.gap,
+        moves=None
+        if plan.moves is None
+        else problem_pb2.Moves(
+            expert=plan.moves.expert.tolist(), device=plan.moves.device.tolist(), source=plan.moves.source.tolist()
+        ),
+        solve_time=write_duration(plan.seconds),
+    )

@@ -1,0 +1,163 @@
+"""Experts in equal shards over a group: gathering the replicas of a layout, and returning their gradients.
+
+Every rank owns 1/N of every expert, whatever the layout (fully sharded experts: LAER-MoE, ASPLOS 2026; placement
+decoupled from optimizer state: SYMI, arXiv 2504.19925). A layout only decides which experts are gathered where.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moeplan.runtime_client.group import ExpertGroup, Traffic, Transfer, beside, join
+from moeplan.solvers.layout import EMPTY, Layout
+
+__all__ = ["Gathering", "Placement", "Returning", "shard_width"]
+
+
+def shard_width(elements: int, size: int) -> int:
+    """Elements of one expert that each of `size` ranks owns; the last ranks' shards are padded."""
+    return -(-elements // size)
+
+
+class Placement:
+    """A layout as one rank of a group carries it out.
+
+    Attributes:
+        layout: The layout.
+        experts: Experts of this rank's filled slots, in slot order.
+        fingerprint: Number that differs between layouts (up to collisions of 62 bits).
+        filled: Filled slots of each rank.
+    """
+
+    def __init__(self, layout: Layout, group: ExpertGroup, device: torch.device) -> None:
+        if layout.devices != group.size:
+            raise ValueError(
+                f"layout.devices = {layout.devices}: the group has {group.size} ranks; plan for as many devices"
+            )
+        self.layout = layout
+        filled = layout.slots != EMPTY
+        self.filled: list[int] = filled.sum(axis=1).tolist()
+        self.experts: list[int] = layout.slots[group.rank][filled[group.rank]].tolist()
+        self.slots: list[int] = np.flatnonzero(filled[group.rank]).tolist()
+        digest = hashlib.blake2b(layout.slots.tobytes() + bytes(str(layout.slots.shape), "ascii"), digest_size=8)
+        self.fingerprint = int.from_bytes(digest.digest(), "little") >> 2
+        replicas = layout.slots[filled].astype(np.int64)
+        self.replicas = torch.from_numpy(replicas).to(device)
+        self.rounds = [torch.from_numpy(rows).to(device) for rows in _rounds(replicas, layout)]
+
+
+def _rounds(replicas: np.ndarray[tuple[int], np.dtype[np.int64]], layout: Layout) -> list[np.ndarray]:
+    """Positions in `replicas` of every expert's first replica, of every second one, and so on."""
+    order = np.argsort(replicas, kind="stable")
+    start = layout.hosts.start[:-1]
+    return [order[start[layout.replicas > nth] + nth] for nth in range(int(layout.replicas.max(initial=0)))]
+
+
+class Gathering:
+    """The weights of this rank's slots, on their way from their owners.
+
+    Every rank of the group makes one at the same point of its program.
+
+    Args:
+        shard: [experts, width], this rank's part of every expert.
+        placement: The layout to gather.
+        group: The ranks.
+        dtype: Type that the weights travel and arrive in.
+        traffic: Counter of the bytes sent.
+        purpose: Key in `traffic`.
+    """
+
+    def __init__(
+        self,
+        shard: Tensor,
+        placement: Placement,
+        group: ExpertGroup,
+        dtype: torch.dtype,
+        traffic: Traffic,
+        purpose: str,
+    ) -> None:
+        self.placement = placement
+        self.version = shard._version
+        self._size = group.size
+        with beside(shard.device):
+            packed = shard.detach().to(dtype).index_select(0, placement.replicas)
+            receive = [len(placement.experts)] * group.size
+            self._transfer: Transfer | None = group.exchange(
+                packed, placement.filled, receive, weights=True, traffic=traffic, purpose=purpose
+            )
+
+    def finish(self, flat: Tensor) -> None:
+        """Wait, and write into `flat`, [filled slots, N * width]. On CUDA the current stream waits, not the host."""
+        assert self._transfer is not None, "a gathering is finished once"
+        with beside(flat.device):
+            received = self._transfer.wait()
+            shape = (self._size, len(flat), received.shape[1])
+            # `data`: autograd need not know that a saved tensor is written, as its old values come back.
+            flat.data.view(shape[1], shape[0], shape[2]).copy_(received.view(shape).transpose(0, 1))
+            self._transfer = None
+        join(flat.device)
+
+    def drop(self) -> None:
+        """Wait for a gathering that is of no use, so that its buffers may go."""
+        if self._transfer is not None:
+            with beside(self._transfer.received.device):
+                self._transfer.wait()
+            self._transfer = None
+
+
+class Returning:
+    """Gradients of this rank's slots, on their way to the owners.
+
+    Args:
+        gradient: [filled slots, N * width].
+        placement: The layout that the slots were gathered by.
+        group: The ranks.
+        traffic: Counter of the bytes sent.
+    """
+
+    def __init__(self, gradient: Tensor, placement: Placement, group: ExpertGroup, traffic: Traffic) -> None:
+        self._placement = placement
+        self._gradient = gradient  # read on the side stream, so it must not be freed before
+        slots, width = len(gradient), gradient.shape[1] // group.size
+        with beside(gradient.device):
+            packed = gradient.view(slots, group.size, width).transpose(0, 1).reshape(group.size * slots, width)
+            self._transfer = group.exchange(
+                packed,
+                [slots] * group.size,
+                placement.filled,
+                weights=True,
+                traffic=traffic,
+                purpose="gradients",
+            )
+
+    def finish(self, like: Tensor) -> Tensor:
+        """Wait, and add up the replicas of each expert.
+
+        The sum is taken in float32 (float64 for double parameters) in the order of devices and slots, so it is the
+        same in every run.
+
+        Args:
+            like: [experts, width], the shard.
+
+        Returns:
+            [experts, width] in the dtype of `like`.
+        """
+        placement = self._placement
+        with beside(like.device):
+            received = self._transfer.wait()
+            first, *others = placement.rounds
+            # Every expert has a replica, so the first round holds each of them once, in order.
+            total = received.index_select(0, first).to(torch.promote_types(like.dtype, torch.float32))
+            for rows in others:
+                # One replica of each expert at a time: an index never repeats, so the order of the sum is fixed.
+                part = received.index_select(0, rows).to(total.dtype)
+                total.index_add_(0, placement.replicas.index_select(0, rows), part)
+            total = total.to(like.dtype)
+        join(like.device)
+        if like.device.type == "cuda":
+            total.record_stream(torch.cuda.current_stream(like.device))
+        return total
