@@ -3,7 +3,7 @@
 The steps themselves are few, and a layout that is searched for them alone is perfect for them and for nothing else. So
 each scenario is one of the last steps, newer ones more often, and moved about as the window says that experts move from
 one step to the next: every expert by itself, and all of them together along the changes that were seen, which keeps
-what rises and falls with what. The changes are taken wider than they were, as a window is short.
+what rises and falls with what. The changes can be taken wider than they were.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Widening:
 
     scenarios: int = 16
     newest: float = 0.5
-    spread: float = 1.5
+    spread: float = 1.0
     together: float = 0.5
     seed: int = 0
 

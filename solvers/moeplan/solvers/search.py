@@ -25,6 +25,9 @@ from moeplan.solvers.risk import tail_shares
 
 __all__ = ["improve"]
 
+STALE = 20
+"""Candidates per slot without one to take, after which any is taken: a way out of a local optimum."""
+
 
 @kernel
 def _put(e: int, position: int, flat: Int32, host: Int32, count: Int32) -> None:
@@ -190,16 +193,18 @@ def improve(
     state = np.array([np.int64(seed) * 2 + 88172645463325252], np.int64)
     scored = 0
     draws = 0
+    stale = 0
     while scored < steps and best > target and draws < 100 * steps:
         draws += 1
         s = _draw(share, value, state)
         p = _next(state) % positions
         q = _next(state) % positions
-        if flat[p] < 0 or flat[q] < 0 or not tight[s, p // width] or tight[s, q // width]:
+        stuck = stale > STALE * positions
+        if flat[p] < 0 or flat[q] < 0 or (not stuck and (not tight[s, p // width] or tight[s, q // width])):
             continue
         a, b = flat[p], flat[q]
         dp, dq = p // width, q // width
-        if a == b or on[dq, a]:
+        if a == b or dp == dq or on[dq, a]:
             continue
         replace = count[b] > 1 and _next(state) % 2 == 0
         if not replace and on[dp, b]:
@@ -209,7 +214,8 @@ def improve(
             change += int(not held[dp, b]) - int(not held[dp, a])
         if change > 0 and arrivals + change > max_arrivals:
             continue
-        allowed = objective - price * change
+        stale += 1
+        allowed = np.inf if stuck else objective - price * change
         trial_cut[:] = cut
         _add_inside(-1, a, b, tokens, host, count, width, tight, trial_cut)
         _put(a, q, flat, host, count)
@@ -218,7 +224,7 @@ def improve(
         _add_inside(1, a, b, tokens, host, count, width, tight, trial_cut)
         for t in range(scenarios):
             estimate[t] = max(1.0, trial_cut[t] / cut_speed[t] * scale[t])
-        accepted = trial_cut[s] < cut[s] and tail_shares(estimate, weights, tail, trial_share) <= allowed
+        accepted = stuck or (trial_cut[s] < cut[s] and tail_shares(estimate, weights, tail, trial_share) <= allowed)
         if accepted:
             scored += 1
             for t in ranking:
@@ -238,6 +244,7 @@ def improve(
             if not replace:
                 _put(a, p, flat, host, count)
             continue
+        stale = 0
         quota, trial_quota = trial_quota, quota
         load, trial_load = trial_load, load
         tight, trial_tight = trial_tight, tight
