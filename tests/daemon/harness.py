@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import queue
@@ -60,8 +61,9 @@ class DaemonProcess:
 
     def _read(self) -> None:
         assert self.process.stderr is not None
-        for line in self.process.stderr:
-            self.lines.append(line)
+        with contextlib.suppress(ValueError):  # closed at the end of the test, before a slow child let go of it
+            for line in self.process.stderr:
+                self.lines.append(line)
 
     def events(self, name: str) -> list[dict[str, Any]]:
         """Log events of a name."""
