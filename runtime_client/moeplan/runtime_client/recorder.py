@@ -214,7 +214,7 @@ def _megatron(module: nn.Module) -> Observed | None:
     """Megatron-core's TopKRouter returns (probabilities, routing map)."""
     if not (_from(module, "megatron.core") and hasattr(module, "routing")):
         return None
-    experts = getattr(module, "num_experts", None) or module.config.num_moe_experts  # type: ignore[union-attr]
+    experts: Any = getattr(module, "num_experts", None) or module.config.num_moe_experts  # type: ignore[union-attr]
     return Observed(int(experts), lambda a, k, output: output[1], "map")
 
 
