@@ -73,6 +73,8 @@ def test_the_program_prints_a_table_and_refuses_bad_input() -> None:
         "hybrid when it pays",
     ]
     assert "--look" in run(*SIZES, "--look", "0", code=2)
+    assert "--tflops" in run(*SIZES, "--tflops", "0", code=2)
+    assert "bytes_per_s" in run(*SIZES, "--inter-gbps", "0", code=2)
 
 
 def job(*, bytes_per_s: float = 50e9, horizon: int = 20, factor: float = 1.0) -> JobSpec:
