@@ -48,7 +48,7 @@ def replay(
     nodes: Nodes = 1,
     window: Annotated[int, typer.Option(help="Newest steps to plan from.")] = 10,
     every: Annotated[int, typer.Option(help="Steps between plans of the strategies that plan every so often.")] = 20,
-    look: Annotated[int, typer.Option(help="Steps between looks of the strategy that moves when it pays.")] = 5,
+    look: Annotated[int, typer.Option(help="Steps between looks of the strategy that moves when it pays.")] = 1,
     horizon: Annotated[int, typer.Option(help="Steps over which a gain counts against the time to move.")] = 20,
     caution: Annotated[float, typer.Option(help="How many times over the predicted gain must pay the move.")] = 1.0,
     max_moves: MaxMoves = None,
