@@ -8,7 +8,14 @@ from typing import Annotated
 
 import typer
 
-from moeplan.planner import affinity_command, compare_command, generate_command, jobs_command, serve_command
+from moeplan.planner import (
+    affinity_command,
+    compare_command,
+    generate_command,
+    jobs_command,
+    replay_command,
+    serve_command,
+)
 from moeplan.planner.cli_options import (
     WORK_LIMIT,
     Deadline,
@@ -42,6 +49,7 @@ app.add_typer(trace_app, name="trace")
 generate_command.register(trace_app)
 compare_command.register(app)
 affinity_command.register(app)
+replay_command.register(app)
 serve_command.register(app)
 jobs_command.register(app)
 

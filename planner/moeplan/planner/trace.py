@@ -157,8 +157,8 @@ class Trace:
             raise TraceError(f"{self.path}: pairs", pairs.min(), "must be at least 0")
         return pairs.astype(np.int64)
 
-    def windows(self, length: int, every: int) -> Iterator[Window]:
-        """Windows of `length` steps, starting one every `every` steps, each with the step after it.
+    def windows(self, length: int, every: int, first: int = 0) -> Iterator[Window]:
+        """Windows of `length` steps, starting one every `every` steps from step `first`, each with the step after it.
 
         Raises:
             TraceError: the trace is shorter than a window and one step.
@@ -169,7 +169,7 @@ class Trace:
             )
         history: deque[Int64] = deque(maxlen=length)
         for step, counts in enumerate(self.read()):
-            if step >= length and (step - length) % every == 0:
+            if step >= first + length and (step - first - length) % every == 0:
                 yield Window(step, np.stack(history), counts)
             history.append(counts)
 
