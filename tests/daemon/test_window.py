@@ -15,6 +15,7 @@ from moeplan.planner.jobs.spec import Closing, Forecast, ForecastMethod, JobSpec
 from moeplan.planner.jobs.window import Report, Window
 from moeplan.solvers import Cluster, ExpertSpec, Layout, ProblemError, SolveParameters
 from moeplan.solvers.arrays import Int64
+from moeplan.solvers.scenarios import widened
 
 LAYERS, RANKS, EXPERTS = 2, 4, 8
 CLUSTER = Cluster.uniform(RANKS, 3)
@@ -143,7 +144,9 @@ def test_forecasts() -> None:
     assert forecast_demand(Forecast(ForecastMethod.LAST), window).tokens.tolist() == [[[8, 40]]]
     assert forecast_demand(Forecast(ForecastMethod.MEAN), window).tokens.tolist() == [[[4, 20]]]
     assert forecast_demand(Forecast(ForecastMethod.EMA, smoothing=0.5), window).tokens.tolist() == [[[5, 25]]]
-    assert forecast_demand(Forecast(ForecastMethod.SCENARIOS), window).tokens.tolist() == window.tolist()
+    scenarios = forecast_demand(Forecast(ForecastMethod.SCENARIOS), window)
+    assert scenarios.tokens.shape == (16, 1, 2)
+    assert np.array_equal(scenarios.tokens, widened(window).tokens)
 
 
 def answer(job: PlanningJob, task: SolveTask) -> JobPlan | None:

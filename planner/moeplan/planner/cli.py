@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from moeplan.planner import compare_command, jobs_command, serve_command
+from moeplan.planner import compare_command, jobs_command, replay_command, serve_command
 from moeplan.planner.cli_options import (
     WORK_LIMIT,
     Deadline,
@@ -40,6 +40,7 @@ app = typer.Typer(
 trace_app = typer.Typer(no_args_is_help=True, help="Look at recorded routing.")
 app.add_typer(trace_app, name="trace")
 compare_command.register(app)
+replay_command.register(app)
 serve_command.register(app)
 jobs_command.register(app)
 

@@ -11,6 +11,7 @@ import numpy as np
 from moeplan.planner.trace import Window
 from moeplan.solvers import Cluster, Demand, Layout, Problem, SolveParameters, evaluate, solve
 from moeplan.solvers.policy import find
+from moeplan.solvers.scenarios import widened
 
 __all__ = ["Comparison", "Setting", "Summary", "compare", "summary"]
 
@@ -81,10 +82,10 @@ def compare(
 ) -> Comparison:
     """Plan each window with each policy and evaluate on the step after it.
 
-    Every policy continues from its own previous layout. Imbalance is largest load over mean load, per layer. `fitted`
-    is that of the window itself with the best split of the layout, averaged over the window's steps; `next_step` that
-    of the step after it, with even and with the best split; `moved_fraction` counts the replicas that a re-plan copies,
-    over all slots, the first plan left out.
+    Every policy continues from its own previous layout, and plans for the scenarios of `widened`. Imbalance is largest
+    load over mean load, per layer. `fitted` is that of the scenarios with the best split of the layout, averaged;
+    `next_step` that of the step after the window, with even and with the best split; `moved_fraction` counts the
+    replicas that a re-plan copies, over all slots, the first plan left out.
 
     Args:
         windows: What `Trace.windows` yields.
@@ -112,7 +113,7 @@ def _judge(window: Window, layer: int, name: str, setting: Setting, scores: _Sco
     limited = current is not None and "max_moves" in find(name).honours
     problem = Problem(
         setting.cluster,
-        Demand.of(window.history[:, layer]),
+        widened(window.history[:, layer]),
         current=current,
         max_moves=setting.max_moves if limited else None,
         groups=setting.groups,

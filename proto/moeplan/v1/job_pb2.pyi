@@ -160,7 +160,7 @@ class Forecast(_message.Message):
         METHOD_EMA: Forecast._Method.ValueType  # 3
         """The exponential moving average over the window."""
         METHOD_SCENARIOS: Forecast._Method.ValueType  # 4
-        """Every step of the window is a scenario; the plan suits them on average."""
+        """Scenarios are drawn from the window, newer steps more often, as widely as it varies."""
 
     class Method(_Method, metaclass=_MethodEnumTypeWrapper):
         """A way to forecast."""
@@ -174,7 +174,7 @@ class Forecast(_message.Message):
     METHOD_EMA: Forecast.Method.ValueType  # 3
     """The exponential moving average over the window."""
     METHOD_SCENARIOS: Forecast.Method.ValueType  # 4
-    """Every step of the window is a scenario; the plan suits them on average."""
+    """Scenarios are drawn from the window, newer steps more often, as widely as it varies."""
 
     METHOD_FIELD_NUMBER: _builtins.int
     WINDOW_STEPS_FIELD_NUMBER: _builtins.int

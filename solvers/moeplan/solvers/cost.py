@@ -105,11 +105,14 @@ def traffic(problem: Problem, layout: Layout, split: Split) -> Int64:
         ProblemError: the demand does not tell sources apart.
     """
     sent = routes(problem, layout, split)
-    between = np.zeros((len(sent), problem.devices, problem.devices), np.int64)
+    scenarios, sources, _ = sent.shape
+    by_source = np.zeros((scenarios, sources, problem.devices), np.int64)
     device = layout.hosts.device
+    for target in np.unique(device):
+        by_source[:, :, target] = sent[:, :, device == target].sum(axis=2)
+    between = np.zeros((scenarios, problem.devices, problem.devices), np.int64)
     for source, origin in enumerate(problem.source_device):
-        for replica, target in enumerate(device):
-            between[:, origin, target] += sent[:, source, replica]
+        between[:, origin] += by_source[:, source]
     return between
 
 

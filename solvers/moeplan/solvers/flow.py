@@ -260,8 +260,12 @@ def augment(
                         target = other
         if target < 0:
             return level
-        # Equalise the two ends, within what every expert on the path can pass on.
+        # Bring one end to the mean and so be done with it, or else equalise the two; within what every expert on the
+        # path can pass on.
         amount = max(1, int((load[top] * speed[target] - load[target] * speed[top]) / (speed[top] + speed[target])))
+        to_mean = min(load[top] - mean * speed[top], mean * speed[target] - load[target])
+        if to_mean >= 1:
+            amount = min(amount, int(to_mean))
         d = target
         while d != top:
             amount = min(amount, quota[parent[0, d]])

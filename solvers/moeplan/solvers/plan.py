@@ -13,7 +13,7 @@ from moeplan.solvers.moves import Moves
 from moeplan.solvers.problem import Problem
 from moeplan.solvers.splits import Split
 
-__all__ = ["Plan", "bound", "imbalance"]
+__all__ = ["Plan", "bound", "imbalance", "relative"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -50,14 +50,15 @@ class Plan:
 
 def imbalance(problem: Problem, split: Split) -> Float64:
     """float64[scenarios]: largest load per speed over the mean, 1.0 for a scenario without tokens."""
-    return _relative(problem, (split.device_loads() / problem.cluster.speed).max(axis=1))
+    return relative(problem, (split.device_loads() / problem.cluster.speed).max(axis=1))
 
 
 def bound(problem: Problem) -> Float64:
     """float64[scenarios]: the least imbalance that any layout and split could have; see `bounds`."""
-    return _relative(problem, problem.lower_bound)
+    return relative(problem, problem.lower_bound)
 
 
-def _relative(problem: Problem, level: Float64) -> Float64:
+def relative(problem: Problem, level: Float64) -> Float64:
+    """float64[scenarios]: a load per speed of each scenario over its mean; 1.0 for a scenario without tokens."""
     mean = problem.loads.sum(axis=1) / problem.cluster.speed.sum()
     return np.divide(level, mean, out=np.ones(len(level)), where=mean > 0)

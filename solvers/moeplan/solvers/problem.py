@@ -56,6 +56,8 @@ class Problem:
         max_moves: Most replicas that a new layout may load onto devices that do not hold them now; None for no limit.
             Needs `current`.
         groups: Groups of consecutive experts that routing treats as units (group-limited routing); 1 for none.
+        tail: Part of the scenarios that a plan should suit, the worst ones: 1.0 for their mean, less for the mean of a
+            tail (conditional value at risk).
 
     Raises:
         ProblemError: a field is invalid or contradicts another.
@@ -68,6 +70,7 @@ class Problem:
     current: Layout | None = None
     max_moves: int | None = None
     groups: int = 1
+    tail: float = 1.0
 
     def __post_init__(self) -> None:
         if self.experts > self.cluster.total_slots:
@@ -85,6 +88,8 @@ class Problem:
             )
         if not 1 <= self.groups <= self.experts or self.experts % self.groups:
             raise ProblemError("groups", self.groups, f"must divide the number of experts ({self.experts})")
+        if not 0 < self.tail <= 1:
+            raise ProblemError("tail", self.tail, "must be above 0 and at most 1")
         if self.current is not None:
             self._check_current(self.current)
         if self.max_moves is not None:

@@ -5,6 +5,13 @@ a swap only where it carries load from the one to the other. So each step draws 
 one position inside its tight set and one outside, and tries to exchange their experts, or to replace a redundant
 replica outside by a copy of an expert inside. Only the experts that changed are poured again; augmenting paths then
 restore the optimum of each scenario from the previous one's flow, which costs microseconds.
+
+Most candidates do not get that far. A tight set keeps all tokens of the experts that have no replica outside it, so
+what it must hold after an exchange is known without solving anything, and bounds every scenario from below; a candidate
+whose bounds are already too much is dropped.
+
+Arrivals (replicas that a device does not hold yet) have a price, so that a limited number of them is spent where it
+gains most: a candidate must gain the price of what it adds, and one that gives arrivals back may lose as much.
 """
 
 from __future__ import annotations
@@ -14,8 +21,12 @@ import numpy as np
 from moeplan.solvers.arrays import Bool, Float64, Int32, Int64
 from moeplan.solvers.flow import augment, host_table, pour, split_all
 from moeplan.solvers.kernel import kernel
+from moeplan.solvers.risk import tail_shares
 
 __all__ = ["improve"]
+
+STALE = 20
+"""Candidates per slot without one to take, after which any is taken: a way out of a local optimum."""
 
 
 @kernel
@@ -73,13 +84,57 @@ def _next(state: Int64) -> int:
 
 
 @kernel
+def _draw(share: Float64, value: Float64, state: Int64) -> int:
+    """A scenario, as likely as its part of the distance from perfect balance."""
+    total = 0.0
+    for s in range(len(share)):
+        total += share[s] * (value[s] - 1)
+    rest = total * (_next(state) / 2147483648.0)
+    for s in range(len(share)):
+        rest -= share[s] * (value[s] - 1)
+        if rest < 0:
+            return s
+    return len(share) - 1
+
+
+@kernel
+def _cuts(load: Int64, speed: Float64, tight: Bool, cut: Int64, cut_speed: Float64) -> None:
+    """Tokens and speed of each scenario's tight set."""
+    for s in range(len(load)):
+        cut[s] = 0
+        cut_speed[s] = 0.0
+        for d in range(len(speed)):
+            if tight[s, d]:
+                cut[s] += load[s, d]
+                cut_speed[s] += speed[d]
+
+
+@kernel
+def _add_inside(
+    sign: int, a: int, b: int, tokens: Int64, host: Int32, count: Int32, width: int, tight: Bool, cut: Int64
+) -> None:
+    """Add the tokens of experts `a` and `b` to what each tight set must hold, where it has all their replicas."""
+    for s in range(len(cut)):
+        for x in (a, b):
+            inside = True
+            for i in range(count[x]):
+                if not tight[s, host[x, i] // width]:
+                    inside = False
+                    break
+            if inside:
+                cut[s] += sign * tokens[s, x]
+
+
+@kernel
 def improve(
     slots: Int32,
     tokens: Int64,
     weights: Float64,
+    tail: float,
     speed: Float64,
     held: Bool,
     max_arrivals: int,
+    price: float,
     steps: int,
     seed: int,
     target: float,
@@ -89,16 +144,18 @@ def improve(
     Args:
         slots: int32[devices, width], a valid layout whose -1 entries mark slots that must stay empty.
         tokens: int64[scenarios, experts].
-        weights: float64[scenarios], importance of each scenario, divided by its mean load per speed.
+        weights: float64[scenarios], importance of each scenario, summing to 1.
+        tail: Part of the worst scenarios that counts, see `risk`; 1.0 for the mean.
         speed: float64[devices].
         held: bool[devices, experts], replicas of the layout in force.
         max_arrivals: Most replicas that are not in `held`.
+        price: Objective that each of them must gain.
         steps: Candidates to score.
         seed: Seed of the draws.
         target: Stop at this objective.
 
     Returns:
-        The objective: sum of ``weights * largest load per speed``.
+        The objective: mean, or tail mean, of the imbalance over the scenarios; 1.0 for one without tokens.
     """
     devices, width = slots.shape
     scenarios, experts = tokens.shape
@@ -109,16 +166,17 @@ def improve(
     load = np.empty((scenarios, devices), np.int64)
     tight = np.empty((scenarios, devices), np.bool_)
     level = split_all(slots, tokens, speed, quota, load, tight)
-    trial_quota = np.empty_like(quota)
-    trial_load = np.empty_like(load)
-    trial_tight = np.empty_like(tight)
-    trial_level = np.empty_like(level)
+    trial_quota, trial_load, trial_tight = np.empty_like(quota), np.empty_like(load), np.empty_like(tight)
     order = np.empty(devices, np.int32)
     parent = np.empty((2, devices), np.int32)
     total_speed = speed.sum()
-    floor = np.empty(scenarios)
+    scale = np.zeros(scenarios)
+    value = np.ones(scenarios)
     for s in range(scenarios):
-        floor[s] = weights[s] * (tokens[s].sum() / total_speed)
+        total = tokens[s].sum()
+        if total > 0:
+            scale[s] = total_speed / total
+            value[s] = level[s] * scale[s]
     on = np.zeros((devices, experts), np.bool_)
     arrivals = 0
     for position in range(positions):
@@ -126,21 +184,27 @@ def improve(
         if e >= 0:
             on[position // width, e] = True
             arrivals += not held[position // width, e]
-    objective = (weights * level).sum()
-    best = objective
+    share, trial_share, estimate = np.empty(scenarios), np.empty(scenarios), np.empty(scenarios)
+    objective = tail_shares(value, weights, tail, share)
+    ranking = np.argsort(share * (1 - value))
+    cut, trial_cut, cut_speed = np.empty(scenarios, np.int64), np.empty(scenarios, np.int64), np.empty(scenarios)
+    _cuts(load, speed, tight, cut, cut_speed)
+    best, best_priced = objective, objective + price * arrivals
     state = np.array([np.int64(seed) * 2 + 88172645463325252], np.int64)
     scored = 0
     draws = 0
+    stale = 0
     while scored < steps and best > target and draws < 100 * steps:
         draws += 1
-        s = _next(state) % scenarios
+        s = _draw(share, value, state)
         p = _next(state) % positions
         q = _next(state) % positions
-        if flat[p] < 0 or flat[q] < 0 or not tight[s, p // width] or tight[s, q // width]:
+        stuck = stale > STALE * positions
+        if flat[p] < 0 or flat[q] < 0 or (not stuck and (not tight[s, p // width] or tight[s, q // width])):
             continue
         a, b = flat[p], flat[q]
         dp, dq = p // width, q // width
-        if a == b or on[dq, a]:
+        if a == b or dp == dq or on[dq, a]:
             continue
         replace = count[b] > 1 and _next(state) % 2 == 0
         if not replace and on[dp, b]:
@@ -150,43 +214,51 @@ def improve(
             change += int(not held[dp, b]) - int(not held[dp, a])
         if change > 0 and arrivals + change > max_arrivals:
             continue
-        scored += 1
+        stale += 1
+        allowed = np.inf if stuck else objective - price * change
+        trial_cut[:] = cut
+        _add_inside(-1, a, b, tokens, host, count, width, tight, trial_cut)
         _put(a, q, flat, host, count)
         if not replace:
             _put(b, p, flat, host, count)
-        score = 0.0
-        rest = floor.sum()
-        for i in range(scenarios):
-            t = (s + i) % scenarios
-            trial_quota[t] = quota[t]
-            trial_load[t] = load[t]
-            _pour_again(a, b, p, q, tokens[t], host, count, width, speed, trial_quota[t], trial_load[t], order)
-            trial_level[t] = augment(
-                flat, host, count, width, speed, trial_quota[t], trial_load[t], parent, trial_tight[t]
-            )
-            score += weights[t] * trial_level[t]
-            rest -= floor[t]
-            # The scenario it was drawn for comes first: a candidate that does not even help there is dropped.
-            if score + rest > objective or (i == 0 and trial_level[t] > level[t]):
-                score = np.inf
-                break
-        if score <= objective:
-            quota, trial_quota = trial_quota, quota
-            load, trial_load = trial_load, load
-            tight, trial_tight = trial_tight, tight
-            level, trial_level = trial_level, level
-            objective = score
-            arrivals += change
-            on[dq, a] = True
-            on[dq, b] = False
-            if not replace:
-                on[dp, a] = False
-                on[dp, b] = True
-            if objective < best:
-                best = objective
-                slots[:] = flat.reshape(devices, width)
-        else:
+        _add_inside(1, a, b, tokens, host, count, width, tight, trial_cut)
+        for t in range(scenarios):
+            estimate[t] = max(1.0, trial_cut[t] / cut_speed[t] * scale[t])
+        accepted = stuck or (trial_cut[s] < cut[s] and tail_shares(estimate, weights, tail, trial_share) <= allowed)
+        if accepted:
+            scored += 1
+            for t in ranking:
+                trial_quota[t] = quota[t]
+                trial_load[t] = load[t]
+                _pour_again(a, b, p, q, tokens[t], host, count, width, speed, trial_quota[t], trial_load[t], order)
+                highest = augment(
+                    flat, host, count, width, speed, trial_quota[t], trial_load[t], parent, trial_tight[t]
+                )
+                if scale[t] > 0:
+                    estimate[t] = highest * scale[t]
+                if tail_shares(estimate, weights, tail, trial_share) > allowed:
+                    accepted = False
+                    break
+        if not accepted:
             _put(b, q, flat, host, count)
             if not replace:
                 _put(a, p, flat, host, count)
+            continue
+        stale = 0
+        quota, trial_quota = trial_quota, quota
+        load, trial_load = trial_load, load
+        tight, trial_tight = trial_tight, tight
+        value, estimate = estimate, value
+        objective = tail_shares(value, weights, tail, share)
+        ranking = np.argsort(share * (1 - value))
+        _cuts(load, speed, tight, cut, cut_speed)
+        arrivals += change
+        on[dq, a] = True
+        on[dq, b] = False
+        if not replace:
+            on[dp, a] = False
+            on[dp, b] = True
+        if objective + price * arrivals < best_priced:
+            best, best_priced = objective, objective + price * arrivals
+            slots[:] = flat.reshape(devices, width)
     return best

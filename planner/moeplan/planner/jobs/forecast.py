@@ -7,6 +7,7 @@ import numpy as np
 from moeplan.planner.jobs.spec import Forecast, ForecastMethod
 from moeplan.solvers.arrays import Int64
 from moeplan.solvers.demand import Demand
+from moeplan.solvers.scenarios import widened
 
 __all__ = ["forecast_demand"]
 
@@ -19,8 +20,7 @@ def forecast_demand(forecast: Forecast, window: Int64) -> Demand:
         window: int64[steps, sources, experts], oldest step first, at least one step.
 
     Returns:
-        One scenario; with ``SCENARIOS`` one per step of the window, all of the same weight. Averages are rounded to
-        whole tokens, halves to even.
+        One scenario; with ``SCENARIOS`` those of `widened`. Averages are rounded to whole tokens, halves to even.
     """
     match forecast.method:
         case ForecastMethod.LAST:
@@ -33,4 +33,4 @@ def forecast_demand(forecast: Forecast, window: Int64) -> Demand:
                 average += forecast.smoothing * (step - average)
             return Demand.of(np.rint(average).astype(np.int64))
         case ForecastMethod.SCENARIOS:
-            return Demand.of(window)
+            return widened(window)

@@ -20,7 +20,7 @@ import numpy as np
 from moeplan.solvers import plan as plans
 from moeplan.solvers import sliding_window as window
 from moeplan.solvers.adams import adams_replicas
-from moeplan.solvers.arrays import Float64, Int32
+from moeplan.solvers.arrays import Int32
 from moeplan.solvers.errors import ProblemError
 from moeplan.solvers.fill import fill
 from moeplan.solvers.flow import optimal_quota
@@ -36,10 +36,15 @@ from moeplan.solvers.policies.static import static
 from moeplan.solvers.policies.symi import symi
 from moeplan.solvers.policy import policy
 from moeplan.solvers.problem import Problem
+from moeplan.solvers.risk import risk
 from moeplan.solvers.search import improve
 
 ROUNDS = 1_000
 """Most exchanges of a construction's own descent."""
+
+PRICED = 0.8
+"""Part of a search's work during which a move has a price: at first its part of the distance to the target, so that the
+most useful moves come first, then less and less."""
 
 WORK_PER_BURST = 2_000_000
 """Scenario x slot visits between two looks at the clock: a few milliseconds."""
@@ -51,7 +56,7 @@ def hybrid(problem: Problem, parameters: SolveParameters) -> Layout:
     start = time.perf_counter()
     if problem.demand.scenarios == 1 and problem.current is None and _window_applies(problem):
         return Layout(_window(problem), problem.experts)  # perfect, by the theorem
-    target = float(problem.demand.weights @ plans.bound(problem)) * (1 + parameters.target_gap)
+    target = risk(plans.bound(problem), problem.demand.weights, problem.tail) * (1 + parameters.target_gap)
     best, best_score = _start(problem), np.inf
     if best is not None:
         best_score = _score(problem, best)
@@ -127,21 +132,10 @@ def _widen(slots: Int32, problem: Problem) -> Int32:
 
 
 def _score(problem: Problem, slots: Int32) -> float:
-    """Scenario-averaged imbalance of a layout under the optimal split."""
+    """Imbalance of a layout under the optimal split: what the search minimises."""
     quota, _ = optimal_quota(slots, problem.loads, problem.cluster.speed)
     level = (quota.sum(axis=2) / problem.cluster.speed).max(axis=1)
-    return float((_weights(problem) * level).sum() + _idle_weight(problem))
-
-
-def _weights(problem: Problem) -> Float64:
-    """float64[scenarios]: weight of a scenario over its mean load per speed; 0 for one without tokens."""
-    mean = problem.loads.sum(axis=1) / problem.cluster.speed.sum()
-    return np.divide(problem.demand.weights, mean, out=np.zeros(len(mean)), where=mean > 0)
-
-
-def _idle_weight(problem: Problem) -> float:
-    """Weight of the scenarios without tokens, whose imbalance is 1."""
-    return float(problem.demand.weights[problem.loads.sum(axis=1) == 0].sum())
+    return risk(plans.relative(problem, level), problem.demand.weights, problem.tail)
 
 
 def _arrivals(current: Layout, slots: Int32) -> int:
@@ -155,13 +149,23 @@ def _search(problem: Problem, slots: Int32, target: float, parameters: SolvePara
     held = np.zeros((problem.devices, problem.experts), np.bool_) if current is None else current.placed
     limit = problem.max_moves if problem.max_moves is not None else best.size
     burst = max(8, WORK_PER_BURST // (problem.demand.scenarios * best.size * 16))
-    weights, goal = _weights(problem), target - _idle_weight(problem)
+    first_price = max(0.0, _score(problem, slots) - target) / limit if problem.max_moves else 0.0
     for first in range(0, parameters.work_limit, burst):
         if parameters.deadline_s is not None and time.perf_counter() - start >= parameters.deadline_s:
             break
-        steps = min(burst, parameters.work_limit - first)
-        seed = parameters.seed * 1_000_003 + first
-        speed = problem.cluster.speed
-        if improve(best, problem.loads, weights, speed, held, limit, steps, seed, goal) <= goal:
+        score = improve(
+            best,
+            problem.loads,
+            problem.demand.weights,
+            problem.tail,
+            problem.cluster.speed,
+            held,
+            limit,
+            first_price * max(0.0, 1 - first / (PRICED * parameters.work_limit)),
+            min(burst, parameters.work_limit - first),
+            parameters.seed * 1_000_003 + first,
+            target,
+        )
+        if score <= target:
             break
     return best
