@@ -53,7 +53,7 @@ def test_a_move_limit_is_hard(problem: Problem, limit: int, seed: int) -> None:
 @given(problems(max_devices=5, max_experts=8))
 def test_hybrid_is_no_worse_than_any_baseline(problem: Problem) -> None:
     ours = solve(problem, parameters=SolveParameters(work_limit=400)).mean_imbalance
-    for policy in POLICIES:
+    for policy in set(POLICIES) - {"ilp"}:  # which is exact where an instance is small enough
         theirs = solve(problem, policy, QUICK, rule="optimal").mean_imbalance
         assert ours <= theirs * (1 + 1e-9) + 1e-9, policy
 

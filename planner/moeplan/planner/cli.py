@@ -17,8 +17,10 @@ from moeplan.planner.cli_options import (
     Layers,
     MaxMoves,
     Nodes,
+    Prove,
     Seed,
     Slots,
+    Solver,
     TraceFile,
     Work,
     layer_numbers,
@@ -117,6 +119,8 @@ def plan(
     deadline_ms: Deadline = None,
     work_limit: Work = WORK_LIMIT,
     seed: Seed = 0,
+    solver: Solver = "cpsat",
+    prove: Prove = False,
     server: RemoteServer = None,
     token: jobs_command.Token = None,
     ca: jobs_command.Ca = None,
@@ -136,7 +140,7 @@ def plan(
     steps = np.stack(list(opened.read(max(0, opened.steps - positive("--window", window)))))
     in_force = {} if current is None else read_layouts(current)
     cluster = Cluster.uniform(devices, slots, nodes=nodes)
-    parameters = solve_parameters(deadline_ms, work_limit, seed)
+    parameters = solve_parameters(deadline_ms, work_limit, seed, solver, prove)
     plans = {}
     with solver_at(server, token, ca) as solve, progress(f"planning with {policy}", len(chosen)) as advance:
         for layer in chosen:

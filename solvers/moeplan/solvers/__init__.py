@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from moeplan.solvers.plan import Plan
     from moeplan.solvers.policy import Policy, available_policies
     from moeplan.solvers.problem import ExpertSpec, Problem
-    from moeplan.solvers.solver import evaluate, solve
+    from moeplan.solvers.solver import evaluate, solve, solve_anytime
     from moeplan.solvers.splits import Split
 
 __all__ = [
@@ -48,6 +48,7 @@ __all__ = [
     "available_policies",
     "evaluate",
     "solve",
+    "solve_anytime",
 ]
 
 _HOMES = {
@@ -61,7 +62,7 @@ _HOMES = {
     "plan": ("Plan",),
     "policy": ("Policy", "available_policies"),
     "problem": ("ExpertSpec", "Problem"),
-    "solver": ("evaluate", "solve"),
+    "solver": ("evaluate", "solve", "solve_anytime"),
     "splits": ("Split",),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}

@@ -1,28 +1,30 @@
 """A strong lower bound where spare slots are few: a linear program over configurations, by column generation.
 
-By the grouping theorem (see `grouping`) a layout of equal devices with largest load M is a partition of the experts into
-groups, each on t devices of its own, with at most ``t (C - 1) + 1`` experts and at most ``t M`` load. Call such a pair
-(t, experts) a configuration. If the cheapest fractional cover of all experts by configurations, where one costs its t,
-needs more than D devices, then no layout reaches M. Bisection over M turns that into a bound, which sees what the bounds
-of `bounds` miss: how hot and cold experts can be combined.
+By the grouping theorem (see `grouping`) a layout of equal devices with largest load M is a partition of the experts
+into groups, each on t devices of its own, with at most ``t (C - 1) + 1`` experts and at most ``t M`` load. Call such a
+pair (t, experts) a configuration. If the cheapest fractional cover of all experts by configurations, where one costs
+its t, needs more than D devices, then no layout reaches M. Bisection over M turns that into a bound, which sees what
+the bounds of `bounds` miss: how hot and cold experts can be combined.
 
 Pricing is a knapsack of two dimensions, load and number of experts, solved by dynamic programming over loads rounded
-down to `GRID` parts of M, which only enlarges the set of configurations. Groups of more devices than the table holds are
-bounded by the knapsack's linear relaxation. Any prices are a proof once scaled so that no configuration is worth more
-than it costs (Farley, Operations Research 38, 1990), so the search may stop at any moment.
+down to `GRID` parts of M, which only enlarges the set of configurations. Groups of more devices than the table holds
+are bounded by the knapsack's linear relaxation. Any prices are a proof once scaled so that no configuration is worth
+more than it costs (Farley, Operations Research 38, 1990), so the search may stop at any moment.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from typing import Any
 
-import highspy
 import numpy as np
 
-from moeplan.solvers.arrays import Bool, Float64, Int64
+from moeplan.solvers.arrays import Bool, Float64, Int32, Int64
+from moeplan.solvers.ilp.highs import silence
 from moeplan.solvers.kernel import kernel
 
-__all__ = ["configuration_bound"]
+__all__ = ["applies", "configuration_bounds"]
 
 GRID = 128
 """Parts of M that loads are rounded down to in the knapsack."""
@@ -134,10 +136,17 @@ def _relaxed(load: Float64, price: Float64, devices: int, width: int) -> tuple[f
     return worth, mix * part[0] + (1 - mix) * part[1]
 
 
-def configuration_bound(
-    loads: Int64, devices: int, width: int, low: float, high: float, *, deadline: float | None = None, rounds: int = ROUNDS
-) -> float:
-    """A lower bound on the largest load of any layout and split of one scenario on equal devices.
+def applies(experts: int, capacity: Int32, speed: Float64) -> bool:
+    """Whether the theorem covers these devices: all equal, and too few spare slots for perfect balance."""
+    width = int(capacity[0])
+    equal = bool((capacity == width).all() and (speed == speed[0]).all())
+    return equal and experts > len(capacity) * (width - 1) + 1
+
+
+def configuration_bounds(
+    loads: Int64, devices: int, width: int, low: float, high: float, deadline: float | None = None
+) -> Iterator[float]:
+    """Ever better lower bounds on the largest load of any layout and split of one scenario on equal devices.
 
     Args:
         loads: int64[experts], ``devices * (width - 1) + 1 < experts <= devices * width``.
@@ -145,24 +154,22 @@ def configuration_bound(
         width: Slots of each.
         low: A known lower bound.
         high: A load that some layout reaches.
-        deadline: Time on `time.perf_counter` after which the best bound so far is returned.
-        rounds: Most rounds of column generation for each value of M.
+        deadline: Time on `time.perf_counter` to end at.
 
-    Returns:
-        A value in [low, high].
+    Yields:
+        Values in [low, high], after each step of the bisection, until time runs out or no step is left.
     """
-    hot = np.sort(loads)[::-1].astype(np.float64)
-    pool = _Pool(hot, devices, width)
-    while high > low * (1 + TOLERANCE) and (deadline is None or time.perf_counter() < deadline):
+    pool = _Pool(np.sort(loads)[::-1].astype(np.float64), devices, width)
+    while high > low * (1 + TOLERANCE):
         level = (low + high) / 2
-        needed = pool.devices_needed(level, deadline, rounds)
+        needed = pool.devices_needed(level, deadline)
         if needed is None:
-            break
+            return
         if needed > devices * (1 + EPSILON):
             low = level
         else:
             high = level
-    return low
+        yield low
 
 
 class _Pool:
@@ -172,7 +179,7 @@ class _Pool:
         self.hot, self.devices, self.width = hot, devices, width
         self.groups: list[tuple[int, Bool]] = []
 
-    def devices_needed(self, level: float, deadline: float | None, rounds: int) -> float | None:
+    def devices_needed(self, level: float, deadline: float | None) -> float | None:
         """Devices that a fractional cover needs at least; more than there are is a proof. None if time ran out."""
         experts, devices, width = len(self.hot), self.devices, self.width
         units = np.floor(self.hot / level * GRID).astype(np.int64)
@@ -183,8 +190,11 @@ class _Pool:
         taken, value = np.empty((experts, *shape), np.bool_), np.empty(shape)
         master = self._master(units)
         best, anchor = 0.0, None
-        for _ in range(rounds):
-            if deadline is not None and time.perf_counter() > deadline:
+        slowest, begun = 0.0, time.perf_counter()
+        for _ in range(ROUNDS):
+            now = time.perf_counter()
+            slowest, begun = max(slowest, now - begun), now
+            if deadline is not None and now + slowest > deadline:  # a round is not interrupted
                 return None
             master.run()
             if master.getInfo().objective_function_value <= devices:
@@ -212,8 +222,11 @@ class _Pool:
                 break
         return best
 
-    def _master(self, units: Int64) -> highspy.Highs:
+    def _master(self, units: Int64) -> Any:
         """The cover by all configurations known to fit, and by every expert alone."""
+        import highspy  # only where a proof is asked for
+
+        silence()
         experts = len(units)
         master = highspy.Highs()
         master.setOptionValue("output_flag", False)
@@ -230,7 +243,7 @@ class _Pool:
                 _add(master, t, member.astype(np.float64))
         return master
 
-    def _add_groups(self, master: highspy.Highs, units: Int64, duals: Float64, last: Float64, taken: Bool) -> bool:
+    def _add_groups(self, master: Any, units: Int64, duals: Float64, last: Float64, taken: Bool) -> bool:
         """Add the best group that ends at each expert, where it is worth more than it costs at these duals."""
         found = False
         member = np.zeros(len(units), np.bool_)
@@ -246,6 +259,6 @@ class _Pool:
         return found
 
 
-def _add(master: highspy.Highs, devices: int, part: Float64) -> None:
+def _add(master: Any, devices: int, part: Float64) -> None:
     rows = np.flatnonzero(part).astype(np.int32)
     master.addCol(float(devices), 0.0, np.inf, len(rows), rows, part[rows])

@@ -52,8 +52,8 @@ def groups_of(model: Model) -> tuple[Int64, Int64]:
     group[expert] = part[device]
     room = size * (width - 1) + 1
     room -= np.bincount(group[group >= 0], minlength=len(names))
-    for e in np.flatnonzero(group < 0):  # experts without load go where there is room
-        group[e] = np.argmax(room)
+    for e in np.flatnonzero(group < 0).tolist():  # experts without load go where there is room
+        group[e] = int(room.argmax())
         room[group[e]] -= 1
     wanted = model.experts - model.devices * (width - 1)
     alive = list(range(len(size)))
@@ -114,7 +114,7 @@ def solve(model: Model, effort: Effort, report: Report) -> Answer:
     cp.add(cp_model.LinearExpr.sum(size) == model.devices)
     cp.minimize(z)
 
-    class Found(cp_model.CpSolverSolutionCallback):
+    class Found(cp_model.CpSolverSolutionCallback):  # type: ignore[misc]
         def on_solution_callback(self) -> None:
             member = np.array([[self.boolean_value(v) for v in row] for row in a])
             report(_placement(model, member.argmax(axis=1), np.array([self.value(v) for v in size])))

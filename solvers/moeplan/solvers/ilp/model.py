@@ -19,9 +19,9 @@ Interchangeable devices are ordered by their load in the first scenario.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
 
 import numpy as np
 
@@ -166,10 +166,8 @@ class Answer:
     status: str
 
 
-class Report(Protocol):
-    """Takes a better placement, bool[devices, experts], while a solver runs."""
-
-    def __call__(self, placed: Bool) -> None: ...
+Report = Callable[[Bool], None]
+"""Takes a better placement, bool[devices, experts], while a solver runs."""
 
 
 class OutOfTime(Exception):  # noqa: N818 - a signal, not an error

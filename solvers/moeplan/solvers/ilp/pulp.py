@@ -9,9 +9,10 @@ import pulp
 
 from moeplan.solvers.arrays import Bool
 from moeplan.solvers.errors import ProblemError
+from moeplan.solvers.ilp.highs import silence
 from moeplan.solvers.ilp.model import Answer, Effort, Model, Report, check
 
-__all__ = ["solve"]
+__all__ = ["require", "solve"]
 
 NAMES = {"highs": "HiGHS", "cbc": "PULP_CBC_CMD"}
 """Short names; other solvers go by PuLP's own."""
@@ -25,22 +26,21 @@ def solve(model: Model, effort: Effort, report: Report, name: str = "highs") -> 
 
     Raises:
         OutOfTime: the deadline passed before the model was built.
-        ProblemError: PuLP finds no such solver.
     """
     program = pulp.LpProblem("placement", pulp.LpMinimize)
     start_y, start_x = model.start
     y = np.empty((model.devices, model.experts), object)
     x = np.empty((model.scenarios, model.devices, model.experts), object)
-    z = [pulp.LpVariable(f"z_{s}", float(model.floor[s]), float(model.cap[s])) for s in range(model.scenarios)]
+    z = [program.add_variable(f"z_{s}", float(model.floor[s]), float(model.cap[s])) for s in range(model.scenarios)]
     program += pulp.lpSum(float(w) * z[s] for s, w in enumerate(model.weights))
     for e in range(model.experts):
         check(effort)
         for d in range(model.devices):
-            y[d, e] = pulp.LpVariable(f"y_{d}_{e}", cat=pulp.LpBinary)
+            y[d, e] = program.add_variable(f"y_{d}_{e}", cat=pulp.LpBinary)
             y[d, e].setInitialValue(int(start_y[d, e]))
             for s in range(model.scenarios):
                 most = min(float(model.loads[s, e]), float(model.cap[s] * model.speed[d]))
-                x[s, d, e] = pulp.LpVariable(f"x_{s}_{d}_{e}", 0, most)
+                x[s, d, e] = program.add_variable(f"x_{s}_{d}_{e}", 0, most)
                 x[s, d, e].setInitialValue(min(most, float(start_x[s, d, e])))
                 program += x[s, d, e] <= most * y[d, e]
         program += pulp.lpSum(y[:, e]) >= int(model.fewest[e])
@@ -71,7 +71,7 @@ def solve(model: Model, effort: Effort, report: Report, name: str = "highs") -> 
     return Answer(placed, bound if np.isfinite(bound) else 0.0, "optimal" if optimal else "feasible")
 
 
-class _WarmHiGHS(pulp.HiGHS):
+class _WarmHiGHS(pulp.HiGHS):  # type: ignore[misc]
     """PuLP's HiGHS, started from the variables' initial values, which PuLP leaves out."""
 
     def callSolver(self, lp: Any) -> None:  # noqa: N802 - PuLP's name
@@ -95,20 +95,31 @@ class _WarmHiGHS(pulp.HiGHS):
         return pulp.LpStatusOptimal, pulp.LpSolutionOptimal if optimal else pulp.LpSolutionIntegerFeasible
 
 
+def require(name: str) -> None:
+    """Refuse a solver that PuLP does not find.
+
+    Raises:
+        ProblemError: it is not there.
+    """
+    available = pulp.listSolvers(onlyAvailable=True)
+    if NAMES.get(name.lower(), name) not in available:
+        raise ProblemError(
+            "parameters.solver", repr(name), f"must be cpsat, highs, cbc, or one of {', '.join(available)}"
+        )
+
+
 def _solver(name: str, effort: Effort) -> Any:
     known = NAMES.get(name.lower(), name)
     seconds = None if effort.deadline is None else effort.seconds
     if known == "HiGHS":
+        silence()
         options: dict[str, Any] = {"random_seed": effort.seed % 2**31}
         if seconds is None:
             options["mip_max_nodes"] = max(1, int(effort.work * NODES_PER_WORK))
         return _WarmHiGHS(msg=False, threads=effort.threads, timeLimit=seconds, gapRel=effort.gap, **options)
-    available = pulp.listSolvers(onlyAvailable=True)
-    if known not in available:
-        raise ProblemError("parameters.solver", repr(name), f"must be cpsat, highs, cbc, or one of {available}")
     if known == "PULP_CBC_CMD":
         limits = {"maxNodes": max(1, int(effort.work * NODES_PER_WORK))} if seconds is None else {"timeLimit": seconds}
-        return pulp.PULP_CBC_CMD(
-            msg=False, warmStart=True, threads=effort.threads, gapRel=effort.gap, **limits
-        )
+        # The class PULP_CBC_CMD warns of PuLP 4, which does not bring CBC; its program is what we are after.
+        path = pulp.PULP_CBC_CMD.pulp_cbc_path
+        return pulp.COIN_CMD(path=path, msg=False, warmStart=True, threads=effort.threads, gapRel=effort.gap, **limits)
     return pulp.getSolver(known, msg=False, timeLimit=effort.work if seconds is None else seconds)

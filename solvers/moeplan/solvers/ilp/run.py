@@ -10,7 +10,7 @@ from functools import partial
 from moeplan.solvers.arrays import Bool
 from moeplan.solvers.ilp.model import Answer, Effort, Model, OutOfTime, Report
 
-__all__ = ["run"]
+__all__ = ["require", "run"]
 
 MARGIN_S = 0.03
 """What a solver is told to leave of the time, because it looks at its clock rarely."""
@@ -25,10 +25,9 @@ def run(model: Model, solver: str, effort: Effort) -> Answer:
     Raises:
         ProblemError: there is no such solver.
     """
-    solve = _backend(model, solver)
     found: list[Bool] = []
     if effort.deadline is None:
-        return solve(model, effort, found.append)
+        return _backend(model, solver)(model, effort, found.append)
     early = Effort(effort.deadline - MARGIN_S, effort.work, effort.threads, effort.seed, effort.gap)
     if early.deadline is not None and early.deadline <= time.perf_counter():
         return Answer(None, 0.0, "unknown")
@@ -37,7 +36,7 @@ def run(model: Model, solver: str, effort: Effort) -> Answer:
 
     def work() -> None:
         try:
-            answers.append(solve(model, early, found.append))
+            answers.append(_backend(model, solver)(model, early, found.append))
         except OutOfTime:
             pass
         except Exception as error:  # raised again in the caller's thread
@@ -51,6 +50,18 @@ def run(model: Model, solver: str, effort: Effort) -> Answer:
     if answers:
         return answers[0]
     return Answer(found[-1] if found else None, 0.0, "feasible" if found else "unknown")
+
+
+def require(solver: str) -> None:
+    """Refuse a solver that is not there.
+
+    Raises:
+        ProblemError: it is neither CP-SAT nor known to PuLP.
+    """
+    if solver != "cpsat":
+        from moeplan.solvers.ilp import pulp
+
+        pulp.require(solver)
 
 
 def _backend(model: Model, solver: str) -> Callable[[Model, Effort, Report], Answer]:
