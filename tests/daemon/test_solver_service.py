@@ -93,6 +93,7 @@ def test_anytime_needs_a_deadline(client: Client) -> None:
         (lambda r: r.problems[0].cluster.speed.append(1.0), "problems[0].cluster.speed"),
         (lambda r: r.problems[0].cluster.ClearField("slots"), "problems[0].cluster.devices"),
         (lambda r: setattr(r.parameters, "target_gap", -1.0), "parameters.target_gap"),
+        (lambda r: setattr(r.parameters, "traffic_tolerance", -1.0), "parameters.traffic_tolerance"),
         (lambda r: setattr(r.problems[0], "max_moves", 1), "problems[0].max_moves"),
     ],
 )

@@ -8,6 +8,7 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+import psycopg
 import pytest
 from tests.daemon.harness import Rank, Start, eventually, small_job, tokens
 
@@ -83,6 +84,32 @@ def test_a_daemon_that_slept_through_its_lease_cannot_write(start: Start, postgr
         assert error.reason == "OWNED_ELSEWHERE"
         assert two.job(name).status.plan_version == 1
         two.delete_job(name)
+
+
+def test_a_job_that_was_lost_and_comes_straight_back_is_served_anew(start: Start, postgres: str) -> None:
+    """Its old streams end, though this daemon owns it again a moment later."""
+    environment = {"MOEPLAN_STORE": postgres, "MOEPLAN_LEASE_S": "1"}
+    daemon = start(environment=environment).serving()
+    with daemon.client() as client:
+        name = client.create_job("boomerang", small_job()).name
+        rank = Rank(client, name, 0, hello={"reports_for": [0, 1]})
+        rank.next("welcome")
+        change = "UPDATE moeplan_jobs SET owner = 'gone', leased_until = 0 WHERE name = 'boomerang'"
+        with psycopg.connect(postgres, autocommit=True) as connection:
+            assert connection.execute(change).rowcount == 1
+        error = rank.error()
+        assert isinstance(error, ServiceError)
+        assert error.reason == "OWNED_ELSEWHERE"
+
+        def served() -> bool:
+            return client.job(name).status.owner == daemon.address
+
+        eventually(served, 20)
+        again = Rank(client, name, 0, hello={"reports_for": [0, 1]})
+        again.report(0, tokens(0, ranks=2))
+        assert again.next("plan_update").plan.version == 2
+        again.close()
+        client.delete_job(name)
 
 
 def test_a_store_that_is_away_is_said(start: Start) -> None:

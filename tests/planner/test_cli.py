@@ -70,6 +70,17 @@ def test_plan_then_plan_again_with_few_moves(tmp_path: Path) -> None:
     assert (after.placed & ~before.placed).sum() == len(layer["moves"])
 
 
+def test_traffic_sends_less_between_nodes(tmp_path: Path) -> None:
+    sizes = ("--devices", 16, "--slots", 6, "--nodes", 4, "--layers", "0", "--work-limit", 1000)
+    parts = {}
+    for policy in ("hybrid", "traffic"):
+        text = moeplan("plan", TRACE, *sizes, "--policy", policy, "-o", tmp_path / "plan.json").stdout
+        parts[policy] = [float(word.rstrip("%")) for word in text.split() if word.endswith("%")][1]
+    assert parts["traffic"] < parts["hybrid"]
+    text = moeplan("plan", TRACE, *sizes, "--traffic-tolerance", -1, "-o", tmp_path / "plan.json", code=2).stderr
+    assert "parameters.traffic_tolerance" in text
+
+
 def test_compare_answers_as_documented() -> None:
     done = moeplan(
         *("compare", TRACE, "--devices", 16, "--slots", 5, "--policies", "static,eplb,hybrid", "--window", 5),

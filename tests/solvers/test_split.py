@@ -57,7 +57,7 @@ def test_optimal_split_is_optimal(problem: Problem, seed: int) -> None:
 def test_every_rule_conserves_tokens(problem: Problem, seed: int, rule: str) -> None:
     layout = random_layout(problem, seed)
     known = problem.demand.sources > 1 or problem.devices == 1
-    if rule == "local" and not known:
+    if rule in ("local", "home") and not known:
         with pytest.raises(ProblemError, match=r"demand\.sources"):
             split(problem, layout, rule)
         return

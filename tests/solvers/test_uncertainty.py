@@ -82,7 +82,7 @@ def test_widened_scenarios_are_a_demand_of_the_same_shape(
 ) -> None:
     widening = Widening(8, 0.4, spread, together, seed=3)
     demand = widened(window, widening)
-    assert demand.tokens.shape == (8, *window.shape[1:])
+    assert demand.tokens.shape == (8 if len(window) > 1 else 1, *window.shape[1:])
     assert np.array_equal(demand.tokens, widened(window, widening).tokens)
     assert (demand.tokens[:, window.sum(axis=0) == 0] == 0).all()
 

@@ -8,7 +8,14 @@ from typing import Annotated
 
 import typer
 
-from moeplan.planner import compare_command, jobs_command, replay_command, serve_command
+from moeplan.planner import (
+    affinity_command,
+    compare_command,
+    generate_command,
+    jobs_command,
+    replay_command,
+    serve_command,
+)
 from moeplan.planner.cli_options import (
     WORK_LIMIT,
     Deadline,
@@ -39,9 +46,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Plan where the expert replicas of a Mixture-of-Experts model live, and prove how good the plan is.",
 )
-trace_app = typer.Typer(no_args_is_help=True, help="Look at recorded routing.")
+trace_app = typer.Typer(no_args_is_help=True, help="Look at recorded routing, or make some.")
 app.add_typer(trace_app, name="trace")
+generate_command.register(trace_app)
 compare_command.register(app)
+affinity_command.register(app)
 replay_command.register(app)
 serve_command.register(app)
 jobs_command.register(app)
@@ -118,6 +127,9 @@ def plan(
     max_moves: MaxMoves = None,
     deadline_ms: Deadline = None,
     work_limit: Work = WORK_LIMIT,
+    traffic_tolerance: Annotated[
+        float, typer.Option(help="With --policy traffic: how much larger the largest load may become, as a fraction.")
+    ] = 0.01,
     seed: Seed = 0,
     solver: Solver = "cpsat",
     prove: Prove = False,
@@ -126,7 +138,12 @@ def plan(
     ca: jobs_command.Ca = None,
     output: Output = Format.TABLE,
 ) -> None:
-    """Plan layouts from the last steps of a trace."""
+    """Plan layouts from the last steps of a trace.
+
+    With several nodes the table says which part of the tokens another node computes than the one they come from.
+    """
+    from dataclasses import replace
+
     import numpy as np
 
     from moeplan.planner.plan_file import plan_document, read_layouts, write
@@ -134,20 +151,27 @@ def plan(
     from moeplan.planner.terminal import progress, show_table
     from moeplan.planner.trace import Trace
     from moeplan.solvers import Cluster, Demand, Problem
+    from moeplan.solvers.cost import between_nodes
 
     opened = Trace.open(trace)
     chosen = layer_numbers(layers, opened.layers)
     steps = np.stack(list(opened.read(max(0, opened.steps - positive("--window", window)))))
     in_force = {} if current is None else read_layouts(current)
     cluster = Cluster.uniform(devices, slots, nodes=nodes)
-    parameters = solve_parameters(deadline_ms, work_limit, seed, solver, prove)
+    parameters = replace(
+        solve_parameters(deadline_ms, work_limit, seed, solver, prove), traffic_tolerance=traffic_tolerance
+    )
     plans = {}
+    crossing = {}
     with solver_at(server, token, ca) as solve, progress(f"planning with {policy}", len(chosen)) as advance:
         for layer in chosen:
             problem = Problem(
                 cluster, Demand.of(steps[:, layer]), current=in_force.get(layer), max_moves=max_moves, groups=groups
             )
             plans[layer] = solve(problem, policy, parameters)
+            if nodes > 1 and opened.sources > 1:
+                part = between_nodes(problem, plans[layer].layout, plans[layer].split)
+                crossing[layer] = float(problem.demand.weights @ part)
             advance()
     document = plan_document(plans)
     write(out, document)
@@ -156,13 +180,14 @@ def plan(
         return
     show_table(
         f"{policy}: {len(plans)} layers planned from {len(steps)} steps, written to {out}",
-        ["layer", "imbalance", "bound", "at most above optimum", "replicas to copy", "ms"],
+        ["layer", "imbalance", "bound", "at most above optimum", "between nodes", "replicas to copy", "ms"],
         [
             [
                 str(layer),
                 f"{p.mean_imbalance:.4f}",
                 f"{p.bound:.4f}",
                 f"{p.gap:.2%}",
+                f"{crossing[layer]:.1%}" if layer in crossing else "-",
                 "-" if p.moves is None else str(len(p.moves)),
                 f"{p.seconds * 1e3:.1f}",
             ]

@@ -22,7 +22,6 @@ from moeplan.planner.cli_options import (
     solve_parameters,
 )
 from moeplan.planner.formats import Format, Output
-from moeplan.planner.replay_report import chart, decision_lines, show_replay, summary
 from moeplan.planner.terminal import progress
 
 __all__ = ["register"]
@@ -74,6 +73,7 @@ def replay(
     from moeplan.planner.jobs.spec import Forecast, JobSpec
     from moeplan.planner.replay import replay as run
     from moeplan.planner.replay import usual_strategies
+    from moeplan.planner.replay_report import chart, decision_lines, show_replay, summary
     from moeplan.planner.trace import Trace
     from moeplan.solvers import Cluster, ExpertSpec, Layout, Link
 

@@ -2,7 +2,9 @@
 
 Steps are read in order through a small buffer, so a trace may be larger than memory, compressed or not. Optional
 scalars beside ``counts`` describe it: ``first_step`` (number of the first recorded step), ``top_k`` (experts per
-token) and ``tokens_per_rank`` (tokens that each source routes per step).
+token) and ``tokens_per_rank`` (tokens that each source routes per step). An optional integer array ``pairs[layer,
+expert, next_expert]`` counts how many tokens of all steps and sources went from an expert to one of the next layer; a
+token with k experts per layer counts k * k times.
 """
 
 from __future__ import annotations
@@ -132,8 +134,31 @@ class Trace:
         except (OSError, zipfile.BadZipFile, EOFError, zlib.error) as error:
             raise TraceError(str(self.path), type(error).__name__, f"is damaged ({error})") from None
 
-    def windows(self, length: int, every: int) -> Iterator[Window]:
-        """Windows of `length` steps, starting one every `every` steps, each with the step after it.
+    def pairs(self) -> Int64 | None:
+        """int64[layers - 1, experts, experts] transitions between consecutive layers; None where none were recorded.
+
+        Raises:
+            TraceError: the array does not suit the trace, or the file is damaged.
+        """
+        try:
+            with zipfile.ZipFile(self.path) as archive:
+                if "pairs.npy" not in archive.namelist():
+                    return None
+                with archive.open("pairs.npy") as file:
+                    pairs: npt.NDArray[Any] = np.lib.format.read_array(file, allow_pickle=False)
+        except (OSError, zipfile.BadZipFile, EOFError, ValueError, zlib.error) as error:
+            raise TraceError(str(self.path), type(error).__name__, f"is damaged ({error})") from None
+        wanted = (self.layers - 1, self.experts, self.experts)
+        if pairs.dtype.kind not in "iu" or pairs.shape != wanted:
+            raise TraceError(
+                f"{self.path}: pairs", f"array of {pairs.dtype}, shape {pairs.shape}", f"must hold integers {wanted}"
+            )
+        if pairs.size and pairs.min() < 0:
+            raise TraceError(f"{self.path}: pairs", pairs.min(), "must be at least 0")
+        return pairs.astype(np.int64)
+
+    def windows(self, length: int, every: int, first: int = 0) -> Iterator[Window]:
+        """Windows of `length` steps, starting one every `every` steps from step `first`, each with the step after it.
 
         Raises:
             TraceError: the trace is shorter than a window and one step.
@@ -144,7 +169,7 @@ class Trace:
             )
         history: deque[Int64] = deque(maxlen=length)
         for step, counts in enumerate(self.read()):
-            if step >= length and (step - length) % every == 0:
+            if step >= first + length and (step - first - length) % every == 0:
                 yield Window(step, np.stack(history), counts)
             history.append(counts)
 

@@ -233,6 +233,9 @@ def read_parameters(message: problem_pb2.SolveParameters) -> SolveParameters:
         work_limit=message.work_limit if message.HasField("work_limit") else _DEFAULTS.work_limit,
         target_gap=message.target_gap if message.HasField("target_gap") else _DEFAULTS.target_gap,
         seed=message.seed,
+        traffic_tolerance=(
+            message.traffic_tolerance if message.HasField("traffic_tolerance") else _DEFAULTS.traffic_tolerance
+        ),
     )
 
 
@@ -243,6 +246,7 @@ def write_parameters(parameters: SolveParameters) -> problem_pb2.SolveParameters
         work_limit=parameters.work_limit,
         target_gap=parameters.target_gap,
         seed=parameters.seed,
+        traffic_tolerance=parameters.traffic_tolerance,
     )
 
 

@@ -240,12 +240,17 @@ class SolveParameters(_message.Message):
     WORK_LIMIT_FIELD_NUMBER: _builtins.int
     TARGET_GAP_FIELD_NUMBER: _builtins.int
     SEED_FIELD_NUMBER: _builtins.int
+    TRAFFIC_TOLERANCE_FIELD_NUMBER: _builtins.int
     work_limit: _builtins.int
     """Candidate layouts that a local search may score, at least 0; the solvers' default if absent."""
     target_gap: _builtins.float
     """Stop when the mean imbalance is within this fraction of the proven bound, at least 0; the solvers' default if absent."""
     seed: _builtins.int
     """Seed of every random choice."""
+    traffic_tolerance: _builtins.float
+    """How much larger than the best found for load alone the policy "traffic" may make the largest load, as a fraction, at
+    least 0; the solvers' default if absent.
+    """
     @_builtins.property
     def deadline(self) -> _duration_pb2.Duration:
         """Time for the solve, above 0. The call's own deadline and the server's limit bound it further."""
@@ -257,17 +262,22 @@ class SolveParameters(_message.Message):
         work_limit: _builtins.int | None = ...,
         target_gap: _builtins.float | None = ...,
         seed: _builtins.int = ...,
+        traffic_tolerance: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_target_gap", b"_target_gap", "_work_limit", b"_work_limit", "deadline", b"deadline", "target_gap", b"target_gap", "work_limit", b"work_limit"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_target_gap", b"_target_gap", "_traffic_tolerance", b"_traffic_tolerance", "_work_limit", b"_work_limit", "deadline", b"deadline", "target_gap", b"target_gap", "traffic_tolerance", b"traffic_tolerance", "work_limit", b"work_limit"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_target_gap", b"_target_gap", "_work_limit", b"_work_limit", "deadline", b"deadline", "seed", b"seed", "target_gap", b"target_gap", "work_limit", b"work_limit"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_target_gap", b"_target_gap", "_traffic_tolerance", b"_traffic_tolerance", "_work_limit", b"_work_limit", "deadline", b"deadline", "seed", b"seed", "target_gap", b"target_gap", "traffic_tolerance", b"traffic_tolerance", "work_limit", b"work_limit"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__target_gap: _TypeAlias = _typing.Literal["target_gap"]  # noqa: Y015
     _WhichOneofArgType__target_gap: _TypeAlias = _typing.Literal["_target_gap", b"_target_gap"]  # noqa: Y015
+    _WhichOneofReturnType__traffic_tolerance: _TypeAlias = _typing.Literal["traffic_tolerance"]  # noqa: Y015
+    _WhichOneofArgType__traffic_tolerance: _TypeAlias = _typing.Literal["_traffic_tolerance", b"_traffic_tolerance"]  # noqa: Y015
     _WhichOneofReturnType__work_limit: _TypeAlias = _typing.Literal["work_limit"]  # noqa: Y015
     _WhichOneofArgType__work_limit: _TypeAlias = _typing.Literal["_work_limit", b"_work_limit"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__target_gap) -> _WhichOneofReturnType__target_gap | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__traffic_tolerance) -> _WhichOneofReturnType__traffic_tolerance | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__work_limit) -> _WhichOneofReturnType__work_limit | None: ...
 

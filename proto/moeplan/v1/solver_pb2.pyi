@@ -146,7 +146,7 @@ class EvaluateRequest(_message.Message):
     LAYOUT_FIELD_NUMBER: _builtins.int
     SPLIT_RULE_FIELD_NUMBER: _builtins.int
     split_rule: _builtins.str
-    """Split rule: "even", "lite", "optimal" or "local"; "optimal" if empty."""
+    """Split rule: "even", "lite", "optimal", "local" or "home"; "optimal" if empty."""
     @_builtins.property
     def problem(self) -> _problem_pb2.Problem:
         """The layer; `current` is ignored."""

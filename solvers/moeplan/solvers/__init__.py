@@ -13,6 +13,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from moeplan.solvers.assignment import Assignment, balanced_assignment, optimal_assignment
     from moeplan.solvers.cluster import Cluster, Link
     from moeplan.solvers.cost import LAER, STEP, Cost, CostModel
     from moeplan.solvers.demand import Demand
@@ -30,6 +31,7 @@ __all__ = [
     "EMPTY",
     "LAER",
     "STEP",
+    "Assignment",
     "Cluster",
     "Cost",
     "CostModel",
@@ -46,12 +48,15 @@ __all__ = [
     "SolveParameters",
     "Split",
     "available_policies",
+    "balanced_assignment",
     "evaluate",
+    "optimal_assignment",
     "solve",
     "solve_anytime",
 ]
 
 _HOMES = {
+    "assignment": ("Assignment", "balanced_assignment", "optimal_assignment"),
     "cluster": ("Cluster", "Link"),
     "cost": ("Cost", "CostModel", "LAER", "STEP"),
     "demand": ("Demand",),

@@ -17,7 +17,7 @@ from moeplan.solvers.layout import Layout
 from moeplan.solvers.problem import Problem
 from moeplan.solvers.splits import Split, routes
 
-__all__ = ["LAER", "STEP", "Cost", "CostModel", "Over", "check_memory", "cost", "memory_use"]
+__all__ = ["LAER", "STEP", "Cost", "CostModel", "Over", "between_nodes", "check_memory", "cost", "memory_use"]
 
 
 class Over(StrEnum):
@@ -114,6 +114,31 @@ def traffic(problem: Problem, layout: Layout, split: Split) -> Int64:
     for source, origin in enumerate(problem.source_device):
         between[:, origin] += by_source[:, source]
     return between
+
+
+def between_nodes(problem: Problem, layout: Layout, split: Split) -> Float64:
+    """float64[scenarios]: part of the tokens that another node computes than the one they come from.
+
+    Where the split leaves it open which source sends to which replica, as few as its quotas allow.
+
+    Raises:
+        ProblemError: the demand does not tell sources apart.
+    """
+    node, hosts = problem.cluster.node, layout.hosts
+    source = node[problem.source_device]
+    asked = np.zeros((problem.demand.scenarios, problem.cluster.nodes, problem.experts), np.int64)
+    for i, home in enumerate(source):
+        asked[:, home] += problem.demand.tokens[:, i]
+    if split.routes is None:
+        expert = np.repeat(np.arange(problem.experts), layout.replicas)
+        given = np.zeros_like(asked)
+        for replica, (device, slot) in enumerate(zip(hosts.device, hosts.slot, strict=True)):
+            given[:, node[device], expert[replica]] += split.quota[:, device, slot]
+        stay = np.minimum(asked, given).sum(axis=(1, 2))
+    else:
+        stay = (split.routes * (source[:, None] == node[hosts.device])).sum(axis=(1, 2))
+    total = problem.loads.sum(axis=1)
+    return 1.0 - np.divide(stay, total, out=np.ones(len(total)), where=total > 0)
 
 
 def memory_use(problem: Problem, layout: Layout, split: Split) -> Int64:

@@ -16,7 +16,7 @@ from moeplan.solvers.cluster import Cluster
 from moeplan.solvers.kernel import kernel
 from moeplan.solvers.layout import EMPTY, Layout
 
-__all__ = ["Moves", "keep_slots", "moves", "relabel"]
+__all__ = ["Moves", "keep_slots", "moves", "relabel", "rename"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -75,25 +75,41 @@ def relabel(current: Layout, slots: Int32, capacity: Int32, cluster: Cluster) ->
     Returns:
         int32[devices, width]: the rows of `slots`, permuted.
     """
-    from scipy.optimize import linear_sum_assignment  # takes half a second to import
-
     experts = current.experts
     placed = np.zeros((cluster.devices, experts + 1), np.float32)
     placed[np.arange(cluster.devices)[:, None], slots] = 1  # column -1 collects the empty slots
     kept: Float64 = (placed[:, :experts] @ current.placed.T.astype(np.float32)).astype(np.float64)
+    return rename(slots, kept, capacity, cluster)
+
+
+def rename(slots: Int32, gain: Float64, capacity: Int32, cluster: Cluster) -> Int32:
+    """Rename interchangeable devices for the largest sum of gains, by linear assignment.
+
+    Args:
+        slots: int32[devices, width], a layout.
+        gain: float64[devices, devices], what it is worth to give a row of `slots` (first axis) to a device (second).
+        capacity: int32[devices], replicas that each device can hold.
+        cluster: The devices.
+
+    Returns:
+        int32[devices, width]: the rows of `slots`, permuted.
+    """
+    from scipy.optimize import linear_sum_assignment  # takes half a second to import
+
+    impossible = -1e9 * (1 + np.abs(gain).max())
     kind = _kinds(capacity, cluster)
     nodes = [np.flatnonzero(cluster.node == n) for n in range(cluster.nodes)]
-    gain = np.full((len(nodes), len(nodes)), -1.0)
+    total = np.full((len(nodes), len(nodes)), impossible)
     inner: dict[tuple[int, int], Int64] = {}
     for a, new in enumerate(nodes):
         for b, old in enumerate(nodes):
             if np.array_equal(np.sort(kind[new]), np.sort(kind[old])):
-                block = np.where(kind[new][:, None] == kind[old], kept[np.ix_(new, old)], -1e9)
+                block = np.where(kind[new][:, None] == kind[old], gain[np.ix_(new, old)], impossible)
                 rows, columns = linear_sum_assignment(block, maximize=True)
-                gain[a, b] = block[rows, columns].sum()
+                total[a, b] = block[rows, columns].sum()
                 inner[a, b] = old[columns]
     target = np.empty(cluster.devices, np.int64)
-    for new_node, old_node in zip(*linear_sum_assignment(np.where(gain < 0, -1e12, gain), maximize=True), strict=True):
+    for new_node, old_node in zip(*linear_sum_assignment(total, maximize=True), strict=True):
         target[nodes[new_node]] = inner[int(new_node), int(old_node)]
     renamed = np.empty_like(slots)
     renamed[target] = slots

@@ -20,6 +20,8 @@ class SolveParameters:
         deadline_s: Wall-clock seconds from the start of the solve; None for no limit.
         work_limit: Candidate layouts that a local search may score; a solver counts as many for its own work.
         target_gap: Stop when the objective is within this fraction of the proven bound.
+        traffic_tolerance: How much larger than the best found for load alone the policy `traffic` may make the largest
+            load, as a fraction.
         seed: Seed of every random choice.
         solver: What exact models are given to: `cpsat`, `highs`, `cbc`, or the name of another solver that PuLP finds.
         threads: Threads of that solver.
@@ -29,6 +31,7 @@ class SolveParameters:
     deadline_s: float | None = None
     work_limit: int = 10_000
     target_gap: float = 1e-4
+    traffic_tolerance: float = 0.01
     seed: int = 0
     solver: str = "cpsat"
     threads: int = 1
@@ -41,6 +44,8 @@ class SolveParameters:
             raise ProblemError("parameters.work_limit", self.work_limit, "must be at least 0")
         if not 0 <= self.target_gap < float("inf"):
             raise ProblemError("parameters.target_gap", self.target_gap, "must be finite and at least 0")
+        if not 0 <= self.traffic_tolerance < float("inf"):
+            raise ProblemError("parameters.traffic_tolerance", self.traffic_tolerance, "must be finite and at least 0")
         if not 0 <= self.seed < 2**32:
             raise ProblemError("parameters.seed", self.seed, "must be 0 to 2**32 - 1")
         if not self.solver:

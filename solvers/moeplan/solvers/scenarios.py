@@ -66,15 +66,18 @@ def widened(window: Int64, widening: Widening = Widening()) -> Demand:
         widening: How to draw.
 
     Returns:
-        A demand of `widening.scenarios` equally likely scenarios. An expert's tokens change by one factor at all
-        sources, rounded to whole tokens, halves to even. The same window and widening give the same demand.
+        A demand of `widening.scenarios` equally likely scenarios, or of the one step where there is only one. An
+        expert's tokens change by one factor at all sources, rounded to whole tokens, halves to even. The same window
+        and widening give the same demand.
 
     Raises:
         ProblemError: `window` is not an array of token counts.
     """
     steps = Demand.of(window)
+    if steps.scenarios == 1:
+        return steps
     base = steps.tokens[_by_age(steps.scenarios, widening)]
-    if steps.scenarios < 2 or not widening.spread:
+    if not widening.spread:
         return Demand.of(base)
     random = np.random.Generator(np.random.PCG64(widening.seed))
     change = np.diff(np.log(np.maximum(steps.loads(), 1)), axis=0)

@@ -1,4 +1,4 @@
-"""How an expert's tokens are divided among its replicas: the rules `even`, `lite`, `optimal` and `local`.
+"""How an expert's tokens are divided among its replicas: the rules `even`, `lite`, `optimal`, `local` and `home`.
 
 A rule decides each replica's integer quota. Rules that look at the origin of tokens (`lite`, `local`) also decide which
 source sends how many tokens to which replica; for the others `routes` derives it, nearest replica first, which is
@@ -8,7 +8,7 @@ optimal for given quotas because distances are nested: same device, same node, o
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -16,9 +16,10 @@ from moeplan.solvers.arrays import Int32, Int64
 from moeplan.solvers.flow import optimal_quota
 from moeplan.solvers.kernel import kernel
 from moeplan.solvers.layout import Hosts, Layout
+from moeplan.solvers.locality import covered_split, domains, tokens_by_domain
 from moeplan.solvers.problem import Problem
 
-__all__ = ["RULES", "Split", "even", "lite", "local", "optimal", "routes", "split"]
+__all__ = ["RULES", "Split", "even", "home", "lite", "local", "optimal", "routes", "split"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -122,6 +123,25 @@ def local(problem: Problem, layout: Layout, tolerance: float = LOCAL_TOLERANCE) 
     return _from_routes("local", layout, sent)
 
 
+def home(problem: Problem, layout: Layout) -> Split:
+    """Tokens stay on a node that holds their expert; the rest is divided for the least largest load.
+
+    No split of the layout sends less between nodes. It takes microseconds, as no flow of costs is solved. Only where
+    the load would exceed the optimum by more than `LOCAL_TOLERANCE` does `local` decide, for all scenarios.
+
+    Raises:
+        ProblemError: the demand does not tell sources apart.
+    """
+    speed = problem.cluster.speed
+    quota = covered_split(layout.slots, tokens_by_domain(problem), speed, domains(problem))
+    level = (quota.sum(axis=2) / speed).max(axis=1)
+    best = (optimal(problem, layout).device_loads() / speed).max(axis=1)
+    # Whole tokens: what the tolerance allows is rounded up.
+    if (level > np.ceil(best * (1 + LOCAL_TOLERANCE) * speed.max()) / speed.max()).any():
+        return replace(local(problem, layout), rule="home")
+    return Split("home", quota)
+
+
 COST_SCALE = 1_000
 """Integer cost of a token on the slowest link; other links in proportion."""
 
@@ -211,7 +231,13 @@ def _from_routes(rule: str, layout: Layout, sent: Int64) -> Split:
     return Split(rule, quota, sent)
 
 
-RULES: dict[str, Callable[[Problem, Layout], Split]] = {"even": even, "lite": lite, "optimal": optimal, "local": local}
+RULES: dict[str, Callable[[Problem, Layout], Split]] = {
+    "even": even,
+    "lite": lite,
+    "optimal": optimal,
+    "local": local,
+    "home": home,
+}
 """Split rules by name."""
 
 

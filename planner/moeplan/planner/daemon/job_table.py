@@ -249,13 +249,18 @@ class JobTable:
                 owned = await self._store.renew()
                 held_until = asked + self._settings.lease_s
                 lost = [identity for identity in before if identity not in owned]
-                await self._adopt(await self._store.claim() if self._store.shared else [])
             except StoreError as error:
                 log.error("leases not renewed", error=str(error))
                 lost = list(self._hosts) if self._store.shared and time.monotonic() > held_until else []
+            # Before anything is claimed: a job may come straight back, and its old streams must not outlive its loss.
             for identity in lost:
                 log.warning("job lost to another daemon", job=f"jobs/{identity}")
                 self._drop(identity, unavailable("OWNED_ELSEWHERE", f"jobs/{identity} went to another daemon", 0.2))
+            if self._store.shared:
+                try:
+                    await self._adopt(await self._store.claim())
+                except StoreError as error:
+                    log.error("free jobs not claimed", error=str(error))
 
 
 def described(job: job_pb2.Job) -> job_pb2.Job:

@@ -32,6 +32,7 @@ from moeplan.solvers.moves import keep_slots, relabel
 from moeplan.solvers.neighbourhood import neighbour
 from moeplan.solvers.packing import pack, swap
 from moeplan.solvers.parameters import SolveParameters
+from moeplan.solvers.policies.base import base
 from moeplan.solvers.policies.eplb import eplb
 from moeplan.solvers.policies.flexmoe import flexmoe
 from moeplan.solvers.policies.laer import laer
@@ -239,7 +240,7 @@ def _constructions(problem: Problem, parameters: SolveParameters) -> Iterator[In
     swap(slots, loads / replicas, speed, ROUNDS)
     fill(slots, loads, capacity)
     yield _widen(slots, problem)
-    for published in (eplb, laer, flexmoe, symi, static):
+    for published in (eplb, base, laer, flexmoe, symi, static):
         try:
             slots = _widen(published(problem, parameters).slots.copy(), problem)
         except ProblemError:  # EPLB's groups may not fit its nodes

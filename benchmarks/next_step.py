@@ -1,0 +1,87 @@
+"""Next step: what a limit of moves costs in balance, beside EPLB and the floor.
+
+    python benchmarks/next_step.py TRACE:DEVICES:SLOTS ... [--offsets 0,10] [--plot FILE.svg]
+
+As `moeplan compare` does, a plan is made from ten steps and judged on the one after them, every 20 steps, from each of
+the start offsets, with the best split. The floor is the layout planned from the very step that it is judged on, where
+moves are free: what perfect foresight would reach.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from moeplan.planner.compare import Row, Setting, compare
+from moeplan.planner.line_chart import lines_svg
+from moeplan.planner.trace import Trace, Window
+from moeplan.solvers import Cluster
+
+LIMITS = (0, 4, 8, 16, 28, 48, None)
+WINDOW, EVERY = 10, 20
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("traces", nargs="+", metavar="TRACE:DEVICES:SLOTS")
+    parser.add_argument("--offsets", default="0,10", help="first steps, comma-separated")
+    parser.add_argument("--plot", type=Path, help="SVG file for the curve of moves against imbalance")
+    arguments = parser.parse_args()
+    offsets = [int(offset) for offset in arguments.offsets.split(",")]
+    lines = []
+    for text in arguments.traces:
+        path, devices, slots = text.rsplit(":", 2)
+        trace, cluster = Trace.open(path), Cluster.uniform(int(devices), int(slots))
+        table = Table("policy", "max moves", "moved", "mean", "p95", "max", "ms/layer", title=f"{text}, from {offsets}")
+        show(table, "eplb", "-", rows(trace, cluster, "eplb", None, offsets))
+        points = []
+        for limit in track(LIMITS, path, transient=True):
+            found = rows(trace, cluster, "hybrid", limit, offsets)
+            show(table, "hybrid", "no limit" if limit is None else str(limit), found)
+            points.append((100 * moved(found), mean(found, "mean")))
+        show(table, "hybrid", "foresight", rows(trace, cluster, "hybrid", None, offsets, foresight=True))
+        Console().print(table)
+        lines.append((f"{Path(path).stem}, {devices} x {slots}", sorted(points)))
+    if arguments.plot:
+        arguments.plot.write_text(
+            lines_svg("Moves against imbalance", "slots moved per re-plan, %", "next step, max/mean", lines)
+        )
+
+
+def rows(
+    trace: Trace, cluster: Cluster, policy: str, limit: int | None, offsets: Sequence[int], *, foresight: bool = False
+) -> list[Row]:
+    """What `compare` found from each offset."""
+    setting = Setting(cluster, range(trace.layers), max_moves=limit)
+    found = []
+    for offset in offsets:
+        windows = trace.windows(WINDOW, EVERY, offset)
+        if foresight:
+            windows = (Window(window.step, window.next[np.newaxis], window.next) for window in windows)
+        found.extend(compare(windows, [policy], setting)["policies"])
+    return found
+
+
+def show(table: Table, policy: str, limit: str, found: Sequence[Row]) -> None:
+    milliseconds = np.median([row["plan_ms_per_layer"]["p50"] for row in found])
+    imbalances = [f"{mean(found, figure):.4f}" for figure in ("mean", "p95")]
+    worst = max(row["next_step"]["optimal"]["max"] for row in found)
+    table.add_row(policy, limit, f"{moved(found):.1%}", *imbalances, f"{worst:.3f}", f"{milliseconds:.0f}")
+
+
+def mean(found: Sequence[Row], figure: str) -> float:
+    return float(np.mean([row["next_step"]["optimal"][figure] for row in found]))
+
+
+def moved(found: Sequence[Row]) -> float:
+    return float(np.mean([row["moved_fraction"]["mean"] for row in found]))
+
+
+if __name__ == "__main__":
+    main()

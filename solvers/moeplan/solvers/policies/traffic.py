@@ -1,0 +1,81 @@
+"""Least traffic between nodes, at bounded loss of balance.
+
+1. The plan for load alone, by `hybrid`, says what load is possible: every scenario's cap is (1 + tolerance) times that.
+2. Interchangeable devices and nodes are renamed so that experts live where their tokens come from (linear assignment).
+3. Local search (see `locality`) covers more experts on more nodes while every scenario fits within its cap although
+   covered tokens stay at home, which is how the split `home` then divides them. When a burst of candidates finds
+   nothing better, the next one starts hot: it takes worse layouts at first.
+
+It stops where no layout with these slots keeps more tokens at home, whatever its load (`locality.coverable`).
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+
+import numpy as np
+
+from moeplan.solvers.arrays import Float64, Int32
+from moeplan.solvers.flow import optimal_quota
+from moeplan.solvers.layout import Layout
+from moeplan.solvers.locality import coverable, domains, keep_home, tokens_by_domain
+from moeplan.solvers.moves import keep_slots, rename
+from moeplan.solvers.parameters import SolveParameters
+from moeplan.solvers.policies.hybrid import hybrid
+from moeplan.solvers.policy import policy
+from moeplan.solvers.problem import Problem
+
+CANDIDATES_PER_BURST = 250
+"""Layouts scored between two looks at the clock: some tens of milliseconds at 256 experts and ten scenarios."""
+HEAT = 0.05
+"""Part of the tokens that a candidate may send away more, after a burst that found nothing better."""
+
+
+@policy("traffic", source="moeplan", split="home", honours=("max_moves",))
+def traffic(problem: Problem, parameters: SolveParameters) -> Layout:
+    """Fewest tokens between nodes with the load within `traffic_tolerance` of hybrid's; needs demand by source."""
+    start = time.perf_counter()
+    tokens = tokens_by_domain(problem)
+    half = None if parameters.deadline_s is None else parameters.deadline_s / 2
+    balanced = hybrid(problem, replace(parameters, deadline_s=half))
+    speed = problem.cluster.speed
+    level = (optimal_quota(balanced.slots, problem.loads, speed)[0].sum(axis=2) / speed).max(axis=1)
+    caps = np.where(level > 0, level * (1 + parameters.traffic_tolerance), 1.0)
+    totals = problem.loads.sum(axis=1)
+    weights = np.divide(problem.demand.weights, totals, out=np.zeros(len(totals)), where=totals > 0)
+    mean: Float64 = np.tensordot(weights, tokens, axes=1)
+    held = np.zeros((problem.devices, problem.experts), np.bool_)
+    limit = balanced.slots.size
+    if problem.current is None:
+        slots = _nearer(problem, balanced.slots, mean)
+    else:
+        slots, held = balanced.slots.copy(), problem.current.placed
+        limit = limit if problem.max_moves is None else problem.max_moves
+    least = float(mean.sum()) - coverable(mean, int((slots >= 0).sum()))
+    nearest = domains(problem)
+    remote, excess, heat = np.inf, np.inf, 0.0
+    for first in range(0, parameters.work_limit, CANDIDATES_PER_BURST):
+        if parameters.deadline_s is not None and time.perf_counter() - start >= parameters.deadline_s:
+            break
+        steps = min(CANDIDATES_PER_BURST, parameters.work_limit - first)
+        seed = parameters.seed * 1_000_003 + first
+        before = (excess, remote)
+        remote, excess = keep_home(slots, tokens, weights, caps, speed, nearest, held, limit, steps, seed, heat)
+        heat = 0.0 if (excess, remote) < before else HEAT
+        if excess == 0 and remote <= least + 1e-12:
+            break
+    if excess > 0:
+        return balanced
+    if problem.current is not None:
+        keep_slots(problem.current.slots, slots)
+    return Layout(slots, problem.experts)
+
+
+def _nearer(problem: Problem, slots: Int32, tokens: Float64) -> Int32:
+    """Rename interchangeable devices so that most tokens find their expert in their own domain."""
+    wanted = tokens[domains(problem)]  # float64[devices, experts]
+    padded = np.concatenate([wanted, np.zeros((len(wanted), 1))], axis=1)  # column -1 collects the empty slots
+    gain: Float64 = padded[:, slots].sum(axis=2).T
+    renamed: Int32 = rename(slots, gain, problem.capacity, problem.cluster)
+    return renamed
