@@ -70,6 +70,9 @@ def solve(model: Model, effort: Effort, report: Report) -> Answer:
     weight = np.floor(model.weights * unit).astype(np.int64) if model.scenarios > 1 else np.ones(1, np.int64)
     cp.minimize(cp_model.LinearExpr.weighted_sum(z, weight.tolist()))
 
+    if not model.hinted:
+        cp.clear_hints()
+
     class Found(cp_model.CpSolverSolutionCallback):  # type: ignore[misc]
         def on_solution_callback(self) -> None:
             report(np.array([[self.boolean_value(v) for v in row] for row in y], np.bool_))

@@ -114,6 +114,9 @@ def solve(model: Model, effort: Effort, report: Report) -> Answer:
     cp.add(cp_model.LinearExpr.sum(size) == model.devices)
     cp.minimize(z)
 
+    if not model.hinted:
+        cp.clear_hints()
+
     class Found(cp_model.CpSolverSolutionCallback):  # type: ignore[misc]
         def on_solution_callback(self) -> None:
             member = np.array([[self.boolean_value(v) for v in row] for row in a])

@@ -43,6 +43,7 @@ class Model:
         incumbent: int32[devices, width], a valid layout.
         held: bool[devices, experts], replicas in force; None if moves are not limited.
         max_arrivals: Most replicas outside `held`.
+        hinted: Whether solvers are told of the incumbent, beyond what it says about `cap`.
     """
 
     loads: Int64
@@ -52,6 +53,7 @@ class Model:
     incumbent: Int32
     held: Bool | None = None
     max_arrivals: int = 0
+    hinted: bool = True
 
     @property
     def scenarios(self) -> int:

@@ -58,7 +58,7 @@ def solve(model: Model, effort: Effort, report: Report, name: str = "highs") -> 
         program += pulp.lpSum(y[d, e] for d, e in np.argwhere(~model.held)) <= model.max_arrivals
     for s in range(model.scenarios):
         z[s].setInitialValue(min(float(model.cap[s]), float(model.level[s])))
-    solver = _solver(name, effort)
+    solver = _solver(name, effort, model.hinted)
     program.solve(solver)
     bound = 0.0
     if isinstance(solver, pulp.HiGHS):
@@ -71,16 +71,8 @@ def solve(model: Model, effort: Effort, report: Report, name: str = "highs") -> 
     return Answer(placed, bound if np.isfinite(bound) else 0.0, "optimal" if optimal else "feasible")
 
 
-class _WarmHiGHS(pulp.HiGHS):  # type: ignore[misc]
-    """PuLP's HiGHS, started from the variables' initial values, which PuLP leaves out."""
-
-    def callSolver(self, lp: Any) -> None:  # noqa: N802 - PuLP's name
-        import highspy
-
-        start = highspy.HighsSolution()
-        start.col_value = [v.varValue for v in lp.variables()]
-        lp.solverModel.setSolution(start)
-        lp.solverModel.run()
+class _HiGHS(pulp.HiGHS):  # type: ignore[misc]
+    """PuLP's HiGHS, which may stop at a limit of nodes."""
 
     def findSolutionValues(self, lp: Any) -> tuple[int, int]:  # noqa: N802 - PuLP's name
         # PuLP's own knows no limit of nodes among the reasons to stop.
@@ -93,6 +85,18 @@ class _WarmHiGHS(pulp.HiGHS):  # type: ignore[misc]
             variable.varValue = value
         optimal = found.getModelStatus() == highspy.HighsModelStatus.kOptimal
         return pulp.LpStatusOptimal, pulp.LpSolutionOptimal if optimal else pulp.LpSolutionIntegerFeasible
+
+
+class _WarmHiGHS(_HiGHS):
+    """HiGHS, started from the variables' initial values, which PuLP leaves out."""
+
+    def callSolver(self, lp: Any) -> None:  # noqa: N802 - PuLP's name
+        import highspy
+
+        start = highspy.HighsSolution()
+        start.col_value = [v.varValue for v in lp.variables()]
+        lp.solverModel.setSolution(start)
+        lp.solverModel.run()
 
 
 def require(name: str) -> None:
@@ -108,7 +112,7 @@ def require(name: str) -> None:
         )
 
 
-def _solver(name: str, effort: Effort) -> Any:
+def _solver(name: str, effort: Effort, hinted: bool) -> Any:
     known = NAMES.get(name.lower(), name)
     seconds = None if effort.deadline is None else effort.seconds
     if known == "HiGHS":
@@ -116,10 +120,13 @@ def _solver(name: str, effort: Effort) -> Any:
         options: dict[str, Any] = {"random_seed": effort.seed % 2**31}
         if seconds is None:
             options["mip_max_nodes"] = max(1, int(effort.work * NODES_PER_WORK))
-        return _WarmHiGHS(msg=False, threads=effort.threads, timeLimit=seconds, gapRel=effort.gap, **options)
+        highs = _WarmHiGHS if hinted else _HiGHS
+        return highs(msg=False, threads=effort.threads, timeLimit=seconds, gapRel=effort.gap, **options)
     if known == "PULP_CBC_CMD":
         limits = {"maxNodes": max(1, int(effort.work * NODES_PER_WORK))} if seconds is None else {"timeLimit": seconds}
         # The class PULP_CBC_CMD warns of PuLP 4, which does not bring CBC; its program is what we are after.
         path = pulp.PULP_CBC_CMD.pulp_cbc_path
-        return pulp.COIN_CMD(path=path, msg=False, warmStart=True, threads=effort.threads, gapRel=effort.gap, **limits)
+        return pulp.COIN_CMD(
+            path=path, msg=False, warmStart=hinted, threads=effort.threads, gapRel=effort.gap, **limits
+        )
     return pulp.getSolver(known, msg=False, timeLimit=effort.work if seconds is None else seconds)
