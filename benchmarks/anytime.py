@@ -149,7 +149,8 @@ def main() -> None:
             ways[way] = values
             table.append([case.name, way, *("-" if v is None else f"{v:.5f}" for v in values)])
         drawn[case.name] = ways
-        print(case.name, file=sys.stderr, flush=True)
+        for row in table[-len(WAYS) :]:
+            print(*row, sep=" | ", file=sys.stderr, flush=True)
     show_table(
         f"Imbalance after a deadline; hybrid late by at most {late * 1e3:.0f} ms",
         ["instance", "planner", *(f"{s:g} s" for s in SECONDS)],

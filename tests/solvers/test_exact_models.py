@@ -5,6 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 
 import numpy as np
 import pytest
@@ -22,6 +24,7 @@ from moeplan.solvers import (
     evaluate,
     solve,
     solve_anytime,
+    solve_layers,
 )
 from moeplan.solvers.configurations import configuration_bounds
 from moeplan.solvers.ilp import grouping
@@ -203,3 +206,22 @@ def test_an_unknown_solver_is_refused() -> None:
     problem = Problem(Cluster.uniform(4, 2), Demand.of([9, 8, 7, 5, 3, 1, 1]))
     with pytest.raises(ProblemError, match="must be cpsat, highs, cbc, or one of"):
         solve(problem, "ilp", SolveParameters(solver="nonesuch"))
+
+
+def test_layers_share_a_deadline() -> None:
+    rng = np.random.default_rng(3)
+    easy = [Problem(Cluster.uniform(4, 4), Demand.of(rng.integers(1, 100, 12))) for _ in range(3)]
+    loads = (np.arange(1, 97) ** -0.6 * 1e5).astype(np.int64)
+    hard = Problem(Cluster.uniform(54, 2), Demand.of(loads))
+    first = solve(hard, parameters=SolveParameters(work_limit=0))
+    problems = [*easy, hard]
+    parameters = SolveParameters(work_limit=2_000)
+    alone = [solve(problem, parameters=parameters) for problem in problems]
+    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as processes:
+        spread = solve_layers(problems, parameters=parameters, processes=processes, shares=2)
+    assert [plan.layout for plan in spread] == [plan.layout for plan in alone]
+    timed = solve_layers(problems, parameters=SolveParameters(deadline_s=1.0, work_limit=10**9))
+    assert [plan.mean_imbalance for plan in timed[:3]] == [plan.mean_imbalance for plan in alone[:3]]
+    # What the easy layers left, the hard one used; a deadline too short for any search still gives every layer a plan.
+    assert timed[3].mean_imbalance < first.mean_imbalance
+    assert len(solve_layers(problems, parameters=SolveParameters(deadline_s=1e-6))) == 4

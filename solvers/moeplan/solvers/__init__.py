@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from moeplan.solvers.cost import LAER, STEP, Cost, CostModel
     from moeplan.solvers.demand import Demand
     from moeplan.solvers.errors import InfeasibleError, ProblemError
+    from moeplan.solvers.layers import solve_layers
     from moeplan.solvers.layout import EMPTY, Layout
     from moeplan.solvers.moves import Moves
     from moeplan.solvers.parameters import SolveParameters
@@ -53,6 +54,7 @@ __all__ = [
     "optimal_assignment",
     "solve",
     "solve_anytime",
+    "solve_layers",
 ]
 
 _HOMES = {
@@ -67,6 +69,7 @@ _HOMES = {
     "plan": ("Plan",),
     "policy": ("Policy", "available_policies"),
     "problem": ("ExpertSpec", "Problem"),
+    "layers": ("solve_layers",),
     "solver": ("evaluate", "solve", "solve_anytime"),
     "splits": ("Split",),
 }

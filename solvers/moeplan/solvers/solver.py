@@ -16,7 +16,7 @@ from moeplan.solvers.policy import Policy, Progress, find
 from moeplan.solvers.problem import Problem
 from moeplan.solvers.splits import split
 
-__all__ = ["evaluate", "solve", "solve_anytime"]
+__all__ = ["check_honoured", "evaluate", "solve", "solve_anytime"]
 
 
 def solve(
@@ -41,7 +41,7 @@ def solve(
         InfeasibleError: the plan needs more memory than a device has.
     """
     chosen = find(policy)
-    _check_honoured(problem, chosen)
+    check_honoured(problem, chosen)
     start = time.perf_counter()
     bound = None
     if chosen.anytime is None:
@@ -67,7 +67,7 @@ def solve_anytime(
     errors.
     """
     chosen = find(policy)
-    _check_honoured(problem, chosen)
+    check_honoured(problem, chosen)
     start = time.perf_counter()
     if chosen.anytime is None:
         yield solve(problem, policy, parameters, rule=rule, model=model)
@@ -132,7 +132,12 @@ def evaluate(
     )
 
 
-def _check_honoured(problem: Problem, policy: Policy) -> None:
+def check_honoured(problem: Problem, policy: Policy) -> None:
+    """Refuse a problem with a constraint that the policy cannot honour.
+
+    Raises:
+        ProblemError: it has one.
+    """
     if problem.max_moves is not None and "max_moves" not in policy.honours:
         raise ProblemError(
             "max_moves",
