@@ -130,7 +130,7 @@ async def _ranks(
 
         async def receive() -> None:
             nonlocal acknowledged, done
-            async for response in call:
+            while (response := await call.read()) is not grpc.aio.EOF:
                 kind = response.WhichOneof("message")
                 if kind == "plan_update":
                     plan = response.plan_update.plan
@@ -239,10 +239,7 @@ def streams(jobs: int, ranks: int, devices: int, every: int, seconds: float, int
 def solve_overhead(rounds: int) -> dict[str, Any]:
     """Solve of 8 layers, 64 experts, 16 devices: over loopback against in process, taken in turns."""
     rng = np.random.default_rng(0)
-    problems = [
-        Problem(Cluster.uniform(16, 5, nodes=2), Demand.of((rng.pareto(1.2, (16, 64)) * 500).astype(np.int64)))
-        for _ in range(8)
-    ]
+    cluster = Cluster.uniform(16, 5, nodes=2)
     with tempfile.TemporaryDirectory() as folder:
         daemon = Daemon(Path(folder))
         daemon.ready()
@@ -250,6 +247,8 @@ def solve_overhead(rounds: int) -> dict[str, Any]:
         here, there = [], []
         with Client(daemon.address) as client:
             for number in range(rounds + 5):
+                tokens = (rng.pareto(1.2, (LAYERS, 16, EXPERTS)) * 500).astype(np.int64)
+                problems = [Problem(cluster, Demand.of(layer)) for layer in tokens]
                 start = time.perf_counter()
                 for problem in problems:
                     solve(problem)

@@ -1,6 +1,7 @@
 // A planner client in JavaScript: node rank.js ADDRESS TRACE.npz SLOTS_PER_DEVICE
 //
-// Registers a job for the trace, reports every step for all ranks over one stream, and prints each plan that comes.
+// Registers a job for the trace, reports every step for all ranks over one stream, and prints the plan that comes.
+// Then it deletes the job.
 'use strict'
 
 const path = require('node:path')
@@ -23,7 +24,9 @@ if (!slots) {
 const trace = counts(tracePath)
 const [steps, layers, ranks, experts] = trace.shape
 const client = new PlannerService(address, grpc.credentials.createInsecure())
+const incarnation = Date.now() // a start later than all before it: ranks of an interrupted run are fenced out
 const job = {
+  incarnation,
   cluster: { slots: new Array(ranks).fill(Number(slots)) },
   layers,
   experts,
@@ -40,6 +43,7 @@ client.CreateJob({ job_id: 'node-example', job }, (error, response) => {
   if (error) fail(error)
   const stream = client.StreamRank()
   stream.on('error', fail)
+  stream.on('end', () => client.DeleteJob({ name: response.job.name }, error => error && fail(error)))
   stream.on('data', message => {
     if (message.message === 'welcome') report(stream)
     if (message.message === 'plan_update') {
@@ -49,15 +53,15 @@ client.CreateJob({ job_id: 'node-example', job }, (error, response) => {
     }
   })
   const everyRank = Array.from({ length: ranks }, (_, rank) => rank)
-  stream.write({ hello: { job: response.job.name, rank: 0, reports_for: everyRank, session: String(process.pid) } })
+  stream.write({ hello: { job: response.job.name, incarnation, rank: 0, reports_for: everyRank } })
 })
 
 function report (stream) {
-  const size = layers * ranks * experts * trace.bytes
+  const size = layers * ranks * experts * 4
   for (let step = 0; step < steps; step++) {
     const tokens = {
       shape: [layers, ranks, experts],
-      type: trace.bytes === 4 ? 'DATA_TYPE_INT32' : 'DATA_TYPE_INT64',
+      type: 'DATA_TYPE_INT32',
       data: trace.data.subarray(step * size, (step + 1) * size)
     }
     stream.write({ statistics: { sequence: step + 1, step, tokens } })

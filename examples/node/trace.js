@@ -27,17 +27,21 @@ function member (archive, wanted) {
   throw new Error(`no ${wanted} in the file`)
 }
 
-// {shape, bytes: 4 or 8, data}: integers, little-endian, in C order.
+// {shape, data}: the counts as int32, little-endian, in C order.
 function counts (path) {
   const npy = member(fs.readFileSync(path), 'counts.npy')
   const long = npy[6] >= 2
   const start = (long ? 12 : 10) + (long ? npy.readUInt32LE(8) : npy.readUInt16LE(8))
   const header = npy.toString('latin1', long ? 12 : 10, start)
-  const [, kind] = /'descr': '<(i4|i8)'/.exec(header) || []
-  if (!kind || /'fortran_order': True/.test(header)) throw new Error(`counts must be int32 or int64 in C order: ${header}`)
+  const [, bytes] = /'descr': '[<|][iu]([1248])'/.exec(header) || []
+  if (!bytes || /'fortran_order': True/.test(header)) throw new Error(`counts must be integers in C order: ${header}`)
   const shape = /'shape': \(([^)]*)\)/.exec(header)[1].split(',').filter(part => part.trim()).map(Number)
   if (shape.length !== 4) throw new Error('counts must be [step, layer, source, expert]')
-  return { shape, bytes: Number(kind[1]), data: npy.subarray(start) }
+  const data = Buffer.alloc((npy.length - start) / bytes * 4)
+  for (let from = start, to = 0; from < npy.length; from += Number(bytes), to += 4) {
+    data.writeInt32LE(npy.readUIntLE(from, Math.min(bytes, 6)), to) // throws where a count does not fit
+  }
+  return { shape, data }
 }
 
 module.exports = { counts }

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from tests.daemon.harness import WAIT_S, DaemonProcess
 
+from moeplan.planner.client import NotFoundError
 from moeplan.planner.daemon.settings import Settings
 
 ROOT = Path(__file__).parents[2]
@@ -40,8 +41,8 @@ def test_a_rank_in_javascript(daemon: DaemonProcess, node_modules: None, tmp_pat
     for layer in range(2):
         experts = {int(e) for row in rows[layer * 4 : layer * 4 + 4] for e in row.split()} - {-1}
         assert experts == set(range(8))
-    with daemon.client() as client:
-        client.delete_job("jobs/node-example")
+    with daemon.client() as client, pytest.raises(NotFoundError):
+        client.job("jobs/node-example")
 
 
 def test_systemd_accepts_the_unit(tmp_path: Path) -> None:

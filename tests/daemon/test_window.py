@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moeplan.planner.daemon import tasks
+from moeplan.planner.daemon import tasks, work
 from moeplan.planner.jobs.forecast import forecast_demand
 from moeplan.planner.jobs.job import PlanningJob, RankTakenError, SolveTask, StaleIncarnationError
 from moeplan.planner.jobs.plan import JobPlan, Reason
@@ -151,7 +151,7 @@ def test_forecasts() -> None:
 
 def answer(job: PlanningJob, task: SolveTask) -> JobPlan | None:
     layers = tasks.LayersTask(task.layers, task.problems, task.policy, task.parameters, end=float("inf"))
-    plan = job.solved(task, tasks.plan_layers(layers), 0.0)
+    plan = job.solved(task, work.plan_layers(layers), 0.0)
     if plan is not None:
         assert job.commit(plan)
     return plan

@@ -24,12 +24,19 @@ from moeplan.solvers import Cluster, ExpertSpec, Layout, Link, SolveParameters
 from moeplan.solvers.arrays import Int64
 
 TRACE = Path(__file__).parent.parent.parent / "examples/traces/moe-e64-cut.npz"
-SIZES = ("--devices", "16", "--slots", "5", "--nodes", "2", "--layers", "0", "--work-limit", "200")
+SIZES = ("--devices", "16", "--slots", "5", "--nodes", "2", "--layers", "0", "--work-limit", "100")
 
 
-def run(*arguments: object, code: int = 0) -> str:
+@pytest.fixture
+def trace(tmp_path: Path) -> Path:
+    """The first 40 steps of the trace."""
+    np.savez(tmp_path / "short.npz", counts=np.load(TRACE)["counts"][:40])
+    return tmp_path / "short.npz"
+
+
+def run(trace: Path, *arguments: object, code: int = 0) -> str:
     done = subprocess.run(
-        [sys.executable, "-m", "moeplan.planner.cli", "replay", str(TRACE), *map(str, arguments)],
+        [sys.executable, "-m", "moeplan.planner.cli", "replay", *map(str, (trace, *SIZES, *arguments))],
         capture_output=True,
         text=True,
         timeout=280,
@@ -39,12 +46,12 @@ def run(*arguments: object, code: int = 0) -> str:
     return done.stdout if code == 0 else done.stderr
 
 
-def test_the_program_replays_a_trace(tmp_path: Path) -> None:
+def test_the_program_replays_a_trace(trace: Path, tmp_path: Path) -> None:
     plot, log = tmp_path / "cost.svg", tmp_path / "decisions.jsonl"
-    found = json.loads(run(*SIZES, "--plot", plot, "--log", log, "--format", "json"))["strategies"]
+    found = json.loads(run(trace, "--look", 5, "--plot", plot, "--log", log, "--format", "json"))["strategies"]
     by_name = {strategy["strategy"]: strategy for strategy in found}
     static, pays = by_name["static"], by_name["hybrid when it pays"]
-    steps = Trace.open(TRACE).steps
+    steps = Trace.open(trace).steps
     for strategy in found:
         assert strategy["total_s"] == pytest.approx(sum(strategy["step_s"]))
         assert strategy["total_s"] == pytest.approx(strategy["compute_s"] + strategy["traffic_s"] + strategy["moves_s"])
@@ -63,16 +70,18 @@ def test_the_program_replays_a_trace(tmp_path: Path) -> None:
     assert [len((line.get("points") or "").split()) for line in lines] == [steps] * len(found)
 
 
-def test_the_program_prints_a_table_and_refuses_bad_input() -> None:
-    table = run(*SIZES, "--every", "60", "--look", "60")
+def test_the_program_prints_a_table_and_refuses_bad_input(trace: Path) -> None:
+    table = run(trace, "--every", "30", "--look", "30")
     assert [line.split("  ")[0] for line in table.splitlines()[2:]] == [
         "static",
-        "eplb every 60",
+        "eplb every 30",
         "hybrid every step",
-        "hybrid every 60",
+        "hybrid every 30",
         "hybrid when it pays",
     ]
-    assert "--look" in run(*SIZES, "--look", "0", code=2)
+    assert "--look" in run(trace, "--look", "0", code=2)
+    assert "--tflops" in run(trace, "--tflops", "0", code=2)
+    assert "bytes_per_s" in run(trace, "--inter-gbps", "0", code=2)
 
 
 def job(*, bytes_per_s: float = 50e9, horizon: int = 20, factor: float = 1.0) -> JobSpec:

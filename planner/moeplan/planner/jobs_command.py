@@ -107,7 +107,9 @@ def show(
         typer.echo(json.dumps({"job": _summary(found), "plan": _plan_summary(plan)}, indent=2))
         return
     for name, value in _summary(found).items():
-        typer.echo(f"{name:>16}  {value}")
+        if isinstance(value, dict):
+            value = ", ".join(f"{count:,} {what}" for what, count in value.items())
+        typer.echo(f"{name.replace('_', ' '):>16}  {'-' if value is None else value}")
     _print_plan(plan)
 
 
@@ -169,7 +171,7 @@ def _summary(job: job_pb2.Job) -> dict[str, object]:
         "connected_ranks": status.connected_ranks,
         "closed_step": status.closed_step if status.HasField("closed_step") else None,
         "plan_version": status.plan_version,
-        "applied_version": status.applied_version,
+        "applied_version": status.applied_version or None,
         "decision": _reason(status.decision),
         "statistics": {name: getattr(count, name) for name in ("accepted", "duplicate", "late", "missing", "early")},
     }
@@ -202,11 +204,13 @@ def _plan_summary(plan: job_pb2.JobPlan) -> dict[str, object]:
 
 def _print_plan(plan: job_pb2.JobPlan) -> None:
     decision = plan.decision
-    typer.echo(
-        f"{plan.create_time.ToJsonString()}  version {plan.version}: {_reason(decision)} at step {decision.step}, "
-        f"{decision.changed_layers} layers change, cost {decision.cost_before_s:.6g} -> {decision.cost_after_s:.6g} s, "
-        f"moving {decision.move_cost_s:.3g} s"
-    )
+    text = f"{plan.create_time.ToJsonString()}  version {plan.version}: {_reason(decision).replace('_', ' ')}"
+    if decision.cost_before_s:
+        gain = decision.cost_after_s / decision.cost_before_s - 1
+        text += f" at step {decision.step}, {decision.changed_layers} layers change, cost of a step {gain:+.1%}"
+    if decision.move_cost_s:
+        text += f", moving takes {decision.move_cost_s:.3g} s"
+    typer.echo(text)
     for layer in plan.layers:
         if layer.HasField("imbalance"):
             typer.echo(

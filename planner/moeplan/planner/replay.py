@@ -14,7 +14,8 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from moeplan.planner.daemon.tasks import LayersTask, plan_layers
+from moeplan.planner.daemon.tasks import LayersTask
+from moeplan.planner.daemon.work import plan_layers
 from moeplan.planner.jobs.job import PlanningJob
 from moeplan.planner.jobs.plan import Decision, move_time_s
 from moeplan.planner.jobs.spec import ForecastMethod, JobSpec, Payback, Replan

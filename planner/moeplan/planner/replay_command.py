@@ -16,6 +16,7 @@ from moeplan.planner.cli_options import (
     Seed,
     Slots,
     TraceFile,
+    Work,
     layer_numbers,
     positive,
     print_json,
@@ -23,8 +24,12 @@ from moeplan.planner.cli_options import (
 )
 from moeplan.planner.formats import Format, Output
 from moeplan.planner.terminal import progress
+from moeplan.solvers.errors import ProblemError
 
 __all__ = ["register"]
+
+QUICK = 2_000
+"""Candidates per plan: a replay makes many."""
 
 BYTES_PER_VALUE = 2
 MATRICES = 3
@@ -43,7 +48,7 @@ def replay(
     nodes: Nodes = 1,
     window: Annotated[int, typer.Option(help="Newest steps to plan from.")] = 10,
     every: Annotated[int, typer.Option(help="Steps between plans of the strategies that plan every so often.")] = 20,
-    look: Annotated[int, typer.Option(help="Steps between looks of the strategy that moves when it pays.")] = 5,
+    look: Annotated[int, typer.Option(help="Steps between looks of the strategy that moves when it pays.")] = 1,
     horizon: Annotated[int, typer.Option(help="Steps over which a gain counts against the time to move.")] = 20,
     caution: Annotated[float, typer.Option(help="How many times over the predicted gain must pay the move.")] = 1.0,
     max_moves: MaxMoves = None,
@@ -53,14 +58,10 @@ def replay(
     intra_gbps: Annotated[float, typer.Option(help="Gigabytes per second inside a node, each way.")] = 400.0,
     inter_gbps: Annotated[float, typer.Option(help="Gigabytes per second between nodes, per device.")] = 50.0,
     layers: Layers = None,
-    work_limit: Annotated[int, typer.Option(help="Candidate layouts per layer and plan that a search may score.")] = (
-        2_000
-    ),
+    work_limit: Work = QUICK,
     seed: Seed = 0,
     plot: Annotated[Path | None, typer.Option(help="SVG file to draw the cumulative time in.")] = None,
-    log: Annotated[
-        Path | None, typer.Option(help="File for every decision and its reason, one JSON object a line.")
-    ] = (None),
+    log: Annotated[Path | None, typer.Option(help="File for every decision and why, one JSON object a line.")] = None,
     output: Output = Format.TABLE,
 ) -> None:
     """Replay a trace as a job: what each rule of when to re-plan would have cost.
@@ -77,9 +78,14 @@ def replay(
     from moeplan.planner.trace import Trace
     from moeplan.solvers import Cluster, ExpertSpec, Layout, Link
 
+    for name, path in (("--plot", plot), ("--log", log)):
+        if path is not None and not path.parent.is_dir():
+            raise ProblemError(name, path, f"needs the folder {path.parent}; make it first")
     opened = Trace.open(trace)
     chosen = layer_numbers(layers, opened.layers)
-    weights = MATRICES * hidden * intermediate
+    weights = MATRICES * positive("--hidden", hidden) * positive("--intermediate", intermediate)
+    if not tflops > 0:
+        raise ProblemError("--tflops", tflops, "must be above 0")
     cluster = Cluster.uniform(
         devices, slots, nodes=nodes, intra_node=Link(intra_gbps * 1e9), inter_node=Link(inter_gbps * 1e9)
     )

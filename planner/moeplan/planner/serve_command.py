@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import sys
+import json
 import tomllib
 from pathlib import Path
 from typing import Annotated, Any
@@ -99,13 +99,21 @@ def _limits(pairs: list[str]) -> dict[str, str]:
 
 
 def _show(settings: Any) -> None:
+    """Print the settings as a TOML file."""
     for name, info in type(settings).model_fields.items():
+        if name in ("limits", "security"):
+            continue
         value = getattr(settings, name)
-        if name == "store" and value:
-            value = "..."  # may hold a password
-        if name not in ("limits", "security"):
-            sys.stdout.write(f"{name} = {str(value)!r}  # {info.description}\n")
+        _show_line(name, "..." if name == "store" and value else value, info.description)  # may hold a password
     for section in ("limits", "security"):
-        sys.stdout.write(f"\n[{section}]\n")
+        typer.echo(f"\n[{section}]")
         for name, info in type(getattr(settings, section)).model_fields.items():
-            sys.stdout.write(f"{name} = {getattr(getattr(settings, section), name)}  # {info.description}\n")
+            _show_line(name, getattr(getattr(settings, section), name), info.description)
+
+
+def _show_line(name: str, value: object, meaning: str) -> None:
+    if value is None:
+        typer.echo(f'# {name} = ""  # {meaning}')
+    else:
+        shown = json.dumps(str(value) if isinstance(value, (str, Path)) else value)
+        typer.echo(f"{name} = {shown}  # {meaning}")

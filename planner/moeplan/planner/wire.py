@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -137,6 +138,13 @@ def read_cluster(message: problem_pb2.Cluster) -> Cluster:
     Raises:
         ProblemError: a field is out of range.
     """
+    return _cluster(message.SerializeToString())
+
+
+@lru_cache(maxsize=8)
+def _cluster(serialized: bytes) -> Cluster:
+    # The layers of a request are on one cluster, and checking it takes as long as solving a layer.
+    message = problem_pb2.Cluster.FromString(serialized)
     devices = len(message.slots)
     links = {}
     for name in ("intra_node", "inter_node"):
@@ -197,7 +205,9 @@ def read_problem(message: problem_pb2.Problem) -> Problem:
     Raises:
         ProblemError: a field is invalid; InfeasibleError where no layout can exist.
     """
-    tokens = read_counts("demand.tokens", message.demand.tokens)
+    tokens = read_array("demand.tokens", message.demand.tokens)
+    if tokens.dtype.kind == "f":  # whole numbers all the same
+        tokens = read_counts("demand.tokens", message.demand.tokens)
     demand = Demand.of(tokens, list(message.demand.weights) or None)
     return Problem(
         cluster=read_cluster(message.cluster),

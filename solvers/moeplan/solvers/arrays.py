@@ -19,6 +19,8 @@ Float64 = npt.NDArray[np.float64]
 MAX_TOKENS = 2**53
 """Largest count held: beyond it, float64 no longer represents every integer and costs would be inexact."""
 
+_LIMITS = {kind: (int(np.iinfo(kind).min), int(np.iinfo(kind).max)) for kind in (np.int32, np.int64)}
+
 
 def integers(
     field: str,
@@ -41,8 +43,9 @@ def integers(
         raise ProblemError(field, f"array of shape {array.shape}", f"must have {ndim} dimension(s)")
     if array.size:
         smallest, largest = int(array.min()), int(array.max())
-        low = int(np.iinfo(dtype).min) if low is None else low
-        high = int(np.iinfo(dtype).max) if high is None else high
+        limits = _LIMITS[dtype]
+        low = limits[0] if low is None else low
+        high = limits[1] if high is None else high
         if smallest < low:
             raise ProblemError(f"{field}{_where(array, smallest)}", smallest, f"must be at least {low}")
         if largest > high:

@@ -10,7 +10,6 @@ import numpy.typing as npt
 
 from moeplan.solvers.arrays import Bool, Int32, integers
 from moeplan.solvers.errors import ProblemError
-from moeplan.solvers.kernel import kernel
 
 __all__ = ["EMPTY", "Hosts", "Layout"]
 
@@ -49,22 +48,24 @@ class Layout:
     experts: int
 
     def __post_init__(self) -> None:
+        from moeplan.solvers.layout_kernels import MISSING, RANGE, TWICE, first_fault  # the compiler loads slowly
+
         slots = integers("layout.slots", self.slots, ndim=2, dtype=np.int32)
         object.__setattr__(self, "slots", slots)
-        fault, where = _first_fault(slots, self.experts)
-        if fault == _RANGE:
+        fault, where = first_fault(slots, self.experts)
+        if fault == RANGE:
             device, slot = divmod(where, slots.shape[1])
             raise ProblemError(
                 f"layout.slots[{device}, {slot}]",
                 int(slots[device, slot]),
                 f"must be -1 or 0..{self.experts - 1}",
             )
-        if fault == _TWICE:
+        if fault == TWICE:
             device, slot = divmod(where, slots.shape[1])
             raise ProblemError(
                 f"layout.slots[{device}]", slots[device].tolist(), f"holds expert {slots[device, slot]} twice"
             )
-        if fault == _MISSING:
+        if fault == MISSING:
             raise ProblemError("layout.slots", f"no slot with expert {where}", "every expert needs a replica")
 
     @classmethod
@@ -90,7 +91,17 @@ class Layout:
         for device, share in enumerate(shares):
             table[device, :share] = np.arange(start, start + share)
             start += share
-        return cls(table, experts)
+        return cls.trusted(table, experts)
+
+    @classmethod
+    def trusted(cls, slots: Int32, experts: int) -> Layout:
+        """A layout that is not checked: correct by construction, or checked before it was stored."""
+        layout = object.__new__(cls)
+        frozen = np.array(slots, np.int32, order="C")
+        frozen.flags.writeable = False
+        object.__setattr__(layout, "slots", frozen)
+        object.__setattr__(layout, "experts", experts)
+        return layout
 
     @property
     def devices(self) -> int:
@@ -100,7 +111,9 @@ class Layout:
     @cached_property
     def hosts(self) -> Hosts:
         """The replicas, expert by expert."""
-        return Hosts(*_hosts(self.slots, self.experts))
+        from moeplan.solvers.layout_kernels import hosts
+
+        return Hosts(*hosts(self.slots, self.experts))
 
     @cached_property
     def replicas(self) -> Int32:
@@ -137,49 +150,3 @@ def even_shares(experts: int, capacity: Int32) -> Int32:
         shares[open_devices] += grant.astype(np.int32)
         left -= int(grant.sum())
     return shares
-
-
-_OK, _RANGE, _TWICE, _MISSING = range(4)
-
-
-@kernel
-def _first_fault(slots: Int32, experts: int) -> tuple[int, int]:
-    seen_on = np.full(max(experts, 0), -1, np.int32)
-    devices, width = slots.shape
-    for d in range(devices):
-        for c in range(width):
-            e = slots[d, c]
-            if e == -1:
-                continue
-            if e < -1 or e >= experts:
-                return _RANGE, d * width + c
-            if seen_on[e] == d:
-                return _TWICE, d * width + c
-            seen_on[e] = d
-    for e in range(experts):
-        if seen_on[e] < 0:
-            return _MISSING, e
-    return _OK, 0
-
-
-@kernel
-def _hosts(slots: Int32, experts: int) -> tuple[Int32, Int32, Int32]:
-    devices, width = slots.shape
-    start = np.zeros(experts + 1, np.int32)
-    for d in range(devices):
-        for c in range(width):
-            if slots[d, c] >= 0:
-                start[slots[d, c] + 1] += 1
-    for e in range(experts):
-        start[e + 1] += start[e]
-    fill = start[:-1].copy()
-    device = np.empty(start[experts], np.int32)
-    slot = np.empty(start[experts], np.int32)
-    for d in range(devices):
-        for c in range(width):
-            e = slots[d, c]
-            if e >= 0:
-                device[fill[e]] = d
-                slot[fill[e]] = c
-                fill[e] += 1
-    return start, device, slot

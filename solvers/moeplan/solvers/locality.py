@@ -275,7 +275,7 @@ def keep_home(
             if not replace:
                 on[dp, a] = False
                 on[dp, b] = True
-            if score < best_score:
+            if score <= best_score:  # equals count: wandering along a plateau is how the search gets off it
                 best_score = score
                 best = (remote, excess)
                 slots[:] = layout.reshape(devices, width)

@@ -8,7 +8,6 @@ from functools import cached_property
 import numpy as np
 
 from moeplan.solvers.arrays import Float64, Int32, Int64, integers
-from moeplan.solvers.bounds import lower_bound
 from moeplan.solvers.cluster import Cluster
 from moeplan.solvers.demand import Demand
 from moeplan.solvers.errors import InfeasibleError, ProblemError
@@ -149,6 +148,8 @@ class Problem:
     @cached_property
     def lower_bound(self) -> Float64:
         """float64[scenarios]: no layout and split has a smaller largest load per speed; see `bounds`."""
+        from moeplan.solvers.bounds import lower_bound  # the compiler loads slowly
+
         return lower_bound(self.loads, self.cluster.speed, self.capacity)
 
     @property

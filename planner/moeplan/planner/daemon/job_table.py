@@ -86,7 +86,7 @@ class JobTable:
         """
         if not JOB_ID.fullmatch(identity):
             raise invalid("job_id", identity, "must be 1 to 63 of a-z, 0-9 and -, beginning with a letter")
-        spec = self._read(job)
+        spec = await asyncio.to_thread(self._read, job)  # the first time, it loads every policy
         message = described(job)
         async with self._creating:
             host = await self._find(identity)

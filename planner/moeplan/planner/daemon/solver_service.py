@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import pickle
 import time
@@ -64,12 +65,13 @@ class SolverService(solver_pb2_grpc.SolverServiceServicer):
         self, request: solver_pb2.ListPoliciesRequest, context: Context
     ) -> solver_pb2.ListPoliciesResponse:
         """List the policies."""
+        policies = await asyncio.to_thread(available_policies)  # the first time, it loads every one
         return solver_pb2.ListPoliciesResponse(
             policies=[
                 solver_pb2.Policy(
                     name=policy.name, title=policy.source, split_rule=policy.split, description=policy.summary
                 )
-                for policy in available_policies().values()
+                for policy in policies.values()
             ]
         )
 

@@ -20,7 +20,7 @@ import time
 
 import numpy as np
 
-from moeplan.planner.daemon import frames, tasks
+from moeplan.planner.daemon import frames, tasks, work
 from moeplan.planner.daemon.frames import FORK, Kind
 from moeplan.solvers import Cluster, Demand, Problem, SolveParameters, solve
 from moeplan.solvers.layout import Layout
@@ -58,7 +58,7 @@ def _work(connection: socket.socket, memory_bytes: int) -> None:
         while True:
             kind, payload = frames.receive(connection)
             try:
-                for answer in tasks.do(kind, payload):
+                for answer in work.do(kind, payload):
                     frames.send(connection, *answer)
             except Exception as error:
                 frames.send(connection, Kind.ERROR, tasks.failure(error))
@@ -85,7 +85,7 @@ def _warm() -> None:
     tokens = np.arange(1, 65, dtype=np.int64).reshape(2, 4, 8) ** 2 % 97
     problem = Problem(cluster, Demand.of(tokens), current=Layout.contiguous(8, cluster.slots))
     task = tasks.LayersTask((0,), (problem,), "hybrid", SolveParameters(work_limit=8), time.monotonic() + 600)
-    tasks.plan_layers(task)
+    work.plan_layers(task)
     solve(Problem(cluster, Demand.of(tokens[0, 0])))
 
 

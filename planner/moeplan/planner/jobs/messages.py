@@ -173,10 +173,10 @@ def _write_layer(layer: LayerPlan) -> job_pb2.LayerPlan:
 
 
 def read_plan(message: job_pb2.JobPlan, experts: int) -> JobPlan:
-    """A whole plan, as the store keeps it.
+    """A whole plan, as the store keeps it; its layouts were checked when they were made.
 
     Raises:
-        ProblemError: a layout is not valid.
+        ProblemError: a layout is not a whole tensor.
     """
     decision = message.decision
     return JobPlan(
@@ -186,7 +186,7 @@ def read_plan(message: job_pb2.JobPlan, experts: int) -> JobPlan:
             LayerPlan(
                 layer=layer.layer,
                 version=layer.version,
-                layout=wire.read_layout(f"layers[{layer.layer}].layout", layer.layout, experts),
+                layout=Layout.trusted(wire.read_array(f"layers[{layer.layer}].layout", layer.layout), experts),
                 split_rule=layer.split_rule,
                 cost_s=layer.cost_s if layer.HasField("cost_s") else None,
                 bound=layer.bound if layer.HasField("bound") else None,

@@ -3,8 +3,8 @@
 1. The plan for load alone, by `hybrid`, says what load is possible: every scenario's cap is (1 + tolerance) times that.
 2. Interchangeable devices and nodes are renamed so that experts live where their tokens come from (linear assignment).
 3. Local search (see `locality`) covers more experts on more nodes while every scenario fits within its cap although
-   covered tokens stay at home, which is how the split `home` then divides them. When a burst of candidates finds
-   nothing better, the next one starts hot: it takes worse layouts at first.
+   covered tokens stay at home, which is how the split `home` then divides them. After some bursts of candidates
+   without anything better comes a hot one, which takes worse layouts at first.
 
 It stops where no layout with these slots keeps more tokens at home, whatever its load (`locality.coverable`).
 """
@@ -29,7 +29,9 @@ from moeplan.solvers.problem import Problem
 CANDIDATES_PER_BURST = 250
 """Layouts scored between two looks at the clock: some tens of milliseconds at 256 experts and ten scenarios."""
 HEAT = 0.05
-"""Part of the tokens that a candidate may send away more, after a burst that found nothing better."""
+"""Part of the tokens that a candidate may send away more, at the start of a hot burst."""
+PATIENCE = 4
+"""Bursts without a better layout before a hot one."""
 
 
 @policy("traffic", source="moeplan", split="home", honours=("max_moves",))
@@ -54,15 +56,16 @@ def traffic(problem: Problem, parameters: SolveParameters) -> Layout:
         limit = limit if problem.max_moves is None else problem.max_moves
     least = float(mean.sum()) - coverable(mean, int((slots >= 0).sum()))
     nearest = domains(problem)
-    remote, excess, heat = np.inf, np.inf, 0.0
+    remote, excess, stuck = np.inf, np.inf, 0
     for first in range(0, parameters.work_limit, CANDIDATES_PER_BURST):
         if parameters.deadline_s is not None and time.perf_counter() - start >= parameters.deadline_s:
             break
         steps = min(CANDIDATES_PER_BURST, parameters.work_limit - first)
         seed = parameters.seed * 1_000_003 + first
         before = (excess, remote)
+        heat = HEAT if stuck % PATIENCE == PATIENCE - 1 else 0.0
         remote, excess = keep_home(slots, tokens, weights, caps, speed, nearest, held, limit, steps, seed, heat)
-        heat = 0.0 if (excess, remote) < before else HEAT
+        stuck = 0 if (excess, remote) < before else stuck + 1
         if excess == 0 and remote <= least + 1e-12:
             break
     if excess > 0:

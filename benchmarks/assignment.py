@@ -1,0 +1,77 @@
+"""Balanced assignment of tokens to experts: the auction beside LAPJV, cold and from the prices of the step before.
+
+    python benchmarks/assignment.py
+
+Scores are dot products of token features with expert centroids, as a BASE layer's are; features share a mean, so that
+the experts differ in popularity and the router alone would be far from balance. `next step` moves every centroid and
+draws new tokens. Times are the best of several runs, on one thread.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import numpy as np
+import numpy.typing as npt
+
+from moeplan.planner.terminal import show_table
+from moeplan.solvers import Assignment, balanced_assignment, optimal_assignment
+
+Scores = npt.NDArray[np.float32]
+
+REPEATS = 5
+WIDTH = 64
+SIZES = [(1024, 8), (1022, 8), (2048, 64), (4096, 64), (16384, 64), (4096, 256)]
+LAPJV_TOKENS = 2048
+"""Tokens up to which the cubic reference is run."""
+
+
+def steps(tokens: int, experts: int) -> tuple[Scores, Scores]:
+    """Scores of two consecutive steps."""
+    rng = np.random.default_rng(0)
+    centroids = rng.standard_normal((experts, WIDTH)) / np.sqrt(WIDTH)
+    mean = rng.standard_normal(WIDTH)
+    first = (rng.standard_normal((tokens, WIDTH)) + mean) @ centroids.T
+    centroids += 0.02 * rng.standard_normal(centroids.shape) / np.sqrt(WIDTH)
+    second = (rng.standard_normal((tokens, WIDTH)) + mean) @ centroids.T
+    return first.astype(np.float32), second.astype(np.float32)
+
+
+def best_of(run: Callable[[], Assignment]) -> tuple[Assignment, float]:
+    """The answer, and the least seconds that it took."""
+    seconds = []
+    for _ in range(REPEATS):
+        start = time.perf_counter()
+        answer = run()
+        seconds.append(time.perf_counter() - start)
+    return answer, min(seconds)
+
+
+def main() -> None:
+    balanced_assignment(np.eye(4, dtype=np.float32))  # compiles
+    rows = []
+    for tokens, experts in SIZES:
+        first, second = steps(tokens, experts)
+        alone = np.bincount(second.argmax(axis=1), minlength=experts).max() * experts / tokens
+        prices = balanced_assignment(first).prices
+        cold, cold_s = best_of(lambda scores=second: balanced_assignment(scores))  # type: ignore[misc]
+        warm, warm_s = best_of(lambda scores=second, p=prices: balanced_assignment(scores, prices=p))  # type: ignore[misc]
+        row = [f"{tokens} x {experts}", f"{alone:.2f}"]
+        row += [f"{cold_s * 1e3:.2f}", f"{warm_s * 1e3:.2f}", f"{cold.gap / abs(cold.value):.4%}"]
+        if tokens <= LAPJV_TOKENS:
+            start = time.perf_counter()
+            best = optimal_assignment(second)
+            row += [f"{(time.perf_counter() - start) * 1e3:.0f}", f"{1 - warm.value / best.value:.4%}"]
+        else:
+            row += ["-", "-"]
+        rows.append(row)
+    show_table(
+        "Tokens to experts in equal numbers",
+        ("tokens x experts", "top-1 max/mean", "ms", "ms, next step", "gap proven", "LAPJV ms", "gap in truth"),
+        rows,
+    )
+
+
+if __name__ == "__main__":
+    main()
