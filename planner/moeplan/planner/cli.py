@@ -24,8 +24,10 @@ from moeplan.planner.cli_options import (
     Layers,
     MaxMoves,
     Nodes,
+    Prove,
     Seed,
     Slots,
+    Solver,
     TraceFile,
     Work,
     layer_numbers,
@@ -129,6 +131,8 @@ def plan(
         float, typer.Option(help="With --policy traffic: how much larger the largest load may become, as a fraction.")
     ] = 0.01,
     seed: Seed = 0,
+    solver: Solver = "cpsat",
+    prove: Prove = False,
     server: RemoteServer = None,
     token: jobs_command.Token = None,
     ca: jobs_command.Ca = None,
@@ -154,7 +158,9 @@ def plan(
     steps = np.stack(list(opened.read(max(0, opened.steps - positive("--window", window)))))
     in_force = {} if current is None else read_layouts(current)
     cluster = Cluster.uniform(devices, slots, nodes=nodes)
-    parameters = replace(solve_parameters(deadline_ms, work_limit, seed), traffic_tolerance=traffic_tolerance)
+    parameters = replace(
+        solve_parameters(deadline_ms, work_limit, seed, solver, prove), traffic_tolerance=traffic_tolerance
+    )
     plans = {}
     crossing = {}
     with solver_at(server, token, ca) as solve, progress(f"planning with {policy}", len(chosen)) as advance:

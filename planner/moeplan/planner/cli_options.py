@@ -24,6 +24,8 @@ Layers = Annotated[str | None, typer.Option(help="Layers to plan, such as 0,3-5;
 Groups = Annotated[int, typer.Option(help="Expert groups that routing treats as units.")]
 Deadline = Annotated[float | None, typer.Option(help="Milliseconds per layer that a search may take.")]
 Work = Annotated[int, typer.Option(help="Candidate layouts per layer that a search may score.")]
+Solver = Annotated[str, typer.Option(help="Solver of exact models: cpsat, highs, cbc, or another that PuLP finds.")]
+Prove = Annotated[bool, typer.Option("--prove", help="Also spend time on a stronger bound.")]
 Seed = Annotated[int, typer.Option(help="Seed of every random choice.")]
 MaxMoves = Annotated[int | None, typer.Option(help="Most replicas that a re-plan of a layer may copy.")]
 
@@ -51,9 +53,15 @@ def positive(name: str, value: int) -> int:
     return value
 
 
-def solve_parameters(deadline_ms: float | None, work_limit: int, seed: int) -> SolveParameters:
+def solve_parameters(
+    deadline_ms: float | None, work_limit: int, seed: int, solver: str = "cpsat", prove: bool = False
+) -> SolveParameters:
     return SolveParameters(
-        deadline_s=None if deadline_ms is None else deadline_ms / 1e3, work_limit=work_limit, seed=seed
+        deadline_s=None if deadline_ms is None else deadline_ms / 1e3,
+        work_limit=work_limit,
+        seed=seed,
+        solver=solver,
+        prove=prove,
     )
 
 

@@ -18,13 +18,14 @@ if TYPE_CHECKING:
     from moeplan.solvers.cost import LAER, STEP, Cost, CostModel
     from moeplan.solvers.demand import Demand
     from moeplan.solvers.errors import InfeasibleError, ProblemError
+    from moeplan.solvers.layers import solve_layers
     from moeplan.solvers.layout import EMPTY, Layout
     from moeplan.solvers.moves import Moves
     from moeplan.solvers.parameters import SolveParameters
     from moeplan.solvers.plan import Plan
     from moeplan.solvers.policy import Policy, available_policies
     from moeplan.solvers.problem import ExpertSpec, Problem
-    from moeplan.solvers.solver import evaluate, solve
+    from moeplan.solvers.solver import evaluate, solve, solve_anytime
     from moeplan.solvers.splits import Split
 
 __all__ = [
@@ -52,6 +53,8 @@ __all__ = [
     "evaluate",
     "optimal_assignment",
     "solve",
+    "solve_anytime",
+    "solve_layers",
 ]
 
 _HOMES = {
@@ -66,7 +69,8 @@ _HOMES = {
     "plan": ("Plan",),
     "policy": ("Policy", "available_policies"),
     "problem": ("ExpertSpec", "Problem"),
-    "solver": ("evaluate", "solve"),
+    "layers": ("solve_layers",),
+    "solver": ("evaluate", "solve", "solve_anytime"),
     "splits": ("Split",),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}

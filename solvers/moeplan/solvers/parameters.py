@@ -18,11 +18,14 @@ class SolveParameters:
 
     Attributes:
         deadline_s: Wall-clock seconds from the start of the solve; None for no limit.
-        work_limit: Candidate layouts that a local search may score.
+        work_limit: Candidate layouts that a local search may score; a solver counts as many for its own work.
         target_gap: Stop when the objective is within this fraction of the proven bound.
         traffic_tolerance: How much larger than the best found for load alone the policy `traffic` may make the largest
             load, as a fraction.
         seed: Seed of every random choice.
+        solver: What exact models are given to: `cpsat`, `highs`, `cbc`, or the name of another solver that PuLP finds.
+        threads: Threads of that solver.
+        prove: Also spend time on a stronger bound, where the quick ones leave a gap; see `configurations`.
     """
 
     deadline_s: float | None = None
@@ -30,6 +33,9 @@ class SolveParameters:
     target_gap: float = 1e-4
     traffic_tolerance: float = 0.01
     seed: int = 0
+    solver: str = "cpsat"
+    threads: int = 1
+    prove: bool = False
 
     def __post_init__(self) -> None:
         if self.deadline_s is not None and not self.deadline_s > 0:
@@ -42,3 +48,9 @@ class SolveParameters:
             raise ProblemError("parameters.traffic_tolerance", self.traffic_tolerance, "must be finite and at least 0")
         if not 0 <= self.seed < 2**32:
             raise ProblemError("parameters.seed", self.seed, "must be 0 to 2**32 - 1")
+        if not self.solver:
+            raise ProblemError(
+                "parameters.solver", repr(self.solver), "must be cpsat, highs, cbc, or a solver of PuLP's"
+            )
+        if not 1 <= self.threads <= 1024:
+            raise ProblemError("parameters.threads", self.threads, "must be 1 to 1024")

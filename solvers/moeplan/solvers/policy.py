@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 
@@ -18,9 +18,25 @@ from moeplan.solvers.layout import Layout
 from moeplan.solvers.parameters import SolveParameters
 from moeplan.solvers.problem import Problem
 
-__all__ = ["Make", "Policy", "available_policies", "find", "policy"]
+__all__ = ["Anytime", "Make", "Policy", "Progress", "available_policies", "find", "policy"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Progress:
+    """Where a search stands.
+
+    Attributes:
+        layout: The best layout so far.
+        bound: No layout has a smaller scenario-averaged imbalance.
+    """
+
+    layout: Layout
+    bound: float
+
 
 Make = Callable[[Problem, SolveParameters], Layout]
+
+Anytime = Callable[[Problem, SolveParameters], Iterator[Progress]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +49,7 @@ class Policy:
         split: The split rule that its system uses; see `splits.RULES`.
         honours: Optional constraints of `Problem` that it respects; problems that set others are refused.
         make: The algorithm.
+        anytime: The same, reporting every few milliseconds, never worse than before; None without a search.
     """
 
     name: str
@@ -40,6 +57,7 @@ class Policy:
     split: str
     honours: frozenset[str]
     make: Make
+    anytime: Anytime | None = None
 
     @property
     def summary(self) -> str:
@@ -50,11 +68,13 @@ class Policy:
 _registry: dict[str, Policy] = {}
 
 
-def policy(name: str, *, source: str, split: str, honours: tuple[str, ...] = ()) -> Callable[[Make], Make]:
+def policy(
+    name: str, *, source: str, split: str, honours: tuple[str, ...] = (), anytime: Anytime | None = None
+) -> Callable[[Make], Make]:
     """Register a function as the policy `name`; see `Policy` for the arguments."""
 
     def register(make: Make) -> Make:
-        _registry[name] = Policy(name, source, split, frozenset(honours), make)
+        _registry[name] = Policy(name, source, split, frozenset(honours), make, anytime)
         return make
 
     return register

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 
 from moeplan.solvers import plan as plans
 from moeplan.solvers.cost import STEP, CostModel, check_memory, cost
@@ -11,11 +12,11 @@ from moeplan.solvers.layout import Layout
 from moeplan.solvers.moves import moves
 from moeplan.solvers.parameters import SolveParameters
 from moeplan.solvers.plan import Plan
-from moeplan.solvers.policy import Policy, find
+from moeplan.solvers.policy import Policy, Progress, find
 from moeplan.solvers.problem import Problem
 from moeplan.solvers.splits import split
 
-__all__ = ["evaluate", "solve"]
+__all__ = ["check_honoured", "evaluate", "solve", "solve_anytime"]
 
 
 def solve(
@@ -40,11 +41,56 @@ def solve(
         InfeasibleError: the plan needs more memory than a device has.
     """
     chosen = find(policy)
-    _check_honoured(problem, chosen)
+    check_honoured(problem, chosen)
     start = time.perf_counter()
-    layout = chosen.make(problem, parameters)
+    bound = None
+    if chosen.anytime is None:
+        layout = chosen.make(problem, parameters)
+    else:
+        for progress in chosen.anytime(problem, parameters):
+            layout, bound = progress.layout, progress.bound
     seconds = time.perf_counter() - start
-    return evaluate(problem, layout, rule or chosen.split, policy=policy, seconds=seconds, model=model)
+    return evaluate(problem, layout, rule or chosen.split, policy=policy, seconds=seconds, model=model, bound=bound)
+
+
+def solve_anytime(
+    problem: Problem,
+    policy: str = "hybrid",
+    parameters: SolveParameters = SolveParameters(),
+    *,
+    rule: str | None = None,
+    model: CostModel = STEP,
+) -> Iterator[Plan]:
+    """Plan one layer, yielding every plan that is better than the one before, or whose bound is.
+
+    The caller may stop at any moment; the last plan is the one that `solve` returns. See `solve` for the arguments and
+    errors.
+    """
+    chosen = find(policy)
+    check_honoured(problem, chosen)
+    start = time.perf_counter()
+    if chosen.anytime is None:
+        yield solve(problem, policy, parameters, rule=rule, model=model)
+        return
+    best: Plan | None = None
+    last: Progress | None = None
+    for progress in chosen.anytime(problem, parameters):
+        if last is not None and progress.layout is last.layout and progress.bound <= last.bound:
+            continue
+        last = progress
+        seconds = time.perf_counter() - start
+        plan = evaluate(
+            problem,
+            progress.layout,
+            rule or chosen.split,
+            policy=policy,
+            seconds=seconds,
+            model=model,
+            bound=progress.bound,
+        )
+        if best is None or plan.mean_imbalance < best.mean_imbalance or plan.bound > best.bound:
+            best = plan
+            yield plan
 
 
 def evaluate(
@@ -55,8 +101,9 @@ def evaluate(
     policy: str = "given",
     seconds: float = 0.0,
     model: CostModel = STEP,
+    bound: float | None = None,
 ) -> Plan:
-    """Judge a layout on a problem's demand.
+    """Judge a layout on a problem's demand. A `bound` on its imbalance that is known already is reported if stronger.
 
     Raises:
         ProblemError: the layout does not suit the problem, or the rule needs the demand by source.
@@ -78,14 +125,19 @@ def evaluate(
         split=chosen,
         imbalance=values,
         mean_imbalance=float(weights @ values),
-        bound=float(weights @ plans.bound(problem)),
+        bound=max(float(weights @ plans.bound(problem)), bound or 0.0),
         cost=cost(problem, layout, chosen, model),
         moves=None if problem.current is None else moves(problem.current, layout, problem.cluster),
         seconds=seconds,
     )
 
 
-def _check_honoured(problem: Problem, policy: Policy) -> None:
+def check_honoured(problem: Problem, policy: Policy) -> None:
+    """Refuse a problem with a constraint that the policy cannot honour.
+
+    Raises:
+        ProblemError: it has one.
+    """
     if problem.max_moves is not None and "max_moves" not in policy.honours:
         raise ProblemError(
             "max_moves",

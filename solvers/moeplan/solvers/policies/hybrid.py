@@ -5,7 +5,8 @@
    devices where they do not; longest-first packing with swaps; the published policies, so that none is ever better; and
    the current layout. Each is scored by what counts: the best split in every scenario, averaged. A layout that is
    perfect for the mean is fragile.
-3. Local search (see `search`) from the best of them.
+3. Local search (see `search`) from the best of them; where it stalls, large neighbourhoods (see `neighbourhood`), and
+   if asked for, stronger bounds (see `configurations`).
 4. Interchangeable devices are renamed so that the fewest replicas move. A limit of moves holds throughout: a
    construction that exceeds it is dropped, and the search never steps over it.
 """
@@ -17,16 +18,18 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from moeplan.solvers import configurations
 from moeplan.solvers import plan as plans
 from moeplan.solvers import sliding_window as window
 from moeplan.solvers.adams import adams_replicas
-from moeplan.solvers.arrays import Int32
+from moeplan.solvers.arrays import Float64, Int32
 from moeplan.solvers.errors import ProblemError
 from moeplan.solvers.fill import fill
 from moeplan.solvers.flow import optimal_quota
 from moeplan.solvers.grouping import grouping
 from moeplan.solvers.layout import EMPTY, Layout
 from moeplan.solvers.moves import keep_slots, relabel
+from moeplan.solvers.neighbourhood import neighbour
 from moeplan.solvers.packing import pack, swap
 from moeplan.solvers.parameters import SolveParameters
 from moeplan.solvers.policies.base import base
@@ -35,7 +38,7 @@ from moeplan.solvers.policies.flexmoe import flexmoe
 from moeplan.solvers.policies.laer import laer
 from moeplan.solvers.policies.static import static
 from moeplan.solvers.policies.symi import symi
-from moeplan.solvers.policy import policy
+from moeplan.solvers.policy import Progress, policy
 from moeplan.solvers.problem import Problem
 from moeplan.solvers.risk import risk
 from moeplan.solvers.search import improve
@@ -47,35 +50,167 @@ PRICED = 0.8
 """Part of a search's work during which a move has a price: at first its part of the distance to the target, so that the
 most useful moves come first, then less and less."""
 
+STALL = 4_000
+"""Candidates in a row without success after which local search gives way to large neighbourhoods."""
+
+NEIGHBOURHOODS = 8
+"""Neighbourhoods between two bursts of local search."""
+
+WORK_PER_NEIGHBOURHOOD = 100
+"""Candidates that a neighbourhood counts as."""
+
+SHORTEST_S = 0.05
+"""Time below which a neighbourhood is not begun."""
+
 WORK_PER_BURST = 2_000_000
 """Scenario x slot visits between two looks at the clock: a few milliseconds."""
 
 
-@policy("hybrid", source="moeplan", split="optimal", honours=("max_moves",))
-def hybrid(problem: Problem, parameters: SolveParameters) -> Layout:
-    """Bounds, constructions, then local search over scenarios guided by the min cut, with few moves; the default."""
+def stages(problem: Problem, parameters: SolveParameters) -> Iterator[Progress]:
+    """Where the search stands, every few milliseconds."""
     start = time.perf_counter()
+    deadline = None if parameters.deadline_s is None else start + parameters.deadline_s
+    bounds = plans.bound(problem)
     if problem.demand.scenarios == 1 and problem.current is None and _window_applies(problem):
-        return Layout(_window(problem), problem.experts)  # perfect, by the theorem
-    target = risk(plans.bound(problem), problem.demand.weights, problem.tail) * (1 + parameters.target_gap)
-    best, best_score = _start(problem), np.inf
-    if best is not None:
-        best_score = _score(problem, best)
-    constructions = _constructions(problem, parameters)
-    while best_score > target and (slots := next(constructions, None)) is not None:
-        if problem.current is not None:
-            slots = relabel(problem.current, slots, problem.capacity, problem.cluster)
-            if problem.max_moves is not None and _arrivals(problem.current, slots) > problem.max_moves:
-                continue
-        score = _score(problem, slots)
-        if score < best_score:
-            best, best_score = slots, score
-    assert best is not None
-    if best_score > target:
-        best = _search(problem, best, target, parameters, start)
-    if problem.current is not None:
-        keep_slots(problem.current.slots, best)
-    return Layout(best, problem.experts)
+        yield Progress(Layout(_window(problem), problem.experts), float(bounds[0]))  # perfect, by the theorem
+        return
+    state = _Search(problem, parameters, deadline)
+    yield from state.construct()
+    yield from state.search()
+
+
+@policy("hybrid", source="moeplan", split="optimal", honours=("max_moves",), anytime=stages)
+def hybrid(problem: Problem, parameters: SolveParameters) -> Layout:
+    """Bounds, constructions, local search guided by the min cut, large neighbourhoods, few moves; the default."""
+    *_, last = stages(problem, parameters)
+    return last.layout
+
+
+class _Search:
+    """The best layout so far and what is left of the limits."""
+
+    def __init__(self, problem: Problem, parameters: SolveParameters, deadline: float | None) -> None:
+        self.problem, self.parameters, self.deadline = problem, parameters, deadline
+        self.bounds = plans.bound(problem)
+        self.best: Int32 | None = None
+        self.score = np.inf
+        self._shown: Layout | None = None
+        self.work = 0
+        self.proofs = _proofs(problem, self, deadline) if parameters.prove else None
+
+    @property
+    def target(self) -> float:
+        """The objective to stop at."""
+        value = risk(self.bounds, self.problem.demand.weights, self.problem.tail)
+        return value * (1 + self.parameters.target_gap)
+
+    @property
+    def over(self) -> bool:
+        """Whether to stop."""
+        late = self.deadline is not None and time.perf_counter() >= self.deadline
+        return self.score <= self.target or late or self.work >= self.parameters.work_limit
+
+    def progress(self) -> Progress:
+        """The best layout, the same object until there is a better one, and the bound."""
+        assert self.best is not None
+        if self._shown is None:
+            slots = self.best.copy()
+            if self.problem.current is not None:
+                keep_slots(self.problem.current.slots, slots)
+            self._shown = Layout(slots, self.problem.experts)
+        return Progress(self._shown, float(self.problem.demand.weights @ self.bounds))
+
+    def take(self, slots: Int32) -> bool:
+        """Keep a layout if it is better."""
+        score = _score(self.problem, slots)
+        if score >= self.score:
+            return False
+        self.best, self.score, self._shown = slots, score, None
+        return True
+
+    def construct(self) -> Iterator[Progress]:
+        problem = self.problem
+        slots = _start(problem)
+        if slots is not None:
+            self.take(slots)
+            yield self.progress()
+        for slots in _constructions(problem, self.parameters):
+            if problem.current is not None:
+                slots = relabel(problem.current, slots, problem.capacity, problem.cluster)
+                if problem.max_moves is not None and _arrivals(problem.current, slots) > problem.max_moves:
+                    continue
+            if self.take(slots):
+                yield self.progress()
+            if self.score <= self.target or (self.deadline is not None and time.perf_counter() >= self.deadline):
+                return
+
+    def search(self) -> Iterator[Progress]:
+        """Local search; where it stalls, large neighbourhoods and proofs, in turn."""
+        problem, parameters = self.problem, self.parameters
+        rng = np.random.default_rng(parameters.seed)
+        burst = max(8, WORK_PER_BURST // (problem.demand.scenarios * problem.capacity.sum() * 16))
+        price = max(0.0, self.score - self.target) / problem.max_moves if problem.max_moves else 0.0
+        idle = 0
+        while not self.over:
+            before = self.score
+            self._descend(burst, price)
+            idle = 0 if self.score < before else idle + burst
+            if idle >= STALL and not self.over:
+                self._neighbourhoods(rng)
+                if self.proofs is not None:
+                    self.bounds = next(self.proofs, self.bounds)
+            yield self.progress()
+
+    def _descend(self, burst: int, price: float) -> None:
+        problem, parameters = self.problem, self.parameters
+        assert self.best is not None
+        current = problem.current
+        held = np.zeros((problem.devices, problem.experts), np.bool_) if current is None else current.placed
+        steps = min(burst, parameters.work_limit - self.work)
+        slots = self.best.copy()
+        improve(
+            slots,
+            problem.loads,
+            problem.demand.weights,
+            problem.tail,
+            problem.cluster.speed,
+            held,
+            problem.max_moves if problem.max_moves is not None else slots.size,
+            price * max(0.0, 1 - self.work / (PRICED * parameters.work_limit)),
+            steps,
+            parameters.seed * 1_000_003 + self.work,
+            self.target,
+        )
+        self.work += steps
+        self.take(slots)
+
+    def _neighbourhoods(self, rng: np.random.Generator) -> None:
+        """A handful of neighbourhoods; plateaus are crossed where the freed devices end up no worse."""
+        for _ in range(NEIGHBOURHOODS):
+            if self.over or (self.deadline is not None and self.deadline - time.perf_counter() < SHORTEST_S):
+                return
+            self.work += WORK_PER_NEIGHBOURHOOD
+            assert self.best is not None
+            slots = neighbour(self.problem, self.best, rng, self.parameters.solver, self.deadline)
+            if slots is not None and not self.take(slots) and _score(self.problem, slots) == self.score:
+                self.best = slots
+
+
+def _proofs(problem: Problem, state: _Search, deadline: float | None) -> Iterator[Float64]:
+    """float64[scenarios]: stronger and stronger bounds, the scenario with the widest gap first."""
+    capacity, speed = problem.capacity, problem.cluster.speed
+    if not configurations.applies(problem.experts, capacity, speed):
+        return
+    assert state.best is not None
+    quota, _ = optimal_quota(state.best, problem.loads, speed)
+    reached = quota.sum(axis=2).max(axis=1) / speed[0]
+    low = problem.lower_bound.copy()
+    for s in np.argsort(-(plans.relative(problem, reached) - state.bounds) * problem.demand.weights, kind="stable"):
+        for value in configurations.configuration_bounds(
+            problem.loads[s], problem.devices, int(capacity[0]), low[s] * speed[0], reached[s] * speed[0], deadline
+        ):
+            low[s] = value / speed[0]
+            yield plans.relative(problem, low)
 
 
 def _start(problem: Problem) -> Int32 | None:
@@ -142,31 +277,3 @@ def _score(problem: Problem, slots: Int32) -> float:
 def _arrivals(current: Layout, slots: Int32) -> int:
     placed = Layout(slots, current.experts).placed
     return int((placed & ~current.placed).sum())
-
-
-def _search(problem: Problem, slots: Int32, target: float, parameters: SolveParameters, start: float) -> Int32:
-    best = slots.copy()
-    current = problem.current
-    held = np.zeros((problem.devices, problem.experts), np.bool_) if current is None else current.placed
-    limit = problem.max_moves if problem.max_moves is not None else best.size
-    burst = max(8, WORK_PER_BURST // (problem.demand.scenarios * best.size * 16))
-    first_price = max(0.0, _score(problem, slots) - target) / limit if problem.max_moves else 0.0
-    for first in range(0, parameters.work_limit, burst):
-        if parameters.deadline_s is not None and time.perf_counter() - start >= parameters.deadline_s:
-            break
-        score = improve(
-            best,
-            problem.loads,
-            problem.demand.weights,
-            problem.tail,
-            problem.cluster.speed,
-            held,
-            limit,
-            first_price * max(0.0, 1 - first / (PRICED * parameters.work_limit)),
-            min(burst, parameters.work_limit - first),
-            parameters.seed * 1_000_003 + first,
-            target,
-        )
-        if score <= target:
-            break
-    return best

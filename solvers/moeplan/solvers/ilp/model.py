@@ -1,0 +1,186 @@
+"""The integer model of a placement, free of any solver.
+
+    y[d, e] in {0, 1}       device d holds a replica of expert e
+    x[s, d, e] >= 0         tokens of e that d computes in scenario s
+    z[s]                    largest load per speed
+
+    minimise    sum_s weights[s] z[s]
+    such that   sum_d x[s, d, e] = loads[s, e]
+                sum_e x[s, d, e] <= speed[d] z[s]
+                x[s, d, e] <= min(loads[s, e], speed[d] cap[s]) y[d, e]
+                sum_d y[d, e] >= fewest[e],   sum_e y[d, e] <= capacity[d]
+                sum of y where not held <= max_arrivals
+
+`cap` and `fewest` come from the incumbent, which every model starts from: a plan that is better keeps every z[s] below
+cap[s], so an expert needs enough replicas to fit under it. Without them the relaxation is no better than the average.
+Interchangeable devices are ordered by their load in the first scenario.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from moeplan.solvers.arrays import Bool, Float64, Int32, Int64
+from moeplan.solvers.flow import optimal_quota
+
+__all__ = ["Answer", "Effort", "Model", "OutOfTime", "Report", "check"]
+
+
+@dataclass(frozen=True, eq=False)
+class Model:
+    """One placement problem with a plan to start from.
+
+    Attributes:
+        loads: int64[scenarios, experts].
+        weights: float64[scenarios], importance of each scenario.
+        speed: float64[devices].
+        capacity: int32[devices].
+        incumbent: int32[devices, width], a valid layout.
+        held: bool[devices, experts], replicas in force; None if moves are not limited.
+        max_arrivals: Most replicas outside `held`.
+        hinted: Whether solvers are told of the incumbent, beyond what it says about `cap`.
+    """
+
+    loads: Int64
+    weights: Float64
+    speed: Float64
+    capacity: Int32
+    incumbent: Int32
+    held: Bool | None = None
+    max_arrivals: int = 0
+    hinted: bool = True
+
+    @property
+    def scenarios(self) -> int:
+        """Number of scenarios."""
+        return self.loads.shape[0]
+
+    @property
+    def experts(self) -> int:
+        """Number of experts."""
+        return self.loads.shape[1]
+
+    @property
+    def devices(self) -> int:
+        """Number of devices."""
+        return len(self.capacity)
+
+    @cached_property
+    def equal_speeds(self) -> bool:
+        """Whether all devices are as fast as the first."""
+        return bool((self.speed == self.speed[0]).all())
+
+    @cached_property
+    def interchangeable(self) -> bool:
+        """Whether devices can be renamed freely, so that an order may be imposed on them."""
+        return self.held is None and self.equal_speeds and bool((self.capacity == self.capacity[0]).all())
+
+    @cached_property
+    def start(self) -> tuple[Bool, Int64]:
+        """The incumbent as ``y`` bool[devices, experts] and ``x`` int64[scenarios, devices, experts].
+
+        Where devices are interchangeable they come in descending order of load in the first scenario.
+        """
+        quota, _ = optimal_quota(self.incumbent, self.loads, self.speed)
+        device, slot = np.nonzero(self.incumbent >= 0)
+        expert = self.incumbent[device, slot]
+        y = np.zeros((self.devices, self.experts), np.bool_)
+        x = np.zeros((self.scenarios, self.devices, self.experts), np.int64)
+        y[device, expert] = True
+        x[:, device, expert] = quota[:, device, slot]
+        if self.interchangeable:
+            order = np.argsort(-x[0].sum(axis=1), kind="stable")
+            return y[order], x[:, order]
+        return y, x
+
+    @cached_property
+    def level(self) -> Float64:
+        """float64[scenarios]: largest load per speed of the incumbent."""
+        level: Float64 = (self.start[1].sum(axis=2) / self.speed).max(axis=1)
+        return level
+
+    @cached_property
+    def floor(self) -> Float64:
+        """float64[scenarios]: average load per speed."""
+        floor: Float64 = self.loads.sum(axis=1) / self.speed.sum()
+        return floor
+
+    @cached_property
+    def cap(self) -> Float64:
+        """float64[scenarios]: a plan no worse than the incumbent keeps its largest load per speed at or below this."""
+        slack = float(self.weights @ (self.level - self.floor))
+        with np.errstate(divide="ignore", over="ignore"):
+            cap: Float64 = self.floor + slack / self.weights
+        return np.minimum(cap * (1 + 1e-9), np.maximum(1.0, self.loads.sum(axis=1) / self.speed.min()))
+
+    @cached_property
+    def fewest(self) -> Int64:
+        """int64[experts]: replicas that an expert needs so that its load fits under `cap` on the fastest devices."""
+        fastest = np.cumsum(np.sort(self.speed)[::-1])
+        needed = np.ones(self.experts, np.int64)
+        for s in range(self.scenarios):
+            room = self.cap[s] * fastest * (1 + 1e-9)
+            needed = np.maximum(needed, np.searchsorted(room, self.loads[s]) + 1)
+        return np.minimum(needed, self.devices)
+
+
+@dataclass(frozen=True, slots=True)
+class Effort:
+    """How hard a solver may try.
+
+    Attributes:
+        deadline: Time on `time.perf_counter` to stop at; None for none.
+        work: Limit that does not depend on the clock, in the solver's own deterministic seconds or nodes.
+        threads: Threads of the solver.
+        seed: Seed of its random choices.
+        gap: Relative gap to stop at.
+    """
+
+    deadline: float | None = None
+    work: float = 1.0
+    threads: int = 1
+    seed: int = 0
+    gap: float = 0.0
+
+    @property
+    def seconds(self) -> float:
+        """Seconds left, at least a millisecond; infinity without a deadline."""
+        return np.inf if self.deadline is None else max(1e-3, self.deadline - time.perf_counter())
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Answer:
+    """What a solver found.
+
+    Attributes:
+        placed: bool[devices, experts], its best placement; None if it found none.
+        bound: No placement has a smaller objective; 0 where the solver does not say.
+        status: ``optimal``, ``feasible``, or ``unknown``.
+    """
+
+    placed: Bool | None
+    bound: float
+    status: str
+
+
+Report = Callable[[Bool], None]
+"""Takes a better placement, bool[devices, experts], while a solver runs."""
+
+
+class OutOfTime(Exception):  # noqa: N818 - a signal, not an error
+    """The deadline passed while a model was being built."""
+
+
+def check(effort: Effort) -> None:
+    """Give up building once the deadline has passed.
+
+    Raises:
+        OutOfTime: it has.
+    """
+    if effort.deadline is not None and time.perf_counter() > effort.deadline:
+        raise OutOfTime

@@ -1,0 +1,130 @@
+"""Large-neighbourhood search: free a few devices, and place again exactly what they compute.
+
+The devices are drawn around the min cut of a scenario that is not balanced: some of its tight set, which no split
+relieves, and some outside, where the load can go. What the freed devices compute of each expert is kept, so the
+neighbourhood is a placement problem of its own, with 2 to 6 devices; it is solved by the sliding window where that is
+perfect, and by an exact model otherwise. The whole layout is then split anew, which is what decides.
+"""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+
+from moeplan.solvers import sliding_window as window
+from moeplan.solvers.arrays import Bool, Float64, Int32, Int64
+from moeplan.solvers.fill import fill
+from moeplan.solvers.flow import optimal_quota
+from moeplan.solvers.ilp.model import Effort, Model
+from moeplan.solvers.ilp.run import run
+from moeplan.solvers.layout import EMPTY
+from moeplan.solvers.problem import Problem
+
+__all__ = ["neighbour"]
+
+FEWEST, MOST = 2, 6
+"""Devices that are freed."""
+
+VARIABLES = 1_200
+"""Quotas of a neighbourhood's model, over all scenarios, beyond which fewer devices are freed."""
+
+WORK = 0.05
+"""Deterministic seconds that a solver may work on one neighbourhood."""
+
+PATIENCE_S = 0.2
+"""Wall-clock seconds that it may take where there is a deadline."""
+
+
+def neighbour(
+    problem: Problem, slots: Int32, rng: np.random.Generator, solver: str, deadline: float | None
+) -> Int32 | None:
+    """A layout that differs from `slots` on a few devices, and balances them better or as well.
+
+    Args:
+        problem: The problem.
+        slots: int32[devices, width], a valid layout.
+        rng: Draws the devices.
+        solver: See `ilp.run`.
+        deadline: Time on `time.perf_counter` to return by; None for none.
+
+    Returns:
+        int32[devices, width]; None if the draw offers nothing.
+    """
+    quota, tight = optimal_quota(slots, problem.loads, problem.cluster.speed)
+    devices = _draw(problem, quota, tight, rng)
+    if devices is None:
+        return None
+    freed = slots[devices]
+    here = np.unique(freed[freed != EMPTY])
+    inside = np.zeros((problem.demand.scenarios, problem.experts), np.int64)
+    row, column = np.nonzero(freed != EMPTY)
+    for s in range(len(inside)):
+        np.add.at(inside[s], freed[row, column], quota[s][devices[row], column])
+    outside = np.ones(problem.devices, np.bool_)
+    outside[devices] = False
+    elsewhere = np.unique(slots[outside])
+    needed = here[inside[:, here].any(axis=0) | ~np.isin(here, elsewhere)]
+    answer = _place(problem, slots, devices, needed, inside[:, needed], solver, deadline)
+    if answer is None:
+        return None
+    changed = slots.copy()
+    changed[devices] = EMPTY
+    for d, experts in zip(devices, answer, strict=True):
+        changed[d, : len(experts)] = needed[experts]
+    if problem.max_moves is None:
+        fill(changed, problem.mean_load, problem.capacity)
+    return changed
+
+
+def _draw(problem: Problem, quota: Int64, tight: Bool, rng: np.random.Generator) -> Int64 | None:
+    """int64[few]: devices to free, some of them in a tight set; None where every scenario is balanced."""
+    level = quota.sum(axis=2) / problem.cluster.speed
+    open_ = np.flatnonzero(~tight.all(axis=1))
+    if not len(open_):
+        return None
+    s = int(rng.choice(open_))
+    per_device = max(1, problem.demand.scenarios * problem.cluster.max_slots)
+    most = MOST
+    while most > FEWEST and per_device * most * most > VARIABLES:
+        most -= 1
+    size = int(rng.integers(FEWEST, most + 1))
+    inside, others = np.flatnonzero(tight[s]), np.flatnonzero(~tight[s])
+    part = min(len(inside), int(rng.integers(1, size)))
+    chosen = rng.choice(inside, part, replace=False)
+    lightest = others[np.argsort(level[s, others], kind="stable")]
+    # Half of the time whatever has most room, otherwise anything: sizes of groups must change as well.
+    pool = lightest[: 4 * size] if rng.integers(2) else others
+    return np.sort(np.concatenate([chosen, rng.choice(pool, min(size - part, len(pool)), replace=False)]))
+
+
+def _place(
+    problem: Problem, slots: Int32, devices: Int64, needed: Int32, loads: Int64, solver: str, deadline: float | None
+) -> list[Int64] | None:
+    """Experts of each freed device, as indices into `needed`."""
+    capacity, speed = problem.capacity[devices], problem.cluster.speed[devices]
+    scenarios = len(loads)
+    if scenarios == 1 and problem.max_moves is None and window.applies(len(needed), capacity, speed):
+        placed = window.sliding_window(
+            loads[0].astype(np.float64), np.arange(len(needed)), len(devices), int(capacity[0])
+        )
+        return [row[row != EMPTY].astype(np.int64) for row in placed]
+    index = np.full(problem.experts + 1, EMPTY, np.int32)
+    index[needed] = np.arange(len(needed))
+    start = index[slots[devices]]  # replicas that are not needed here become empty slots
+    total = problem.loads.sum(axis=1)
+    weights: Float64 = np.divide(problem.demand.weights, total, out=np.zeros(scenarios), where=total > 0)
+    held, limit = None, 0
+    if problem.max_moves is not None and problem.current is not None:
+        placed_now = np.zeros((problem.devices, problem.experts), np.bool_)
+        device, slot = np.nonzero(slots != EMPTY)
+        placed_now[device, slots[device, slot]] = True
+        placed_now[devices] = False
+        limit = problem.max_moves - int((placed_now & ~problem.current.placed).sum())
+        held = problem.current.placed[np.ix_(devices, needed)]
+    model = Model(loads, np.maximum(weights, 1e-12), speed, capacity, start, held, limit)
+    until = None if deadline is None else min(deadline, time.perf_counter() + PATIENCE_S)
+    answer = run(model, solver, Effort(until, WORK))
+    if answer.placed is None:
+        return None
+    return [np.flatnonzero(row) for row in answer.placed]
