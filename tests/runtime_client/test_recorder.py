@@ -1,249 +1,340 @@
-"""The recorder on real models: its counts are those of the routers, whatever training does around them."""
+"""Counts of real transformers models and of stand-ins for other frameworks' layers, against their routers' choices."""
 
 from __future__ import annotations
 
+import copy
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from moeplan.planner.trace import Trace
-from moeplan.runtime_client.ffn import ExpertShape
-from moeplan.runtime_client.fsep import FullyShardedExperts
-from moeplan.runtime_client.group import ExpertGroup
-from moeplan.runtime_client.recorder import Observed, Recorder, record
+from moeplan.runtime_client.probes import PROBES, Form, Probe
+from moeplan.runtime_client.recorder import record
 from moeplan.runtime_client.trace_ring import TraceRing
 from moeplan.solvers.arrays import Int64
 
-EXPERTS, TOP_K, LAYERS = 5, 2, 2
-FAMILIES: dict[str, dict[str, Any]] = {
-    "mixtral": {"num_local_experts": EXPERTS},
-    "qwen3_moe": {"num_experts": EXPERTS, "moe_intermediate_size": 12},
-    "olmoe": {"num_experts": EXPERTS},
-    "deepseek_v3": {
-        "n_routed_experts": EXPERTS, "moe_intermediate_size": 12, "first_k_dense_replace": 0, "n_group": 1,
-        "topk_group": 1, "kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4,
-        "v_head_dim": 8, "n_shared_experts": 1, "num_key_value_heads": 2,
-    },
-    "gpt_oss": {"num_local_experts": EXPERTS, "head_dim": 8, "layer_types": ["full_attention"] * LAYERS},
-}  # fmt: skip
+EXPERTS, TOP_K, LAYERS, VOCABULARY = 5, 2, 2, 32
+FAMILIES = ["mixtral", "qwen3_moe", "olmoe", "deepseek_v3", "gpt_oss"]
 
 
-def make_model(family: str) -> nn.Module:
+def make_model(family: str, implementation: str = "eager") -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of libraries that transformers imports
         import transformers
     torch.manual_seed(0)
-    fields: dict[str, Any] = {
-        "vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": LAYERS,
-        "num_attention_heads": 2, "num_key_value_heads": 1, "num_experts_per_tok": TOP_K,
-        "max_position_embeddings": 64,
+    families: dict[str, dict[str, Any]] = {
+        "mixtral": {"num_local_experts": EXPERTS},
+        "qwen3_moe": {"num_experts": EXPERTS, "moe_intermediate_size": 12, "head_dim": 8},
+        "olmoe": {"num_experts": EXPERTS},
+        "deepseek_v3": {
+            "n_routed_experts": EXPERTS, "n_group": 1, "topk_group": 1, "moe_intermediate_size": 12,
+            "first_k_dense_replace": 1, "q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 8,
+            "qk_nope_head_dim": 8, "v_head_dim": 8,
+        },
+        "gpt_oss": {"num_local_experts": EXPERTS, "head_dim": 8, "layer_types": ["full_attention"] * LAYERS},
     }  # fmt: skip
-    config = transformers.AutoConfig.for_model(family, **(fields | FAMILIES[family]))
-    make: Callable[..., nn.Module] = transformers.AutoModelForCausalLM.from_config
-    return make(config, experts_implementation="eager")
+    dense = int(family == "deepseek_v3")  # its first layer has no experts
+    config = transformers.AutoConfig.for_model(
+        family, **families[family], vocab_size=VOCABULARY, hidden_size=16, intermediate_size=24,
+        num_hidden_layers=LAYERS + dense, num_attention_heads=2, num_key_value_heads=2 if dense else 1,
+        num_experts_per_tok=TOP_K, max_position_embeddings=64,
+    )  # fmt: skip
+    if family == "gpt_oss":
+        config.num_hidden_layers = LAYERS
+    make: Callable[..., Any] = transformers.AutoModelForCausalLM.from_config
+    model = make(config, experts_implementation=implementation)
+    for name, weight in model.named_parameters():
+        if "gate.weight" in name or "router.weight" in name:  # zeros in a fresh model: every token would go one way
+            nn.init.normal_(weight)
+    return model.train()
 
 
-def batch(seed: int, length: int = 7) -> Tensor:
-    return torch.randint(32, (3, length), generator=torch.Generator().manual_seed(seed))
+def make_batch(seed: int = 0, sequences: int = 3) -> Tensor:
+    return torch.randint(VOCABULARY, (sequences, 8), generator=torch.Generator().manual_seed(seed))
 
 
-def routed(model: nn.Module, tokens: Tensor) -> Any:
-    """int64[layers, experts] as the routers say themselves, from their own output."""
-    chosen: list[Tensor] = []
-    gates = [module for _, module in model.named_modules() if type(module).__name__.lower().endswith("topkrouter")]
-    hooks = [gate.register_forward_hook(lambda m, a, output: chosen.append(output[2])) for gate in gates]
+def train(model: nn.Module, batch: Tensor) -> None:
+    model(batch, labels=batch, use_cache=False).loss.backward()
+
+
+def expected(model: nn.Module, *batches: Tensor) -> Int64:
+    """Choices that the routers return, from a copy of the model, counted by NumPy."""
+    twin = copy.deepcopy(model)
+    counts: dict[str, Int64] = {}
+
+    def watch(name: str, module: nn.Module) -> None:
+        def hook(_: nn.Module, __: Any, output: Any) -> None:
+            counts[name] = counts.get(name, 0) + np.bincount(output[2].numpy().ravel(), minlength=EXPERTS)
+
+        module.register_forward_hook(hook)
+
+    for name, module in twin.named_modules():
+        if type(module).__name__.lower().endswith("topkrouter"):
+            watch(name, module)
     with torch.no_grad():
-        model(input_ids=tokens)
-    for hook in hooks:
-        hook.remove()
-    assert len(chosen) == LAYERS
-    return np.stack([np.bincount(index.flatten().numpy(), minlength=EXPERTS) for index in chosen])
+        for batch in batches:
+            twin(batch, use_cache=False)
+    return np.stack(list(counts.values()))
 
 
-def last(recorder: Recorder) -> Int64:
-    counts = recorder.flush()
-    assert counts is not None
-    return counts
-
-
-@pytest.mark.parametrize("family", sorted(FAMILIES))
-def test_counts_are_those_of_the_routers(family: str) -> None:
+@pytest.mark.parametrize("family", FAMILIES)
+def test_counts_are_the_routers_choices(family: str) -> None:
     model = make_model(family)
-    expected = [routed(model, batch(step)) for step in range(3)]
-    recorder = record(model)
-    assert (len(recorder.names), recorder.experts) == (LAYERS, EXPERTS)
-    seen = []
-    for step in range(3):
-        model(input_ids=batch(step)).logits.sum().backward()
-        seen.append(recorder.step())
-    assert seen[0] is None
-    for actual, counts in zip([*seen[1:], last(recorder)], expected, strict=True):
-        assert actual is not None
-        assert np.array_equal(actual, counts)
-        assert counts.sum() == LAYERS * TOP_K * 21
-    recorder.close()
-    model(input_ids=batch(0))
-    recorder.step()
-    assert recorder.flush() is not None
-    assert not recorder.flush()
+    batches = [make_batch(seed, sequences) for seed, sequences in enumerate([3, 1, 2])]
+    with record(model) as recorder:
+        assert (len(recorder.layers), recorder.experts) == (LAYERS, EXPERTS)
+        got = []
+        for batch in batches:
+            train(model, batch)
+            got.append(recorder.step())
+        got.append(recorder.finish())
+        assert recorder.finish() is None
+    assert got[0] is None
+    for batch, counts in zip(batches, got[1:], strict=True):
+        assert counts is not None
+        assert counts.dtype == np.int64
+        assert counts.sum(axis=1).tolist() == [batch.numel() * TOP_K] * LAYERS
+        np.testing.assert_array_equal(counts, expected(model, batch))
+    assert len({tuple(row) for row in expected(model, batches[0])}) == LAYERS  # layers are told apart
 
 
-@pytest.mark.parametrize("use_reentrant", [False, True])
-def test_recomputation_is_not_counted_twice(use_reentrant: bool) -> None:
-    model = make_model("mixtral")
-    expected = routed(model, batch(0))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # of its newer name, which earlier transformers lack
-        model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})  # type: ignore[operator]
-    model.train()
-    recorder = record(model)
-    model(input_ids=batch(0)).logits.sum().backward()
-    recorder.step()
-    assert np.array_equal(last(recorder), expected)
-
-
-def test_micro_batches_add_up_and_evaluation_does_not_count() -> None:
+def test_counts_are_those_of_output_router_logits() -> None:
     model = make_model("qwen3_moe")
-    expected = routed(model, batch(0)) + routed(model, batch(1, length=4))
-    recorder = record(model)
-    for tokens in (batch(0), batch(1, length=4)):
-        with torch.no_grad():
-            model(input_ids=batch(9))
-        model(input_ids=tokens).logits.sum().backward()
-    recorder.step()
-    assert np.array_equal(last(recorder), expected)
+    batch = make_batch()
+    with record(model) as recorder:
+        logits = model(batch, output_router_logits=True, use_cache=False).router_logits
+        recorder.step()
+        counts = recorder.finish()
+    chosen = [layer.topk(TOP_K).indices.numpy().ravel() for layer in logits]
+    np.testing.assert_array_equal(counts, [np.bincount(row, minlength=EXPERTS) for row in chosen])
 
 
-def test_a_pass_that_fails_leaves_the_recorder_well() -> None:
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_recomputation_is_not_counted(reentrant: bool) -> None:
     model = make_model("mixtral")
-    recorder = record(model)
-    with pytest.raises(IndexError):
-        model(input_ids=torch.full((1, 3), 99))
+    batch = make_batch()
+    wanted = expected(model, batch)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # renamed in later versions of transformers
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    ran = 0
+
+    def count_run(*_: Any) -> None:
+        nonlocal ran
+        ran += 1
+
+    model.model.layers[0].mlp.experts.register_forward_pre_hook(count_run)
+    with record(model) as recorder:
+        train(model, batch)
+        recorder.step()
+        counts = recorder.finish()
+    assert ran == 2  # once more in the backward pass
+    np.testing.assert_array_equal(counts, wanted)
+
+
+@pytest.mark.parametrize("implementation", ["batched_mm", "grouped_mm"])
+def test_other_implementations_of_the_experts(implementation: str) -> None:
+    model = make_model("olmoe", implementation)
+    batch = make_batch()
+    with record(model) as recorder:
+        train(model, batch)
+        recorder.step()
+        np.testing.assert_array_equal(recorder.finish(), expected(model, batch))
+
+
+def test_passes_add_up_and_evaluation_does_not_count() -> None:
+    model = make_model("qwen3_moe")
+    batches = [make_batch(seed) for seed in range(3)]
+    with record(model) as recorder:
+        for batch in batches:
+            train(model, batch)
+            with torch.no_grad():
+                model(batch)
+            with torch.inference_mode():
+                model(batch)
+            model.eval()
+            model(batch)
+            model.train()
+        recorder.step()
+        np.testing.assert_array_equal(recorder.finish(), expected(model, *batches))
+        recorder.step()  # nothing ran
+        np.testing.assert_array_equal(recorder.finish(), np.zeros((LAYERS, EXPERTS)))
+    train(model, batches[0])
     recorder.step()
-    expected = routed(model, batch(0))
-    model(input_ids=batch(0)).logits.sum().backward()
-    recorder.step()
-    assert np.array_equal(last(recorder), expected)
-    layer = nn.Module.get_submodule(model, recorder.names[0])
-    layer(torch.zeros(4, 16), torch.zeros(4, 1, dtype=torch.int64), torch.ones(4, 1))  # not a pass of the model
-    recorder.step()
-    counts = recorder.flush()
-    assert counts is not None
-    assert counts.sum() == 0
+    assert not np.any(recorder.finish())  # closed
 
 
-class Own(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(FullyShardedExperts(ExpertShape(4, 4), 3, ExpertGroup()) for _ in range(2))
-
-    def forward(self, hidden: Tensor, index: Tensor) -> Tensor:
-        weight = torch.ones(index.shape)
-        for layer in self.layers:
-            hidden = hidden + checkpoint(layer, hidden, index, weight, use_reentrant=False)
-        return hidden
-
-
-def test_our_own_layers() -> None:
-    model = Own()
-    recorder = record(model)
-    index = torch.tensor([[0, 1], [1, 2], [1, 0]])
-    model(torch.ones(3, 4, requires_grad=True), index).sum().backward()
-    recorder.step()
-    assert np.array_equal(last(recorder), [[2, 3, 1]] * 2)
+def test_a_failed_pass_leaves_the_recorder_usable() -> None:
+    model = make_model("mixtral")
+    with record(model) as recorder:
+        with pytest.raises(ValueError):
+            model()
+        with torch.no_grad():
+            model.model(make_batch())  # not through the module that was given
+        train(model, make_batch())
+        recorder.step()
+        np.testing.assert_array_equal(recorder.finish(), expected(model, make_batch()))
 
 
-# Stand-ins of frameworks that do not run here: what the recorder relies on of each, as its source defines it.
+CHOICES = torch.tensor([[0, 1], [4, 0], [2, 0]])
+TALLY = [3, 1, 1, 0, 1]
 
 
+# Stand-ins with the names, attributes and outputs of the modules that the probes were written from.
 class TopKRouter(nn.Module):
-    """megatron.core.transformer.moe.router.TopKRouter: (probabilities, routing map)."""
-
-    __module__ = "megatron.core.transformer.moe.router"
+    """Megatron-core 005742f: (scores, bool[tokens, experts])."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.num_experts = 3
+        self.config, self.topk = SimpleNamespace(num_moe_experts=EXPERTS), TOP_K
 
-    def routing(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        return logits, torch.zeros_like(logits, dtype=torch.bool).scatter(1, logits.topk(2, dim=1).indices, True)
-
-    def forward(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        return self.routing(logits)
+    def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        chosen = torch.zeros(len(CHOICES), EXPERTS, dtype=torch.bool).scatter(1, CHOICES, True)
+        return chosen * hidden.sum(), chosen
 
 
 class TokenChoiceTopKRouter(nn.Module):
-    """torchtitan.models.common.moe.TokenChoiceTopKRouter: (scores, index, tokens of each expert)."""
-
-    __module__ = "torchtitan.models.common.moe"
+    """torchtitan b5bcd76 and DeepSpeed AutoEP 0.19.8: (scores, int64[tokens, k], ...)."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.num_experts = 3
+        self.num_experts, self.top_k = EXPERTS, TOP_K
 
-    def forward(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        scores, index = logits.topk(2, dim=1)
-        return scores, index, torch.bincount(index.flatten(), minlength=3)
+    def forward(self, hidden: Tensor, expert_bias_E: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        return hidden.sum() * torch.ones(CHOICES.shape), CHOICES, torch.zeros(len(CHOICES), EXPERTS)
+
+
+class GroupedExperts(nn.Module):
+    """torchtitan's experts, which see tokens only after dispatch: not a source of choices."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_experts = EXPERTS
+
+    def forward(self, x_RD: Tensor, num_tokens_per_expert_E: Tensor) -> Tensor:
+        return x_RD
 
 
 class MoE(nn.Module):
-    """deepspeed.moe.layer.MoE: (output, auxiliary loss, exp_counts)."""
-
-    __module__ = "deepspeed.moe.layer"
+    """DeepSpeed 0.19.8, `deepspeed.moe.layer.MoE`: (hidden, loss, int64[experts])."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.num_experts = 3
+        self.num_experts, self.deepspeed_moe = EXPERTS, nn.Identity()
 
-    def forward(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return logits, logits.sum(), torch.bincount(logits.topk(2, dim=1).indices.flatten(), minlength=3)
+    def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return self.deepspeed_moe(hidden), hidden.sum(), torch.tensor(TALLY)
 
 
 @pytest.mark.parametrize("kind", [TopKRouter, TokenChoiceTopKRouter, MoE])
-def test_other_frameworks(kind: type[nn.Module]) -> None:
-    model = nn.Sequential(kind())
-    recorder = record(model)
-    model(torch.tensor([[3.0, 2, 1], [1, 2, 3], [2, 3, 1]]))
-    recorder.step()
-    assert np.array_equal(last(recorder), [[2, 3, 1]])
+@pytest.mark.parametrize("reentrant", [None, False, True])
+def test_layers_of_other_frameworks(kind: type[nn.Module], reentrant: bool | None) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second, self.experts = kind(), kind(), GroupedExperts()
 
-
-def test_a_reader_for_anything_else() -> None:
-    class Chooser(nn.Module):
         def forward(self, hidden: Tensor) -> Tensor:
-            return hidden.argmax(dim=1)
+            for layer in (self.first, self.second):
+                out = layer(hidden) if reentrant is None else checkpoint(layer, hidden, use_reentrant=reentrant)
+                hidden = hidden + out[0].sum()
+            return hidden
 
-    def read(module: nn.Module) -> Observed | None:
-        return Observed(3, lambda a, k, output: output, "index") if isinstance(module, Chooser) else None
-
-    model = nn.Sequential(Chooser())
-    with pytest.raises(ValueError, match="no MoE layer found"):
-        record(model)
-    recorder = record(model, readers=[read])
-    model(torch.eye(3)[[0, 1, 1, -1]])
-    recorder.step()
-    assert np.array_equal(last(recorder), [[1, 2, 1]])
-
-
-def ring(folder: str) -> None:
-    kept = TraceRing(3)
-    for step in range(5):
-        kept.add(np.full((2, 4), 10 * step + dist.get_rank()))
-    kept.save(f"{folder}/run.npz", top_k=2)
+    model = Model()
+    with record(model) as recorder:
+        assert recorder.layers == ("first", "second")
+        model(torch.ones(3, 4, requires_grad=True)).sum().backward()
+        recorder.step()
+        np.testing.assert_array_equal(recorder.finish(), [TALLY, TALLY])
 
 
-def test_the_last_steps_become_a_trace(ranks: Any, tmp_path: Path) -> None:
-    ranks(2, ring, str(tmp_path))
-    trace = Trace.open(tmp_path / "run.npz")
-    assert (trace.first_step, trace.top_k) == (2, 2)
-    counts = np.stack(list(trace.read()))
-    assert counts.shape == (3, 2, 2, 4)
-    assert counts[:, 0, :, 0].tolist() == [[20, 21], [30, 31], [40, 41]]
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of the compiler about itself
+def test_compiled_model() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), ChoosingLayer(), nn.Linear(4, 4))
+    with record(model) as recorder:
+        compiled: Any = torch.compile(model, backend="eager")
+        for _ in range(2):
+            compiled(torch.ones(3, 4)).sum().backward()
+        with torch.no_grad():
+            compiled(torch.ones(3, 4))
+        recorder.step()
+        np.testing.assert_array_equal(recorder.finish(), [2 * np.array(TALLY)])
+
+
+class ChoosingLayer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.router = TokenChoiceTopKRouter()
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return hidden + self.router(hidden)[0].sum()
+
+
+class OwnLayer(nn.Module):
+    def forward(self, chosen: Tensor) -> Tensor:
+        return chosen
+
+
+OWN = Probe(
+    "my layers",
+    lambda module: EXPERTS if isinstance(module, OwnLayer) else None,
+    lambda arguments, named, output: (output, Form.INDEX),
+)
+
+
+def test_a_probe_of_ones_own_and_entries_that_are_no_expert() -> None:
+    model = OwnLayer()
+    with record(model, (OWN, *PROBES)) as recorder:
+        model(torch.tensor([[0, -1], [4, EXPERTS], [4, 3]], dtype=torch.int32))
+        model(torch.zeros(0, 2, dtype=torch.int64))
+        recorder.step()
+        np.testing.assert_array_equal(recorder.finish(), [[1, 0, 0, 1, 2]])
+
+
+def test_what_cannot_be_recorded_is_said() -> None:
+    with pytest.raises(ValueError, match=r"Linear: no MoE layer found in its 1 modules.*transformers 5.*Megatron"):
+        record(nn.Linear(2, 2))
+    other = TokenChoiceTopKRouter()
+    other.num_experts = EXPERTS + 1
+    with pytest.raises(ValueError, match=r"layers differ in experts \(0: 5, 1: 6\)"):
+        record(nn.Sequential(TokenChoiceTopKRouter(), other))
+
+
+def numbered(steps: int) -> Iterator[Int64]:
+    for step in range(steps):
+        yield np.arange(LAYERS * EXPERTS, dtype=np.int64).reshape(LAYERS, EXPERTS) + 100 * step
+
+
+def test_a_trace_holds_the_last_steps(tmp_path: Path) -> None:
+    ring = TraceRing(3, top_k=TOP_K)
+    ring.add(None)
+    with pytest.raises(ValueError, match="no steps"):
+        ring.save(tmp_path / "trace.npz")
+    for counts in numbered(5):
+        ring.add(counts)
+        ring.save(tmp_path / "trace.npz")
+    trace = Trace.open(tmp_path / "trace.npz")
+    assert (trace.first_step, trace.top_k, trace.tokens_per_rank) == (2, TOP_K, None)
+    np.testing.assert_array_equal(list(trace.read()), np.stack(list(numbered(5)))[2:, :, None])
+    assert [path.name for path in tmp_path.iterdir()] == ["trace.npz"]
+
+
+def test_a_trace_of_several_sources(tmp_path: Path) -> None:
+    ring = TraceRing(10, tokens_per_rank=7)
+    steps = [np.stack([counts, counts + 2**31], axis=1) for counts in numbered(2)]
+    for counts in steps:
+        ring.add(counts)
+    with pytest.raises(ValueError, match=r"\(2, 5\): must be \(2, 2, 5\)"):
+        ring.add(steps[0][:, 0])
+    ring.save(tmp_path / "trace.npz")
+    trace = Trace.open(tmp_path / "trace.npz")
+    assert (trace.sources, trace.tokens_per_rank, len(ring)) == (2, 7, 2)
+    np.testing.assert_array_equal(list(trace.read()), steps)
