@@ -132,7 +132,9 @@ def test_arrays_are_frozen_copies() -> None:
 )
 def test_unusual_sizes_are_planned(policy: str, devices: int, slots: int, tokens: list[int]) -> None:
     for nodes in {1, min(2, devices), devices}:
-        problem = Problem(Cluster.uniform(devices, slots, nodes=nodes), Demand.of(tokens))
+        # One source per device, as `traffic` must know where tokens come from.
+        sources = np.array([tokens] + [[0] * len(tokens)] * (devices - 1))
+        problem = Problem(Cluster.uniform(devices, slots, nodes=nodes), Demand.of(sources))
         plan = solve(problem, policy)
         assert plan.split.quota.sum() == sum(tokens)
         assert plan.bound >= 1

@@ -98,8 +98,8 @@ def solver_for(effort: Effort) -> cp_model.CpSolver:
     solver.parameters.interleave_search = effort.threads > 1 and effort.deadline is None
     solver.parameters.random_seed = effort.seed % 2**31
     solver.parameters.relative_gap_limit = effort.gap
-    if effort.deadline is None:
+    if effort.work < np.inf:
         solver.parameters.max_deterministic_time = effort.work
-    else:
+    if effort.deadline is not None:
         solver.parameters.max_time_in_seconds = effort.seconds
     return solver

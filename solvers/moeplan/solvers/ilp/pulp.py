@@ -118,12 +118,14 @@ def _solver(name: str, effort: Effort, hinted: bool) -> Any:
     if known == "HiGHS":
         silence()
         options: dict[str, Any] = {"random_seed": effort.seed % 2**31}
-        if seconds is None:
+        if effort.work < np.inf:
             options["mip_max_nodes"] = max(1, int(effort.work * NODES_PER_WORK))
         highs = _WarmHiGHS if hinted else _HiGHS
         return highs(msg=False, threads=effort.threads, timeLimit=seconds, gapRel=effort.gap, **options)
     if known == "PULP_CBC_CMD":
-        limits = {"maxNodes": max(1, int(effort.work * NODES_PER_WORK))} if seconds is None else {"timeLimit": seconds}
+        limits: dict[str, Any] = {} if seconds is None else {"timeLimit": seconds}
+        if effort.work < np.inf:
+            limits["maxNodes"] = max(1, int(effort.work * NODES_PER_WORK))
         # The class PULP_CBC_CMD warns of PuLP 4, which does not bring CBC; its program is what we are after.
         path = pulp.PULP_CBC_CMD.pulp_cbc_path
         return pulp.COIN_CMD(

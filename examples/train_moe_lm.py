@@ -1,0 +1,239 @@
+"""Train a small Mixture-of-Experts language model on bytes, with static expert parallelism or with moeplan.
+
+    torchrun --nproc-per-node 2 examples/train_moe_lm.py --mode static
+    moeplan serve &
+    torchrun --nproc-per-node 2 examples/train_moe_lm.py --mode planned --planner 127.0.0.1:7433
+    torchrun --nproc-per-node 4 examples/train_moe_lm.py --mode spill
+
+The text is what every Python has: the sources of its standard library, and its documentation. The kind of text changes
+every `--shift` steps, and with it the experts that are busy. No loss balances them.
+
+``static`` is plain expert parallelism: each expert at home on one rank. ``spill`` lends experts to idle ranks, planned
+in each pass from exact counts. ``planned`` shards every expert over the ranks, and a planner's daemon decides which
+rank computes which; without a daemon it trains all the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import sysconfig
+import time
+from collections.abc import Iterator, Sequence
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional
+
+from moeplan.runtime_client.errors import AgreementError
+from moeplan.runtime_client.ffn import ExpertShape
+from moeplan.runtime_client.fsep import FullyShardedExperts, chain
+from moeplan.runtime_client.group import ExpertGroup
+from moeplan.runtime_client.lending import LoanBuffer
+from moeplan.runtime_client.recorder import record
+from moeplan.runtime_client.session import PlannerSession
+from moeplan.runtime_client.spilling import ResidentExperts
+from moeplan.solvers import Layout
+from moeplan.solvers.arrays import Int64
+from moeplan.solvers.spill import QuotaPlanner, SpillOptions
+from moeplan.v1 import job_pb2
+
+HIDDEN, WIDTH, HEADS, BLOCKS, TOP_K = 128, 512, 4, 2, 2
+SEQUENCE, SEQUENCES = 128, 12  # of a rank
+Experts = FullyShardedExperts | ResidentExperts
+
+
+class Block(nn.Module):
+    """Attention, then experts."""
+
+    def __init__(self, experts: Experts) -> None:
+        super().__init__()
+        self.attention_norm, self.expert_norm = nn.LayerNorm(HIDDEN), nn.LayerNorm(HIDDEN)
+        self.inputs, self.outputs = nn.Linear(HIDDEN, 3 * HIDDEN), nn.Linear(HIDDEN, HIDDEN)
+        self.router = nn.Linear(HIDDEN, experts.experts, bias=False)
+        self.experts = experts
+
+    def forward(self, hidden_bsh: Tensor) -> Tensor:
+        """[batch, sequence, hidden] to the same."""
+        heads = self.inputs(self.attention_norm(hidden_bsh)).unflatten(-1, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)
+        query, key, value = heads
+        mixed = functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+        hidden_bsh = hidden_bsh + self.outputs(mixed.transpose(1, 2).flatten(2))
+        tokens_th = self.expert_norm(hidden_bsh).flatten(0, 1)
+        weight_tk, index_tk = self.router(tokens_th).softmax(dim=-1).topk(TOP_K)
+        weight_tk = weight_tk / weight_tk.sum(dim=-1, keepdim=True)
+        return hidden_bsh + self.experts(tokens_th, index_tk, weight_tk).view_as(hidden_bsh)
+
+
+class Model(nn.Module):
+    """A causal language model on bytes."""
+
+    def __init__(self, layers: Sequence[Experts]) -> None:
+        super().__init__()
+        self.embedding, self.position = nn.Embedding(256, HIDDEN), nn.Embedding(SEQUENCE, HIDDEN)
+        self.blocks = nn.ModuleList(Block(experts) for experts in layers)
+        self.norm, self.head = nn.LayerNorm(HIDDEN), nn.Linear(HIDDEN, 256)
+
+    def forward(self, text_bs: Tensor) -> Tensor:
+        """Mean loss of predicting each next byte of int64[batch, sequence + 1]."""
+        hidden_bsh = self.embedding(text_bs[:, :-1]) + self.position.weight
+        for block in self.blocks:
+            hidden_bsh = block(hidden_bsh)
+        return functional.cross_entropy(self.head(self.norm(hidden_bsh)).flatten(0, 1), text_bs[:, 1:].flatten())
+
+
+def read_domains() -> list[np.ndarray[tuple[int], np.dtype[np.uint8]]]:
+    """Bytes of each kind of text: programs, prose, tables of characters, tests of numbers."""
+    library = Path(sysconfig.get_paths()["stdlib"])
+    import pydoc_data.topics
+
+    prose = "\n".join(pydoc_data.topics.topics.values()).encode()
+    programs = b"".join(path.read_bytes() for path in sorted(library.glob("*.py"))[:60])
+    tables = b"".join(path.read_bytes() for path in sorted((library / "encodings").glob("cp*.py")))
+    page = b"".join(path.read_bytes() for path in sorted((library / "idlelib").glob("*.html")))
+    kinds = [programs, prose, tables, page or bytes(reversed(prose))]
+    return [np.frombuffer(kind, np.uint8) for kind in kinds]
+
+
+def batches(rank: int, ranks: int, shift: int) -> Iterator[Tensor]:
+    """int64[batch, sequence + 1] of this rank, for ever; the kind of text changes every `shift` steps."""
+    domains = read_domains()
+    step = 0
+    while True:
+        text = domains[step // shift % len(domains)]
+        rng = np.random.default_rng([step, rank, ranks])
+        starts = rng.integers(0, len(text) - SEQUENCE - 1, SEQUENCES)
+        yield torch.from_numpy(np.stack([text[start : start + SEQUENCE + 1] for start in starts]).astype(np.int64))
+        step += 1
+
+
+def make_layers(mode: str, experts: int, group: ExpertGroup) -> list[Experts]:
+    """The experts of each block, with the same weights in every mode and on any number of ranks."""
+    shape, buffer = ExpertShape(HIDDEN, WIDTH), LoanBuffer()
+    layers: list[Experts] = []
+    for block in range(BLOCKS):
+        layer: Experts
+        if mode == "planned":
+            layer = FullyShardedExperts(shape, experts, group)
+        else:
+            spare = 2 if mode == "spill" else 0
+            planner = QuotaPlanner(SpillOptions.uniform(experts, group.size, spare), group.size)
+            layer = ResidentExperts(shape, experts, group, planner=planner, buffer=buffer)
+        flat = torch.empty(experts, shape.elements)
+        layer.load_experts(0, flat.normal_(0, 0.03, generator=torch.Generator().manual_seed(block)))
+        layers.append(layer)
+    chain([layer for layer in layers if isinstance(layer, FullyShardedExperts)])
+    return layers
+
+
+def device_loads(layer: Experts, counts: Int64) -> Int64:
+    """int64[devices]: tokens that each rank computed, from counts int64[devices, experts]."""
+    if isinstance(layer, FullyShardedExperts):
+        return layer.split(layer.layout.slots, counts.sum(axis=0)).sum(axis=1)
+    return layer.planner.plan(counts).load.copy()
+
+
+def main() -> None:
+    """Train; the first rank writes one line of JSON per step."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--mode", choices=("static", "spill", "planned"), default="static")
+    parser.add_argument("--planner", help="address of the daemon, with --mode planned")
+    parser.add_argument("--job", default="train-moe-lm", help="id of the job at the daemon")
+    parser.add_argument("--steps", type=int, default=80)
+    parser.add_argument("--shift", type=int, default=20, help="steps of one kind of text")
+    parser.add_argument("--experts", type=int, default=8)
+    parser.add_argument("--out", type=Path, help="file for the lines; standard output by default")
+    arguments = parser.parse_args()
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", timeout=timedelta(minutes=2))
+    group = ExpertGroup.create()
+    assert group is not None
+    torch.manual_seed(0)
+    layers = make_layers(arguments.mode, arguments.experts, group)
+    model = Model(layers)
+    shared = [weight for name, weight in model.named_parameters() if ".experts." not in name]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    session = connect(arguments, layers, group) if arguments.mode == "planned" and arguments.planner else None
+    recorder = record(model)
+    text = batches(group.rank, group.size, arguments.shift)
+    lines = arguments.out.open("w") if arguments.out and group.rank == 0 else sys.stdout
+    try:
+        for step in range(arguments.steps):
+            start = time.perf_counter()
+            loss = model(next(text))
+            loss.backward()
+            average(model, shared, group)
+            optimizer.step()
+            optimizer.zero_grad()
+            seconds = time.perf_counter() - start
+            recorder.step()
+            counts = recorder.finish()
+            assert counts is not None
+            everyone = [torch.empty(counts.shape, dtype=torch.int64) for _ in range(group.size)]
+            dist.all_gather(everyone, torch.from_numpy(counts))
+            table = torch.stack(everyone, dim=1).numpy()
+            loads = [device_loads(layer, counts) for layer, counts in zip(layers, table, strict=True)]
+            mean_loss = loss.detach() / group.size
+            dist.all_reduce(mean_loss)
+            if group.rank == 0:
+                line = {
+                    "step": step,
+                    "loss": float(mean_loss),
+                    "seconds": seconds,
+                    "tokens_per_second": group.size * SEQUENCES * SEQUENCE / seconds,
+                    "imbalance": float(np.mean([load.max() / load.mean() for load in loads])),
+                    "version": 0 if session is None else session.version,
+                }
+                print(json.dumps(line), file=lines, flush=True)
+            if session is not None:
+                session.step(counts)
+        if session is not None:
+            session.close()
+    except AgreementError as error:
+        print(f"rank {group.rank}: {error}", file=sys.stderr)
+        sys.exit(1)
+    finally:
+        recorder.close()
+    dist.destroy_process_group()
+
+
+def connect(arguments: argparse.Namespace, layers: Sequence[Experts], group: ExpertGroup) -> PlannerSession:
+    """A session with the daemon: a new plan from the last steps whenever there is a better one, as moving is free."""
+    sharded = [layer for layer in layers if isinstance(layer, FullyShardedExperts)]
+
+    def apply(layouts: Sequence[Layout]) -> None:
+        for layer, layout in zip(sharded, layouts, strict=True):
+            layer.layout = layout
+
+    slots = -(-arguments.experts // group.size) + 1
+    job = job_pb2.Job(forecast=job_pb2.Forecast(window_steps=4))
+    return PlannerSession(
+        arguments.planner,
+        arguments.job,
+        [layer.layout for layer in sharded],
+        apply,
+        slots=slots,
+        job=job,
+        timeout=timedelta(minutes=2),
+    )
+
+
+def average(model: nn.Module, shared: Sequence[nn.Parameter], group: ExpertGroup) -> None:
+    """Average gradients over the ranks; those of experts hold the tokens of all ranks already."""
+    flat = torch.cat([weight.grad.flatten() for weight in shared if weight.grad is not None])
+    dist.all_reduce(flat)
+    for weight, part in zip(shared, flat.split([weight.numel() for weight in shared]), strict=True):
+        weight.grad = part.view_as(weight) / group.size
+    for name, weight in model.named_parameters():
+        if ".experts." in name and weight.grad is not None:
+            weight.grad /= group.size
+
+
+if __name__ == "__main__":
+    main()
