@@ -1,50 +1,188 @@
-"""The demo: policies compared on a real trace, and what the numbers mean.
+"""The demo: the same model trained with static expert parallelism and with moeplan, on two ranks of this machine.
 
-    python examples/demo.py
+    python examples/demo.py [--steps N]
 
-It runs ``moeplan compare examples/traces/moe-e64-cut.npz --devices 16 --slots 5 --max-moves 8 --format json``.
+It starts a planner's daemon with its embedded store, runs ``train_moe_lm.py`` under torchrun, once as usual and twice
+with moeplan, and ends with a table and a picture, ``moeplan-demo.png``, in the folder where it was started.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
+import os
+import statistics
 import subprocess
 import sys
+import tempfile
+import threading
+import time
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from moeplan.planner.compare import Comparison
-from moeplan.planner.comparison_table import show_comparison
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
 
-TRACE = Path(__file__).parent / "traces" / "moe-e64-cut.npz"
-OPTIONS = ["--devices", "16", "--slots", "5", "--max-moves", "8"]
+TRAIN = Path(__file__).with_name("train_moe_lm.py")
+PICTURE = Path("moeplan-demo.png")
+RANKS, SHIFT, START_S, RUN_S = 2, 20, 180, 600
+WAYS = {
+    "static": "static expert parallelism",
+    "spill": "moeplan: spilling",
+    "planned": "moeplan: planned, sharded",
+}
+CONSOLE = Console()
+Line = dict[str, float]
 
 
 def main() -> None:
-    """Compare as a user would, show the table, and explain it in three sentences."""
-    print(f"$ moeplan compare {TRACE.relative_to(TRACE.parents[2])} {' '.join(OPTIONS)}\n", flush=True)
-    command = [sys.executable, "-m", "moeplan.planner.cli", "compare", str(TRACE), *OPTIONS, "--format", "json"]
-    comparison: Comparison = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
-    show_comparison(
-        "64 experts on 16 ranks with 5 slots each: plan from 10 steps, judge on the next, every 20 steps", comparison
-    )
-    explain(comparison)
+    """Train three times, then show."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--steps", type=int, default=80)
+    steps = parser.parse_args().steps
+    runs: dict[str, list[Line]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        started = planner(Path(folder))
+        with CONSOLE.status("starting the planner (the first time, its kernels are compiled)"):
+            address = next(started)
+        print(f"$ moeplan serve        listening on {address}\n")
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, TextColumn("{task.fields[note]}"), console=CONSOLE) as progress:
+            for mode, name in WAYS.items():
+                task = progress.add_task(f"{name:<26}", total=steps, note="")
+                runs[mode] = []
+                for line in train(mode, steps, address, Path(folder)):
+                    runs[mode].append(line)
+                    note = f"loss {line['loss']:.3f}  imbalance {line['imbalance']:.2f}"
+                    progress.update(task, completed=line["step"] + 1, note=note)
+        started.close()
+    show(runs)
+    draw(runs, PICTURE)
+    print(f"\n{PICTURE} shows imbalance, loss and time of every step.")
 
 
-def explain(comparison: Comparison) -> None:
-    """What the table means."""
-    rows = {row["policy"]: row for row in comparison["policies"]}
-    static, eplb, hybrid = (rows[name]["next_step"] for name in ("static", "eplb", "hybrid"))
-    moved = {name: f"{row['moved_fraction']['mean']:.0%}" for name, row in rows.items()}
+@contextmanager
+def stopping(process: subprocess.Popen[str]) -> Iterator[subprocess.Popen[str]]:
+    """End a process, whatever happens."""
+    try:
+        yield process
+    finally:
+        process.terminate()
+        try:
+            process.wait(20)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def planner(folder: Path) -> Generator[str, None, None]:
+    """Run a daemon; its address."""
+    command = [sys.executable, "-m", "moeplan.planner.cli", "serve", "--data", str(folder / "planner")]
+    command += ["--listen", "127.0.0.1:0", "--metrics", "127.0.0.1:0"]
+    with stopping(subprocess.Popen(command, stderr=subprocess.PIPE, text=True)) as process:
+        assert process.stderr is not None
+        watchdog = threading.Timer(START_S, process.kill)
+        watchdog.start()
+        address = ""
+        for text in process.stderr:
+            event = json.loads(text)
+            address = event.get("address", address) if event.get("event") == "serving" else address
+            if event.get("event") == "workers ready":
+                break
+        else:
+            raise SystemExit(f"the planner did not start within {START_S} s")
+        watchdog.cancel()
+        threading.Thread(target=process.stderr.read, daemon=True).start()  # so that its log never fills the pipe
+        yield address
+
+
+def train(mode: str, steps: int, address: str, folder: Path) -> Iterator[Line]:
+    """Run the example; its lines as they come."""
+    out = folder / f"{mode}.jsonl"
+    out.touch()
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(RANKS)]
+    command += [str(TRAIN), "--mode", mode, "--steps", str(steps), "--shift", str(SHIFT), "--out", str(out)]
+    if mode == "planned":
+        command += ["--planner", address]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with (folder / f"{mode}.log").open("w+") as log, out.open() as lines:
+        run: Any = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, text=True, env=environment)
+        with stopping(run) as process:
+            end, part = time.monotonic() + RUN_S, ""
+            while True:
+                over = process.poll() is not None
+                part += lines.read()
+                *whole, part = part.split("\n")
+                yield from map(json.loads, whole)
+                if over:
+                    break
+                if time.monotonic() > end:
+                    raise SystemExit(f"training took more than {RUN_S} s")
+                time.sleep(0.1)
+        if process.returncode:
+            log.seek(0)
+            raise SystemExit(log.read())
+
+
+def show(runs: dict[str, list[Line]]) -> None:
+    """The table, and what it means."""
+    table = Table(title=f"the same model and text on {RANKS} ranks", title_justify="left")
+    for column in ("", *(WAYS[mode] for mode in runs)):
+        table.add_column(column, justify="left" if not column else "right")
+    later = {mode: lines[len(lines) // 2 :] for mode, lines in runs.items()}
+
+    def row(name: str, values: Sequence[str]) -> None:
+        table.add_row(name, *values)
+
+    def mean(key: str) -> list[float]:
+        return [statistics.mean(line[key] for line in lines) for lines in later.values()]
+
+    row("imbalance, second half", [f"{value:.3f}" for value in mean("imbalance")])
+    row("  its largest", [f"{max(line['imbalance'] for line in lines):.3f}" for lines in later.values()])
+    seconds = [statistics.median(line["seconds"] for line in lines) for lines in later.values()]
+    row("ms per step, second half (median)", [f"{value * 1e3:.0f}" for value in seconds])
+    speed = [statistics.median(line["tokens_per_second"] for line in lines) for lines in later.values()]
+    row("tokens per second", [f"{value:,.0f}" for value in speed])
+    row("layouts applied", [f"{lines[-1]['version']:.0f}" for lines in runs.values()])
+    row("loss at the end", [f"{lines[-1]['loss']:.4f}" for lines in runs.values()])
+    CONSOLE.print(table)
+    losses = [[line["loss"] for line in lines] for lines in runs.values()]
+    apart = max(max(step) - min(step) for step in zip(*losses, strict=True))
+    before, *after = mean("imbalance")
+    less = [f"{1 - value / seconds[0]:+.0%}" for value in seconds[1:]]
     print(
-        f"\nWith experts in order, the slowest of 16 ranks computes {static['optimal']['mean']:.2f} times the average "
-        f"load, so every layer takes that much longer than it must.\n"
-        f"EPLB, re-planned every 20 steps, brings the step after its window to {eplb['even']['mean']:.2f} and copies "
-        f"{moved['eplb']} of all replicas each time; moeplan's hybrid reaches {hybrid['optimal']['mean']:.2f} and "
-        f"copies {moved['hybrid']}.\n"
-        f"On the steps that it planned from, hybrid is proven to be within "
-        f"{rows['hybrid']['gap_to_bound']['mean']:.1%} of the best that any layout and split could do; the rest is how "
-        f"far the load moved on."
+        f"With static expert parallelism the busier rank computes {before:.2f} times the average, with moeplan "
+        f"{after[0]:.2f} and {after[1]:.2f} times.\n"
+        f"Where an expert is computed does not change what it learns: the losses are within {apart:.0e}.\n"
+        f"Time saved per step here, on cores that ranks and planner share: {less[0]} by spilling, {less[1]} by fully "
+        "sharded\nexperts, which also spread the optimizer state, and gather weights in every pass for it."
     )
+
+
+def draw(runs: dict[str, list[Line]], path: Path) -> None:
+    """Imbalance, loss and time of a step, one above the other."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(3, 1, figsize=(8, 8), sharex=True, layout="constrained")
+    for axis, (key, label) in zip(
+        axes, [("imbalance", "max / mean load"), ("loss", "loss"), ("seconds", "seconds per step")], strict=True
+    ):
+        for (mode, lines), style in zip(runs.items(), ("-", ":", "--"), strict=True):
+            axis.plot([line["step"] for line in lines], [line[key] for line in lines], style, label=WAYS[mode])
+        for shift in range(SHIFT, len(runs["static"]), SHIFT):
+            axis.axvline(shift, color="0.85", zorder=0)
+        axis.set_ylabel(label)
+    axes[2].set_ylim(0, 2 * statistics.median(line["seconds"] for lines in runs.values() for line in lines))
+    axes[0].legend(title=f"grey: the kind of text changes (every {SHIFT} steps)")
+    axes[2].set_xlabel("step")
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
 
 
 if __name__ == "__main__":

@@ -41,10 +41,10 @@ from moeplan.runtime_client.spilling import ResidentExperts
 from moeplan.solvers import Layout
 from moeplan.solvers.arrays import Int64
 from moeplan.solvers.spill import QuotaPlanner, SpillOptions
-from moeplan.v1 import job_pb2
+from moeplan.v1 import job_pb2, problem_pb2
 
 HIDDEN, WIDTH, HEADS, BLOCKS, TOP_K = 128, 512, 4, 2, 2
-SEQUENCE, SEQUENCES = 128, 12  # of a rank
+SEQUENCE, SEQUENCES = 128, 24  # of a rank
 Experts = FullyShardedExperts | ResidentExperts
 
 
@@ -204,7 +204,7 @@ def main() -> None:
 
 
 def connect(arguments: argparse.Namespace, layers: Sequence[Experts], group: ExpertGroup) -> PlannerSession:
-    """A session with the daemon: a new plan from the last steps whenever there is a better one, as moving is free."""
+    """A session with the daemon: new layouts from the last steps whenever they are better, as moving is free."""
     sharded = [layer for layer in layers if isinstance(layer, FullyShardedExperts)]
 
     def apply(layouts: Sequence[Layout]) -> None:
@@ -212,7 +212,12 @@ def connect(arguments: argparse.Namespace, layers: Sequence[Experts], group: Exp
             layer.layout = layout
 
     slots = -(-arguments.experts // group.size) + 1
-    job = job_pb2.Job(forecast=job_pb2.Forecast(window_steps=4))
+    # Few candidates and a look at every fifth step: here the daemon has no cores of its own.
+    job = job_pb2.Job(
+        forecast=job_pb2.Forecast(window_steps=4),
+        replan=job_pb2.Replan(every_steps=5),
+        parameters=problem_pb2.SolveParameters(work_limit=500),
+    )
     return PlannerSession(
         arguments.planner,
         arguments.job,

@@ -1,0 +1,51 @@
+"""Policies compared on a real trace, and what the numbers mean.
+
+    python examples/compare_policies.py
+
+It runs ``moeplan compare examples/traces/moe-e64-cut.npz --devices 16 --slots 5 --max-moves 8 --format json``.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from moeplan.planner.compare import Comparison
+from moeplan.planner.comparison_table import show_comparison
+
+TRACE = Path(__file__).parent / "traces" / "moe-e64-cut.npz"
+OPTIONS = ["--devices", "16", "--slots", "5", "--max-moves", "8"]
+
+
+def main() -> None:
+    """Compare as a user would, show the table, and explain it in three sentences."""
+    print(f"$ moeplan compare {TRACE.relative_to(TRACE.parents[2])} {' '.join(OPTIONS)}\n", flush=True)
+    command = [sys.executable, "-m", "moeplan.planner.cli", "compare", str(TRACE), *OPTIONS, "--format", "json"]
+    comparison: Comparison = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
+    show_comparison(
+        "64 experts on 16 ranks with 5 slots each: plan from 10 steps, judge on the next, every 20 steps", comparison
+    )
+    explain(comparison)
+
+
+def explain(comparison: Comparison) -> None:
+    """What the table means."""
+    rows = {row["policy"]: row for row in comparison["policies"]}
+    static, eplb, hybrid = (rows[name]["next_step"] for name in ("static", "eplb", "hybrid"))
+    moved = {name: f"{row['moved_fraction']['mean']:.0%}" for name, row in rows.items()}
+    print(
+        f"\nWith experts in order, the slowest of 16 ranks computes {static['optimal']['mean']:.2f} times the average "
+        f"load, so every layer takes that much longer than it must.\n"
+        f"EPLB, re-planned every 20 steps, brings the step after its window to {eplb['even']['mean']:.2f} and copies "
+        f"{moved['eplb']} of all replicas each time; moeplan's hybrid reaches {hybrid['optimal']['mean']:.2f} and "
+        f"copies {moved['hybrid']}.\n"
+        f"On the steps that it planned from, hybrid is proven to be within "
+        f"{rows['hybrid']['gap_to_bound']['mean']:.1%} of the best that any layout and split could do; the rest is how "
+        f"far the load moved on."
+    )
+
+
+if __name__ == "__main__":
+    main()
