@@ -246,6 +246,9 @@ def read_parameters(message: problem_pb2.SolveParameters) -> SolveParameters:
         traffic_tolerance=(
             message.traffic_tolerance if message.HasField("traffic_tolerance") else _DEFAULTS.traffic_tolerance
         ),
+        solver=message.solver or _DEFAULTS.solver,
+        threads=message.threads or _DEFAULTS.threads,
+        prove=message.prove,
     )
 
 
@@ -257,6 +260,9 @@ def write_parameters(parameters: SolveParameters) -> problem_pb2.SolveParameters
         target_gap=parameters.target_gap,
         seed=parameters.seed,
         traffic_tolerance=parameters.traffic_tolerance,
+        solver=parameters.solver,
+        threads=parameters.threads,
+        prove=parameters.prove,
     )
 
 
