@@ -117,6 +117,12 @@ def write_array(array: npt.NDArray[Any]) -> tensor_pb2.Tensor:
     )
 
 
+def _write_tokens(tokens: Int64) -> tensor_pb2.Tensor:
+    """Counts in half the bytes where they allow it: messages under 64 KiB need no second round trip for room."""
+    small = tokens.size and tokens.max() <= np.iinfo(np.int32).max
+    return write_array(tokens.astype(np.int32) if small else tokens)
+
+
 def read_layout(name: str, tensor: tensor_pb2.Tensor, experts: int) -> Layout:
     """A layout.
 
@@ -179,6 +185,12 @@ def read_expert(message: problem_pb2.ExpertSpec) -> ExpertSpec:
     Raises:
         ProblemError: a field is out of range.
     """
+    return _expert(message.SerializeToString())
+
+
+@lru_cache(maxsize=8)
+def _expert(serialized: bytes) -> ExpertSpec:
+    message = problem_pb2.ExpertSpec.FromString(serialized)
     return ExpertSpec(
         weight_bytes=message.weight_bytes,
         state_bytes=message.state_bytes,
@@ -223,7 +235,7 @@ def write_problem(problem: Problem) -> problem_pb2.Problem:
     """The message of a problem."""
     return problem_pb2.Problem(
         cluster=write_cluster(problem.cluster),
-        demand=problem_pb2.Demand(tokens=write_array(problem.demand.tokens), weights=problem.demand.weights.tolist()),
+        demand=problem_pb2.Demand(tokens=_write_tokens(problem.demand.tokens), weights=problem.demand.weights.tolist()),
         expert=write_expert(problem.expert),
         current=None if problem.current is None else write_array(problem.current.slots),
         max_moves=problem.max_moves,
@@ -246,6 +258,9 @@ def read_parameters(message: problem_pb2.SolveParameters) -> SolveParameters:
         traffic_tolerance=(
             message.traffic_tolerance if message.HasField("traffic_tolerance") else _DEFAULTS.traffic_tolerance
         ),
+        solver=message.solver or _DEFAULTS.solver,
+        threads=message.threads or _DEFAULTS.threads,
+        prove=message.prove,
     )
 
 
@@ -257,6 +272,9 @@ def write_parameters(parameters: SolveParameters) -> problem_pb2.SolveParameters
         target_gap=parameters.target_gap,
         seed=parameters.seed,
         traffic_tolerance=parameters.traffic_tolerance,
+        solver=parameters.solver,
+        threads=parameters.threads,
+        prove=parameters.prove,
     )
 
 

@@ -241,6 +241,9 @@ class SolveParameters(_message.Message):
     TARGET_GAP_FIELD_NUMBER: _builtins.int
     SEED_FIELD_NUMBER: _builtins.int
     TRAFFIC_TOLERANCE_FIELD_NUMBER: _builtins.int
+    SOLVER_FIELD_NUMBER: _builtins.int
+    THREADS_FIELD_NUMBER: _builtins.int
+    PROVE_FIELD_NUMBER: _builtins.int
     work_limit: _builtins.int
     """Candidate layouts that a local search may score, at least 0; the solvers' default if absent."""
     target_gap: _builtins.float
@@ -251,6 +254,14 @@ class SolveParameters(_message.Message):
     """How much larger than the best found for load alone the policy "traffic" may make the largest load, as a fraction, at
     least 0; the solvers' default if absent.
     """
+    solver: _builtins.str
+    """What exact models are given to: "cpsat", "highs", "cbc", or another solver that PuLP finds on the server; "cpsat" if
+    empty.
+    """
+    threads: _builtins.int
+    """Threads of that solver, 1 to 1,024; 1 if 0."""
+    prove: _builtins.bool
+    """Also spend time on a stronger bound, where the quick ones leave a gap."""
     @_builtins.property
     def deadline(self) -> _duration_pb2.Duration:
         """Time for the solve, above 0. The call's own deadline and the server's limit bound it further."""
@@ -263,10 +274,13 @@ class SolveParameters(_message.Message):
         target_gap: _builtins.float | None = ...,
         seed: _builtins.int = ...,
         traffic_tolerance: _builtins.float | None = ...,
+        solver: _builtins.str = ...,
+        threads: _builtins.int = ...,
+        prove: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_target_gap", b"_target_gap", "_traffic_tolerance", b"_traffic_tolerance", "_work_limit", b"_work_limit", "deadline", b"deadline", "target_gap", b"target_gap", "traffic_tolerance", b"traffic_tolerance", "work_limit", b"work_limit"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_target_gap", b"_target_gap", "_traffic_tolerance", b"_traffic_tolerance", "_work_limit", b"_work_limit", "deadline", b"deadline", "seed", b"seed", "target_gap", b"target_gap", "traffic_tolerance", b"traffic_tolerance", "work_limit", b"work_limit"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_target_gap", b"_target_gap", "_traffic_tolerance", b"_traffic_tolerance", "_work_limit", b"_work_limit", "deadline", b"deadline", "prove", b"prove", "seed", b"seed", "solver", b"solver", "target_gap", b"target_gap", "threads", b"threads", "traffic_tolerance", b"traffic_tolerance", "work_limit", b"work_limit"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__target_gap: _TypeAlias = _typing.Literal["target_gap"]  # noqa: Y015
     _WhichOneofArgType__target_gap: _TypeAlias = _typing.Literal["_target_gap", b"_target_gap"]  # noqa: Y015
