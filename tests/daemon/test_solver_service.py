@@ -15,7 +15,19 @@ from tests.daemon.harness import WAIT_S, DaemonProcess, children, eventually, sm
 
 from moeplan.planner import wire
 from moeplan.planner.client import Client, DeadlineError, InvalidRequestError, PreconditionError, UnavailableError
-from moeplan.solvers import Cluster, Demand, Layout, Problem, SolveParameters, available_policies, evaluate, solve
+from moeplan.solvers import (
+    Cluster,
+    Constraints,
+    Demand,
+    ExpertSpec,
+    Layout,
+    Problem,
+    ProblemError,
+    SolveParameters,
+    available_policies,
+    evaluate,
+    solve,
+)
 from moeplan.v1 import problem_pb2, solver_pb2, tensor_pb2
 
 
@@ -256,3 +268,29 @@ def test_the_loop_is_free_while_workers_solve(client: Client) -> None:
         answers += 1
     thread.join(WAIT_S)
     assert answers > 20
+
+
+def test_constraints_and_failed_devices_travel(client: Client) -> None:
+    current = Layout.contiguous(8, [3, 3, 3, 3])
+    limits = Constraints(forbidden=np.array([[0, 1]]), pinned=np.array([[7, 2]]), min_tokens=3, device_move_bytes=20)
+    problem = Problem(
+        Cluster.uniform(4, 3, nodes=2),
+        Demand.of(np.arange(1, 65).reshape(2, 4, 8)),
+        ExpertSpec(weight_bytes=10),
+        current=current,
+        constraints=limits,
+        tail=0.5,
+    ).without([0])
+    there = wire.read_problem(wire.write_problem(problem))
+    assert there.constraints.names == limits.names
+    assert there.tail == 0.5
+    assert np.array_equal(there.rules.held, problem.rules.held)
+    [plan] = client.solve([problem])
+    layout = wire.read_array("layout", plan.layout)
+    assert np.array_equal(layout, solve(problem).layout.slots)
+    assert (layout[0] == -1).all()
+    assert 7 in layout[2]
+    message = wire.write_problem(small_problem())
+    message.failed.append(9)
+    with pytest.raises(ProblemError, match=r"failed\[0\] = 9: must be"):
+        wire.read_problem(message)

@@ -24,6 +24,7 @@ from moeplan.solvers import (
     SolveParameters,
     available_policies,
     evaluate,
+    share_slots,
     solve,
 )
 from moeplan.solvers.arrays import Int64
@@ -273,3 +274,26 @@ def test_a_given_layout_is_judged_by_the_same_limits() -> None:
     with pytest.raises(ProblemError, match="expert 5 on device 0: must be there"):
         evaluate(problem, Layout.contiguous(6, problem.capacity))
     assert split(problem, Layout.contiguous(6, problem.capacity), "even").quota.sum() == 21
+
+
+def test_slots_are_shared_over_layers_for_the_least_sum() -> None:
+    """Two flat layers and a skewed one: the budget goes where it helps, as trying all divisions confirms."""
+    rng = np.random.default_rng(5)
+    layers = [
+        rng.integers(90, 110, (1, 1, 12)),
+        rng.integers(90, 110, (1, 1, 12)),
+        rng.integers(1, 1000, (1, 1, 12)) ** 2,
+    ]
+    problems = [Problem(Cluster.uniform(4, 4), Demand.of(loads)) for loads in layers]
+    shares = share_slots(problems, 11)
+    assert shares.slots.sum() <= 11
+    assert shares.slots[2] == 5
+    best = np.inf
+    for slots in itertools.product((3, 4, 5), repeat=3):
+        if sum(slots) <= 11:
+            plans = [solve(replace(p, cluster=Cluster.uniform(4, n))) for p, n in zip(problems, slots, strict=True)]
+            best = min(best, sum(float(p.split.device_loads().max()) for p in plans))
+    assert shares.level == pytest.approx(best)
+    assert shares.level <= shares.even_level
+    with pytest.raises(InfeasibleError, match="needs 9 slots per device over 3 layers"):
+        share_slots(problems, 8)

@@ -16,6 +16,7 @@ from google.protobuf.duration_pb2 import Duration
 
 from moeplan.solvers.arrays import MAX_TOKENS, Int64
 from moeplan.solvers.cluster import Cluster, Link
+from moeplan.solvers.constraints import Constraints
 from moeplan.solvers.demand import Demand
 from moeplan.solvers.errors import ProblemError
 from moeplan.solvers.layout import Layout
@@ -221,14 +222,60 @@ def read_problem(message: problem_pb2.Problem) -> Problem:
     if tokens.dtype.kind == "f":  # whole numbers all the same
         tokens = read_counts("demand.tokens", message.demand.tokens)
     demand = Demand.of(tokens, list(message.demand.weights) or None)
-    return Problem(
+    problem = Problem(
         cluster=read_cluster(message.cluster),
         demand=demand,
         expert=read_expert(message.expert),
-        current=read_layout("current", message.current, demand.experts) if message.HasField("current") else None,
+        current=_read_current(message.current, demand.experts) if message.HasField("current") else None,
         max_moves=message.max_moves if message.HasField("max_moves") else None,
         groups=message.groups or 1,
+        tail=message.tail if message.HasField("tail") else 1.0,
+        constraints=_read_constraints(message.constraints),
     )
+    return problem.without(message.failed) if message.failed else problem
+
+
+def _read_constraints(message: problem_pb2.Constraints) -> Constraints:
+    with field("constraints"):
+        pairs = {
+            name: read_array(name, getattr(message, name)) for name in ("forbidden", "pinned") if message.HasField(name)
+        }
+    return Constraints(
+        **pairs,
+        domain=np.array(message.domain, np.int32) if message.domain else None,
+        groups_on_node=message.groups_on_node,
+        min_tokens=message.min_tokens,
+        device_move_bytes=message.device_move_bytes if message.HasField("device_move_bytes") else None,
+        node_move_bytes=message.node_move_bytes if message.HasField("node_move_bytes") else None,
+    )
+
+
+def _write_constraints(constraints: Constraints) -> problem_pb2.Constraints:
+    return problem_pb2.Constraints(
+        forbidden=write_array(constraints.forbidden) if len(constraints.forbidden) else None,
+        pinned=write_array(constraints.pinned) if len(constraints.pinned) else None,
+        domain=None if constraints.domain is None else constraints.domain.tolist(),
+        groups_on_node=constraints.groups_on_node,
+        min_tokens=constraints.min_tokens,
+        device_move_bytes=constraints.device_move_bytes,
+        node_move_bytes=constraints.node_move_bytes,
+    )
+
+
+def _read_current(tensor: tensor_pb2.Tensor, experts: int) -> Layout:
+    """A layout in force, which may lack experts that were lost with their devices."""
+    slots = read_array("current", tensor)
+    held = np.unique(slots) if slots.dtype.kind == "i" and slots.ndim == 2 else ()
+    missing = np.setdiff1d(np.arange(experts), held)
+    if not len(held) or not len(missing):
+        return read_layout("current", tensor, experts)
+    # Checked as if a further device held what is missing.
+    rows = -(-len(missing) // max(1, slots.shape[1]))
+    extra = np.full(rows * slots.shape[1], -1, np.int32)
+    extra[: len(missing)] = missing
+    padded = np.concatenate([slots, extra.reshape(rows, -1)])
+    read_layout("current", write_array(padded), experts)
+    return Layout.trusted(slots.astype(np.int32), experts)
 
 
 def write_problem(problem: Problem) -> problem_pb2.Problem:
@@ -240,6 +287,8 @@ def write_problem(problem: Problem) -> problem_pb2.Problem:
         current=None if problem.current is None else write_array(problem.current.slots),
         max_moves=problem.max_moves,
         groups=problem.groups,
+        tail=problem.tail,
+        constraints=_write_constraints(problem.constraints) if problem.constraints.names else None,
     )
 
 

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from moeplan.solvers.plan import Plan
     from moeplan.solvers.policy import Policy, available_policies
     from moeplan.solvers.problem import ExpertSpec, Problem
+    from moeplan.solvers.sharing import Shares, share_slots
     from moeplan.solvers.solver import evaluate, solve, solve_anytime
     from moeplan.solvers.splits import Split
 
@@ -48,12 +49,14 @@ __all__ = [
     "Policy",
     "Problem",
     "ProblemError",
+    "Shares",
     "SolveParameters",
     "Split",
     "available_policies",
     "balanced_assignment",
     "evaluate",
     "optimal_assignment",
+    "share_slots",
     "solve",
     "solve_anytime",
     "solve_layers",
@@ -73,6 +76,7 @@ _HOMES = {
     "policy": ("Policy", "available_policies"),
     "problem": ("ExpertSpec", "Problem"),
     "layers": ("solve_layers",),
+    "sharing": ("Shares", "share_slots"),
     "solver": ("evaluate", "solve", "solve_anytime"),
     "splits": ("Split",),
 }
