@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from moeplan.solvers.assignment import Assignment, balanced_assignment, optimal_assignment
     from moeplan.solvers.cluster import Cluster, Link
+    from moeplan.solvers.constraints import Constraints
     from moeplan.solvers.cost import LAER, STEP, Cost, CostModel
     from moeplan.solvers.demand import Demand
     from moeplan.solvers.errors import InfeasibleError, ProblemError
@@ -34,6 +35,7 @@ __all__ = [
     "STEP",
     "Assignment",
     "Cluster",
+    "Constraints",
     "Cost",
     "CostModel",
     "Demand",
@@ -60,6 +62,7 @@ __all__ = [
 _HOMES = {
     "assignment": ("Assignment", "balanced_assignment", "optimal_assignment"),
     "cluster": ("Cluster", "Link"),
+    "constraints": ("Constraints",),
     "cost": ("Cost", "CostModel", "LAER", "STEP"),
     "demand": ("Demand",),
     "errors": ("InfeasibleError", "ProblemError"),
