@@ -260,7 +260,7 @@ def test_limits_that_only_contradict_together_are_proven_infeasible() -> None:
 
 
 def test_policies_that_cannot_honour_a_limit_refuse_it() -> None:
-    problem = problem_with(forbidden=[[0, 0]])
+    problem = problem_with(np.arange(1, 25).reshape(1, 4, 6), forbidden=[[0, 0]])
     for name, policy in available_policies().items():
         if "forbidden" in policy.honours:
             assert not solve(problem, name).layout.placed[0, 0]
@@ -287,7 +287,7 @@ def test_slots_are_shared_over_layers_for_the_least_sum() -> None:
     problems = [Problem(Cluster.uniform(4, 4), Demand.of(loads)) for loads in layers]
     shares = share_slots(problems, 11)
     assert shares.slots.sum() <= 11
-    assert shares.slots[2] == 5
+    assert shares.slots.tolist() == [3, 3, 4]  # four spare slots are enough for four devices (R >= D - 1)
     best = np.inf
     for slots in itertools.product((3, 4, 5), repeat=3):
         if sum(slots) <= 11:
