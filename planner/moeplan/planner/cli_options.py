@@ -32,17 +32,20 @@ MaxMoves = Annotated[int | None, typer.Option(help="Most replicas that a re-plan
 
 def layer_numbers(text: str | None, layers: int) -> list[int]:
     """Layer numbers of a list such as ``0,3-5``."""
-    if text is None:
-        return list(range(layers))
+    return list(range(layers)) if text is None else numbers("--layers", text, layers)
+
+
+def numbers(name: str, text: str, count: int) -> list[int]:
+    """Numbers below `count` of a list such as ``0,3-5``."""
     chosen: list[int] = []
     for part in text.split(","):
         first, _, last = part.partition("-")
         try:
             span = range(int(first), int(last or first) + 1)
         except ValueError:
-            raise ProblemError("--layers", repr(text), "must look like 0,3-5") from None
-        if not span or span[0] < 0 or span[-1] >= layers:
-            raise ProblemError("--layers", part, f"must be within 0-{layers - 1}")
+            raise ProblemError(name, repr(text), "must look like 0,3-5") from None
+        if not span or span[0] < 0 or span[-1] >= count:
+            raise ProblemError(name, part, f"must be within 0-{count - 1}")
         chosen.extend(span)
     return sorted(set(chosen))
 

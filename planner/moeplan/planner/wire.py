@@ -16,6 +16,7 @@ from google.protobuf.duration_pb2 import Duration
 
 from moeplan.solvers.arrays import MAX_TOKENS, Int64
 from moeplan.solvers.cluster import Cluster, Link
+from moeplan.solvers.constraints import Constraints
 from moeplan.solvers.demand import Demand
 from moeplan.solvers.errors import ProblemError
 from moeplan.solvers.layout import Layout
@@ -117,6 +118,12 @@ def write_array(array: npt.NDArray[Any]) -> tensor_pb2.Tensor:
     )
 
 
+def _write_tokens(tokens: Int64) -> tensor_pb2.Tensor:
+    """Counts in half the bytes where they allow it: messages under 64 KiB need no second round trip for room."""
+    small = tokens.size and tokens.max() <= np.iinfo(np.int32).max
+    return write_array(tokens.astype(np.int32) if small else tokens)
+
+
 def read_layout(name: str, tensor: tensor_pb2.Tensor, experts: int) -> Layout:
     """A layout.
 
@@ -179,6 +186,12 @@ def read_expert(message: problem_pb2.ExpertSpec) -> ExpertSpec:
     Raises:
         ProblemError: a field is out of range.
     """
+    return _expert(message.SerializeToString())
+
+
+@lru_cache(maxsize=8)
+def _expert(serialized: bytes) -> ExpertSpec:
+    message = problem_pb2.ExpertSpec.FromString(serialized)
     return ExpertSpec(
         weight_bytes=message.weight_bytes,
         state_bytes=message.state_bytes,
@@ -209,25 +222,73 @@ def read_problem(message: problem_pb2.Problem) -> Problem:
     if tokens.dtype.kind == "f":  # whole numbers all the same
         tokens = read_counts("demand.tokens", message.demand.tokens)
     demand = Demand.of(tokens, list(message.demand.weights) or None)
-    return Problem(
+    problem = Problem(
         cluster=read_cluster(message.cluster),
         demand=demand,
         expert=read_expert(message.expert),
-        current=read_layout("current", message.current, demand.experts) if message.HasField("current") else None,
+        current=_read_current(message.current, demand.experts) if message.HasField("current") else None,
         max_moves=message.max_moves if message.HasField("max_moves") else None,
         groups=message.groups or 1,
+        tail=message.tail if message.HasField("tail") else 1.0,
+        constraints=_read_constraints(message.constraints),
     )
+    return problem.without(message.failed) if message.failed else problem
+
+
+def _read_constraints(message: problem_pb2.Constraints) -> Constraints:
+    with field("constraints"):
+        pairs = {
+            name: read_array(name, getattr(message, name)) for name in ("forbidden", "pinned") if message.HasField(name)
+        }
+    return Constraints(
+        **pairs,
+        domain=np.array(message.domain, np.int32) if message.domain else None,
+        groups_on_node=message.groups_on_node,
+        min_tokens=message.min_tokens,
+        device_move_bytes=message.device_move_bytes if message.HasField("device_move_bytes") else None,
+        node_move_bytes=message.node_move_bytes if message.HasField("node_move_bytes") else None,
+    )
+
+
+def _write_constraints(constraints: Constraints) -> problem_pb2.Constraints:
+    return problem_pb2.Constraints(
+        forbidden=write_array(constraints.forbidden) if len(constraints.forbidden) else None,
+        pinned=write_array(constraints.pinned) if len(constraints.pinned) else None,
+        domain=None if constraints.domain is None else constraints.domain.tolist(),
+        groups_on_node=constraints.groups_on_node,
+        min_tokens=constraints.min_tokens,
+        device_move_bytes=constraints.device_move_bytes,
+        node_move_bytes=constraints.node_move_bytes,
+    )
+
+
+def _read_current(tensor: tensor_pb2.Tensor, experts: int) -> Layout:
+    """A layout in force, which may lack experts that were lost with their devices."""
+    slots = read_array("current", tensor)
+    held = np.unique(slots) if slots.dtype.kind == "i" and slots.ndim == 2 else ()
+    missing = np.setdiff1d(np.arange(experts), held)
+    if not len(held) or not len(missing):
+        return read_layout("current", tensor, experts)
+    # Checked as if a further device held what is missing.
+    rows = -(-len(missing) // max(1, slots.shape[1]))
+    extra = np.full(rows * slots.shape[1], -1, np.int32)
+    extra[: len(missing)] = missing
+    padded = np.concatenate([slots, extra.reshape(rows, -1)])
+    read_layout("current", write_array(padded), experts)
+    return Layout.trusted(slots.astype(np.int32), experts)
 
 
 def write_problem(problem: Problem) -> problem_pb2.Problem:
     """The message of a problem."""
     return problem_pb2.Problem(
         cluster=write_cluster(problem.cluster),
-        demand=problem_pb2.Demand(tokens=write_array(problem.demand.tokens), weights=problem.demand.weights.tolist()),
+        demand=problem_pb2.Demand(tokens=_write_tokens(problem.demand.tokens), weights=problem.demand.weights.tolist()),
         expert=write_expert(problem.expert),
         current=None if problem.current is None else write_array(problem.current.slots),
         max_moves=problem.max_moves,
         groups=problem.groups,
+        tail=problem.tail,
+        constraints=_write_constraints(problem.constraints) if problem.constraints.names else None,
     )
 
 
@@ -246,6 +307,9 @@ def read_parameters(message: problem_pb2.SolveParameters) -> SolveParameters:
         traffic_tolerance=(
             message.traffic_tolerance if message.HasField("traffic_tolerance") else _DEFAULTS.traffic_tolerance
         ),
+        solver=message.solver or _DEFAULTS.solver,
+        threads=message.threads or _DEFAULTS.threads,
+        prove=message.prove,
     )
 
 
@@ -257,6 +321,9 @@ def write_parameters(parameters: SolveParameters) -> problem_pb2.SolveParameters
         target_gap=parameters.target_gap,
         seed=parameters.seed,
         traffic_tolerance=parameters.traffic_tolerance,
+        solver=parameters.solver,
+        threads=parameters.threads,
+        prove=parameters.prove,
     )
 
 

@@ -186,12 +186,19 @@ class Problem(_message.Message):
     CURRENT_FIELD_NUMBER: _builtins.int
     MAX_MOVES_FIELD_NUMBER: _builtins.int
     GROUPS_FIELD_NUMBER: _builtins.int
+    CONSTRAINTS_FIELD_NUMBER: _builtins.int
+    FAILED_FIELD_NUMBER: _builtins.int
+    TAIL_FIELD_NUMBER: _builtins.int
     max_moves: _builtins.int
     """Most replicas that the new layout may load onto devices that do not hold them now; needs `current`; no limit if
     absent.
     """
     groups: _builtins.int
     """Groups of consecutive experts that routing treats as units, dividing the number of experts; 1 if 0."""
+    tail: _builtins.float
+    """Part of the scenarios that the plan should suit, the worst ones: above 0 and at most 1, where 1 is the mean of all;
+    1 if absent.
+    """
     @_builtins.property
     def cluster(self) -> Global___Cluster:
         """Devices and links."""
@@ -208,6 +215,14 @@ class Problem(_message.Message):
     def current(self) -> _tensor_pb2.Tensor:
         """Layout in force, int32[devices, width], expert in each slot or -1; absent if there is none."""
 
+    @_builtins.property
+    def constraints(self) -> Global___Constraints:
+        """Further limits on where replicas may be."""
+
+    @_builtins.property
+    def failed(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Devices that have failed: they keep their place in every array, but hold nothing from now on."""
+
     def __init__(
         self,
         *,
@@ -217,16 +232,83 @@ class Problem(_message.Message):
         current: _tensor_pb2.Tensor | None = ...,
         max_moves: _builtins.int | None = ...,
         groups: _builtins.int = ...,
+        constraints: Global___Constraints | None = ...,
+        failed: _abc.Iterable[_builtins.int] | None = ...,
+        tail: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_moves", b"_max_moves", "cluster", b"cluster", "current", b"current", "demand", b"demand", "expert", b"expert", "max_moves", b"max_moves"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_moves", b"_max_moves", "_tail", b"_tail", "cluster", b"cluster", "constraints", b"constraints", "current", b"current", "demand", b"demand", "expert", b"expert", "max_moves", b"max_moves", "tail", b"tail"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_moves", b"_max_moves", "cluster", b"cluster", "current", b"current", "demand", b"demand", "expert", b"expert", "groups", b"groups", "max_moves", b"max_moves"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_moves", b"_max_moves", "_tail", b"_tail", "cluster", b"cluster", "constraints", b"constraints", "current", b"current", "demand", b"demand", "expert", b"expert", "failed", b"failed", "groups", b"groups", "max_moves", b"max_moves", "tail", b"tail"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__max_moves: _TypeAlias = _typing.Literal["max_moves"]  # noqa: Y015
     _WhichOneofArgType__max_moves: _TypeAlias = _typing.Literal["_max_moves", b"_max_moves"]  # noqa: Y015
+    _WhichOneofReturnType__tail: _TypeAlias = _typing.Literal["tail"]  # noqa: Y015
+    _WhichOneofArgType__tail: _TypeAlias = _typing.Literal["_tail", b"_tail"]  # noqa: Y015
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__max_moves) -> _WhichOneofReturnType__max_moves | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__tail) -> _WhichOneofReturnType__tail | None: ...
 
 Global___Problem: _TypeAlias = Problem  # noqa: Y015
+
+@_typing.final
+class Constraints(_message.Message):
+    """Hard limits on a layout; every one is off where its field is absent."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FORBIDDEN_FIELD_NUMBER: _builtins.int
+    PINNED_FIELD_NUMBER: _builtins.int
+    DOMAIN_FIELD_NUMBER: _builtins.int
+    GROUPS_ON_NODE_FIELD_NUMBER: _builtins.int
+    MIN_TOKENS_FIELD_NUMBER: _builtins.int
+    DEVICE_MOVE_BYTES_FIELD_NUMBER: _builtins.int
+    NODE_MOVE_BYTES_FIELD_NUMBER: _builtins.int
+    groups_on_node: _builtins.bool
+    """Whether all replicas of all experts of a group stay on one node; needs `groups` of the problem."""
+    min_tokens: _builtins.int
+    """Mean load that every replica should have, tokens: an expert gets at most its mean load over this many replicas."""
+    device_move_bytes: _builtins.int
+    """Most bytes of weights that one device receives; needs `current` and `expert.weight_bytes` of the problem."""
+    node_move_bytes: _builtins.int
+    """Most bytes of weights that one node receives from other nodes; needs the same."""
+    @_builtins.property
+    def forbidden(self) -> _tensor_pb2.Tensor:
+        """Pairs of an expert and a device that no layout may use, int32[pairs, 2]."""
+
+    @_builtins.property
+    def pinned(self) -> _tensor_pb2.Tensor:
+        """Pairs of an expert and a device that every layout must use, int32[pairs, 2]."""
+
+    @_builtins.property
+    def domain(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Link domain of each device, [devices]: all replicas of an expert stay within one domain."""
+
+    def __init__(
+        self,
+        *,
+        forbidden: _tensor_pb2.Tensor | None = ...,
+        pinned: _tensor_pb2.Tensor | None = ...,
+        domain: _abc.Iterable[_builtins.int] | None = ...,
+        groups_on_node: _builtins.bool = ...,
+        min_tokens: _builtins.int = ...,
+        device_move_bytes: _builtins.int | None = ...,
+        node_move_bytes: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_device_move_bytes", b"_device_move_bytes", "_node_move_bytes", b"_node_move_bytes", "device_move_bytes", b"device_move_bytes", "forbidden", b"forbidden", "node_move_bytes", b"node_move_bytes", "pinned", b"pinned"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_device_move_bytes", b"_device_move_bytes", "_node_move_bytes", b"_node_move_bytes", "device_move_bytes", b"device_move_bytes", "domain", b"domain", "forbidden", b"forbidden", "groups_on_node", b"groups_on_node", "min_tokens", b"min_tokens", "node_move_bytes", b"node_move_bytes", "pinned", b"pinned"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__device_move_bytes: _TypeAlias = _typing.Literal["device_move_bytes"]  # noqa: Y015
+    _WhichOneofArgType__device_move_bytes: _TypeAlias = _typing.Literal["_device_move_bytes", b"_device_move_bytes"]  # noqa: Y015
+    _WhichOneofReturnType__node_move_bytes: _TypeAlias = _typing.Literal["node_move_bytes"]  # noqa: Y015
+    _WhichOneofArgType__node_move_bytes: _TypeAlias = _typing.Literal["_node_move_bytes", b"_node_move_bytes"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__device_move_bytes) -> _WhichOneofReturnType__device_move_bytes | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__node_move_bytes) -> _WhichOneofReturnType__node_move_bytes | None: ...
+
+Global___Constraints: _TypeAlias = Constraints  # noqa: Y015
 
 @_typing.final
 class SolveParameters(_message.Message):
@@ -241,6 +323,9 @@ class SolveParameters(_message.Message):
     TARGET_GAP_FIELD_NUMBER: _builtins.int
     SEED_FIELD_NUMBER: _builtins.int
     TRAFFIC_TOLERANCE_FIELD_NUMBER: _builtins.int
+    SOLVER_FIELD_NUMBER: _builtins.int
+    THREADS_FIELD_NUMBER: _builtins.int
+    PROVE_FIELD_NUMBER: _builtins.int
     work_limit: _builtins.int
     """Candidate layouts that a local search may score, at least 0; the solvers' default if absent."""
     target_gap: _builtins.float
@@ -251,6 +336,14 @@ class SolveParameters(_message.Message):
     """How much larger than the best found for load alone the policy "traffic" may make the largest load, as a fraction, at
     least 0; the solvers' default if absent.
     """
+    solver: _builtins.str
+    """What exact models are given to: "cpsat", "highs", "cbc", or another solver that PuLP finds on the server; "cpsat" if
+    empty.
+    """
+    threads: _builtins.int
+    """Threads of that solver, 1 to 1,024; 1 if 0."""
+    prove: _builtins.bool
+    """Also spend time on a stronger bound, where the quick ones leave a gap."""
     @_builtins.property
     def deadline(self) -> _duration_pb2.Duration:
         """Time for the solve, above 0. The call's own deadline and the server's limit bound it further."""
@@ -263,10 +356,13 @@ class SolveParameters(_message.Message):
         target_gap: _builtins.float | None = ...,
         seed: _builtins.int = ...,
         traffic_tolerance: _builtins.float | None = ...,
+        solver: _builtins.str = ...,
+        threads: _builtins.int = ...,
+        prove: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_target_gap", b"_target_gap", "_traffic_tolerance", b"_traffic_tolerance", "_work_limit", b"_work_limit", "deadline", b"deadline", "target_gap", b"target_gap", "traffic_tolerance", b"traffic_tolerance", "work_limit", b"work_limit"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_target_gap", b"_target_gap", "_traffic_tolerance", b"_traffic_tolerance", "_work_limit", b"_work_limit", "deadline", b"deadline", "seed", b"seed", "target_gap", b"target_gap", "traffic_tolerance", b"traffic_tolerance", "work_limit", b"work_limit"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_target_gap", b"_target_gap", "_traffic_tolerance", b"_traffic_tolerance", "_work_limit", b"_work_limit", "deadline", b"deadline", "prove", b"prove", "seed", b"seed", "solver", b"solver", "target_gap", b"target_gap", "threads", b"threads", "traffic_tolerance", b"traffic_tolerance", "work_limit", b"work_limit"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__target_gap: _TypeAlias = _typing.Literal["target_gap"]  # noqa: Y015
     _WhichOneofArgType__target_gap: _TypeAlias = _typing.Literal["_target_gap", b"_target_gap"]  # noqa: Y015

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from moeplan.solvers.assignment import Assignment, balanced_assignment, optimal_assignment
     from moeplan.solvers.cluster import Cluster, Link
+    from moeplan.solvers.constraints import Constraints
     from moeplan.solvers.cost import LAER, STEP, Cost, CostModel
     from moeplan.solvers.demand import Demand
     from moeplan.solvers.errors import InfeasibleError, ProblemError
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from moeplan.solvers.plan import Plan
     from moeplan.solvers.policy import Policy, available_policies
     from moeplan.solvers.problem import ExpertSpec, Problem
+    from moeplan.solvers.sharing import Shares, share_slots
     from moeplan.solvers.solver import evaluate, solve, solve_anytime
     from moeplan.solvers.splits import Split
 
@@ -34,6 +36,7 @@ __all__ = [
     "STEP",
     "Assignment",
     "Cluster",
+    "Constraints",
     "Cost",
     "CostModel",
     "Demand",
@@ -46,12 +49,14 @@ __all__ = [
     "Policy",
     "Problem",
     "ProblemError",
+    "Shares",
     "SolveParameters",
     "Split",
     "available_policies",
     "balanced_assignment",
     "evaluate",
     "optimal_assignment",
+    "share_slots",
     "solve",
     "solve_anytime",
     "solve_layers",
@@ -60,6 +65,7 @@ __all__ = [
 _HOMES = {
     "assignment": ("Assignment", "balanced_assignment", "optimal_assignment"),
     "cluster": ("Cluster", "Link"),
+    "constraints": ("Constraints",),
     "cost": ("Cost", "CostModel", "LAER", "STEP"),
     "demand": ("Demand",),
     "errors": ("InfeasibleError", "ProblemError"),
@@ -70,6 +76,7 @@ _HOMES = {
     "policy": ("Policy", "available_policies"),
     "problem": ("ExpertSpec", "Problem"),
     "layers": ("solve_layers",),
+    "sharing": ("Shares", "share_slots"),
     "solver": ("evaluate", "solve", "solve_anytime"),
     "splits": ("Split",),
 }

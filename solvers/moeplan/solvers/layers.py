@@ -15,11 +15,11 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from moeplan.solvers.flow import optimal_quota
 from moeplan.solvers.parameters import SolveParameters
 from moeplan.solvers.plan import Plan, relative
 from moeplan.solvers.policy import Progress, find
 from moeplan.solvers.problem import Problem
+from moeplan.solvers.room import best_quota
 from moeplan.solvers.solver import check_honoured, evaluate, solve
 
 __all__ = ["solve_layers"]
@@ -78,7 +78,7 @@ class _Layer:
         if progress is None:
             return False
         if self.last is None or progress.layout is not self.last.layout:
-            quota, _ = optimal_quota(progress.layout.slots, self.problem.loads, self.problem.cluster.speed)
+            quota, _, _ = best_quota(self.problem, progress.layout.slots)
             level = (quota.sum(axis=2) / self.problem.cluster.speed).max(axis=1)
             self.imbalance = float(self.problem.demand.weights @ relative(self.problem, level))
             self.idle = 0

@@ -123,6 +123,9 @@ def keep_home(
     caps: Float64,
     speed: Float64,
     node: Int32,
+    may: Bool,
+    must: Bool,
+    most: Int32,
     placed: Bool,
     max_arrivals: int,
     steps: int,
@@ -138,6 +141,7 @@ def keep_home(
         caps: float64[scenarios], largest load per speed to stay within.
         speed: float64[devices].
         node: int32[devices].
+        may, must, most: See `Rules`, narrowed to one region per unit.
         placed: bool[devices, experts], replicas of the layout in force.
         max_arrivals: Most replicas that are not in `placed`.
         steps: Candidates to score.
@@ -205,10 +209,10 @@ def keep_home(
         q = _next(state) % positions
         a, b = layout[p], layout[q]
         dp, dq = p // width, q // width
-        if a < 0 or b < 0 or a == b or dp == dq or on[dq, a]:
+        if a < 0 or b < 0 or a == b or dp == dq or on[dq, a] or not may[dq, a] or must[dq, b]:
             continue
-        replace = held[b] > 1 and _next(state) % 2 == 0
-        if not replace and on[dp, b]:
+        replace = held[b] > 1 and held[a] < most[a] and _next(state) % 2 == 0
+        if not replace and (on[dp, b] or not may[dp, b] or must[dp, a]):
             continue
         change = int(not placed[dq, a]) - int(not placed[dq, b])
         if not replace:

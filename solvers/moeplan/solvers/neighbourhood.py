@@ -13,11 +13,13 @@ import numpy as np
 from moeplan.solvers import sliding_window as window
 from moeplan.solvers.arrays import Bool, Float64, Int32, Int64
 from moeplan.solvers.fill import fill
-from moeplan.solvers.flow import optimal_quota
 from moeplan.solvers.ilp.model import Effort, Model
 from moeplan.solvers.ilp.run import run
 from moeplan.solvers.layout import EMPTY
 from moeplan.solvers.problem import Problem
+from moeplan.solvers.repair import placed_in
+from moeplan.solvers.room import best_quota
+from moeplan.solvers.rules import Rules
 
 __all__ = ["neighbour"]
 
@@ -32,12 +34,13 @@ WORK = 0.05
 
 
 def neighbour(
-    problem: Problem, slots: Int32, rng: np.random.Generator, solver: str, deadline: float | None
+    problem: Problem, rules: Rules, slots: Int32, rng: np.random.Generator, solver: str, deadline: float | None
 ) -> Int32 | None:
     """A layout that differs from `slots` on a few devices, and balances them better or as well.
 
     Args:
         problem: The problem.
+        rules: Its rules, narrowed to one region per unit.
         slots: int32[devices, width], a valid layout.
         rng: Draws the devices.
         solver: See `ilp.run`.
@@ -46,7 +49,7 @@ def neighbour(
     Returns:
         int32[devices, width]; None if the draw offers nothing.
     """
-    quota, tight = optimal_quota(slots, problem.loads, problem.cluster.speed)
+    quota, tight, _ = best_quota(problem, slots)
     devices = _draw(problem, quota, tight, rng)
     if devices is None:
         return None
@@ -59,15 +62,16 @@ def neighbour(
     outside = np.ones(problem.devices, np.bool_)
     outside[devices] = False
     elsewhere = np.unique(slots[outside])
-    needed = here[inside[:, here].any(axis=0) | ~np.isin(here, elsewhere)]
-    answer = _place(problem, slots, devices, needed, inside[:, needed], solver, deadline)
+    kept = inside[:, here].any(axis=0) | ~np.isin(here, elsewhere) | rules.must[devices][:, here].any(axis=0)
+    needed = here[kept]
+    answer = _place(problem, rules, slots, devices, needed, inside[:, needed], solver, deadline)
     if answer is None:
         return None
     changed = slots.copy()
     changed[devices] = EMPTY
     for d, experts in zip(devices, answer, strict=True):
         changed[d, : len(experts)] = needed[experts]
-    if problem.max_moves is None:
+    if rules.free and not rules.moves_limited:
         fill(changed, problem.mean_load, problem.capacity)
     return changed
 
@@ -94,12 +98,20 @@ def _draw(problem: Problem, quota: Int64, tight: Bool, rng: np.random.Generator)
 
 
 def _place(
-    problem: Problem, slots: Int32, devices: Int64, needed: Int32, loads: Int64, solver: str, deadline: float | None
+    problem: Problem,
+    rules: Rules,
+    slots: Int32,
+    devices: Int64,
+    needed: Int32,
+    loads: Int64,
+    solver: str,
+    deadline: float | None,
 ) -> list[Int64] | None:
     """Experts of each freed device, as indices into `needed`."""
     capacity, speed = problem.capacity[devices], problem.cluster.speed[devices]
     scenarios = len(loads)
-    if scenarios == 1 and problem.max_moves is None and window.applies(len(needed), capacity, speed):
+    limited = not rules.free or rules.moves_limited
+    if scenarios == 1 and not limited and window.applies(len(needed), capacity, speed):
         placed = window.sliding_window(
             loads[0].astype(np.float64), np.arange(len(needed)), len(devices), int(capacity[0])
         )
@@ -109,15 +121,19 @@ def _place(
     start = index[slots[devices]]  # replicas that are not needed here become empty slots
     total = problem.loads.sum(axis=1)
     weights: Float64 = np.divide(problem.demand.weights, total, out=np.zeros(scenarios), where=total > 0)
-    held, limit = None, 0
-    if problem.max_moves is not None and problem.current is not None:
-        placed_now = np.zeros((problem.devices, problem.experts), np.bool_)
-        device, slot = np.nonzero(slots != EMPTY)
-        placed_now[device, slots[device, slot]] = True
-        placed_now[devices] = False
-        limit = problem.max_moves - int((placed_now & ~problem.current.placed).sum())
-        held = problem.current.placed[np.ix_(devices, needed)]
-    model = Model(loads, np.maximum(weights, 1e-12), speed, capacity, start, held, limit)
+    part = rules.part(devices, needed, placed_in(slots, problem.experts)) if limited else None
+    expert, memory = problem.expert, problem.cluster.memory_bytes
+    model = Model(
+        loads,
+        np.maximum(weights, 1e-12),
+        speed,
+        capacity,
+        start,
+        part,
+        memory[devices] if memory is not None and expert.activation_bytes else None,
+        expert.weight_bytes + expert.state_bytes,
+        expert.activation_bytes,
+    )
     # Work alone decides while the deadline is far, so that a busy machine finds the same plan.
     answer = run(model, solver, Effort(deadline, WORK))
     if answer.placed is None:

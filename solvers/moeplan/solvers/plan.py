@@ -60,5 +60,5 @@ def bound(problem: Problem) -> Float64:
 
 def relative(problem: Problem, level: Float64) -> Float64:
     """float64[scenarios]: a load per speed of each scenario over its mean; 1.0 for a scenario without tokens."""
-    mean = problem.loads.sum(axis=1) / problem.cluster.speed.sum()
+    mean = problem.mean_level
     return np.divide(level, mean, out=np.ones(len(level)), where=mean > 0)

@@ -10,15 +10,16 @@ import importlib
 import inspect
 import pkgutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cache
 
+from moeplan.solvers.constraints import Constraints
 from moeplan.solvers.errors import ProblemError
 from moeplan.solvers.layout import Layout
 from moeplan.solvers.parameters import SolveParameters
 from moeplan.solvers.problem import Problem
 
-__all__ = ["Anytime", "Make", "Policy", "Progress", "available_policies", "find", "policy"]
+__all__ = ["ALL_LIMITS", "Anytime", "Make", "Policy", "Progress", "available_policies", "find", "policy"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -33,6 +34,9 @@ class Progress:
     layout: Layout
     bound: float
 
+
+ALL_LIMITS = ("max_moves", *(field.name for field in fields(Constraints)))
+"""What a policy honours that respects every limit of a problem."""
 
 Make = Callable[[Problem, SolveParameters], Layout]
 

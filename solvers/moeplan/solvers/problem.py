@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
 
 from moeplan.solvers.arrays import Float64, Int32, Int64, integers
 from moeplan.solvers.cluster import Cluster
+from moeplan.solvers.constraints import Constraints
 from moeplan.solvers.demand import Demand
 from moeplan.solvers.errors import InfeasibleError, ProblemError
-from moeplan.solvers.layout import Layout
+from moeplan.solvers.layout import EMPTY, Layout
+from moeplan.solvers.rules import Rules, rules_of
 
 __all__ = ["ExpertSpec", "Problem"]
 
@@ -57,6 +60,7 @@ class Problem:
         groups: Groups of consecutive experts that routing treats as units (group-limited routing); 1 for none.
         tail: Part of the scenarios that a plan should suit, the worst ones: 1.0 for their mean, less for the mean of a
             tail (conditional value at risk).
+        constraints: Further limits on where replicas may be.
 
     Raises:
         ProblemError: a field is invalid or contradicts another.
@@ -70,6 +74,7 @@ class Problem:
     max_moves: int | None = None
     groups: int = 1
     tail: float = 1.0
+    constraints: Constraints = field(default=Constraints())
 
     def __post_init__(self) -> None:
         if self.experts > self.cluster.total_slots:
@@ -96,6 +101,33 @@ class Problem:
                 raise ProblemError("max_moves", self.max_moves, "needs `current`, the layout that moves start from")
             if self.max_moves < 0:
                 raise ProblemError("max_moves", self.max_moves, "must be at least 0")
+        _ = self.rules  # contradictions show here
+
+    def without(self, failed: Sequence[int]) -> Problem:
+        """The same problem on the devices that remain, numbered as before, when some have failed.
+
+        Failed devices keep their place in every array, with no slots and no replicas in force. Experts that were only
+        there have no holder, so a plan loads them from elsewhere, such as a checkpoint (`Moves.source` is -1).
+
+        Args:
+            failed: Indices of devices.
+
+        Raises:
+            ProblemError: a device does not exist.
+            InfeasibleError: the experts do not fit on the devices that remain.
+        """
+        for i, device in enumerate(failed):
+            if not 0 <= device < self.devices:
+                raise ProblemError(f"failed[{i}]", device, f"must be 0..{self.devices - 1}")
+        gone = np.array(failed, np.int64)
+        slots = self.cluster.slots.copy()
+        slots[gone] = 0
+        current = self.current
+        if current is not None:
+            left = current.slots.copy()
+            left[gone] = EMPTY
+            current = Layout.trusted(left, self.experts)
+        return replace(self, cluster=replace(self.cluster, slots=slots), current=current)
 
     def _check_current(self, current: Layout) -> None:
         if current.experts != self.experts:
@@ -146,11 +178,23 @@ class Problem:
         return integers("capacity", room, ndim=1, dtype=np.int32)
 
     @cached_property
+    def rules(self) -> Rules:
+        """All limits on a layout, as arrays."""
+        return rules_of(self)
+
+    @cached_property
+    def mean_level(self) -> Float64:
+        """float64[scenarios]: tokens per unit of speed of all devices that have slots."""
+        level: Float64 = self.loads.sum(axis=1) / self.cluster.speed[self.capacity > 0].sum()
+        return level
+
+    @cached_property
     def lower_bound(self) -> Float64:
         """float64[scenarios]: no layout and split has a smaller largest load per speed; see `bounds`."""
         from moeplan.solvers.bounds import lower_bound  # the compiler loads slowly
 
-        return lower_bound(self.loads, self.cluster.speed, self.capacity)
+        alive = self.capacity > 0
+        return lower_bound(self.loads, self.cluster.speed[alive], self.capacity[alive])
 
     @property
     def spare(self) -> int:

@@ -132,8 +132,16 @@ def improve(
     weights: Float64,
     tail: float,
     speed: Float64,
+    mean: Float64,
+    may: Bool,
+    must: Bool,
+    most: Int32,
     held: Bool,
+    far: Bool,
+    node: Int32,
     max_arrivals: int,
+    device_arrivals: Int64,
+    node_arrivals: Int64,
     price: float,
     steps: int,
     seed: int,
@@ -147,8 +155,8 @@ def improve(
         weights: float64[scenarios], importance of each scenario, summing to 1.
         tail: Part of the worst scenarios that counts, see `risk`; 1.0 for the mean.
         speed: float64[devices].
-        held: bool[devices, experts], replicas of the layout in force.
-        max_arrivals: Most replicas that are not in `held`.
+        mean: float64[scenarios], load per speed in perfect balance.
+        may, must, most, held, far, node, max_arrivals, device_arrivals, node_arrivals: See `Rules`.
         price: Objective that each of them must gain.
         steps: Candidates to score.
         seed: Seed of the draws.
@@ -169,21 +177,23 @@ def improve(
     trial_quota, trial_load, trial_tight = np.empty_like(quota), np.empty_like(load), np.empty_like(tight)
     order = np.empty(devices, np.int32)
     parent = np.empty((2, devices), np.int32)
-    total_speed = speed.sum()
     scale = np.zeros(scenarios)
     value = np.ones(scenarios)
     for s in range(scenarios):
-        total = tokens[s].sum()
-        if total > 0:
-            scale[s] = total_speed / total
+        if mean[s] > 0:
+            scale[s] = 1.0 / mean[s]
             value[s] = level[s] * scale[s]
     on = np.zeros((devices, experts), np.bool_)
     arrivals = 0
+    arriving, distant = np.zeros(devices, np.int64), np.zeros(len(node_arrivals), np.int64)
     for position in range(positions):
         e = flat[position]
+        d = position // width
         if e >= 0:
-            on[position // width, e] = True
-            arrivals += not held[position // width, e]
+            on[d, e] = True
+            arrivals += not held[d, e]
+            arriving[d] += not held[d, e]
+            distant[node[d]] += far[d, e]
     share, trial_share, estimate = np.empty(scenarios), np.empty(scenarios), np.empty(scenarios)
     objective = tail_shares(value, weights, tail, share)
     ranking = np.argsort(share * (1 - value))
@@ -204,15 +214,27 @@ def improve(
             continue
         a, b = flat[p], flat[q]
         dp, dq = p // width, q // width
-        if a == b or dp == dq or on[dq, a]:
+        if a == b or dp == dq or on[dq, a] or not may[dq, a] or must[dq, b]:
             continue
-        replace = count[b] > 1 and _next(state) % 2 == 0
-        if not replace and on[dp, b]:
+        replace = count[b] > 1 and count[a] < most[a] and _next(state) % 2 == 0
+        if not replace and (on[dp, b] or not may[dp, b] or must[dp, a]):
             continue
-        change = int(not held[dq, a]) - int(not held[dq, b])
-        if not replace:
-            change += int(not held[dp, b]) - int(not held[dp, a])
+        change_q = int(not held[dq, a]) - int(not held[dq, b])
+        change_p = 0 if replace else int(not held[dp, b]) - int(not held[dp, a])
+        change = change_q + change_p
         if change > 0 and arrivals + change > max_arrivals:
+            continue
+        if change_q > 0 and arriving[dq] + change_q > device_arrivals[dq]:
+            continue
+        if change_p > 0 and arriving[dp] + change_p > device_arrivals[dp]:
+            continue
+        far_q = int(far[dq, a]) - int(far[dq, b])
+        far_p = 0 if replace else int(far[dp, b]) - int(far[dp, a])
+        if node[dp] == node[dq]:
+            far_q, far_p = far_q + far_p, 0
+        if far_q > 0 and distant[node[dq]] + far_q > node_arrivals[node[dq]]:
+            continue
+        if far_p > 0 and distant[node[dp]] + far_p > node_arrivals[node[dp]]:
             continue
         stale += 1
         allowed = np.inf if stuck else objective - price * change
@@ -253,6 +275,10 @@ def improve(
         ranking = np.argsort(share * (1 - value))
         _cuts(load, speed, tight, cut, cut_speed)
         arrivals += change
+        arriving[dq] += change_q
+        arriving[dp] += change_p
+        distant[node[dq]] += far_q
+        distant[node[dp]] += far_p
         on[dq, a] = True
         on[dq, b] = False
         if not replace:

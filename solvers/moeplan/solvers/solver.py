@@ -12,8 +12,9 @@ from moeplan.solvers.layout import Layout
 from moeplan.solvers.moves import moves
 from moeplan.solvers.parameters import SolveParameters
 from moeplan.solvers.plan import Plan
-from moeplan.solvers.policy import Policy, Progress, find
+from moeplan.solvers.policy import Policy, Progress, available_policies, find
 from moeplan.solvers.problem import Problem
+from moeplan.solvers.rules import broken
 from moeplan.solvers.splits import split
 
 __all__ = ["check_honoured", "evaluate", "solve", "solve_anytime"]
@@ -106,7 +107,8 @@ def evaluate(
     """Judge a layout on a problem's demand. A `bound` on its imbalance that is known already is reported if stronger.
 
     Raises:
-        ProblemError: the layout does not suit the problem, or the rule needs the demand by source.
+        ProblemError: the layout does not suit the problem or breaks a constraint, or the rule needs the demand by
+            source.
         InfeasibleError: the plan needs more memory than a device has.
     """
     if (layout.experts, layout.devices) != (problem.experts, problem.devices):
@@ -115,6 +117,9 @@ def evaluate(
             f"{layout.experts} experts on {layout.devices} devices",
             f"the problem has {problem.experts} experts on {problem.devices} devices",
         )
+    fault = broken(problem.rules, layout.placed)
+    if fault is not None:
+        raise fault
     chosen = split(problem, layout, rule)
     check_memory(problem, layout, chosen)
     values = plans.imbalance(problem, chosen)
@@ -144,3 +149,11 @@ def check_honoured(problem: Problem, policy: Policy) -> None:
             problem.max_moves,
             f"policy {policy.name} re-plans from scratch and cannot limit moves; use hybrid, or drop the limit",
         )
+    for name in problem.constraints.names:
+        if name not in policy.honours:
+            able = [other.name for other in available_policies().values() if name in other.honours]
+            raise ProblemError(
+                f"constraints.{name}",
+                "set",
+                f"policy {policy.name} cannot honour it; use {' or '.join(able)}, or drop the limit",
+            )

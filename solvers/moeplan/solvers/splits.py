@@ -13,11 +13,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from moeplan.solvers.arrays import Int32, Int64
-from moeplan.solvers.flow import optimal_quota
 from moeplan.solvers.kernel import kernel
 from moeplan.solvers.layout import Hosts, Layout
 from moeplan.solvers.locality import covered_split, domains, tokens_by_domain
 from moeplan.solvers.problem import Problem
+from moeplan.solvers.room import best_quota
 
 __all__ = ["RULES", "Split", "even", "home", "lite", "local", "optimal", "routes", "split"]
 
@@ -64,8 +64,8 @@ def _even(loads: Int64, start: Int32, device: Int32, slot: Int32, quota: Int64) 
 
 
 def optimal(problem: Problem, layout: Layout) -> Split:
-    """The split of least largest load per speed, exact to the token; see `flow`."""
-    quota, _ = optimal_quota(layout.slots, problem.loads, problem.cluster.speed)
+    """The split of least largest load per speed that fits into memory, exact to the token; see `flow` and `room`."""
+    quota, _, _ = best_quota(problem, layout.slots)
     return Split("optimal", quota)
 
 

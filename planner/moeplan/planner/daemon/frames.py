@@ -36,8 +36,7 @@ class Kind(IntEnum):
 
 def send(connection: socket.socket, kind: Kind, payload: bytes) -> None:
     """Send one frame, waiting as long as it takes."""
-    connection.sendall(_HEADER.pack(kind, len(payload)))
-    connection.sendall(payload)
+    connection.sendall(_HEADER.pack(kind, len(payload)) + payload)  # at once: the other side wakes once
 
 
 def receive(connection: socket.socket) -> tuple[Kind, bytes]:
@@ -73,6 +72,5 @@ async def read(reader: asyncio.StreamReader) -> tuple[Kind, bytes]:
 
 async def write(writer: asyncio.StreamWriter, kind: Kind, payload: bytes) -> None:
     """Send one frame without blocking the loop."""
-    writer.write(_HEADER.pack(kind, len(payload)))
-    writer.write(payload)
+    writer.write(_HEADER.pack(kind, len(payload)) + payload)
     await writer.drain()

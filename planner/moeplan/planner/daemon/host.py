@@ -26,6 +26,9 @@ from moeplan.v1 import job_pb2
 
 __all__ = ["JobHost", "RankStream"]
 
+MOST_WRITTEN = 4
+"""Forms of a plan that are kept written: streams that keep up all ask for the same one."""
+
 log = structlog.get_logger()
 
 
@@ -90,6 +93,8 @@ class JobHost:
         self._counted = replace(job.count)
         self.ended: RefusalError | None = None
         self.lost = False
+        self._written: dict[int, job_pb2.JobPlan] = {}
+        self._written_of: JobPlan | None = None
 
     # Streams
 
@@ -132,6 +137,17 @@ class JobHost:
     def unwatch(self, event: asyncio.Event) -> None:
         """Stop watching."""
         self._watchers.discard(event)
+
+    def plan_after(self, version: int) -> job_pb2.JobPlan:
+        """The plan with the layers newer than `version`; written once for all streams, so it is not to be changed."""
+        if self._written_of is not self.job.plan:
+            self._written, self._written_of = {}, self.job.plan
+        found = self._written.get(version)
+        if found is None:
+            found = messages.write_plan(self.name, self.job.plan, self.plan_created, version)
+            if len(self._written) < MOST_WRITTEN:
+                self._written[version] = found
+        return found
 
     # Events
 

@@ -104,7 +104,7 @@ class PlannerService(planner_pb2_grpc.PlannerServiceServicer):
         if version != "-" and not (version.isascii() and version.isdecimal() and 0 < int(version[:19]) < 2**63):
             raise invalid("name", request.name, "must be jobs/{job}/plans/{version}, the version a number from 1, or -")
         if host is not None and version in ("-", str(host.job.plan.version)):
-            return planner_pb2.GetPlanResponse(plan=_plan(host, 0))
+            return planner_pb2.GetPlanResponse(plan=host.plan_after(0))
         row = await self._store.plan(identity, None if version == "-" else int(version))
         if row is None:
             raise missing(request.name, "moeplan.v1/JobPlan")
@@ -123,7 +123,7 @@ class PlannerService(planner_pb2_grpc.PlannerServiceServicer):
                     changed.clear()
                     host.check()
                     if host.job.plan.version > sent:
-                        response = planner_pb2.WatchPlansResponse(plan=_plan(host, sent))
+                        response = planner_pb2.WatchPlansResponse(plan=host.plan_after(sent))
                         sent = host.job.plan.version
                         self._metrics.plan_bytes.inc(response.ByteSize())
                         yield response
@@ -150,7 +150,9 @@ class PlannerService(planner_pb2_grpc.PlannerServiceServicer):
             reader = asyncio.get_running_loop().create_task(self._read(request_iterator, host, stream, ranks))
             try:
                 sent = host.job.plan.version
-                welcome = planner_pb2.Welcome(plan=_plan(host, hello.plan_version), credit=self._limits.unacknowledged)
+                welcome = planner_pb2.Welcome(
+                    plan=host.plan_after(hello.plan_version), credit=self._limits.unacknowledged
+                )
                 yield planner_pb2.StreamRankResponse(welcome=welcome)
                 while True:
                     await stream.wake.wait()
@@ -161,7 +163,7 @@ class PlannerService(planner_pb2_grpc.PlannerServiceServicer):
                         raise stream.ending
                     if host.job.plan.version > sent:
                         # Whatever came between is left out: only the newest layouts matter.
-                        update = planner_pb2.PlanUpdate(plan=_plan(host, sent))
+                        update = planner_pb2.PlanUpdate(plan=host.plan_after(sent))
                         sent = host.job.plan.version
                         self._metrics.plan_bytes.inc(update.ByteSize())
                         yield planner_pb2.StreamRankResponse(plan_update=update)
@@ -278,10 +280,6 @@ class PlannerService(planner_pb2_grpc.PlannerServiceServicer):
             )
         )
         return message
-
-
-def _plan(host: JobHost, after_version: int) -> job_pb2.JobPlan:
-    return messages.write_plan(host.name, host.job.plan, host.plan_created, after_version)
 
 
 def _stored(row: JobRow) -> job_pb2.Job:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import os
 import signal
 import socket
+import sys
 import threading
 import time
 import uuid
@@ -40,6 +42,13 @@ SOLVER = solver_pb2.DESCRIPTOR.services_by_name["SolverService"]
 
 TICK_S = 0.5
 """How often the metrics that are not events are brought up to date."""
+
+WINDOW_BYTES = 4 * 1024**2
+"""What a client may send on a stream before the daemon reads it."""
+
+SWITCH_S = 0.000_2
+"""Longest that the event loop keeps the store's thread from running. Python's own 5 ms would pass several times in the
+writing of one plan, which needs the interpreter for many short moments."""
 
 LAST_RESORT_S = 5.0
 """How much longer than its drain the end may take."""
@@ -203,8 +212,11 @@ async def serve(settings: Settings) -> None:
         StartError: it cannot start.
         StoreError: its store cannot be used.
     """
+    sys.setswitchinterval(SWITCH_S)
     daemon = Daemon(settings)
     await daemon.start()
+    gc.collect()
+    gc.freeze()  # modules and the like: looking through them again and again would hold up streams by tens of ms
     asked = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -222,6 +234,8 @@ def _options(message_bytes: int) -> list[tuple[str, Any]]:
     return [
         ("grpc.max_receive_message_length", message_bytes),
         ("grpc.max_send_message_length", message_bytes),
+        # Room for a whole request or burst before the first answer: HTTP/2's own 64 KiB cost larger ones a round trip.
+        ("grpc.http2.lookahead_bytes", WINDOW_BYTES),
         ("grpc.so_reuseport", 0),  # otherwise a second daemon would silently share the port
         # Ranks are idle between steps: let them ping, and find out about those that are gone.
         ("grpc.keepalive_time_ms", 30_000),

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import os
 import resource
 import signal
@@ -36,6 +37,8 @@ def main() -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel reaps workers
     control = socket.socket(fileno=0)
     _warm()
+    gc.collect()
+    gc.freeze()  # what workers share is never looked through, so its pages stay shared
     control.sendall(FORK.pack(os.getpid()))
     while True:
         message, descriptors, _, _ = socket.recv_fds(control, FORK.size, 1)

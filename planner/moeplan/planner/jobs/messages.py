@@ -101,13 +101,18 @@ def read_report(spec: JobSpec, speaks_for: tuple[int, ...], message: planner_pb2
     """
     if message.step < 0:
         raise ProblemError("statistics.step", message.step, "must be at least 0")
-    layers = np.array(message.layers, np.int64) if message.layers else np.arange(spec.layers, dtype=np.int64)
+    # What the message leaves out needs no check, and nearly every message leaves out both.
+    if message.layers:
+        layers = np.array(message.layers, np.int64)
+        _check_ids("statistics.layers", layers, spec.layers)
+    else:
+        layers = np.arange(spec.layers, dtype=np.int64)
     ranks = np.array(message.ranks or speaks_for, np.int64)
-    _check_ids("statistics.layers", layers, spec.layers)
-    _check_ids("statistics.ranks", ranks, spec.ranks)
-    if message.ranks and not set(message.ranks) <= set(speaks_for):
-        stranger = min(set(message.ranks) - set(speaks_for))
-        raise ProblemError("statistics.ranks", stranger, "must be one of the ranks that the hello reports for")
+    if message.ranks:
+        _check_ids("statistics.ranks", ranks, spec.ranks)
+        if not set(message.ranks) <= set(speaks_for):
+            stranger = min(set(message.ranks) - set(speaks_for))
+            raise ProblemError("statistics.ranks", stranger, "must be one of the ranks that the hello reports for")
     tokens = wire.read_counts("statistics.tokens", message.tokens)
     expected = (len(layers), len(ranks), spec.experts)
     if tokens.shape != expected:

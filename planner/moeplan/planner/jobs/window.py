@@ -104,7 +104,7 @@ class Window:
                 since_s=now_s,
                 missing=spec.layers * spec.ranks,
             )
-        where = np.ix_(report.layers, report.ranks)
+        where = (report.layers[:, np.newaxis], report.ranks)
         new = ~step.seen[where]
         fresh = int(np.count_nonzero(new))
         if fresh:

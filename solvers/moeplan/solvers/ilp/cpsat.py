@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from ortools.sat.python import cp_model
 
 from moeplan.solvers.arrays import Bool
 from moeplan.solvers.ilp.model import Answer, Effort, Model, Report, check
+from moeplan.solvers.rules import Rules
 
 __all__ = ["solve", "solver_for"]
 
@@ -27,7 +30,6 @@ def solve(model: Model, effort: Effort, report: Report) -> Answer:
         OutOfTime: the deadline passed before the model was built.
     """
     cp = cp_model.CpModel()
-    start_y, start_x = model.start
     y = np.empty((model.devices, model.experts), object)
     x = np.empty((model.scenarios, model.devices, model.experts), object)
     level_units = 1 if model.equal_speeds else LEVEL_UNITS
@@ -39,11 +41,9 @@ def solve(model: Model, effort: Effort, report: Report) -> Answer:
         check(effort)
         for d in range(model.devices):
             y[d, e] = cp.new_bool_var("")
-            cp.add_hint(y[d, e], bool(start_y[d, e]))
             for s in range(model.scenarios):
                 most = min(int(model.loads[s, e]), int(cap[s] / level_units * speed[d]) + 1)
                 x[s, d, e] = cp.new_int_var(0, most, "")
-                cp.add_hint(x[s, d, e], int(start_x[s, d, e]))
                 if most:
                     cp.add(x[s, d, e] <= most * y[d, e])
         cp.add(cp_model.LinearExpr.sum(list(y[:, e])) >= int(model.fewest[e]))
@@ -61,17 +61,26 @@ def solve(model: Model, effort: Effort, report: Report) -> Answer:
     if model.interchangeable:
         for d in range(model.devices - 1):
             cp.add(cp_model.LinearExpr.sum(list(x[0, d])) >= cp_model.LinearExpr.sum(list(x[0, d + 1])))
-    if model.held is not None:
-        arriving = [y[d, e] for d, e in np.argwhere(~model.held)]
-        cp.add(cp_model.LinearExpr.sum(arriving) <= model.max_arrivals)
-    for s in range(model.scenarios):
-        cp.add_hint(z[s], min(int(cap[s]), int(np.ceil(model.level[s] * scale * level_units))))
+    if model.memory is not None:
+        for d in range(model.devices):
+            weights = cp_model.LinearExpr.sum(list(y[d])) * model.replica_bytes
+            for s in range(model.scenarios):
+                activations = cp_model.LinearExpr.sum(list(x[s, d])) * model.activation_bytes
+                cp.add(weights + activations <= int(model.memory[d]))
+    if model.rules is not None:
+        _add_rules(cp, y, model.rules)
     unit = WEIGHT_UNITS / model.weights.max()
     weight = np.floor(model.weights * unit).astype(np.int64) if model.scenarios > 1 else np.ones(1, np.int64)
     cp.minimize(cp_model.LinearExpr.weighted_sum(z, weight.tolist()))
 
-    if not model.hinted:
-        cp.clear_hints()
+    if model.hinted and model.incumbent is not None:
+        start_y, start_x = model.start
+        for (d, e), variable in np.ndenumerate(y):
+            cp.add_hint(variable, bool(start_y[d, e]))
+        for at, variable in np.ndenumerate(x):
+            cp.add_hint(variable, int(start_x[at]))
+        for s in range(model.scenarios):
+            cp.add_hint(z[s], min(int(cap[s]), int(np.ceil(model.level[s] * scale * level_units))))
 
     class Found(cp_model.CpSolverSolutionCallback):  # type: ignore[misc]
         def on_solution_callback(self) -> None:
@@ -86,9 +95,28 @@ def solve(model: Model, effort: Effort, report: Report) -> Answer:
     else:
         bound = (objective / unit - (level_units > 1) * float(model.weights.sum())) / (level_units * scale)
     if status not in (cp_model.OPTIMAL, cp_model.FEASIBLE):
-        return Answer(None, max(0.0, bound), "unknown")
+        return Answer(None, max(0.0, bound), "infeasible" if status == cp_model.INFEASIBLE else "unknown")
     placed: Bool = np.array([[solver.boolean_value(v) for v in row] for row in y], np.bool_)
     return Answer(placed, max(0.0, bound), "optimal" if status == cp_model.OPTIMAL else "feasible")
+
+
+def _add_rules(cp: cp_model.CpModel, y: Any, rules: Rules) -> None:
+    total = cp_model.LinearExpr.sum
+    for d, e in np.argwhere(~rules.may):
+        cp.add(y[d, e] == 0)
+    for d, e in np.argwhere(rules.must):
+        cp.add(y[d, e] == 1)
+    for e in np.flatnonzero(rules.most < len(rules.may)):
+        cp.add(total(list(y[:, e])) <= int(rules.most[e]))
+    for limit, pairs in rules.arrival_limits():
+        if limit < pairs.sum():
+            cp.add(total([y[d, e] for d, e in np.argwhere(pairs)]) <= limit)
+    if rules.regions > 1:
+        home = [[cp.new_bool_var("") for _ in range(rules.regions)] for _ in range(int(rules.unit.max()) + 1)]
+        for choice in home:
+            cp.add_exactly_one(choice)
+        for (d, e), variable in np.ndenumerate(y):
+            cp.add_implication(variable, home[rules.unit[e]][rules.region[d]])
 
 
 def solver_for(effort: Effort) -> cp_model.CpSolver:

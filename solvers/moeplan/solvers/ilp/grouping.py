@@ -27,7 +27,13 @@ __all__ = ["applies", "groups_of", "solve"]
 def applies(model: Model) -> bool:
     """Whether the theorem covers the model: one scenario, interchangeable devices, and fewer than D - 1 spare slots."""
     spare = int(model.capacity.sum()) - model.experts
-    return model.scenarios == 1 and model.interchangeable and spare < model.devices - 1
+    return (
+        model.incumbent is not None
+        and model.memory is None
+        and model.scenarios == 1
+        and model.interchangeable
+        and spare < model.devices - 1
+    )
 
 
 def groups_of(model: Model) -> tuple[Int64, Int64]:

@@ -9,7 +9,9 @@
                 sum_e x[s, d, e] <= speed[d] z[s]
                 x[s, d, e] <= min(loads[s, e], speed[d] cap[s]) y[d, e]
                 sum_d y[d, e] >= fewest[e],   sum_e y[d, e] <= capacity[d]
-                sum of y where not held <= max_arrivals
+                memory:   replica_bytes sum_e y[d, e] + activation_bytes sum_e x[s, d, e] <= memory[d]
+                rules:    y is 0 or 1 where they say so, sum_d y[d, e] <= most[e], arrivals within their limits,
+                          and y[d, e] <= g[unit of e, region of d] with one g of each unit
 
 `cap` and `fewest` come from the incumbent, which every model starts from: a plan that is better keeps every z[s] below
 cap[s], so an expert needs enough replicas to fit under it. Without them the relaxation is no better than the average.
@@ -27,6 +29,7 @@ import numpy as np
 
 from moeplan.solvers.arrays import Bool, Float64, Int32, Int64
 from moeplan.solvers.flow import optimal_quota
+from moeplan.solvers.rules import Rules
 
 __all__ = ["Answer", "Effort", "Model", "OutOfTime", "Report", "check"]
 
@@ -40,9 +43,11 @@ class Model:
         weights: float64[scenarios], importance of each scenario.
         speed: float64[devices].
         capacity: int32[devices].
-        incumbent: int32[devices, width], a valid layout.
-        held: bool[devices, experts], replicas in force; None if moves are not limited.
-        max_arrivals: Most replicas outside `held`.
+        incumbent: int32[devices, width], a valid layout; None if none is known.
+        rules: Limits on replicas; None for none.
+        memory: int64[devices], bytes; None for no limit.
+        replica_bytes: Memory of a replica.
+        activation_bytes: Memory of a token that is computed.
         hinted: Whether solvers are told of the incumbent, beyond what it says about `cap`.
     """
 
@@ -50,9 +55,11 @@ class Model:
     weights: Float64
     speed: Float64
     capacity: Int32
-    incumbent: Int32
-    held: Bool | None = None
-    max_arrivals: int = 0
+    incumbent: Int32 | None
+    rules: Rules | None = None
+    memory: Int64 | None = None
+    replica_bytes: int = 0
+    activation_bytes: int = 0
     hinted: bool = True
 
     @property
@@ -78,7 +85,8 @@ class Model:
     @cached_property
     def interchangeable(self) -> bool:
         """Whether devices can be renamed freely, so that an order may be imposed on them."""
-        return self.held is None and self.equal_speeds and bool((self.capacity == self.capacity[0]).all())
+        limited = self.rules is not None or (self.memory is not None and bool((self.memory != self.memory[0]).any()))
+        return not limited and self.equal_speeds and bool((self.capacity == self.capacity[0]).all())
 
     @cached_property
     def start(self) -> tuple[Bool, Int64]:
@@ -86,6 +94,7 @@ class Model:
 
         Where devices are interchangeable they come in descending order of load in the first scenario.
         """
+        assert self.incumbent is not None
         quota, _ = optimal_quota(self.incumbent, self.loads, self.speed)
         device, slot = np.nonzero(self.incumbent >= 0)
         expert = self.incumbent[device, slot]
@@ -107,16 +116,19 @@ class Model:
     @cached_property
     def floor(self) -> Float64:
         """float64[scenarios]: average load per speed."""
-        floor: Float64 = self.loads.sum(axis=1) / self.speed.sum()
+        floor: Float64 = self.loads.sum(axis=1) / self.speed[self.capacity > 0].sum()
         return floor
 
     @cached_property
     def cap(self) -> Float64:
         """float64[scenarios]: a plan no worse than the incumbent keeps its largest load per speed at or below this."""
+        most = np.maximum(1.0, self.loads.sum(axis=1) / self.speed.min())
+        if self.incumbent is None or self.activation_bytes:  # memory may ask for more than the best split of all
+            return most
         slack = float(self.weights @ (self.level - self.floor))
         with np.errstate(divide="ignore", over="ignore"):
             cap: Float64 = self.floor + slack / self.weights
-        return np.minimum(cap * (1 + 1e-9), np.maximum(1.0, self.loads.sum(axis=1) / self.speed.min()))
+        return np.minimum(cap * (1 + 1e-9), most)
 
     @cached_property
     def fewest(self) -> Int64:
@@ -160,7 +172,7 @@ class Answer:
     Attributes:
         placed: bool[devices, experts], its best placement; None if it found none.
         bound: No placement has a smaller objective; 0 where the solver does not say.
-        status: ``optimal``, ``feasible``, or ``unknown``.
+        status: ``optimal``, ``feasible``, ``infeasible`` or ``unknown``.
     """
 
     placed: Bool | None

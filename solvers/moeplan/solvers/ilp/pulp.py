@@ -11,6 +11,7 @@ from moeplan.solvers.arrays import Bool
 from moeplan.solvers.errors import ProblemError
 from moeplan.solvers.ilp.highs import silence
 from moeplan.solvers.ilp.model import Answer, Effort, Model, Report, check
+from moeplan.solvers.rules import Rules
 
 __all__ = ["require", "solve"]
 
@@ -28,7 +29,8 @@ def solve(model: Model, effort: Effort, report: Report, name: str = "highs") -> 
         OutOfTime: the deadline passed before the model was built.
     """
     program = pulp.LpProblem("placement", pulp.LpMinimize)
-    start_y, start_x = model.start
+    hinted = model.hinted and model.incumbent is not None
+    start_y, start_x = model.start if hinted else (None, None)
     y = np.empty((model.devices, model.experts), object)
     x = np.empty((model.scenarios, model.devices, model.experts), object)
     z = [program.add_variable(f"z_{s}", float(model.floor[s]), float(model.cap[s])) for s in range(model.scenarios)]
@@ -37,11 +39,13 @@ def solve(model: Model, effort: Effort, report: Report, name: str = "highs") -> 
         check(effort)
         for d in range(model.devices):
             y[d, e] = program.add_variable(f"y_{d}_{e}", cat=pulp.LpBinary)
-            y[d, e].setInitialValue(int(start_y[d, e]))
+            if start_y is not None:
+                y[d, e].setInitialValue(int(start_y[d, e]))
             for s in range(model.scenarios):
                 most = min(float(model.loads[s, e]), float(model.cap[s] * model.speed[d]))
                 x[s, d, e] = program.add_variable(f"x_{s}_{d}_{e}", 0, most)
-                x[s, d, e].setInitialValue(min(most, float(start_x[s, d, e])))
+                if start_x is not None:
+                    x[s, d, e].setInitialValue(min(most, float(start_x[s, d, e])))
                 program += x[s, d, e] <= most * y[d, e]
         program += pulp.lpSum(y[:, e]) >= int(model.fewest[e])
         for s in range(model.scenarios):
@@ -54,21 +58,47 @@ def solve(model: Model, effort: Effort, report: Report, name: str = "highs") -> 
     if model.interchangeable:
         for d in range(model.devices - 1):
             program += pulp.lpSum(x[0, d]) >= pulp.lpSum(x[0, d + 1])
-    if model.held is not None:
-        program += pulp.lpSum(y[d, e] for d, e in np.argwhere(~model.held)) <= model.max_arrivals
-    for s in range(model.scenarios):
-        z[s].setInitialValue(min(float(model.cap[s]), float(model.level[s])))
-    solver = _solver(name, effort, model.hinted)
+    if model.memory is not None:
+        for d in range(model.devices):
+            for s in range(model.scenarios):
+                use = model.replica_bytes * pulp.lpSum(y[d]) + model.activation_bytes * pulp.lpSum(x[s, d])
+                program += use <= int(model.memory[d])
+    if model.rules is not None:
+        _add_rules(program, y, model.rules)
+    if hinted:
+        for s in range(model.scenarios):
+            z[s].setInitialValue(min(float(model.cap[s]), float(model.level[s])))
+    solver = _solver(name, effort, hinted)
     program.solve(solver)
     bound = 0.0
     if isinstance(solver, pulp.HiGHS):
         bound = max(0.0, float(program.solverModel.getInfo().mip_dual_bound))
     if program.sol_status not in (pulp.LpSolutionOptimal, pulp.LpSolutionIntegerFeasible) or y[0, 0].value() is None:
-        return Answer(None, bound if np.isfinite(bound) else 0.0, "unknown")
+        status = "infeasible" if program.status == pulp.LpStatusInfeasible else "unknown"
+        return Answer(None, bound if np.isfinite(bound) else 0.0, status)
     placed: Bool = np.array([[v.value() > 0.5 for v in row] for row in y], np.bool_)
     report(placed)
     optimal = program.sol_status == pulp.LpSolutionOptimal
     return Answer(placed, bound if np.isfinite(bound) else 0.0, "optimal" if optimal else "feasible")
+
+
+def _add_rules(program: Any, y: Any, rules: Rules) -> None:
+    for d, e in np.argwhere(~rules.may):
+        program += y[d, e] == 0
+    for d, e in np.argwhere(rules.must):
+        program += y[d, e] == 1
+    for e in np.flatnonzero(rules.most < len(rules.may)):
+        program += pulp.lpSum(y[:, e]) <= int(rules.most[e])
+    for limit, pairs in rules.arrival_limits():
+        if limit < pairs.sum():
+            program += pulp.lpSum(y[d, e] for d, e in np.argwhere(pairs)) <= limit
+    if rules.regions > 1:
+        for u in range(int(rules.unit.max()) + 1):
+            home = [program.add_variable(f"g_{u}_{r}", cat=pulp.LpBinary) for r in range(rules.regions)]
+            program += pulp.lpSum(home) == 1
+            for e in np.flatnonzero(rules.unit == u):
+                for d in range(len(rules.may)):
+                    program += y[d, e] <= home[rules.region[d]]
 
 
 class _HiGHS(pulp.HiGHS):  # type: ignore[misc]

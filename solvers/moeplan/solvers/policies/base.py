@@ -23,6 +23,7 @@ from moeplan.solvers.layout import EMPTY, Layout
 from moeplan.solvers.parameters import SolveParameters
 from moeplan.solvers.policy import policy
 from moeplan.solvers.problem import Problem
+from moeplan.solvers.repair import repair
 
 LOCALITY = 0.1
 """What sending a token over the slowest link costs, beside computing it on a device of average load."""
@@ -32,16 +33,22 @@ MOVE = 0.05
 CHOICE = 3
 """Replicas considered in a round, per device that takes one."""
 FORBIDDEN = 1e15
-"""A second replica of an expert on one device."""
+"""A second replica of an expert on one device, or a pair that is not allowed."""
 
 
-@policy("base", source="BASE layers, arXiv 2103.16716", split="optimal")
+@policy(
+    "base",
+    source="BASE layers, arXiv 2103.16716",
+    split="optimal",
+    honours=("forbidden", "pinned", "min_tokens"),
+)
 def base(problem: Problem, parameters: SolveParameters) -> Layout:
     """Replicas to devices in rounds of linear assignment: balance, locality and few moves in one cost matrix."""
     from scipy.optimize import linear_sum_assignment  # takes half a second to import
 
     loads, capacity, speed = problem.mean_load, problem.capacity, problem.cluster.speed
-    replicas = adams_replicas(loads, int(capacity.sum()), problem.devices)
+    rules = problem.rules
+    replicas = np.minimum(adams_replicas(loads, int(capacity.sum()), problem.devices), rules.most)
     share = loads / replicas
     mean = max(float(loads.sum() / speed.sum()), 1e-300)
     waiting = np.repeat(np.arange(problem.experts), replicas)
@@ -62,18 +69,21 @@ def base(problem: Problem, parameters: SolveParameters) -> Layout:
             cost += LOCALITY * heavy * _remote(problem, origin, on, experts)[room]
         if held is not None:
             cost += MOVE * heavy * ~held[np.ix_(room, experts)]
-        cost += FORBIDDEN * on[np.ix_(room, experts)]
+        cost += FORBIDDEN * (on | ~rules.may)[np.ix_(room, experts)]
         rows, columns = linear_sum_assignment(cost - heavy)
         waiting = np.delete(waiting, columns)
         for row, column in zip(rows, columns, strict=True):
             device, expert = room[row], experts[column]
-            if not on[device, expert]:
+            if not on[device, expert] and rules.may[device, expert]:
                 slots[device, used[device]] = expert
                 used[device] += 1
                 load[device] += share[expert]
                 on[device, expert] = True
-    fill(slots, loads, capacity)
-    return Layout(slots, problem.experts)
+    if rules.free:
+        fill(slots, loads, capacity)
+        return Layout(slots, problem.experts)
+    valid = repair(problem, rules, slots, stay=False)
+    return Layout(slots if valid is None else valid, problem.experts)  # None only under limits it does not honour
 
 
 def _origin(problem: Problem) -> Float64 | None:

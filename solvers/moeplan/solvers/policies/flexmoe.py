@@ -18,6 +18,7 @@ from moeplan.solvers.packing import swap
 from moeplan.solvers.parameters import SolveParameters
 from moeplan.solvers.policy import policy
 from moeplan.solvers.problem import Problem
+from moeplan.solvers.repair import repair
 
 TRIGGER = 1.05
 """Largest load over mean load from which the layout is adjusted."""
@@ -27,6 +28,10 @@ TRIGGER = 1.05
 def flexmoe(problem: Problem, parameters: SolveParameters) -> Layout:
     """From the current layout: expand, shrink and migrate single replicas while the slowest device gets faster."""
     start = problem.current or Layout.contiguous(problem.experts, problem.capacity)
+    if not start.placed.any(axis=0).all():  # some experts were lost with their devices
+        kept = repair(problem, problem.rules, start.slots, stay=True)
+        assert kept is not None  # without other limits it always finds one
+        start = Layout(kept, problem.experts)
     width = max(start.slots.shape[1], problem.cluster.max_slots)
     slots = np.full((problem.devices, width), EMPTY, np.int32)
     slots[:, : start.slots.shape[1]] = start.slots

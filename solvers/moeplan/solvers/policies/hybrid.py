@@ -27,6 +27,9 @@ from moeplan.solvers.errors import ProblemError
 from moeplan.solvers.fill import fill
 from moeplan.solvers.flow import optimal_quota
 from moeplan.solvers.grouping import grouping
+from moeplan.solvers.ilp.model import Effort
+from moeplan.solvers.ilp.run import run
+from moeplan.solvers.ilp.whole import any_layout, whole
 from moeplan.solvers.layout import EMPTY, Layout
 from moeplan.solvers.moves import keep_slots, relabel
 from moeplan.solvers.neighbourhood import neighbour
@@ -38,9 +41,11 @@ from moeplan.solvers.policies.flexmoe import flexmoe
 from moeplan.solvers.policies.laer import laer
 from moeplan.solvers.policies.static import static
 from moeplan.solvers.policies.symi import symi
-from moeplan.solvers.policy import Progress, policy
+from moeplan.solvers.policy import ALL_LIMITS, Progress, policy
 from moeplan.solvers.problem import Problem
+from moeplan.solvers.repair import narrowings, placed_in, repair, table
 from moeplan.solvers.risk import risk
+from moeplan.solvers.room import best_quota, planning_speed
 from moeplan.solvers.search import improve
 
 ROUNDS = 1_000
@@ -62,6 +67,12 @@ WORK_PER_NEIGHBOURHOOD = 100
 SHORTEST_S = 0.05
 """Time below which a neighbourhood is not begun."""
 
+SMALL_DEVICES, SMALL_VARIABLES = 6, 200
+"""Problems up to this size are solved exactly where local search stalls."""
+
+WORK_PER_SECOND = 1_000
+"""Candidates that a deterministic second of a solver counts as."""
+
 WORK_PER_BURST = 2_000_000
 """Scenario x slot visits between two looks at the clock: a few milliseconds."""
 
@@ -71,7 +82,7 @@ def stages(problem: Problem, parameters: SolveParameters) -> Iterator[Progress]:
     start = time.perf_counter()
     deadline = None if parameters.deadline_s is None else start + parameters.deadline_s
     bounds = plans.bound(problem)
-    if problem.demand.scenarios == 1 and problem.current is None and _window_applies(problem):
+    if problem.demand.scenarios == 1 and problem.current is None and _perfect(problem) and _window_applies(problem):
         yield Progress(Layout(_window(problem), problem.experts), float(bounds[0]))  # perfect, by the theorem
         return
     state = _Search(problem, parameters, deadline)
@@ -79,7 +90,7 @@ def stages(problem: Problem, parameters: SolveParameters) -> Iterator[Progress]:
     yield from state.search()
 
 
-@policy("hybrid", source="moeplan", split="optimal", honours=("max_moves",), anytime=stages)
+@policy("hybrid", source="moeplan", split="optimal", honours=ALL_LIMITS, anytime=stages)
 def hybrid(problem: Problem, parameters: SolveParameters) -> Layout:
     """Bounds, constructions, local search guided by the min cut, large neighbourhoods, few moves; the default."""
     *_, last = stages(problem, parameters)
@@ -92,6 +103,8 @@ class _Search:
     def __init__(self, problem: Problem, parameters: SolveParameters, deadline: float | None) -> None:
         self.problem, self.parameters, self.deadline = problem, parameters, deadline
         self.bounds = plans.bound(problem)
+        self.rules = problem.rules
+        self.speed = planning_speed(problem)
         self.best: Int32 | None = None
         self.score = np.inf
         self._shown: Layout | None = None
@@ -130,10 +143,14 @@ class _Search:
 
     def construct(self) -> Iterator[Progress]:
         problem = self.problem
+        if not self.rules.simple or _lost(problem):
+            yield from self._within_rules()
+            return
         slots = _start(problem)
         if slots is not None:
             self.take(slots)
-            yield self.progress()
+            if self.best is not None:
+                yield self.progress()
         for slots in _constructions(problem, self.parameters):
             if problem.current is not None:
                 slots = relabel(problem.current, slots, problem.capacity, problem.cluster)
@@ -142,7 +159,33 @@ class _Search:
             if self.take(slots):
                 yield self.progress()
             if self.score <= self.target or (self.deadline is not None and time.perf_counter() >= self.deadline):
+                break
+        if self.best is None:
+            yield from self._within_rules()
+
+    def _within_rules(self) -> Iterator[Progress]:
+        """Every construction repaired until it respects the rules; where that finds nothing, any valid layout."""
+        problem = self.problem
+        wanted = [] if problem.current is None else [problem.current.slots]
+        wanted += list(_constructions(problem, self.parameters))
+        for i, slots in enumerate(wanted):
+            for rules in narrowings(problem, placed_in(slots, problem.experts)):
+                stay = problem.current is not None and (i == 0 or rules.moves_limited)
+                repaired = repair(problem, rules, slots, stay=stay)
+                if repaired is not None and self.take(repaired):
+                    self.rules = rules
+                    yield self.progress()
+            late = self.deadline is not None and time.perf_counter() >= self.deadline
+            if self.best is not None and (late or self.score <= self.target):
                 return
+        if self.best is None:
+            slots = any_layout(problem, self.parameters.solver, None)
+            self.take(slots)
+            if self.best is None:  # it exists for the model's split only, within memory
+                self.best = slots
+            placed = placed_in(slots, problem.experts)
+            self.rules = next(narrowings(problem, placed), problem.rules)
+            yield self.progress()
 
     def search(self) -> Iterator[Progress]:
         """Local search; where it stalls, large neighbourhoods and proofs, in turn."""
@@ -151,10 +194,16 @@ class _Search:
         burst = max(8, WORK_PER_BURST // (problem.demand.scenarios * problem.capacity.sum() * 16))
         price = max(0.0, self.score - self.target) / problem.max_moves if problem.max_moves else 0.0
         idle = 0
+        exact = _small(problem)
         while not self.over:
             before = self.score
             self._descend(burst, price)
             idle = 0 if self.score < before else idle + burst
+            if idle >= STALL and exact and not self.over:
+                if self._solve_whole():
+                    yield self.progress()
+                    return
+                exact = False
             if idle >= STALL and not self.over:
                 self._neighbourhoods(rng)
                 if self.proofs is not None:
@@ -164,8 +213,7 @@ class _Search:
     def _descend(self, burst: int, price: float) -> None:
         problem, parameters = self.problem, self.parameters
         assert self.best is not None
-        current = problem.current
-        held = np.zeros((problem.devices, problem.experts), np.bool_) if current is None else current.placed
+        rules = self.rules
         steps = min(burst, parameters.work_limit - self.work)
         slots = self.best.copy()
         improve(
@@ -173,9 +221,17 @@ class _Search:
             problem.loads,
             problem.demand.weights,
             problem.tail,
-            problem.cluster.speed,
-            held,
-            problem.max_moves if problem.max_moves is not None else slots.size,
+            self.speed,
+            problem.mean_level,
+            rules.may,
+            rules.must,
+            rules.most,
+            rules.held,
+            rules.far,
+            rules.node,
+            rules.max_arrivals,
+            rules.device_arrivals,
+            rules.node_arrivals,
             price * max(0.0, 1 - self.work / (PRICED * parameters.work_limit)),
             steps,
             parameters.seed * 1_000_003 + self.work,
@@ -191,9 +247,21 @@ class _Search:
                 return
             self.work += WORK_PER_NEIGHBOURHOOD
             assert self.best is not None
-            slots = neighbour(self.problem, self.best, rng, self.parameters.solver, self.deadline)
+            slots = neighbour(self.problem, self.rules, self.best, rng, self.parameters.solver, self.deadline)
             if slots is not None and not self.take(slots) and _score(self.problem, slots) == self.score:
                 self.best = slots
+
+    def _solve_whole(self) -> bool:
+        """Solve a small problem exactly; whether that is proven to be the best there is."""
+        problem, parameters = self.problem, self.parameters
+        work = max(1, parameters.work_limit - self.work) / WORK_PER_SECOND
+        answer = run(whole(problem, self.best), parameters.solver, Effort(self.deadline, work, gap=0.0))
+        if answer.placed is not None:
+            self.take(table(problem, answer.placed))
+        if answer.status != "optimal":
+            return False
+        self.bounds = self.bounds * (self.score / float(problem.demand.weights @ self.bounds))
+        return True
 
 
 def _proofs(problem: Problem, state: _Search, deadline: float | None) -> Iterator[Float64]:
@@ -249,6 +317,23 @@ def _constructions(problem: Problem, parameters: SolveParameters) -> Iterator[In
         yield slots
 
 
+def _lost(problem: Problem) -> bool:
+    """Whether an expert has no replica in force any more."""
+    return problem.current is not None and not bool(problem.current.placed.any(axis=0).all())
+
+
+def _perfect(problem: Problem) -> bool:
+    """Whether nothing but slots limits a layout, so that the theorem of the sliding window holds."""
+    memory = problem.cluster.memory_bytes is not None and problem.expert.activation_bytes > 0
+    return problem.rules.free and not memory
+
+
+def _small(problem: Problem) -> bool:
+    """Whether an exact model of the whole problem is small enough to be solved, and its objective is ours."""
+    variables = problem.demand.scenarios * problem.devices * problem.experts
+    return problem.tail == 1 and problem.devices <= SMALL_DEVICES and variables <= SMALL_VARIABLES
+
+
 def _window_applies(problem: Problem) -> bool:
     return window.applies(problem.experts, problem.capacity, problem.cluster.speed)
 
@@ -269,7 +354,9 @@ def _widen(slots: Int32, problem: Problem) -> Int32:
 
 def _score(problem: Problem, slots: Int32) -> float:
     """Imbalance of a layout under the optimal split: what the search minimises."""
-    quota, _ = optimal_quota(slots, problem.loads, problem.cluster.speed)
+    quota, _, fits = best_quota(problem, slots)
+    if not fits:
+        return np.inf
     level = (quota.sum(axis=2) / problem.cluster.speed).max(axis=1)
     return risk(plans.relative(problem, level), problem.demand.weights, problem.tail)
 

@@ -9,15 +9,17 @@ from dataclasses import replace
 import numpy as np
 
 from moeplan.solvers import plan as plans
-from moeplan.solvers.flow import optimal_quota
-from moeplan.solvers.ilp.model import Effort, Model
+from moeplan.solvers.ilp.model import Effort
 from moeplan.solvers.ilp.run import require, run
-from moeplan.solvers.layout import EMPTY, Layout
+from moeplan.solvers.ilp.whole import whole
+from moeplan.solvers.layout import Layout
 from moeplan.solvers.moves import keep_slots
 from moeplan.solvers.parameters import SolveParameters
 from moeplan.solvers.policies.hybrid import hybrid
-from moeplan.solvers.policy import Progress, policy
+from moeplan.solvers.policy import ALL_LIMITS, Progress, policy
 from moeplan.solvers.problem import Problem
+from moeplan.solvers.repair import table
+from moeplan.solvers.room import best_quota
 
 WORK_PER_SECOND = 1_000
 """Candidates of `work_limit` that a deterministic second of a solver counts as."""
@@ -35,28 +37,15 @@ def stages(problem: Problem, parameters: SolveParameters) -> Iterator[Progress]:
     before = _imbalance(problem, incumbent)
     if before <= bound * (1 + parameters.target_gap):
         return
-    mean = problem.loads.sum(axis=1) / problem.cluster.speed.sum()
-    with_tokens = mean > 0
-    held = problem.current.placed if problem.current is not None and problem.max_moves is not None else None
-    model = Model(
-        problem.loads[with_tokens],
-        weights[with_tokens] / mean[with_tokens],
-        problem.cluster.speed,
-        problem.capacity,
-        incumbent.slots,
-        held,
-        problem.max_moves or 0,
-    )
+    with_tokens = problem.mean_level > 0
+    model = whole(problem, incumbent.slots)
     work = np.inf if deadline is not None else max(1, parameters.work_limit) / WORK_PER_SECOND
     effort = Effort(deadline, work, parameters.threads, parameters.seed, parameters.target_gap)
     answer = run(model, parameters.solver, effort)
     bound = max(bound, answer.bound + float(weights[~with_tokens].sum()))
     best = incumbent
     if answer.placed is not None:
-        slots = np.full_like(incumbent.slots, EMPTY)
-        for d, row in enumerate(answer.placed):
-            experts = np.flatnonzero(row)
-            slots[d, : len(experts)] = experts
+        slots = table(problem, answer.placed)
         if problem.current is not None:
             keep_slots(problem.current.slots, slots)
         found = Layout(slots, problem.experts)
@@ -64,7 +53,7 @@ def stages(problem: Problem, parameters: SolveParameters) -> Iterator[Progress]:
     yield Progress(best, min(bound, _imbalance(problem, best)))
 
 
-@policy("ilp", source="CP-SAT; HiGHS, CBC by PuLP", split="optimal", honours=("max_moves",), anytime=stages)
+@policy("ilp", source="CP-SAT; HiGHS, CBC by PuLP", split="optimal", honours=ALL_LIMITS, anytime=stages)
 def ilp(problem: Problem, parameters: SolveParameters) -> Layout:
     """An exact model over all scenarios, by CP-SAT or PuLP, which may only improve hybrid's construction."""
     *_, last = stages(problem, parameters)
@@ -73,6 +62,6 @@ def ilp(problem: Problem, parameters: SolveParameters) -> Layout:
 
 def _imbalance(problem: Problem, layout: Layout) -> float:
     """Scenario-averaged imbalance under the optimal split."""
-    quota, _ = optimal_quota(layout.slots, problem.loads, problem.cluster.speed)
+    quota, _, _ = best_quota(problem, layout.slots)
     level = (quota.sum(axis=2) / problem.cluster.speed).max(axis=1)
     return float(problem.demand.weights @ plans.relative(problem, level))

@@ -25,6 +25,7 @@ from moeplan.solvers.parameters import SolveParameters
 from moeplan.solvers.policies.hybrid import hybrid
 from moeplan.solvers.policy import policy
 from moeplan.solvers.problem import Problem
+from moeplan.solvers.repair import narrowings
 
 CANDIDATES_PER_BURST = 250
 """Layouts scored between two looks at the clock: some tens of milliseconds at 256 experts and ten scenarios."""
@@ -34,7 +35,12 @@ PATIENCE = 4
 """Bursts without a better layout before a hot one."""
 
 
-@policy("traffic", source="moeplan", split="home", honours=("max_moves",))
+@policy(
+    "traffic",
+    source="moeplan",
+    split="home",
+    honours=("max_moves", "forbidden", "pinned", "domain", "groups_on_node", "min_tokens"),
+)
 def traffic(problem: Problem, parameters: SolveParameters) -> Layout:
     """Fewest tokens between nodes with the load within `traffic_tolerance` of hybrid's; needs demand by source."""
     start = time.perf_counter()
@@ -47,13 +53,10 @@ def traffic(problem: Problem, parameters: SolveParameters) -> Layout:
     totals = problem.loads.sum(axis=1)
     weights = np.divide(problem.demand.weights, totals, out=np.zeros(len(totals)), where=totals > 0)
     mean: Float64 = np.tensordot(weights, tokens, axes=1)
-    held = np.zeros((problem.devices, problem.experts), np.bool_)
-    limit = balanced.slots.size
-    if problem.current is None:
-        slots = _nearer(problem, balanced.slots, mean)
-    else:
-        slots, held = balanced.slots.copy(), problem.current.placed
-        limit = limit if problem.max_moves is None else problem.max_moves
+    rules = next(narrowings(problem, balanced.placed))
+    slots = balanced.slots.copy()
+    if problem.current is None and rules.free:
+        slots = _nearer(problem, slots, mean)
     least = float(mean.sum()) - coverable(mean, int((slots >= 0).sum()))
     nearest = domains(problem)
     remote, excess, stuck = np.inf, np.inf, 0
@@ -64,7 +67,22 @@ def traffic(problem: Problem, parameters: SolveParameters) -> Layout:
         seed = parameters.seed * 1_000_003 + first
         before = (excess, remote)
         heat = HEAT if stuck % PATIENCE == PATIENCE - 1 else 0.0
-        remote, excess = keep_home(slots, tokens, weights, caps, speed, nearest, held, limit, steps, seed, heat)
+        remote, excess = keep_home(
+            slots,
+            tokens,
+            weights,
+            caps,
+            speed,
+            nearest,
+            rules.may,
+            rules.must,
+            rules.most,
+            rules.held,
+            rules.max_arrivals,
+            steps,
+            seed,
+            heat,
+        )
         stuck = 0 if (excess, remote) < before else stuck + 1
         if excess == 0 and remote <= least + 1e-12:
             break
