@@ -17,8 +17,11 @@ $(STAMP): pyproject.toml constraints.txt
 
 install: $(STAMP)  ## install everything into .venv
 
-demo: $(STAMP)  ## plan from a recorded trace and compare policies on steps they did not see
+demo: $(STAMP)  ## train a small MoE model on two ranks, as usual and with moeplan beside it (three minutes)
 	@$(BIN)/python examples/demo.py
+
+compare: $(STAMP)  ## plan from a recorded trace and compare policies on steps they did not see
+	@$(BIN)/python examples/compare_policies.py
 
 test: $(STAMP)  ## run the tests
 	@$(BIN)/python -m pytest
@@ -41,4 +44,4 @@ fix: $(STAMP)  ## format, and mend what the linter can
 bench: $(STAMP)  ## measure layouts against SGLang's planners (downloads their wheel once)
 	@$(BIN)/python benchmarks/layouts.py
 
-.PHONY: help install demo test check proto check-proto fix bench
+.PHONY: help install demo compare test check proto check-proto fix bench

@@ -22,6 +22,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -129,30 +130,35 @@ def train(mode: str, steps: int, address: str, folder: Path) -> Iterator[Line]:
 
 def show(runs: dict[str, list[Line]]) -> None:
     """The table, and what it means."""
-    table = Table(title=f"the same model and text on {RANKS} ranks", title_justify="left")
-    for column in ("", *(WAYS[mode] for mode in runs)):
-        table.add_column(column, justify="left" if not column else "right")
     later = {mode: lines[len(lines) // 2 :] for mode, lines in runs.items()}
-
-    def row(name: str, values: Sequence[str]) -> None:
-        table.add_row(name, *values)
-
-    def mean(key: str) -> list[float]:
-        return [statistics.mean(line[key] for line in lines) for lines in later.values()]
-
-    row("imbalance, second half", [f"{value:.3f}" for value in mean("imbalance")])
-    row("  its largest", [f"{max(line['imbalance'] for line in lines):.3f}" for lines in later.values()])
-    seconds = [statistics.median(line["seconds"] for line in lines) for lines in later.values()]
-    row("ms per step, second half (median)", [f"{value * 1e3:.0f}" for value in seconds])
-    speed = [statistics.median(line["tokens_per_second"] for line in lines) for lines in later.values()]
-    row("tokens per second", [f"{value:,.0f}" for value in speed])
-    row("layouts applied", [f"{lines[-1]['version']:.0f}" for lines in runs.values()])
-    row("loss at the end", [f"{lines[-1]['loss']:.4f}" for lines in runs.values()])
+    imbalance = {mode: statistics.mean(line["imbalance"] for line in lines) for mode, lines in later.items()}
+    seconds = {mode: statistics.median(line["seconds"] for line in lines) for mode, lines in later.items()}
+    table = Table(
+        title=f"the same model and text on {RANKS} ranks, second half of the steps",
+        title_justify="left",
+        caption="imbalance: largest load of a rank over the mean; ms and tokens: medians",
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+    )
+    for column in ("", "imbalance", "worst", "ms/step", "tokens/s", "layouts", "loss"):
+        table.add_column(column, justify="right" if column else "left", no_wrap=True)
+    for mode, lines in later.items():
+        speed = statistics.median(line["tokens_per_second"] for line in lines)
+        table.add_row(
+            WAYS[mode],
+            f"{imbalance[mode]:.3f}",
+            f"{max(line['imbalance'] for line in lines):.3f}",
+            f"{seconds[mode] * 1e3:.0f}",
+            f"{speed:,.0f}",
+            f"{lines[-1]['version']:.0f}",
+            f"{lines[-1]['loss']:.4f}",
+        )
     CONSOLE.print(table)
     losses = [[line["loss"] for line in lines] for lines in runs.values()]
     apart = max(max(step) - min(step) for step in zip(*losses, strict=True))
-    before, *after = mean("imbalance")
-    less = [f"{1 - value / seconds[0]:+.0%}" for value in seconds[1:]]
+    before, *after = imbalance.values()
+    less = [f"{1 - value / seconds['static']:+.0%}" for mode, value in seconds.items() if mode != "static"]
     print(
         f"With static expert parallelism the busier rank computes {before:.2f} times the average, with moeplan "
         f"{after[0]:.2f} and {after[1]:.2f} times.\n"
@@ -179,7 +185,12 @@ def draw(runs: dict[str, list[Line]], path: Path) -> None:
             axis.axvline(shift, color="0.85", zorder=0)
         axis.set_ylabel(label)
     axes[2].set_ylim(0, 2 * statistics.median(line["seconds"] for lines in runs.values() for line in lines))
-    axes[0].legend(title=f"grey: the kind of text changes (every {SHIFT} steps)")
+    figure.legend(
+        *axes[0].get_legend_handles_labels(),
+        loc="outside upper center",
+        ncols=len(runs),
+        title=f"grey: the kind of text changes (every {SHIFT} steps)",
+    )
     axes[2].set_xlabel("step")
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
