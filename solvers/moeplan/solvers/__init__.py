@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from moeplan.solvers.sharing import Shares, share_slots
     from moeplan.solvers.solver import evaluate, solve, solve_anytime
     from moeplan.solvers.splits import Split
+    from moeplan.solvers.warm import warm_up
 
 __all__ = [
     "EMPTY",
@@ -60,6 +61,7 @@ __all__ = [
     "solve",
     "solve_anytime",
     "solve_layers",
+    "warm_up",
 ]
 
 _HOMES = {
@@ -79,6 +81,7 @@ _HOMES = {
     "sharing": ("Shares", "share_slots"),
     "solver": ("evaluate", "solve", "solve_anytime"),
     "splits": ("Split",),
+    "warm": ("warm_up",),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 
