@@ -31,9 +31,9 @@ TRAIN = Path(__file__).with_name("train_moe_lm.py")
 PICTURE = Path("moeplan-demo.png")
 RANKS, SHIFT, START_S, RUN_S = 2, 20, 180, 600
 WAYS = {
-    "static": "static expert parallelism",
+    "static": "static experts",
     "spill": "moeplan: spilling",
-    "planned": "moeplan: planned, sharded",
+    "planned": "moeplan: planned",
 }
 CONSOLE = Console()
 Line = dict[str, float]

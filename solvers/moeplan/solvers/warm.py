@@ -18,7 +18,7 @@ __all__ = ["warm_up"]
 def warm_up() -> None:
     """Load kernels and libraries, about a second where the kernels are compiled already.
 
-    A program that gives deadlines of milliseconds calls it once when it starts; the daemon does.
+    A program that gives deadlines of milliseconds calls it once when it starts.
     """
     tokens = np.random.default_rng(0).geometric(0.01, (2, 4, 12))
     short = SolveParameters(work_limit=6_000, target_gap=0.0)  # enough to get to the exact models
