@@ -9,6 +9,7 @@ import threading
 import uuid
 from collections import deque
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +29,8 @@ log = logging.getLogger("moeplan")
 
 FIRST_DELAY_S, LONGEST_DELAY_S = 0.1, 15.0
 CALL_S = 10.0
+FAREWELL_S = 2.0
+"""Longest wait until the planner has read why a plan was refused."""
 UNSENT = 256
 """Steps of statistics that wait for the planner; the oldest go first."""
 HELD = 64
@@ -243,14 +246,26 @@ class PlannerStream:
             request = planner_pb2.CreateJobRequest(job_id=self._job_id, job=self._job)
             self._call = creating = stub.CreateJob.future(request, timeout=CALL_S, metadata=self._login.metadata)
             creating.result()
-            over = threading.Event()
+            over, refused = threading.Event(), threading.Event()
             with self._change:
                 self._sequence = self._acknowledged = self._credit = 0
-            call = stub.StreamRank(self._requests(over), metadata=self._login.metadata)
+            call = stub.StreamRank(self._requests(over, refused), metadata=self._login.metadata)
             self._call = call
             try:
                 for response in call:
                     self._take(response)
+            except _RefusedError:
+                # The planner has to read why before the line ends, and ends it when it has.
+                with self._change:
+                    refused.set()
+                    self._change.notify_all()
+                limit = threading.Timer(FAREWELL_S, call.cancel)
+                limit.start()
+                with suppress(grpc.RpcError):
+                    for _ in call:
+                        pass
+                limit.cancel()
+                raise
             finally:
                 over.set()
                 with self._change:
@@ -258,7 +273,7 @@ class PlannerStream:
                 call.cancel()
                 self._call = None
 
-    def _requests(self, over: threading.Event) -> Iterator[planner_pb2.StreamRankRequest]:
+    def _requests(self, over: threading.Event, refused: threading.Event) -> Iterator[planner_pb2.StreamRankRequest]:
         yield planner_pb2.StreamRankRequest(
             hello=planner_pb2.Hello(
                 job=f"jobs/{self._job_id}",
@@ -271,11 +286,15 @@ class PlannerStream:
         )
         while True:
             with self._change:
-                self._change.wait_for(lambda: over.is_set() or self._controls or self._may_send() or self._closing)
+                self._change.wait_for(
+                    lambda: over.is_set() or refused.is_set() or self._controls or self._may_send() or self._closing
+                )
                 if over.is_set():
                     return
                 if self._controls:
                     request = self._controls.popleft()
+                elif refused.is_set():
+                    return
                 elif self._may_send():
                     statistics = self._unsent.popleft()
                     self._sequence += 1
