@@ -1,8 +1,14 @@
-"""A small model of moeplan's own layers, trained in double precision with a planner: what the fault tests disturb."""
+"""A small model of moeplan's own layers, trained in double precision with a planner: what the fault tests disturb.
+
+Run under torchrun it is a training script like any other; `train` can also be called in ranks that exist already.
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
+import os
+import signal
 import time
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
@@ -86,6 +92,7 @@ def train(
     job: str = "small",
     replay: Mapping[int, Tables] | None = None,
     slow: float = 0.0,
+    dies: bool = False,
 ) -> Any:
     """Train for so many steps, and on until there have been so many switches and nothing holds the run.
 
@@ -97,6 +104,7 @@ def train(
         job: Id of the job there.
         replay: Layouts to put into force before a step, without a planner.
         slow: Seconds that rank 1 sleeps in each step.
+        dies: Whether rank 1 kills itself when `steps` and `switches` are reached.
 
     Returns:
         The status of the line to the planner.
@@ -128,7 +136,7 @@ def train(
             timeout=timedelta(seconds=30),
         )
     step, end, over = 0, time.monotonic() + LIMIT_S, False
-    with (Path(folder) / f"{rank}.jsonl").open("w") as lines:
+    with (Path(folder) / f"{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}-{rank}.jsonl").open("w") as lines:
         while not over:
             if replay and step in replay:
                 apply([Layout(np.array(slots, np.int32), EXPERTS) for slots in replay[step]])
@@ -155,6 +163,8 @@ def train(
                 time.sleep(0.01 + slow * rank)
             step += 1
             reached = step >= steps and enough
+            if reached and dies and rank == 1:
+                os.kill(os.getpid(), signal.SIGKILL)
             held = (Path(folder) / HOLD).exists()
             verdict = torch.tensor([int((reached and not held) or time.monotonic() > end)])
             dist.all_reduce(verdict, op=dist.ReduceOp.MAX)
@@ -164,3 +174,22 @@ def train(
         return None
     session.close()
     return session.status
+
+
+def main() -> None:
+    """Under torchrun; the first start of the group loses a rank."""
+    parser = argparse.ArgumentParser()
+    for name in ("folder", "address", "job"):
+        parser.add_argument(name)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", timeout=timedelta(seconds=30))
+    first = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
+    train(
+        arguments.folder, steps=12, switches=1 if first else 2, address=arguments.address, job=arguments.job, dies=first
+    )
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
