@@ -185,9 +185,8 @@ def main() -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", timeout=timedelta(seconds=30))
     first = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
-    train(
-        arguments.folder, steps=12, switches=1 if first else 2, address=arguments.address, job=arguments.job, dies=first
-    )
+    switches = 1 if first else 2  # the second start takes over a plan of the first, and waits for one of its own
+    train(arguments.folder, steps=12, switches=switches, address=arguments.address, job=arguments.job, dies=first)
     dist.destroy_process_group()
 
 

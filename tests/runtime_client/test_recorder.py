@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,11 +16,19 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from moeplan.planner.trace import Trace
+from moeplan.runtime_client.ffn import ExpertShape
+from moeplan.runtime_client.fsep import FullyShardedExperts, chain
+from moeplan.runtime_client.group import ExpertGroup
+from moeplan.runtime_client.lending import LoanBuffer
 from moeplan.runtime_client.probes import PROBES, Form, Probe
 from moeplan.runtime_client.recorder import record
+from moeplan.runtime_client.spilling import ResidentExperts
 from moeplan.runtime_client.trace_ring import TraceRing
 from moeplan.solvers.arrays import Int64
+from moeplan.solvers.layout import Layout
+from moeplan.solvers.spill import QuotaPlanner, SpillOptions
 
+Launch = Callable[..., list[Any]]
 EXPERTS, TOP_K, LAYERS, VOCABULARY = 5, 2, 2, 32
 FAMILIES = ["mixtral", "qwen3_moe", "olmoe", "deepseek_v3", "gpt_oss"]
 
@@ -306,6 +314,103 @@ def test_what_cannot_be_recorded_is_said() -> None:
     other.num_experts = EXPERTS + 1
     with pytest.raises(ValueError, match=r"layers differ in experts \(0: 5, 1: 6\)"):
         record(nn.Sequential(TokenChoiceTopKRouter(), other))
+
+
+class OwnBlock(nn.Module):
+    """A router that prefers the first expert, and experts of ours; it keeps what the router chose in each call."""
+
+    def __init__(self, experts: FullyShardedExperts | ResidentExperts) -> None:
+        super().__init__()
+        self.router, self.experts = nn.Linear(6, EXPERTS, bias=False), experts
+        self.chosen: list[Tensor] = []
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        scores = self.router(hidden) + torch.eye(EXPERTS)[0]
+        weight, index = scores.softmax(dim=-1).topk(TOP_K)
+        self.chosen.append(index)
+        output: Tensor = hidden + self.experts(hidden, index, weight)
+        return output
+
+
+class OwnModel(nn.Module):
+    def __init__(self, blocks: Sequence[OwnBlock], reentrant: bool | None) -> None:
+        super().__init__()
+        self.blocks, self.reentrant = nn.ModuleList(blocks), reentrant
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        for block in self.blocks:
+            if self.reentrant is not None and torch.is_grad_enabled():
+                hidden = checkpoint(block, hidden, use_reentrant=self.reentrant)
+            else:
+                hidden = block(hidden)
+        return hidden
+
+
+def make_own(kind: str, group: ExpertGroup) -> list[OwnBlock]:
+    torch.manual_seed(0)
+    shape = ExpertShape(6, 4)
+    layers: list[FullyShardedExperts] | list[ResidentExperts]
+    if kind == "sharded":
+        layers = [FullyShardedExperts(shape, EXPERTS, group) for _ in range(LAYERS)]
+        chain(layers)
+    else:
+        planner, buffer = QuotaPlanner(SpillOptions.uniform(EXPERTS, group.size, 2), group.size), LoanBuffer()
+        layers = [ResidentExperts(shape, EXPERTS, group, planner=planner, buffer=buffer) for _ in range(LAYERS)]
+    for layer in layers:
+        layer.load_experts(0, torch.randn(EXPERTS, shape.elements))
+    return [OwnBlock(layer) for layer in layers]
+
+
+def record_own(kind: str, reentrant: bool | None) -> list[tuple[Int64, Int64, int, dict[str, int]]]:
+    """Of each step: what was recorded, what the routers chose, passes recomputed, and traffic."""
+    group = ExpertGroup.create()
+    assert group is not None
+    blocks = make_own(kind, group)
+    model = OwnModel(blocks, reentrant).train()
+    torch.manual_seed(1 + group.rank)
+    steps = []
+
+    def taken() -> list[Tensor]:
+        """Choices of each layer since they were last taken."""
+        taken = [torch.cat([torch.empty(0, TOP_K, dtype=torch.int64), *block.chosen]) for block in blocks]
+        for block in blocks:
+            block.chosen.clear()
+        return taken
+
+    with record(model) as recorder:
+        for step in range(2):
+            if kind == "sharded":  # replicas, and another layout in each step
+                slots = [[[0, 1, 2], [3, 0, 4]], [[4, 0, 3], [0, 2, 1]]][step]
+                for block in blocks:
+                    block.experts.layout = Layout(np.array(slots, np.int32), EXPERTS)
+            counts, recomputed = np.zeros((LAYERS, EXPERTS), np.int64), 0
+            for size in (9 + group.rank, 4 * group.rank):  # the first rank has no tokens in the second micro-batch
+                output = model(torch.randn(size, 6, requires_grad=True))
+                for row, index in zip(counts, taken(), strict=True):
+                    row += np.bincount(index.numpy().ravel(), minlength=EXPERTS)
+                output.square().sum().backward()
+                recomputed += sum(map(len, taken()))
+                with torch.no_grad():
+                    model(torch.randn(5, 6))
+                assert sum(map(len, taken())) == 5 * LAYERS
+            recorder.step()
+            got = recorder.finish()
+            assert got is not None
+            steps.append((got, counts, recomputed, dict(blocks[0].experts.traffic)))
+    return steps
+
+
+@pytest.mark.parametrize("kind", ["sharded", "resident"])
+@pytest.mark.parametrize("reentrant", [None, False, True])
+def test_own_layers_on_two_ranks(ranks: Launch, kind: str, reentrant: bool | None) -> None:
+    of_ranks = ranks(2, record_own, kind, reentrant)
+    for rank, steps in enumerate(of_ranks):
+        tokens = LAYERS * (9 + 5 * rank)
+        for got, chosen, recomputed, _ in steps:
+            np.testing.assert_array_equal(got, chosen)
+            assert got.sum() == TOP_K * tokens
+            assert recomputed == (0 if reentrant is None else tokens)
+    assert sum(steps[-1][3]["weights.forward"] for steps in of_ranks) > 0  # gathered, or lent
 
 
 def numbered(steps: int) -> Iterator[Int64]:
