@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.instances import all_layouts
 
-from moeplan.solvers import Cluster, Demand, Problem, ProblemError, SolveParameters, evaluate, solve
+from moeplan.solvers import Cluster, Demand, Problem, ProblemError, SolveParameters, evaluate, solve, solve_anytime
 from moeplan.solvers.risk import risk
 from moeplan.solvers.scenarios import Widening, widened
 
@@ -50,6 +50,33 @@ def test_hybrid_comes_close_to_the_least_risk(tail: float, seed: int) -> None:
     problem = Problem(Cluster.uniform(3, 2), demand, tail=tail)
     plan = solve(problem, "hybrid", SolveParameters(work_limit=3_000, target_gap=0))
     assert 1 - 1e-9 <= risk(plan.imbalance, demand.weights, tail) / _least_risk(problem) <= 1.02
+
+
+@pytest.mark.parametrize("solver", ["cpsat", "highs", "cbc"])
+@pytest.mark.parametrize("tail", [0.7, 0.2])
+@pytest.mark.parametrize("speed", [(1.0, 1.0, 1.0), (1.0, 2.0, 0.5)])
+@pytest.mark.parametrize("seed", range(2))
+def test_exact_models_find_the_least_risk(solver: str, tail: float, speed: tuple[float, ...], seed: int) -> None:
+    tokens = np.random.default_rng(seed).lognormal(7, 1.2, (4, 1, 5)).astype(np.int64)
+    tokens[1] *= seed  # a scenario without tokens is balanced
+    demand = Demand.of(tokens, np.array([0.1, 0.3, 0.2, 0.4]))
+    cluster = Cluster(np.full(3, 2), np.zeros(3, int), np.array(speed))
+    problem = Problem(cluster, demand, tail=tail)
+    plan = solve(problem, "ilp", SolveParameters(solver=solver, target_gap=0))
+    least = _least_risk(problem)
+    assert plan.objective == risk(plan.imbalance, demand.weights, tail)
+    assert plan.objective == pytest.approx(least, rel=1e-3)  # whole tokens
+    assert plan.objective >= least * (1 - 1e-9)
+    assert least * 0.99 <= plan.bound <= least * (1 + 1e-9) or solver == "cbc"  # which does not say its bound
+
+
+def test_anytime_never_raises_the_risk() -> None:
+    tokens = np.random.default_rng(3).lognormal(4, 1.5, (6, 1, 12)).astype(np.int64)
+    problem = Problem(Cluster.uniform(6, 3), Demand.of(tokens), tail=0.3)
+    plans = list(solve_anytime(problem, "hybrid", SolveParameters(work_limit=3_000, target_gap=0)))
+    assert len(plans) > 1
+    assert [plan.objective for plan in plans] == sorted((plan.objective for plan in plans), reverse=True)
+    assert all(plan.bound <= plan.objective and plan.objective >= plan.mean_imbalance - 1e-9 for plan in plans)
 
 
 def test_a_tail_gives_up_the_mean_for_the_worst() -> None:

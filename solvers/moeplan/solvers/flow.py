@@ -328,5 +328,6 @@ def optimal_quota(slots: Int32, tokens: Int64, speed: Float64) -> tuple[Int64, B
     quota = np.empty((scenarios, devices * width), np.int64)
     load = np.empty((scenarios, devices), np.int64)
     tight = np.empty((scenarios, devices), np.bool_)
-    split_all(slots, tokens, speed, quota, load, tight)
+    # One order of memory, so that the kernel is compiled once for all callers.
+    split_all(np.ascontiguousarray(slots), np.ascontiguousarray(tokens), speed, quota, load, tight)
     return quota.reshape(scenarios, devices, width), tight

@@ -26,7 +26,9 @@ class Plan:
         split: How tokens are divided, in each scenario of the demand.
         imbalance: float64[scenarios], largest load per speed over the mean; 1.0 is perfect.
         mean_imbalance: Average of `imbalance` by the weights of the scenarios.
-        bound: No layout with these slots has a smaller scenario-averaged imbalance.
+        objective: What the problem asks to be small: `mean_imbalance`, or the mean of the worst part `Problem.tail` of
+            the scenarios.
+        bound: No layout with these slots has a smaller objective.
         cost: Modelled time.
         moves: Replicas to copy; None where there was no current layout.
         seconds: Time that the policy took.
@@ -37,6 +39,7 @@ class Plan:
     split: Split
     imbalance: Float64
     mean_imbalance: float
+    objective: float
     bound: float
     cost: Cost
     moves: Moves | None
@@ -44,8 +47,8 @@ class Plan:
 
     @property
     def gap(self) -> float:
-        """How far from optimal the plan can be at most: ``mean_imbalance / bound - 1``."""
-        return max(0.0, self.mean_imbalance / self.bound - 1.0)
+        """How far from optimal the plan can be at most: ``objective / bound - 1``."""
+        return max(0.0, self.objective / self.bound - 1.0)
 
 
 def imbalance(problem: Problem, split: Split) -> Float64:

@@ -14,6 +14,7 @@ from moeplan.solvers.parameters import SolveParameters
 from moeplan.solvers.plan import Plan
 from moeplan.solvers.policy import Policy, Progress, available_policies, find
 from moeplan.solvers.problem import Problem
+from moeplan.solvers.risk import risk
 from moeplan.solvers.rules import broken
 from moeplan.solvers.splits import split
 
@@ -89,7 +90,7 @@ def solve_anytime(
             model=model,
             bound=progress.bound,
         )
-        if best is None or plan.mean_imbalance < best.mean_imbalance or plan.bound > best.bound:
+        if best is None or plan.objective < best.objective or plan.bound > best.bound:
             best = plan
             yield plan
 
@@ -104,7 +105,7 @@ def evaluate(
     model: CostModel = STEP,
     bound: float | None = None,
 ) -> Plan:
-    """Judge a layout on a problem's demand. A `bound` on its imbalance that is known already is reported if stronger.
+    """Judge a layout on a problem's demand. A `bound` on its objective that is known already is reported if stronger.
 
     Raises:
         ProblemError: the layout does not suit the problem or breaks a constraint, or the rule needs the demand by
@@ -123,14 +124,15 @@ def evaluate(
     chosen = split(problem, layout, rule)
     check_memory(problem, layout, chosen)
     values = plans.imbalance(problem, chosen)
-    weights = problem.demand.weights
+    weights, tail = problem.demand.weights, problem.tail
     return Plan(
         policy=policy,
         layout=layout,
         split=chosen,
         imbalance=values,
         mean_imbalance=float(weights @ values),
-        bound=max(float(weights @ plans.bound(problem)), bound or 0.0),
+        objective=risk(values, weights, tail),
+        bound=max(risk(plans.bound(problem), weights, tail), bound or 0.0),
         cost=cost(problem, layout, chosen, model),
         moves=None if problem.current is None else moves(problem.current, layout, problem.cluster),
         seconds=seconds,

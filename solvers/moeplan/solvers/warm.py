@@ -21,8 +21,9 @@ def warm_up() -> None:
     A program that gives deadlines of milliseconds calls it once when it starts.
     """
     tokens = np.random.default_rng(0).geometric(0.01, (2, 4, 12))
-    short = SolveParameters(work_limit=6_000, target_gap=0.0)  # enough to get to the exact models
+    short = SolveParameters(work_limit=100, target_gap=0.0)
     few = Problem(Cluster.uniform(8, 2, nodes=2), Demand.of(tokens))
     plan = solve(few, parameters=short)
-    solve(replace(few, current=plan.layout, max_moves=2), parameters=replace(short, work_limit=100))
+    solve(replace(few, current=plan.layout, max_moves=2), parameters=short)
     solve(Problem(Cluster.uniform(4, 4), Demand.of(tokens[:1])))
+    solve(few, "ilp", short)

@@ -103,7 +103,7 @@ def _anytime(limited: Limited) -> Iterator[Plan]:
     work = 0
     while True:
         plan = solve(problem, _policy(request.policy), _share(replace(full, work_limit=work), end, 1))
-        if best is None or plan.mean_imbalance < best.mean_imbalance:
+        if best is None or plan.objective < best.objective:
             best = plan
             yield plan
         if work >= full.work_limit or best.gap <= full.target_gap or time.monotonic() >= end:

@@ -16,8 +16,11 @@ __all__ = ["solve", "solver_for"]
 SPEED_UNITS = 10_000
 """Unequal speeds become multiples of 1/10,000, rounded up so that the bound holds."""
 
-LEVEL_UNITS = 1_000
-"""With unequal speeds, z counts thousandths of a token per unit of speed."""
+LEVEL_UNITS = 100
+"""With unequal speeds, z counts hundredths of a token per unit of speed."""
+
+TAIL_UNITS = 10_000
+"""Where the worst part of the scenarios counts, imbalance and weights are in ten thousandths; finer is far slower."""
 
 WEIGHT_UNITS = 1_000_000
 """Scenario weights become integers of at most this size, rounded down so that the bound holds."""
@@ -70,8 +73,11 @@ def solve(model: Model, effort: Effort, report: Report) -> Answer:
     if model.rules is not None:
         _add_rules(cp, y, model.rules)
     unit = WEIGHT_UNITS / model.weights.max()
-    weight = np.floor(model.weights * unit).astype(np.int64) if model.scenarios > 1 else np.ones(1, np.int64)
-    cp.minimize(cp_model.LinearExpr.weighted_sum(z, weight.tolist()))
+    if model.tail < 1:
+        _minimise_tail(cp, z, model, scale * level_units)
+    else:
+        weight = np.floor(model.weights * unit).astype(np.int64) if model.scenarios > 1 else np.ones(1, np.int64)
+        cp.minimize(cp_model.LinearExpr.weighted_sum(z, weight.tolist()))
 
     if model.hinted and model.incumbent is not None:
         start_y, start_x = model.start
@@ -90,7 +96,10 @@ def solve(model: Model, effort: Effort, report: Report) -> Answer:
     status = solver.solve(cp, Found())
     # Back from integers: floors of weights and of z only lower the bound.
     objective = float(solver.best_objective_bound)
-    if model.scenarios == 1:
+    if model.tail < 1:
+        bound = objective / TAIL_UNITS**2 - 2 / TAIL_UNITS
+        bound -= (level_units > 1) / (level_units * scale * float(model.floor.min()))
+    elif model.scenarios == 1:
         bound = (objective - (level_units > 1)) / (level_units * scale) * float(model.weights[0])
     else:
         bound = (objective / unit - (level_units > 1) * float(model.weights.sum())) / (level_units * scale)
@@ -98,6 +107,20 @@ def solve(model: Model, effort: Effort, report: Report) -> Answer:
         return Answer(None, max(0.0, bound), "infeasible" if status == cp_model.INFEASIBLE else "unknown")
     placed: Bool = np.array([[solver.boolean_value(v) for v in row] for row in y], np.bool_)
     return Answer(placed, max(0.0, bound), "optimal" if status == cp_model.OPTIMAL else "feasible")
+
+
+def _minimise_tail(cp: cp_model.CpModel, z: list[Any], model: Model, units: float) -> None:
+    """Minimise the mean of the worst part of the scenarios, with z in so many units for a load per speed of 1."""
+    most = int(np.ceil((model.cap / model.floor).max() * TAIL_UNITS)) + 2
+    weight = np.floor(model.weights * model.floor / model.tail * TAIL_UNITS).astype(np.int64)
+    eta = cp.new_int_var(TAIL_UNITS, most, "")
+    excess = [cp.new_int_var(0, most, "") for _ in z]
+    for s, level in enumerate(z):
+        # excess + eta >= z / floor, with both sides large enough for whole numbers that only lower the imbalance
+        size = int(np.ceil(TAIL_UNITS / (model.floor[s] * units)))
+        floor = int(np.ceil(model.floor[s] * units * size))
+        cp.add(floor * (excess[s] + eta) >= size * TAIL_UNITS * level)
+    cp.minimize(TAIL_UNITS * eta + cp_model.LinearExpr.weighted_sum(excess, weight.tolist()))
 
 
 def _add_rules(cp: cp_model.CpModel, y: Any, rules: Rules) -> None:

@@ -31,6 +31,7 @@ def applies(model: Model) -> bool:
         model.incumbent is not None
         and model.memory is None
         and model.scenarios == 1
+        and model.tail >= 1
         and model.interchangeable
         and spare < model.devices - 1
     )

@@ -4,7 +4,7 @@
     x[s, d, e] >= 0         tokens of e that d computes in scenario s
     z[s]                    largest load per speed
 
-    minimise    sum_s weights[s] z[s]
+    minimise    sum_s weights[s] z[s], or the mean of the worst part of it (below)
     such that   sum_d x[s, d, e] = loads[s, e]
                 sum_e x[s, d, e] <= speed[d] z[s]
                 x[s, d, e] <= min(loads[s, e], speed[d] cap[s]) y[d, e]
@@ -16,6 +16,14 @@
 `cap` and `fewest` come from the incumbent, which every model starts from: a plan that is better keeps every z[s] below
 cap[s], so an expert needs enough replicas to fit under it. Without them the relaxation is no better than the average.
 Interchangeable devices are ordered by their load in the first scenario.
+
+The mean of the worst part `tail` of the scenarios is linear after Rockafellar & Uryasev (2000), with the imbalance
+z[s] / floor[s] of each, and its importance weights[s] floor[s]:
+
+    minimise    eta + sum_s weights[s] v[s] / tail
+    such that   v[s] >= z[s] - eta floor[s],   v[s] >= 0,   eta >= 1
+
+`eta` is at least 1, since no imbalance is less; so scenarios without tokens, whose imbalance is 1, need no variable.
 """
 
 from __future__ import annotations
@@ -29,6 +37,7 @@ import numpy as np
 
 from moeplan.solvers.arrays import Bool, Float64, Int32, Int64
 from moeplan.solvers.flow import optimal_quota
+from moeplan.solvers.risk import risk
 from moeplan.solvers.rules import Rules
 
 __all__ = ["Answer", "Effort", "Model", "OutOfTime", "Report", "check"]
@@ -40,7 +49,8 @@ class Model:
 
     Attributes:
         loads: int64[scenarios, experts].
-        weights: float64[scenarios], importance of each scenario.
+        weights: float64[scenarios], importance of each scenario per unit of its load; where there is a `tail`, the
+            part of all scenarios that it is, over its average load per speed.
         speed: float64[devices].
         capacity: int32[devices].
         incumbent: int32[devices, width], a valid layout; None if none is known.
@@ -49,6 +59,7 @@ class Model:
         replica_bytes: Memory of a replica.
         activation_bytes: Memory of a token that is computed.
         hinted: Whether solvers are told of the incumbent, beyond what it says about `cap`.
+        tail: Part of the scenarios, the worst, that counts; 1.0 for all.
     """
 
     loads: Int64
@@ -61,6 +72,7 @@ class Model:
     replica_bytes: int = 0
     activation_bytes: int = 0
     hinted: bool = True
+    tail: float = 1.0
 
     @property
     def scenarios(self) -> int:
@@ -119,15 +131,25 @@ class Model:
         floor: Float64 = self.loads.sum(axis=1) / self.speed[self.capacity > 0].sum()
         return floor
 
+    def objective(self, level: Float64) -> float:
+        """What is minimised, for the largest load per speed of each scenario, float64[scenarios]."""
+        if self.tail >= 1:
+            return float(self.weights @ level)
+        share = self.weights * self.floor
+        idle = max(0.0, 1.0 - float(share.sum()))
+        return risk(np.append(level / self.floor, 1.0), np.append(share, idle), self.tail)
+
     @cached_property
     def cap(self) -> Float64:
         """float64[scenarios]: a plan no worse than the incumbent keeps its largest load per speed at or below this."""
         most = np.maximum(1.0, self.loads.sum(axis=1) / self.speed.min())
         if self.incumbent is None or self.activation_bytes:  # memory may ask for more than the best split of all
             return most
-        slack = float(self.weights @ (self.level - self.floor))
+        slack = self.objective(self.level) - self.objective(self.floor)
+        # All others at their average, a scenario alone has at least this part of the objective.
+        part = self.weights if self.tail >= 1 else np.minimum(1 / self.floor, self.weights / self.tail)
         with np.errstate(divide="ignore", over="ignore"):
-            cap: Float64 = self.floor + slack / self.weights
+            cap: Float64 = self.floor + slack / part
         return np.minimum(cap * (1 + 1e-9), most)
 
     @cached_property

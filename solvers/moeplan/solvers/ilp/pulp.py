@@ -29,12 +29,16 @@ def solve(model: Model, effort: Effort, report: Report, name: str = "highs") -> 
         OutOfTime: the deadline passed before the model was built.
     """
     program = pulp.LpProblem("placement", pulp.LpMinimize)
-    hinted = model.hinted and model.incumbent is not None
+    # HiGHS 1.16 loses part of a start's objective in its presolve where a tail counts, and calls it optimal.
+    hinted = model.hinted and model.incumbent is not None and model.tail >= 1
     start_y, start_x = model.start if hinted else (None, None)
     y = np.empty((model.devices, model.experts), object)
     x = np.empty((model.scenarios, model.devices, model.experts), object)
     z = [program.add_variable(f"z_{s}", float(model.floor[s]), float(model.cap[s])) for s in range(model.scenarios)]
-    program += pulp.lpSum(float(w) * z[s] for s, w in enumerate(model.weights))
+    if model.tail >= 1:
+        program += pulp.lpSum(float(w) * z[s] for s, w in enumerate(model.weights))
+    else:
+        _add_tail(program, z, model)
     for e in range(model.experts):
         check(effort)
         for d in range(model.devices):
@@ -80,6 +84,15 @@ def solve(model: Model, effort: Effort, report: Report, name: str = "highs") -> 
     report(placed)
     optimal = program.sol_status == pulp.LpSolutionOptimal
     return Answer(placed, bound if np.isfinite(bound) else 0.0, "optimal" if optimal else "feasible")
+
+
+def _add_tail(program: Any, z: list[Any], model: Model) -> None:
+    share = model.weights * model.floor / model.tail
+    eta = program.add_variable("eta", 1)
+    excess = [program.add_variable(f"v_{s}", 0) for s in range(model.scenarios)]
+    program += eta + pulp.lpSum(float(w) * excess[s] for s, w in enumerate(share))
+    for s in range(model.scenarios):
+        program += excess[s] >= (1 / float(model.floor[s])) * z[s] - eta
 
 
 def _add_rules(program: Any, y: Any, rules: Rules) -> None:

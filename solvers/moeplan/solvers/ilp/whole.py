@@ -28,6 +28,7 @@ def whole(problem: Problem, incumbent: Int32 | None) -> Model:
         problem.cluster.memory_bytes if expert.activation_bytes else None,
         expert.weight_bytes + expert.state_bytes,
         expert.activation_bytes,
+        tail=problem.tail,
     )
 
 

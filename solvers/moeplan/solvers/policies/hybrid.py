@@ -131,7 +131,7 @@ class _Search:
             if self.problem.current is not None:
                 keep_slots(self.problem.current.slots, slots)
             self._shown = Layout(slots, self.problem.experts)
-        return Progress(self._shown, float(self.problem.demand.weights @ self.bounds))
+        return Progress(self._shown, risk(self.bounds, self.problem.demand.weights, self.problem.tail))
 
     def take(self, slots: Int32) -> bool:
         """Keep a layout if it is better."""

@@ -19,6 +19,7 @@ from moeplan.solvers.policies.hybrid import hybrid
 from moeplan.solvers.policy import ALL_LIMITS, Progress, policy
 from moeplan.solvers.problem import Problem
 from moeplan.solvers.repair import table
+from moeplan.solvers.risk import risk
 from moeplan.solvers.room import best_quota
 
 WORK_PER_SECOND = 1_000
@@ -31,10 +32,10 @@ def stages(problem: Problem, parameters: SolveParameters) -> Iterator[Progress]:
     deadline = None if parameters.deadline_s is None else start + parameters.deadline_s
     require(parameters.solver)
     weights = problem.demand.weights
-    bound = float(weights @ plans.bound(problem))
+    bound = risk(plans.bound(problem), weights, problem.tail)
     incumbent = hybrid(problem, replace(parameters, work_limit=0, prove=False))
     yield Progress(incumbent, bound)
-    before = _imbalance(problem, incumbent)
+    before = _objective(problem, incumbent)
     if before <= bound * (1 + parameters.target_gap):
         return
     with_tokens = problem.mean_level > 0
@@ -42,15 +43,16 @@ def stages(problem: Problem, parameters: SolveParameters) -> Iterator[Progress]:
     work = np.inf if deadline is not None else max(1, parameters.work_limit) / WORK_PER_SECOND
     effort = Effort(deadline, work, parameters.threads, parameters.seed, parameters.target_gap)
     answer = run(model, parameters.solver, effort)
-    bound = max(bound, answer.bound + float(weights[~with_tokens].sum()))
+    idle = float(weights[~with_tokens].sum()) if problem.tail >= 1 else 0.0  # the model of a tail counts them itself
+    bound = max(bound, answer.bound + idle)
     best = incumbent
     if answer.placed is not None:
         slots = table(problem, answer.placed)
         if problem.current is not None:
             keep_slots(problem.current.slots, slots)
         found = Layout(slots, problem.experts)
-        best = found if _imbalance(problem, found) < before else incumbent
-    yield Progress(best, min(bound, _imbalance(problem, best)))
+        best = found if _objective(problem, found) < before else incumbent
+    yield Progress(best, min(bound, _objective(problem, best)))
 
 
 @policy("ilp", source="CP-SAT; HiGHS, CBC by PuLP", split="optimal", honours=ALL_LIMITS, anytime=stages)
@@ -60,8 +62,8 @@ def ilp(problem: Problem, parameters: SolveParameters) -> Layout:
     return last.layout
 
 
-def _imbalance(problem: Problem, layout: Layout) -> float:
-    """Scenario-averaged imbalance under the optimal split."""
+def _objective(problem: Problem, layout: Layout) -> float:
+    """Imbalance under the optimal split, over all scenarios or the worst of them."""
     quota, _, _ = best_quota(problem, layout.slots)
     level = (quota.sum(axis=2) / problem.cluster.speed).max(axis=1)
-    return float(problem.demand.weights @ plans.relative(problem, level))
+    return risk(plans.relative(problem, level), problem.demand.weights, problem.tail)
