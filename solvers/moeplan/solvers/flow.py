@@ -328,6 +328,6 @@ def optimal_quota(slots: Int32, tokens: Int64, speed: Float64) -> tuple[Int64, B
     quota = np.empty((scenarios, devices * width), np.int64)
     load = np.empty((scenarios, devices), np.int64)
     tight = np.empty((scenarios, devices), np.bool_)
-    # One order of memory, so that the kernel is compiled once for all callers.
-    split_all(np.ascontiguousarray(slots), np.ascontiguousarray(tokens), speed, quota, load, tight)
+    # Copies are in C order and may be written to, so the kernel is compiled once for all callers.
+    split_all(np.array(slots, order="C"), np.array(tokens, order="C"), np.array(speed), quota, load, tight)
     return quota.reshape(scenarios, devices, width), tight
