@@ -167,7 +167,7 @@ class _Run:
         if task is None:
             return
         candidates = plan_layers(
-            LayersTask(task.layers, task.problems, task.policy, task.parameters, time.monotonic() + UNLIMITED_S)
+            LayersTask(task.layers, task.outlooks, task.policy, task.parameters, time.monotonic() + UNLIMITED_S)
         )
         before = job.plan
         plan = job.solved(task, candidates, solve_s=0.0)

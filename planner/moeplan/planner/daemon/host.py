@@ -261,7 +261,7 @@ class JobHost:
 
         async def chunk(first: int) -> list[Candidate]:
             own = slice(first, None, chunks)
-            layers = LayersTask(task.layers[own], task.problems[own], task.policy, task.parameters, end)
+            layers = LayersTask(task.layers[own], task.outlooks[own], task.policy, task.parameters, end)
             payload = await asyncio.to_thread(pickle.dumps, layers, 5)
             answer = await self._workers.run(Kind.LAYERS, payload, limit_s=limit_s, label="job")
             done: list[Candidate] = pickle.loads(answer)

@@ -7,9 +7,9 @@ import traceback
 from dataclasses import dataclass
 from typing import NoReturn
 
+from moeplan.planner.jobs.forecast import LayerOutlook
 from moeplan.solvers.errors import InfeasibleError, ProblemError
 from moeplan.solvers.parameters import SolveParameters
-from moeplan.solvers.problem import Problem
 
 __all__ = ["LayersTask", "Limited", "failure", "raise_failure"]
 
@@ -20,14 +20,14 @@ class LayersTask:
 
     Attributes:
         layers: Index of each.
-        problems: One for each; every one has a current layout.
+        outlooks: What to forecast and plan, one for each.
         policy: Name of the policy.
         parameters: Limits of all of them together.
         end: When they must be done (``time.monotonic``).
     """
 
     layers: tuple[int, ...]
-    problems: tuple[Problem, ...]
+    outlooks: tuple[LayerOutlook, ...]
     policy: str
     parameters: SolveParameters
     end: float

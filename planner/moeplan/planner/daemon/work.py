@@ -48,14 +48,15 @@ def do(kind: Kind, payload: bytes) -> Iterator[tuple[Kind, bytes]]:
 
 
 def plan_layers(task: LayersTask) -> list[Candidate]:
-    """Plan each layer, and judge the layout in force on the same forecast by the same split rule.
+    """Forecast and plan each layer, and judge the layout in force on the same forecast by the same split rule.
 
     Raises:
         ProblemError: the policy does not exist, or a layer cannot be planned.
     """
     candidates = []
     parameters, end = _bounded(task.parameters, task.end)
-    for index, (layer, problem) in enumerate(zip(task.layers, task.problems, strict=True)):
+    for index, (layer, outlook) in enumerate(zip(task.layers, task.outlooks, strict=True)):
+        problem = outlook.problem()
         plan = solve(problem, task.policy, _share(parameters, end, len(task.layers) - index))
         assert problem.current is not None
         before = evaluate(problem, problem.current, plan.split.rule)

@@ -23,6 +23,8 @@ import numpy as np
 
 from moeplan.planner.daemon import frames, tasks, work
 from moeplan.planner.daemon.frames import FORK, Kind
+from moeplan.planner.jobs.forecast import LayerOutlook
+from moeplan.planner.jobs.spec import JobSpec
 from moeplan.solvers import Cluster, Demand, Problem, SolveParameters, solve
 from moeplan.solvers.layout import Layout
 
@@ -86,9 +88,11 @@ def _warm() -> None:
     """Load what workers need: every kernel of the default policy, compiled for the types that requests bring."""
     cluster = Cluster.uniform(4, 3, nodes=2)
     tokens = np.arange(1, 65, dtype=np.int64).reshape(2, 4, 8) ** 2 % 97
-    problem = Problem(cluster, Demand.of(tokens), current=Layout.contiguous(8, cluster.slots))
-    task = tasks.LayersTask((0,), (problem,), "hybrid", SolveParameters(work_limit=8), time.monotonic() + 600)
-    work.plan_layers(task)
+    current = Layout.contiguous(8, cluster.slots)
+    outlook = LayerOutlook(JobSpec(cluster, layers=1, experts=8, ranks=4, initial=(current,)), tuple(tokens), current)
+    work.plan_layers(
+        tasks.LayersTask((0,), (outlook,), "hybrid", SolveParameters(work_limit=8), time.monotonic() + 600)
+    )
     solve(Problem(cluster, Demand.of(tokens[0, 0])))
 
 

@@ -2,14 +2,41 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
-from moeplan.planner.jobs.spec import Forecast, ForecastMethod
+from moeplan.planner.jobs.spec import Forecast, ForecastMethod, JobSpec
 from moeplan.solvers.arrays import Int64
 from moeplan.solvers.demand import Demand
+from moeplan.solvers.layout import Layout
+from moeplan.solvers.problem import Problem
 from moeplan.solvers.scenarios import widened
 
-__all__ = ["forecast_demand"]
+__all__ = ["LayerOutlook", "forecast_demand"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LayerOutlook:
+    """A layer to be planned, its demand still to be forecast: a worker does both, so that neither holds up the streams.
+
+    Attributes:
+        spec: The job.
+        steps: int64[sources, experts] of each step of the layer's window, oldest first, at least one.
+        current: Layout in force.
+    """
+
+    spec: JobSpec
+    steps: tuple[Int64, ...]
+    current: Layout
+
+    def problem(self) -> Problem:
+        """The layer's problem in the coming steps.
+
+        Raises:
+            ProblemError: a field contradicts another.
+        """
+        return self.spec.problem(forecast_demand(self.spec.forecast, np.stack(self.steps)), self.current)
 
 
 def forecast_demand(forecast: Forecast, window: Int64) -> Demand:

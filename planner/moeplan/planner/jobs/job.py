@@ -11,12 +11,11 @@ from __future__ import annotations
 from collections import OrderedDict
 from dataclasses import dataclass, field, replace
 
-from moeplan.planner.jobs.forecast import forecast_demand
+from moeplan.planner.jobs.forecast import LayerOutlook
 from moeplan.planner.jobs.plan import Candidate, Decision, JobPlan, Reason, back_to, decide, initial_plan
 from moeplan.planner.jobs.spec import JobSpec
 from moeplan.planner.jobs.window import Report, StatisticsCount, Window
 from moeplan.solvers.parameters import SolveParameters
-from moeplan.solvers.problem import Problem
 
 __all__ = ["PlanningJob", "RankTakenError", "SolveTask", "StaleIncarnationError"]
 
@@ -52,14 +51,14 @@ class RankTakenError(Exception):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SolveTask:
-    """Layers to be solved, from one window.
+    """Layers to be forecast and solved, from one window.
 
     Attributes:
         ticket: Number of the task in its job; an answer with another one is out of date.
         step: Newest closed step in the window.
         window_steps: Closed steps in the longest of the layers' windows.
         layers: Layers, in order.
-        problems: One for each of them.
+        outlooks: One for each of them.
         policy: Name of the policy.
         parameters: Limits for all of them together.
     """
@@ -68,7 +67,7 @@ class SolveTask:
     step: int
     window_steps: int
     layers: tuple[int, ...]
-    problems: tuple[Problem, ...]
+    outlooks: tuple[LayerOutlook, ...]
     policy: str
     parameters: SolveParameters
 
@@ -252,13 +251,12 @@ class PlanningJob:
 
     def _look(self) -> SolveTask | None:
         self._looked_at = self._window.closed_steps
-        layers, problems, steps = [], [], 0
+        layers, outlooks, steps = [], [], 0
         for layer in range(self.spec.layers):
             window = self._window.layer(layer)
-            if window is None:
+            if not window:
                 continue
-            demand = forecast_demand(self.spec.forecast, window)
-            problems.append(self.spec.problem(demand, self.plan.layers[layer].layout))
+            outlooks.append(LayerOutlook(self.spec, window, self.plan.layers[layer].layout))
             layers.append(layer)
             steps = max(steps, len(window))
         if not layers:
@@ -266,6 +264,6 @@ class PlanningJob:
         ticket, self._next_ticket = self._next_ticket, self._next_ticket + 1
         step = -1 if self.closed_step is None else self.closed_step
         self._running = SolveTask(
-            ticket, step, steps, tuple(layers), tuple(problems), self.spec.policy, self.spec.parameters
+            ticket, step, steps, tuple(layers), tuple(outlooks), self.spec.policy, self.spec.parameters
         )
         return self._running

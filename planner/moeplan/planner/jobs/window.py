@@ -143,10 +143,9 @@ class Window:
             return None
         return self._open[oldest].since_s + self.spec.closing.timeout_s
 
-    def layer(self, layer: int) -> Int64 | None:
-        """int64[steps, sources, experts]: the window of a layer, oldest step first; None if it is empty."""
-        steps = self._steps[layer]
-        return np.stack([tokens for _, tokens in steps]) if steps else None
+    def layer(self, layer: int) -> tuple[Int64, ...]:
+        """int64[sources, experts] of each step in the window of a layer, oldest first; never written to again."""
+        return tuple(tokens for _, tokens in self._steps[layer])
 
     def _evict(self, step: int) -> bool:
         """Make room for an older step by dropping the newest open one; whether there was one to drop."""
