@@ -53,6 +53,7 @@ _DTYPES: dict[int, np.dtype[Any]] = {
 }
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 _DEFAULTS = SolveParameters()
+_UNCONSTRAINED = Constraints()
 
 
 @contextmanager
@@ -230,7 +231,7 @@ def read_problem(message: problem_pb2.Problem) -> Problem:
         max_moves=message.max_moves if message.HasField("max_moves") else None,
         groups=message.groups or 1,
         tail=message.tail if message.HasField("tail") else 1.0,
-        constraints=_read_constraints(message.constraints),
+        constraints=_read_constraints(message.constraints) if message.HasField("constraints") else _UNCONSTRAINED,
     )
     return problem.without(message.failed) if message.failed else problem
 

@@ -22,7 +22,7 @@ from moeplan.planner.jobs.plan import Candidate, JobPlan
 from moeplan.planner.jobs.spec import JobSpec
 from moeplan.planner.jobs.window import Report
 from moeplan.solvers.errors import ProblemError
-from moeplan.v1 import job_pb2
+from moeplan.v1 import job_pb2, planner_pb2
 
 __all__ = ["JobHost", "RankStream"]
 
@@ -93,7 +93,7 @@ class JobHost:
         self._counted = replace(job.count)
         self.ended: RefusalError | None = None
         self.lost = False
-        self._written: dict[int, job_pb2.JobPlan] = {}
+        self._written: dict[int, planner_pb2.StreamRankResponse] = {}
         self._written_of: JobPlan | None = None
 
     # Streams
@@ -139,12 +139,17 @@ class JobHost:
         self._watchers.discard(event)
 
     def plan_after(self, version: int) -> job_pb2.JobPlan:
-        """The plan with the layers newer than `version`; written once for all streams, so it is not to be changed."""
+        """The plan with the layers newer than `version`; not to be changed."""
+        return self.update_after(version).plan_update.plan
+
+    def update_after(self, version: int) -> planner_pb2.StreamRankResponse:
+        """The same as a stream sends it: one message for all streams, so it is not to be changed."""
         if self._written_of is not self.job.plan:
             self._written, self._written_of = {}, self.job.plan
         found = self._written.get(version)
         if found is None:
-            found = messages.write_plan(self.name, self.job.plan, self.plan_created, version)
+            plan = messages.write_plan(self.name, self.job.plan, self.plan_created, version)
+            found = planner_pb2.StreamRankResponse(plan_update=planner_pb2.PlanUpdate(plan=plan))
             if len(self._written) < MOST_WRITTEN:
                 self._written[version] = found
         return found

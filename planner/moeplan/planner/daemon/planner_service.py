@@ -163,10 +163,10 @@ class PlannerService(planner_pb2_grpc.PlannerServiceServicer):
                         raise stream.ending
                     if host.job.plan.version > sent:
                         # Whatever came between is left out: only the newest layouts matter.
-                        update = planner_pb2.PlanUpdate(plan=host.plan_after(sent))
+                        update = host.update_after(sent)
                         sent = host.job.plan.version
                         self._metrics.plan_bytes.inc(update.ByteSize())
-                        yield planner_pb2.StreamRankResponse(plan_update=update)
+                        yield update
                     if stream.taken > stream.acknowledged and (stream.left or self._due(stream)):
                         stream.acknowledged = stream.taken
                         acknowledgement = planner_pb2.Acknowledgement(sequence=stream.taken)
