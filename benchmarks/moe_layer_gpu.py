@@ -75,6 +75,7 @@ SIZES = {
     "deepseek-v3": Size(256, 8, 7168, 2048, 16384),
     "kimi-k2": Size(384, 8, 7168, 2048, 16384),
     "small": Size(64, 4, 256, 1024, 4096),
+    "few": Size(16, 4, 256, 2048, 4096),  # tokens per expert on a rank weigh against its weights as in the large ones
 }
 
 
