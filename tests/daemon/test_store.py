@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import signal
 import subprocess
 from pathlib import Path
 
@@ -52,8 +53,6 @@ def test_two_daemons_share_a_store_and_one_takes_over(start: Start, postgres: st
 
 def test_a_daemon_that_slept_through_its_lease_cannot_write(start: Start, postgres: str) -> None:
     """SIGSTOP is the longest clock jump: the daemon wakes up believing that it still owns the job."""
-    import signal
-
     environment = {"MOEPLAN_STORE": postgres, "MOEPLAN_LEASE_S": "1"}
     first = start(environment=environment).serving()
     second = start(environment=environment).serving(solver=False)
@@ -70,6 +69,26 @@ def test_a_daemon_that_slept_through_its_lease_cannot_write(start: Start, postgr
         assert error.reason == "OWNED_ELSEWHERE"
         assert two.job(name).status.plan_version == 1
         two.delete_job(name)
+
+
+def test_a_daemon_that_stops_within_a_transaction_holds_nothing_up(start: Start, postgres: str) -> None:
+    """It has rows locked and will never let go of them; another one takes its jobs over all the same."""
+    environment = {"MOEPLAN_STORE": postgres, "MOEPLAN_LEASE_S": "1"}
+    first = start(environment=environment).serving()
+    second = start(environment=environment).serving(solver=False)
+    waiting = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
+    with first.client() as one, Client(second.address, timeout_s=5) as two:
+        names = [one.create_job(name, small_job()).name for name in ("stuck-a", "stuck-b")]
+        with psycopg.connect(postgres) as connection, psycopg.connect(postgres, autocommit=True) as looking:
+            connection.execute("SELECT 1 FROM moeplan_jobs WHERE name = 'stuck-b' FOR UPDATE")
+            eventually(lambda: looking.execute(waiting).fetchone() == (1,), 20)  # renews: has stuck-a, waits for -b
+            first.process.send_signal(signal.SIGSTOP)
+            connection.rollback()  # now it has both, and is stopped before its commit
+        eventually(lambda: all(two.job(name).status.owner == second.address for name in names), 20)
+        first.process.send_signal(signal.SIGCONT)
+        eventually(lambda: one.job(names[0]).status.owner == second.address, 20)
+        for name in names:
+            two.delete_job(name)
 
 
 def test_a_job_that_was_lost_and_comes_straight_back_is_served_anew(start: Start, postgres: str) -> None:

@@ -233,7 +233,9 @@ class Store:
             free = sa.or_(_jobs.c.owner == "", _jobs.c.leased_until < self._now())
             if name is not None:
                 free = sa.and_(free, _jobs.c.name == name)
-            candidates = list(connection.scalars(sa.select(_jobs.c.name).where(free).order_by(_jobs.c.name)))
+            # Rows that another daemon has locked are its own for now: waiting for them would hold up all other work.
+            query = sa.select(_jobs.c.name).where(free).order_by(_jobs.c.name).with_for_update(skip_locked=True)
+            candidates = list(connection.scalars(query))
             taken = []
             for candidate in candidates:
                 take = _jobs.update().where(_jobs.c.name == candidate, free)
@@ -327,7 +329,17 @@ class Store:
 
     def _connect(self) -> sa.Engine:
         if not self._sqlite:
-            return sa.create_engine(self._url, pool_size=1, max_overflow=1, pool_pre_ping=True)
+            engine = sa.create_engine(self._url, pool_size=1, max_overflow=1, pool_pre_ping=True)
+            patience_ms = max(1, round(self._lease_s * 1e3))
+
+            @sa.event.listens_for(engine, "connect")
+            def limit(connection: Any, _: object) -> None:
+                # A daemon that is stopped within a transaction, or its host lost, gives up its locks with its leases.
+                for setting in ("idle_in_transaction_session_timeout", "lock_timeout"):
+                    connection.execute(f"SET {setting} = {patience_ms}").close()
+                connection.commit()
+
+            return engine
         engine = sa.create_engine(self._url, poolclass=sa.pool.StaticPool, connect_args={"check_same_thread": False})
 
         @sa.event.listens_for(engine, "connect")
