@@ -94,10 +94,10 @@ def test_few_spare_slots_are_near_the_bound() -> None:
     loads = (np.arange(1, 257) ** -0.6 * 1e6).astype(np.int64)
     plan = solve(Problem(Cluster.uniform(32, 8), Demand.of(loads)), parameters=SolveParameters(work_limit=100))
     assert plan.gap < 5e-4
-    # Four spare slots on eight devices.
+    # Four spare slots on eight devices: before any search, exchanges of pairs come far closer than single ones would.
     loads = (np.arange(1, 61) ** -0.6 * 1e6).astype(np.int64)
-    plan = solve(Problem(Cluster.uniform(8, 8), Demand.of(loads)), parameters=SolveParameters(work_limit=2_000))
-    assert plan.gap < 1e-3
+    plan = solve(Problem(Cluster.uniform(8, 8), Demand.of(loads)), parameters=SolveParameters(work_limit=0))
+    assert plan.gap < 1e-5
 
 
 @settings(max_examples=60, deadline=None)

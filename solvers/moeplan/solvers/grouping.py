@@ -3,7 +3,8 @@
 Theorem. With R < D - 1 spare slots the optimum over all layouts and splits is the best partition of the D devices and E
 experts into groups of t_j devices and at most t_j (C - 1) + 1 experts, judged by max_j W_j / t_j; every such partition
 has at least D - R groups. (Cancel cycles in the support of an optimal split: what remains is a forest, and each of its
-trees is such a group.) The problem is NP-hard, so groups are filled greedily and improved by exchanges.
+trees is such a group.) The problem is NP-hard, so groups are filled greedily and improved by exchanges of single
+experts, then of pairs: their sums lie far closer together.
 """
 
 from __future__ import annotations
@@ -15,6 +16,9 @@ from moeplan.solvers.kernel import kernel
 from moeplan.solvers.sliding_window import sliding_window
 
 __all__ = ["grouping"]
+
+MOST_PAIRED = 64
+"""Experts of a group beyond which pairs are not exchanged: there are single ones enough, and pairs too many."""
 
 
 @kernel
@@ -49,7 +53,7 @@ def grouping(loads: Float64, devices: int, width: int, rounds: int) -> Int32:
         used[best] += 1
         load[best] += loads[e]
     for _ in range(rounds):
-        if not _exchange(loads, group, load, size):
+        if not _exchange(loads, group, load, size) and not _exchange_pairs(loads, group, load, size):
             break
     slots = np.full((devices, width), -1, np.int32)
     start = 0
@@ -89,3 +93,53 @@ def _exchange(loads: Float64, group: Int64, load: Float64, size: Int64) -> bool:
     load[j] += change
     group[best_a], group[best_b] = j, top
     return True
+
+
+@kernel
+def _exchange_pairs(loads: Float64, group: Int64, load: Float64, size: Int64) -> bool:
+    """Swap two experts of the heaviest group with the two of another that lower the larger of the two most."""
+    top = 0
+    for j in range(len(size)):
+        if load[j] / size[j] > load[top] / size[top]:
+            top = j
+    if np.sum(group == top) > MOST_PAIRED:
+        return False
+    given, given_sum = _pairs(loads, np.flatnonzero(group == top))
+    best = load[top] / size[top] * (1 - 1e-12)
+    best_given, best_taken = np.zeros(2, np.int64), np.zeros(2, np.int64)
+    best_group, best_change = -1, 0.0
+    for j in range(len(size)):
+        if j == top or np.sum(group == j) > MOST_PAIRED:
+            continue
+        taken, taken_sum = _pairs(loads, np.flatnonzero(group == j))
+        level = (load[top] * size[j] - load[j] * size[top]) / (size[top] + size[j])  # change after which both are equal
+        place = np.searchsorted(taken_sum, given_sum - level)
+        for a in range(len(given)):
+            for b in range(max(0, place[a] - 1), min(len(taken), place[a] + 1)):
+                change = given_sum[a] - taken_sum[b]
+                after = max((load[top] - change) / size[top], (load[j] + change) / size[j])
+                if after < best:
+                    best, best_group, best_change = after, j, change
+                    best_given, best_taken = given[a], taken[b]
+    if best_group < 0:
+        return False
+    load[top] -= best_change
+    load[best_group] += best_change
+    group[best_given] = best_group
+    group[best_taken] = top
+    return True
+
+
+@kernel
+def _pairs(loads: Float64, members: Int64) -> tuple[Int64, Float64]:
+    """int64[pairs, 2] and float64[pairs]: all pairs of `members` in ascending order of their load."""
+    count = len(members) * (len(members) - 1) // 2
+    pairs, total = np.empty((count, 2), np.int64), np.empty(count)
+    i = 0
+    for a in range(len(members)):
+        for b in range(a):
+            pairs[i, 0], pairs[i, 1] = members[a], members[b]
+            total[i] = loads[members[a]] + loads[members[b]]
+            i += 1
+    order = np.argsort(total, kind="mergesort")
+    return pairs[order], total[order]
