@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 
 import numpy as np
 
@@ -16,7 +17,7 @@ def _no_pairs() -> Int32:
     return np.empty((0, 2), np.int32)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class Constraints:
     """Hard limits on a layout; every one is off by default.
 
@@ -62,13 +63,13 @@ class Constraints:
             if value is not None and not 0 <= value <= 2**53:
                 raise ProblemError(f"constraints.{name}", value, "must be 0 to 2**53")
 
-    @property
-    def names(self) -> list[str]:
+    @cached_property
+    def names(self) -> tuple[str, ...]:
         """The limits that are set."""
         off: list[object] = [None, False, 0]
-        return [
+        return tuple(
             limit.name
             for limit in fields(self)
             if (len(value) > 0 if isinstance(value := getattr(self, limit.name), np.ndarray) else value not in off)
             or (limit.name.endswith("_bytes") and value is not None)
-        ]
+        )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import numpy as np
 
@@ -171,11 +171,7 @@ class Problem:
 
         A device never holds two replicas of one expert, so never more than there are experts.
         """
-        room = np.minimum(self.cluster.slots, self.experts)
-        per_replica = self.expert.weight_bytes + self.expert.state_bytes
-        if self.cluster.memory_bytes is not None and per_replica:
-            room = np.minimum(room, self.cluster.memory_bytes // per_replica)
-        return integers("capacity", room, ndim=1, dtype=np.int32)
+        return _capacity(self.cluster, self.experts, self.expert.weight_bytes + self.expert.state_bytes)
 
     @cached_property
     def rules(self) -> Rules:
@@ -214,3 +210,11 @@ class Problem:
                 "demand.sources", 1, "traffic needs the demand of each source; give tokens[sources, experts]"
             )
         return (np.arange(sources, dtype=np.int64) * self.devices // sources).astype(np.int32)
+
+
+@lru_cache(maxsize=8)
+def _capacity(cluster: Cluster, experts: int, replica_bytes: int) -> Int32:
+    room = np.minimum(cluster.slots, experts)
+    if cluster.memory_bytes is not None and replica_bytes:
+        room = np.minimum(room, cluster.memory_bytes // replica_bytes)
+    return integers("capacity", room, ndim=1, dtype=np.int32)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from moeplan.solvers.arrays import Bool, Int32, Int64
+from moeplan.solvers.cluster import Cluster
 from moeplan.solvers.errors import InfeasibleError, ProblemError
 
 if TYPE_CHECKING:
@@ -135,9 +136,43 @@ def rules_of(problem: Problem) -> Rules:
         ProblemError: a constraint names what the problem does not have.
         InfeasibleError: constraints contradict each other or the slots.
     """
+    rules = _unlimited(problem.cluster, problem.experts, (problem.capacity > 0).tobytes())
+    if problem.current is not None:
+        most = NO_LIMIT if problem.max_moves is None else problem.max_moves
+        rules = replace(rules, held=problem.current.placed, max_arrivals=most)
+    if problem.constraints.names:
+        rules = _limited(problem, rules)
+    if not rules.free:
+        _check_pins(problem, rules)
+        _check_regions(problem, rules)
+        _check_room(problem, rules)
+    _check_lost(problem, rules)
+    return rules
+
+
+@lru_cache(maxsize=8)
+def _unlimited(cluster: Cluster, experts: int, has_room: bytes) -> Rules:
+    """No limit but that some devices hold nothing. Layers share it: to make it takes as long as a small solve."""
+    devices = cluster.devices
+    room = np.frombuffer(has_room, np.bool_)
+    return Rules(
+        may=np.repeat(room[:, None], experts, axis=1),
+        must=np.zeros((devices, experts), np.bool_),
+        most=np.full(experts, devices, np.int32),
+        held=np.zeros((devices, experts), np.bool_),
+        node=cluster.node,
+        max_arrivals=NO_LIMIT,
+        device_arrivals=np.full(devices, NO_LIMIT),
+        node_arrivals=np.full(cluster.nodes, NO_LIMIT),
+        unit=np.arange(experts, dtype=np.int32),
+        region=np.zeros(devices, np.int32),
+    )
+
+
+def _limited(problem: Problem, rules: Rules) -> Rules:
+    """`rules` with the problem's constraints."""
     constraints, devices, experts = problem.constraints, problem.devices, problem.experts
-    may = np.ones((devices, experts), np.bool_)
-    must = np.zeros((devices, experts), np.bool_)
+    may, must, most = rules.may.copy(), rules.must.copy(), rules.most
     for name, table, value in (("forbidden", may, False), ("pinned", must, True)):
         pairs = getattr(constraints, name)
         for i, (expert, device) in enumerate(pairs.tolist()):
@@ -150,32 +185,23 @@ def rules_of(problem: Problem) -> Rules:
         table[pairs[:, 1], pairs[:, 0]] = value
     if constraints.min_tokens:
         most = np.clip(problem.mean_load // constraints.min_tokens, 1, devices).astype(np.int32)
-    else:
-        most = np.full(experts, devices, np.int32)
     unit, region = _units(problem)
-    current = problem.current
-    rules = Rules(
-        may=may & (problem.capacity[:, None] > 0),
+    return replace(
+        rules,
+        may=may,
         must=must,
         most=most,
-        held=np.zeros((devices, experts), np.bool_) if current is None else current.placed,
-        node=problem.cluster.node,
-        max_arrivals=NO_LIMIT if problem.max_moves is None else problem.max_moves,
         device_arrivals=np.full(devices, _replicas(problem, "device_move_bytes")),
         node_arrivals=np.full(problem.cluster.nodes, _replicas(problem, "node_move_bytes")),
         unit=unit,
         region=region,
     )
-    if not rules.free:
-        _check_pins(problem, rules)
-        _check_regions(problem, rules)
-        _check_room(problem, rules)
-    _check_lost(problem, rules)
-    return rules
 
 
 def broken(rules: Rules, placed: Bool) -> ProblemError | None:
     """The first limit that a layout, bool[devices, experts], does not respect; None if it respects all."""
+    if rules.free and not rules.moves_limited:
+        return None
     for table, name, says in (
         (placed & ~rules.may, "forbidden", "may not be there"),
         (rules.must & ~placed, "pinned", "must be there"),

@@ -44,7 +44,7 @@ def any_layout(problem: Problem, solver: str, deadline: float | None) -> Int32:
     answer = run(whole(problem, None), solver, Effort(deadline, SEARCH))
     if answer.placed is not None:
         return table(problem, answer.placed)
-    limits = problem.constraints.names
+    limits = list(problem.constraints.names)
     if problem.max_moves is not None:
         limits.append("max_moves")
     if problem.cluster.memory_bytes is not None:
