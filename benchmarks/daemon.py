@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import json
 import multiprocessing
 import os
@@ -175,6 +176,7 @@ async def _ranks(
 
 
 def _process(queue: Queue[Any], *arguments: Any) -> None:
+    gc.disable()  # or what is measured are pauses of hundreds of ranks in one process, which no real rank has
     queue.put(asyncio.run(_ranks(*arguments)))
 
 

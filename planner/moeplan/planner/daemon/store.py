@@ -56,6 +56,10 @@ _plans = sa.Table(
     sa.Column("plan", sa.LargeBinary, nullable=False),
 )
 
+# What every plan waits for is made once: to build a statement takes longer than to run it.
+_new_plan = _plans.insert()
+_old_plans = _plans.delete().where(_plans.c.job == sa.bindparam("of"), _plans.c.version <= sa.bindparam("last"))
+
 
 class StoreError(Exception):
     """The store cannot do it; the message says what to do."""
@@ -101,6 +105,9 @@ class Store:
         self._sqlite = self._url.get_backend_name() == "sqlite"
         self._owner, self._address, self._lease_s, self._kept = owner, address, lease_s, kept
         self._metrics = metrics
+        mine = _jobs.update().where(_jobs.c.name == sa.bindparam("of"), _jobs.c.owner == owner)
+        self._mine = mine.where(_jobs.c.leased_until >= self._now())
+        self._mine_older = self._mine.where(_jobs.c.version < sa.bindparam("below"))
         self._lock = -1
         self._work: queue.SimpleQueue[tuple[Callable[[sa.Connection], Any], asyncio.Future[Any]] | None]
         self._work = queue.SimpleQueue()
@@ -174,20 +181,15 @@ class Store:
         if spec is not None:
             values["spec"] = spec
         if plan:
-            values["version"] = version
+            values |= {"version": version, "below": version}
 
         def write(connection: sa.Connection) -> None:
-            mine = _jobs.update().where(_jobs.c.name == name, _jobs.c.owner == self._owner)
-            if plan:
-                mine = mine.where(_jobs.c.version < version)
-            if self._count(connection, mine.where(_jobs.c.leased_until >= self._now()).values(**values)) != 1:
+            if self._count(connection, self._mine_older if plan else self._mine, {"of": name, **values}) != 1:
                 raise LeaseLostError(f"jobs/{name} is owned by another daemon now")
             if plan:
-                connection.execute(_plans.insert().values(job=name, version=version, plan=plan))
-                old = sa.select(_plans.c.version).where(_plans.c.job == name)
-                last = connection.scalar(old.order_by(_plans.c.version.desc()).offset(self._kept).limit(1))
-                if last is not None:
-                    connection.execute(_plans.delete().where(_plans.c.job == name, _plans.c.version <= last))
+                connection.execute(_new_plan, {"job": name, "version": version, "plan": plan})
+                # Versions of a job have no gaps.
+                connection.execute(_old_plans, {"of": name, "last": version - self._kept})
 
         await self._do(write)
 
@@ -276,8 +278,8 @@ class Store:
         connection.execute(_jobs.update().where(_jobs.c.owner == self._owner).values(owner="", address=""))
 
     @staticmethod
-    def _count(connection: sa.Connection, statement: sa.UpdateBase) -> int:
-        return connection.execute(statement).rowcount
+    def _count(connection: sa.Connection, statement: sa.UpdateBase, values: dict[str, Any] | None = None) -> int:
+        return connection.execute(statement, values).rowcount
 
     @staticmethod
     def _rows(connection: sa.Connection, where: sa.ColumnElement[bool], limit: int) -> list[JobRow]:
@@ -379,6 +381,8 @@ class Store:
         results: list[Any] = []
         try:
             with self._engine.begin() as connection:
+                if len(works) == 1:
+                    return [works[0](connection)]
                 for work in works:
                     try:
                         with connection.begin_nested():
