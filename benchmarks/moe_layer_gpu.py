@@ -76,6 +76,7 @@ SIZES = {
     "kimi-k2": Size(384, 8, 7168, 2048, 16384),
     "small": Size(64, 4, 256, 1024, 4096),
     "few": Size(16, 4, 256, 2048, 4096),  # tokens per expert on a rank weigh against its weights as in the large ones
+    "narrow": Size(64, 4, 128, 1024, 4096),  # for many ranks on cores, where a step of the wider ones takes long
 }
 
 
@@ -434,7 +435,9 @@ def measure(
         if load.name == "balanced":
             balanced = {method.name: method.memory for method in methods}
         add_rows(table, load, methods, balanced, published, memory if name == "gpt-oss-120b" else {})
-        console.print(f"measured {load.name}", style="dim")
+        ideal = statistics.median(methods[0].imbalance)
+        reached = (f"{method.name} {min(methods[0].step) / min(method.step):.2f}x" for method in methods[1:])
+        console.print(f"measured {load.name}: {', '.join(reached)} of {ideal:.2f}x", style="dim")
     return table
 
 
