@@ -435,9 +435,13 @@ def measure(
         if load.name == "balanced":
             balanced = {method.name: method.memory for method in methods}
         add_rows(table, load, methods, balanced, published, memory if name == "gpt-oss-120b" else {})
-        ideal = statistics.median(methods[0].imbalance)
-        reached = (f"{method.name} {min(methods[0].step) / min(method.step):.2f}x" for method in methods[1:])
-        console.print(f"measured {load.name}: {', '.join(reached)} of {ideal:.2f}x", style="dim")
+        static, *others = methods
+        reached = (
+            f"{method.name} {min(static.step) / min(method.step):.2f}x, memory {static.memory / method.memory:.2f}x"
+            for method in others
+        )
+        ideal = statistics.median(static.imbalance)
+        console.print(f"measured {load.name}: {'; '.join(reached)}; ideal {ideal:.2f}x", style="dim")
     return table
 
 

@@ -11,10 +11,17 @@ from pathlib import Path
 import grpc
 import numpy as np
 import pytest
-from tests.daemon.harness import WAIT_S, DaemonProcess, children, eventually, small_problem
+from tests.daemon.harness import WAIT_S, DaemonProcess, Start, children, eventually, small_problem
 
 from moeplan.planner import wire
-from moeplan.planner.client import Client, DeadlineError, InvalidRequestError, PreconditionError, UnavailableError
+from moeplan.planner.client import (
+    Client,
+    DeadlineError,
+    InvalidRequestError,
+    PreconditionError,
+    UnavailableError,
+    error_of,
+)
 from moeplan.solvers import (
     Cluster,
     Constraints,
@@ -52,6 +59,29 @@ def test_solve_gives_what_the_library_gives(client: Client) -> None:
             assert plan.mean_imbalance == expected.mean_imbalance
             assert plan.bound == expected.bound
             assert not plan.HasField("moves")
+
+
+def test_layers_are_solved_by_several_workers(start: Start) -> None:
+    """The answer is the same, in the same order, and an error names the layer that the caller knows."""
+    daemon = start(workers=3).serving()
+    eventually(lambda: daemon.metric("moeplan_workers_ready") == 3)
+    problems = [small_problem(seed) for seed in range(7)]
+    with daemon.client() as client:
+        plans = client.solve(problems)
+        assert daemon.metric('moeplan_solves_total{kind="solve",outcome="done"}') == 3
+        for problem, plan in zip(problems, plans, strict=True):
+            assert wire.read_layout("layout", plan.layout, problem.experts) == solve(problem).layout
+        messages = [wire.write_problem(problem) for problem in problems]
+        for wrong in (6, 3):
+            messages[wrong].tail = 2.0
+            with pytest.raises(grpc.RpcError) as error:
+                client.solver.Solve(solver_pb2.SolveRequest(problems=messages), timeout=WAIT_S)
+            refused = error_of(error.value)
+            assert isinstance(refused, InvalidRequestError)
+            assert list(refused.violations) == [f"problems[{wrong}].tail"]
+        pids = daemon.workers()
+        client.solve(problems)
+        assert daemon.workers() == pids  # an error of one part harms no worker of another
 
 
 def test_every_parameter_travels(client: Client) -> None:

@@ -264,20 +264,13 @@ class JobHost:
             limit_s = min(limit_s, task.parameters.deadline_s)
         end = time.monotonic() + limit_s
 
-        async def chunk(first: int) -> list[Candidate]:
+        def packed(first: int) -> bytes:
             own = slice(first, None, chunks)
-            layers = LayersTask(task.layers[own], task.outlooks[own], task.policy, task.parameters, end)
-            payload = await asyncio.to_thread(pickle.dumps, layers, 5)
-            answer = await self._workers.run(Kind.LAYERS, payload, limit_s=limit_s, label="job")
-            done: list[Candidate] = pickle.loads(answer)
-            return done
+            return pickle.dumps(LayersTask(task.layers[own], task.outlooks[own], task.policy, task.parameters, end), 5)
 
-        try:
-            async with asyncio.TaskGroup() as group:
-                parts = [group.create_task(chunk(first)) for first in range(chunks)]
-        except ExceptionGroup as errors:  # one is enough to know; the others were cancelled or failed alike
-            raise errors.exceptions[0] from None
-        found = [candidate for part in parts for candidate in part.result()]
+        payloads = [await asyncio.to_thread(packed, first) for first in range(chunks)]
+        answers = await self._workers.run_all(Kind.LAYERS, payloads, limit_s=limit_s, label="job")
+        found: list[Candidate] = [candidate for answer in answers for candidate in pickle.loads(answer)]
         return sorted(found, key=lambda candidate: candidate.layer)
 
     async def _decide(self, task: SolveTask, candidates: list[Candidate], solve_s: float) -> None:

@@ -7,6 +7,7 @@ import contextlib
 import pickle
 import time
 from collections.abc import AsyncIterator
+from itertools import pairwise
 from typing import Any
 
 import grpc
@@ -24,6 +25,9 @@ __all__ = ["SolverService"]
 REPLY_S = 0.05
 """Time kept back from a caller's deadline for the way of the answer; at most a tenth of it."""
 
+FEWEST_LAYERS = 2
+"""Layers that a further worker is worth: the way to one and back takes as long as a small layer."""
+
 Context = grpc.aio.ServicerContext[Any, Any]
 
 
@@ -36,10 +40,28 @@ class SolverService(solver_pb2_grpc.SolverServiceServicer):
     async def Solve(  # noqa: N802
         self, request: solver_pb2.SolveRequest, context: Context
     ) -> solver_pb2.SolveResponse:
-        """Solve one or several layers."""
+        """Solve one or several layers, in parallel where workers are idle."""
         limit_s = self._limit_s(context)
-        answer = await self._workers.run(Kind.SOLVE, _task(request, limit_s), limit_s=limit_s, label="solve")
-        return solver_pb2.SolveResponse.FromString(answer)
+
+        layers = len(request.problems)
+        parts = max(1, min(self._workers.idle, layers // FEWEST_LAYERS))
+        tasks = [_task(request, limit_s)]
+        if parts > 1:
+            bounds = [layers * i // parts for i in range(parts + 1)]
+            tasks = [
+                _task(
+                    solver_pb2.SolveRequest(
+                        problems=request.problems[first:after], policy=request.policy, parameters=request.parameters
+                    ),
+                    limit_s,
+                    first,
+                )
+                for first, after in pairwise(bounds)
+            ]
+        response = solver_pb2.SolveResponse()
+        for answer in await self._workers.run_all(Kind.SOLVE, tasks, limit_s=limit_s, label="solve"):
+            response.MergeFromString(answer)
+        return response
 
     async def SolveAnytime(  # noqa: N802
         self, request: solver_pb2.SolveAnytimeRequest, context: Context
@@ -83,6 +105,8 @@ class SolverService(solver_pb2_grpc.SolverServiceServicer):
 
 
 def _task(
-    request: solver_pb2.SolveRequest | solver_pb2.SolveAnytimeRequest | solver_pb2.EvaluateRequest, limit_s: float
+    request: solver_pb2.SolveRequest | solver_pb2.SolveAnytimeRequest | solver_pb2.EvaluateRequest,
+    limit_s: float,
+    first: int = 0,
 ) -> bytes:
-    return pickle.dumps(Limited(request.SerializeToString(), time.monotonic() + limit_s))
+    return pickle.dumps(Limited(request.SerializeToString(), time.monotonic() + limit_s, first))

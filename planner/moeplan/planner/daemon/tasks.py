@@ -35,10 +35,17 @@ class LayersTask:
 
 @dataclass(frozen=True, slots=True)
 class Limited:
-    """A request as bytes, and when it must be done (``time.monotonic``, which is one clock for all processes)."""
+    """A request as bytes, or a part of one.
+
+    Attributes:
+        request: The message.
+        end: When it must be done (``time.monotonic``, which is one clock for all processes).
+        first: Index of its first problem in the caller's request, for errors that name one.
+    """
 
     request: bytes
     end: float
+    first: int = 0
 
 
 def failure(error: Exception) -> bytes:

@@ -84,13 +84,13 @@ def _solve(limited: Limited) -> solver_pb2.SolveResponse:
     parameters, end = _bounded(wire.read_parameters(request.parameters), limited.end)
     policy = _policy(request.policy)
     problems = []
-    for index, message in enumerate(request.problems):
+    for index, message in enumerate(request.problems, limited.first):
         with wire.field(f"problems[{index}]"):
             problems.append(wire.read_problem(message))
     plans = []
     for index, problem in enumerate(problems):
         share = _share(parameters, end, len(problems) - index)
-        with wire.field(f"problems[{index}]"):
+        with wire.field(f"problems[{limited.first + index}]"):
             plans.append(solve(problem, policy, share))
     return solver_pb2.SolveResponse(plans=[wire.write_plan(plan) for plan in plans])
 

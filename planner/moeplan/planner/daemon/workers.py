@@ -12,7 +12,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import AsyncGenerator, Coroutine, Sequence
 from dataclasses import dataclass
 
 import grpc
@@ -67,6 +67,11 @@ class Workers:
         return self._size
 
     @property
+    def idle(self) -> int:
+        """Number of workers that wait for a task."""
+        return self._idle.qsize()
+
+    @property
     def pids(self) -> list[int]:
         """Process ids of the workers."""
         return sorted(self._all)
@@ -96,6 +101,21 @@ class Workers:
         """
         answers = self.stream(kind, payload, limit_s=limit_s, label=label)
         return [answer async for answer in answers][-1]
+
+    async def run_all(self, kind: Kind, payloads: Sequence[bytes], *, limit_s: float, label: str) -> list[bytes]:
+        """Do several tasks at once, each with one answer; all of them end before an error of one is raised.
+
+        Raises:
+            ProblemError: a task cannot be solved; the first of those that fail decides, here and below.
+            RefusalError: the queue is full, the time is over, or the worker died.
+        """
+        tasks = (self.run(kind, payload, limit_s=limit_s, label=label) for payload in payloads)
+        # To cancel the others would kill their workers.
+        answers = await asyncio.gather(*tasks, return_exceptions=True)
+        for answer in answers:
+            if isinstance(answer, BaseException):
+                raise answer
+        return [answer for answer in answers if isinstance(answer, bytes)]
 
     async def stream(self, kind: Kind, payload: bytes, *, limit_s: float, label: str) -> AsyncGenerator[bytes]:
         """Do a task with any number of answers.
