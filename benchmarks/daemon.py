@@ -61,11 +61,13 @@ class Daemon:
 
     def _await(self, name: str) -> dict[str, Any]:
         assert self.process.stderr is not None
+        said = []
         for line in self.process.stderr:
+            said.append(line)
             event: dict[str, Any] = json.loads(line) if line.startswith("{") else {}
             if event.get("event") == name:
                 return event
-        raise SystemExit("the daemon did not start")
+        raise SystemExit(f"the daemon did not start:\n{''.join(said)}")
 
     def ready(self) -> None:
         """Wait for the workers."""
