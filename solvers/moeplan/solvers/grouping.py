@@ -66,12 +66,19 @@ def grouping(loads: Float64, devices: int, width: int, rounds: int) -> Int32:
 
 
 @kernel
-def _exchange(loads: Float64, group: Int64, load: Float64, size: Int64) -> bool:
-    """Swap one expert of the heaviest group with the one elsewhere that lowers the larger of the two most."""
+def _heaviest(load: Float64, size: Int64) -> int:
+    """The group with the largest load per device."""
     top = 0
     for j in range(len(size)):
         if load[j] / size[j] > load[top] / size[top]:
             top = j
+    return top
+
+
+@kernel
+def _exchange(loads: Float64, group: Int64, load: Float64, size: Int64) -> bool:
+    """Swap one expert of the heaviest group with the one elsewhere that lowers the larger of the two most."""
+    top = _heaviest(load, size)
     best = load[top] / size[top] * (1 - 1e-12)
     best_a, best_b = -1, -1
     for a in range(len(loads)):
@@ -98,10 +105,7 @@ def _exchange(loads: Float64, group: Int64, load: Float64, size: Int64) -> bool:
 @kernel
 def _exchange_pairs(loads: Float64, group: Int64, load: Float64, size: Int64) -> bool:
     """Swap two experts of the heaviest group with the two of another that lower the larger of the two most."""
-    top = 0
-    for j in range(len(size)):
-        if load[j] / size[j] > load[top] / size[top]:
-            top = j
+    top = _heaviest(load, size)
     if np.sum(group == top) > MOST_PAIRED:
         return False
     given, given_sum = _pairs(loads, np.flatnonzero(group == top))
