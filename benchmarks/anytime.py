@@ -18,7 +18,7 @@ import numpy as np
 
 from moeplan.planner.terminal import show_table
 from moeplan.planner.trace import Trace
-from moeplan.solvers import Cluster, Demand, Layout, Problem, SolveParameters, evaluate, solve
+from moeplan.solvers import Cluster, Demand, Layout, Problem, SolveParameters, evaluate, solve, warm_up
 from moeplan.solvers.arrays import Int64
 from moeplan.solvers.ilp.model import Effort, Model
 from moeplan.solvers.ilp.run import run
@@ -133,6 +133,7 @@ def main() -> None:
     if target:
         arguments.pop(0)
     cases = synthetic() + [case for path in arguments for case in recorded(path)]
+    warm_up()
     warm = Problem(Cluster.uniform(12, 2), Demand.of(np.arange(20, 0, -1) ** 2))
     for way in WAYS:
         quality(way, warm, 1.0)
