@@ -92,7 +92,7 @@ def quality(way: str, problem: Problem, seconds: float) -> tuple[float | None, f
 
 def plot(path: Path, rows: dict[str, dict[str, list[float | None]]]) -> None:
     """Small multiples, one per instance with a gap: excess over perfect balance, both axes logarithmic, as SVG."""
-    width, height, margin, columns = 250, 170, 34, 3
+    width, height, margin, columns = 260, 170, 44, 3
     colours = dict(zip(WAYS, ("#1668b8", "#c44e00", "#e0a030", "#7a4fa3", "#5a5a5a"), strict=True))
     lines = ["<style>text{font:10px sans-serif}</style>"]
     for i, (name, ways) in enumerate(rows.items()):
@@ -116,7 +116,9 @@ def plot(path: Path, rows: dict[str, dict[str, list[float | None]]]) -> None:
                 if v is not None
             ]
             line = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
-            lines.append(f'<polyline points="{line}" fill="none" stroke="{colours[way]}" stroke-width="1.5"/>')
+            # Ours is wide and pale, so that it shows under whatever is as good.
+            stroke = 'stroke-width="6" stroke-opacity="0.4"' if way == "hybrid" else 'stroke-width="1.5"'
+            lines.append(f'<polyline points="{line}" fill="none" stroke="{colours[way]}" {stroke}/>')
             lines += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2" fill="{colours[way]}"/>' for x, y in points]
     total = ((len(rows) + columns - 1) // columns) * height + 30
     for k, way in enumerate(WAYS):
