@@ -42,22 +42,18 @@ class SolverService(solver_pb2_grpc.SolverServiceServicer):
     ) -> solver_pb2.SolveResponse:
         """Solve one or several layers, in parallel where workers are idle."""
         limit_s = self._limit_s(context)
-
         layers = len(request.problems)
         parts = max(1, min(self._workers.idle, layers // FEWEST_LAYERS))
-        tasks = [_task(request, limit_s)]
-        if parts > 1:
-            bounds = [layers * i // parts for i in range(parts + 1)]
-            tasks = [
-                _task(
-                    solver_pb2.SolveRequest(
-                        problems=request.problems[first:after], policy=request.policy, parameters=request.parameters
-                    ),
-                    limit_s,
-                    first,
-                )
-                for first, after in pairwise(bounds)
-            ]
+        tasks = [
+            _task(
+                solver_pb2.SolveRequest(
+                    problems=request.problems[first:after], policy=request.policy, parameters=request.parameters
+                ),
+                limit_s,
+                first,
+            )
+            for first, after in pairwise(layers * i // parts for i in range(parts + 1))
+        ]
         response = solver_pb2.SolveResponse()
         for answer in await self._workers.run_all(Kind.SOLVE, tasks, limit_s=limit_s, label="solve"):
             response.MergeFromString(answer)
