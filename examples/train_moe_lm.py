@@ -4,6 +4,7 @@
     moeplan serve &
     torchrun --nproc-per-node 2 examples/train_moe_lm.py --mode planned --planner 127.0.0.1:7433
     torchrun --nproc-per-node 4 examples/train_moe_lm.py --mode spill
+    torchrun --nproc-per-node 8 examples/train_moe_lm.py --mode spill --size large    # on eight GPUs
 
 The text is what every Python has: the sources of its standard library, and its documentation. The kind of text changes
 every `--shift` steps, and with it the experts that are busy. No loss balances them.
@@ -17,10 +18,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import sysconfig
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -43,41 +46,63 @@ from moeplan.solvers.arrays import Int64
 from moeplan.solvers.spill import QuotaPlanner, SpillOptions
 from moeplan.v1 import job_pb2, problem_pb2
 
-HIDDEN, WIDTH, HEADS, BLOCKS, TOP_K = 128, 512, 4, 2, 2
-SEQUENCE, SEQUENCES = 128, 24  # of a rank
+TOP_K = 2
 Experts = FullyShardedExperts | ResidentExperts
+
+
+@dataclass(frozen=True)
+class Size:
+    """A model, and the text of one rank in a step: `batch` pieces of `sequence` bytes."""
+
+    experts: int
+    hidden: int
+    width: int
+    heads: int
+    blocks: int
+    sequence: int
+    batch: int
+
+
+SIZES = {
+    "small": Size(experts=8, hidden=128, width=512, heads=4, blocks=2, sequence=128, batch=24),
+    "large": Size(experts=32, hidden=1024, width=2048, heads=8, blocks=6, sequence=512, batch=32),  # for GPUs
+}
 
 
 class Block(nn.Module):
     """Attention, then experts."""
 
-    def __init__(self, experts: Experts) -> None:
+    def __init__(self, size: Size, experts: Experts) -> None:
         super().__init__()
-        self.attention_norm, self.expert_norm = nn.LayerNorm(HIDDEN), nn.LayerNorm(HIDDEN)
-        self.inputs, self.outputs = nn.Linear(HIDDEN, 3 * HIDDEN), nn.Linear(HIDDEN, HIDDEN)
-        self.router = nn.Linear(HIDDEN, experts.experts, bias=False)
+        hidden = size.hidden
+        self.heads = size.heads
+        self.attention_norm, self.expert_norm = nn.LayerNorm(hidden), nn.LayerNorm(hidden)
+        self.inputs, self.outputs = nn.Linear(hidden, 3 * hidden), nn.Linear(hidden, hidden)
+        self.router = nn.Linear(hidden, experts.experts, bias=False)
         self.experts = experts
 
     def forward(self, hidden_bsh: Tensor) -> Tensor:
         """[batch, sequence, hidden] to the same."""
-        heads = self.inputs(self.attention_norm(hidden_bsh)).unflatten(-1, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)
+        heads = self.inputs(self.attention_norm(hidden_bsh)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         query, key, value = heads
         mixed = functional.scaled_dot_product_attention(query, key, value, is_causal=True)
         hidden_bsh = hidden_bsh + self.outputs(mixed.transpose(1, 2).flatten(2))
         tokens_th = self.expert_norm(hidden_bsh).flatten(0, 1)
         weight_tk, index_tk = self.router(tokens_th).softmax(dim=-1).topk(TOP_K)
         weight_tk = weight_tk / weight_tk.sum(dim=-1, keepdim=True)
+        # What experts compute in is what tokens travel in.
+        tokens_th, weight_tk = (part.to(self.experts.compute_dtype) for part in (tokens_th, weight_tk))
         return hidden_bsh + self.experts(tokens_th, index_tk, weight_tk).view_as(hidden_bsh)
 
 
 class Model(nn.Module):
     """A causal language model on bytes."""
 
-    def __init__(self, layers: Sequence[Experts]) -> None:
+    def __init__(self, size: Size, layers: Sequence[Experts]) -> None:
         super().__init__()
-        self.embedding, self.position = nn.Embedding(256, HIDDEN), nn.Embedding(SEQUENCE, HIDDEN)
-        self.blocks = nn.ModuleList(Block(experts) for experts in layers)
-        self.norm, self.head = nn.LayerNorm(HIDDEN), nn.Linear(HIDDEN, 256)
+        self.embedding, self.position = nn.Embedding(256, size.hidden), nn.Embedding(size.sequence, size.hidden)
+        self.blocks = nn.ModuleList(Block(size, experts) for experts in layers)
+        self.norm, self.head = nn.LayerNorm(size.hidden), nn.Linear(size.hidden, 256)
 
     def forward(self, text_bs: Tensor) -> Tensor:
         """Mean loss of predicting each next byte of int64[batch, sequence + 1]."""
@@ -100,32 +125,37 @@ def read_domains() -> list[np.ndarray[tuple[int], np.dtype[np.uint8]]]:
     return [np.frombuffer(kind, np.uint8) for kind in kinds]
 
 
-def batches(rank: int, ranks: int, shift: int) -> Iterator[Tensor]:
+def batches(size: Size, rank: int, ranks: int, shift: int) -> Iterator[Tensor]:
     """int64[batch, sequence + 1] of this rank, for ever; the kind of text changes every `shift` steps."""
     domains = read_domains()
     step = 0
     while True:
         text = domains[step // shift % len(domains)]
         rng = np.random.default_rng([step, rank, ranks])
-        starts = rng.integers(0, len(text) - SEQUENCE - 1, SEQUENCES)
-        yield torch.from_numpy(np.stack([text[start : start + SEQUENCE + 1] for start in starts]).astype(np.int64))
+        starts = rng.integers(0, len(text) - size.sequence - 1, size.batch)
+        yield torch.from_numpy(np.stack([text[start : start + size.sequence + 1] for start in starts]).astype(np.int64))
         step += 1
 
 
-def make_layers(mode: str, experts: int, group: ExpertGroup) -> list[Experts]:
+def make_layers(mode: str, size: Size, group: ExpertGroup, device: torch.device) -> list[Experts]:
     """The experts of each block, with the same weights in every mode and on any number of ranks."""
-    shape, buffer = ExpertShape(HIDDEN, WIDTH), LoanBuffer()
+    shape, buffer = ExpertShape(size.hidden, size.width), LoanBuffer()
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     layers: list[Experts] = []
-    for block in range(BLOCKS):
+    for block in range(size.blocks):
         layer: Experts
         if mode == "planned":
-            layer = FullyShardedExperts(shape, experts, group)
+            layer = FullyShardedExperts(shape, size.experts, group, compute_dtype=dtype, device=device)
         else:
             spare = 2 if mode == "spill" else 0
-            planner = QuotaPlanner(SpillOptions.uniform(experts, group.size, spare), group.size)
-            layer = ResidentExperts(shape, experts, group, planner=planner, buffer=buffer)
-        flat = torch.empty(experts, shape.elements)
-        layer.load_experts(0, flat.normal_(0, 0.03, generator=torch.Generator().manual_seed(block)))
+            planner = QuotaPlanner(SpillOptions.uniform(size.experts, group.size, spare), group.size)
+            layer = ResidentExperts(
+                shape, size.experts, group, planner=planner, buffer=buffer, compute_dtype=dtype, device=device
+            )
+        random = torch.Generator(device).manual_seed(block)
+        for expert in range(size.experts):
+            flat = torch.empty(1, shape.elements, device=device)
+            layer.load_experts(expert, flat.normal_(0, size.hidden**-0.5 / 3, generator=random))
         layers.append(layer)
     chain([layer for layer in layers if isinstance(layer, FullyShardedExperts)])
     return layers
@@ -146,31 +176,44 @@ def main() -> None:
     parser.add_argument("--job", default="train-moe-lm", help="id of the job at the daemon")
     parser.add_argument("--steps", type=int, default=80)
     parser.add_argument("--shift", type=int, default=20, help="steps of one kind of text")
-    parser.add_argument("--experts", type=int, default=8)
+    parser.add_argument("--size", choices=SIZES, default="small")
+    parser.add_argument("--experts", type=int, help="experts of a layer, if not the size's own")
+    enough = torch.cuda.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if enough else "cpu")
     parser.add_argument("--out", type=Path, help="file for the lines; standard output by default")
     arguments = parser.parse_args()
 
+    size = SIZES[arguments.size]
+    size = replace(size, experts=arguments.experts or size.experts)
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", timeout=timedelta(minutes=2))
+    device = torch.device(arguments.device)
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    # Without a backend: gloo for what is on the host, NCCL for what is on GPUs.
+    dist.init_process_group(timeout=timedelta(minutes=2), device_id=device if device.type == "cuda" else None)
     group = ExpertGroup.create()
     assert group is not None
     torch.manual_seed(0)
-    layers = make_layers(arguments.mode, arguments.experts, group)
-    model = Model(layers)
+    layers = make_layers(arguments.mode, size, group, device)
+    model = Model(size, layers).to(device)
     shared = [weight for name, weight in model.named_parameters() if ".experts." not in name]
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    session = connect(arguments, layers, group) if arguments.mode == "planned" and arguments.planner else None
+    session = connect(arguments, size, layers, group) if arguments.mode == "planned" and arguments.planner else None
     recorder = record(model)
-    text = batches(group.rank, group.size, arguments.shift)
+    text = batches(size, group.rank, group.size, arguments.shift)
     lines = arguments.out.open("w") if arguments.out and group.rank == 0 else sys.stdout
     try:
         for step in range(arguments.steps):
             start = time.perf_counter()
-            loss = model(next(text))
+            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+                loss = model(next(text).to(device))
             loss.backward()
             average(model, shared, group)
             optimizer.step()
             optimizer.zero_grad()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
             seconds = time.perf_counter() - start
             recorder.step()
             counts = recorder.finish()
@@ -186,7 +229,7 @@ def main() -> None:
                     "step": step,
                     "loss": float(mean_loss),
                     "seconds": seconds,
-                    "tokens_per_second": group.size * SEQUENCES * SEQUENCE / seconds,
+                    "tokens_per_second": group.size * size.batch * size.sequence / seconds,
                     "imbalance": float(np.mean([load.max() / load.mean() for load in loads])),
                     "version": 0 if session is None else session.version,
                 }
@@ -203,7 +246,7 @@ def main() -> None:
     dist.destroy_process_group()
 
 
-def connect(arguments: argparse.Namespace, layers: Sequence[Experts], group: ExpertGroup) -> PlannerSession:
+def connect(arguments: argparse.Namespace, size: Size, layers: Sequence[Experts], group: ExpertGroup) -> PlannerSession:
     """A session with the daemon: new layouts from the last steps whenever they are better, as moving is free."""
     sharded = [layer for layer in layers if isinstance(layer, FullyShardedExperts)]
 
@@ -211,7 +254,7 @@ def connect(arguments: argparse.Namespace, layers: Sequence[Experts], group: Exp
         for layer, layout in zip(sharded, layouts, strict=True):
             layer.layout = layout
 
-    slots = -(-arguments.experts // group.size) + 1
+    slots = -(-size.experts // group.size) + 1
     # Few candidates and a look at every fifth step: here the daemon has no cores of its own.
     job = job_pb2.Job(
         forecast=job_pb2.Forecast(window_steps=4),

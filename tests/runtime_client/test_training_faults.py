@@ -183,7 +183,9 @@ def test_a_rank_is_killed_and_torchrun_starts_the_group_again(
 
 def run_example(out: Path, mode: str, *arguments: str) -> Any:
     """Four steps; the loss of each."""
-    torchrun(str(EXAMPLE), "--mode", mode, "--steps", "4", "--shift", "2", "--out", str(out), *arguments)
+    torchrun(
+        str(EXAMPLE), "--mode", mode, "--device", "cpu", "--steps", "4", "--shift", "2", "--out", str(out), *arguments
+    )
     lines = [json.loads(line) for line in out.read_text().splitlines()]
     assert [line["step"] for line in lines] == [0, 1, 2, 3]
     assert all(line["imbalance"] >= 1 for line in lines)

@@ -134,7 +134,7 @@ class FullyShardedExperts(nn.Module):
         slots = placement.layout.slots
         quota = self.split(slots, counts.sum(axis=0))
         route = find_route(slots, *rank_flow(slots, quota, counts, group.rank), index)
-        arrived = dispatch(group, route, rows, self.traffic)
+        (arrived,) = dispatch(group, route, rows, self.traffic, [sum(route.receive)])
         if follower is not None:
             follower.prefetch()
         flat: Tensor = _Gather.apply(landed, gathering, this)  # type: ignore[no-untyped-call]
@@ -143,7 +143,7 @@ class FullyShardedExperts(nn.Module):
             results = this.guard(results, flat)
             if self.reshard and not _in_backward():
                 this.free(flat)
-        output = combine(group, route, results, weight, self.traffic).view_as(hidden)
+        output = combine(group, route, [results], weight, self.traffic).view_as(hidden)
         return this.announce(output) if output.requires_grad else output
 
     def prefetch(self) -> None:

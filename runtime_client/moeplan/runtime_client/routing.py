@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from moeplan.runtime_client.errors import LayoutMismatchError, RouterError
 from moeplan.runtime_client.group import ExpertGroup, Traffic
+from moeplan.runtime_client.widening import widen
 from moeplan.solvers.arrays import Int32, Int64
 
 __all__ = ["Route", "combine", "dispatch", "find_route", "gather_counts"]
@@ -36,23 +38,26 @@ def gather_counts(group: ExpertGroup, index: Tensor, weight: Tensor, experts: in
         RouterError: a rank chose an expert out of range, or a weight is not finite.
         LayoutMismatchError: the fingerprints differ.
     """
-    chosen = index.reshape(-1)
-    valid = (chosen >= 0) & (chosen < experts)
-    row = torch.zeros(experts + 3, dtype=torch.int64, device=index.device)
-    row.scatter_add_(0, torch.where(valid, chosen, experts), torch.ones_like(chosen))
-    row[experts + 1] = (~torch.isfinite(weight.detach())).sum()
-    row[experts + 2] = fingerprint
+    chosen = index.reshape(-1).clamp(-1, experts)  # what is out of range counts for one of the two ends
+    row = torch.zeros(experts + 4, dtype=torch.int64, device=index.device)
+    row[: experts + 2].scatter_add_(0, chosen + 1, torch.ones_like(chosen))
+    weight = weight.detach()
+    row[experts + 2] = (weight - weight).ne(0).sum()  # infinite or not a number: the difference is not a number
+    if fingerprint:
+        row[experts + 3] = fingerprint
     table: Int64 = group.gather_rows(row).cpu().numpy()
-    for rank, (outside, not_finite) in enumerate(table[:, experts : experts + 2]):
+    for rank, (below, above, not_finite) in enumerate(table[:, [0, experts + 1, experts + 2]]):
+        outside = below + above
         if outside or not_finite:
             raise RouterError(
                 f"router output of rank {rank}: {outside} choices outside 0..{experts - 1} and "
                 f"{not_finite} weights that are not finite; the model has diverged or its inputs are wrong"
             )
-    if (table[:, experts + 2] != table[0, experts + 2]).any():
-        differing = np.flatnonzero(table[:, experts + 2] != table[0, experts + 2]).tolist()
+    prints = table[:, experts + 3]
+    if (prints != prints[0]).any():
+        differing = np.flatnonzero(prints != prints[0]).tolist()
         raise LayoutMismatchError(f"layout of ranks {differing} differs from rank 0's; set the same on all ranks")
-    return np.ascontiguousarray(table[:, :experts])
+    return np.ascontiguousarray(table[:, 1 : experts + 1])
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -114,63 +119,96 @@ def _ranges(starts: Int64, lengths: Int64, device: torch.device) -> Tensor:
     return torch.repeat_interleave(table[0], table[1], output_size=total) + torch.arange(total, device=device)
 
 
-def dispatch(group: ExpertGroup, route: Route, hidden: Tensor, traffic: Traffic) -> Tensor:
-    """[received, hidden]: the rows for this rank's slots, from [tokens, hidden] on every rank."""
-    rows: Tensor = _Dispatch.apply(hidden, group, route, traffic)  # type: ignore[no-untyped-call]
-    return rows
+def dispatch(
+    group: ExpertGroup, route: Route, hidden: Tensor, traffic: Traffic, parts: Sequence[int]
+) -> tuple[Tensor, ...]:
+    """The rows for this rank's slots, from [tokens, hidden] on every rank.
+
+    Args:
+        group: The ranks.
+        route: Where rows go.
+        hidden: [tokens, hidden], this rank's tokens.
+        traffic: Counter of the bytes sent.
+        parts: Rows of each part of what is received, in the order of the computation.
+
+    Returns:
+        One tensor [rows, hidden] for each part.
+    """
+    arrived: tuple[Tensor, ...] = _Dispatch.apply(hidden, group, route, traffic, parts)  # type: ignore[no-untyped-call]
+    return arrived
 
 
-def combine(group: ExpertGroup, route: Route, rows: Tensor, weight: Tensor, traffic: Traffic) -> Tensor:
+def combine(group: ExpertGroup, route: Route, parts: Sequence[Tensor], weight: Tensor, traffic: Traffic) -> Tensor:
     """[tokens, hidden]: results back at their sources, weighted and summed over the choices in their order.
 
     Args:
         group: The ranks.
-        route: The route that `rows` were dispatched by.
-        rows: [received, hidden], results in the order of `dispatch`.
+        route: The route that the rows were dispatched by.
+        parts: Results in the parts that `dispatch` gave.
         weight: [tokens, k], weights of the choices.
         traffic: Counter of the bytes sent.
     """
-    pairs: Tensor = _Return.apply(rows, group, route, traffic)  # type: ignore[no-untyped-call]
-    return (pairs.view(*weight.shape, rows.shape[1]) * weight.unsqueeze(-1)).sum(dim=1).to(rows.dtype)
+    pairs: Tensor = _Return.apply(group, route, traffic, *parts)  # type: ignore[no-untyped-call]
+    return (pairs.view(*weight.shape, pairs.shape[1]) * weight.unsqueeze(-1)).sum(dim=1).to(pairs.dtype)
 
 
 class _Dispatch(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, group: ExpertGroup, route: Route, traffic: Traffic) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, group: ExpertGroup, route: Route, traffic: Traffic, parts: Sequence[int]
+    ) -> tuple[Tensor, ...]:
         ctx.call = group, route, traffic
-        return _to_slots(hidden, route.pairs // route.choices, group, route, traffic, "tokens.forward")
+        return _to_slots(hidden, route.pairs // route.choices, parts, group, route, traffic, "tokens.forward")
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         group, route, traffic = ctx.call
-        pairs = _to_pairs(gradient, group, route, traffic, "tokens.backward")
+        pairs = _to_pairs(gradients, group, route, traffic, "tokens.backward")
         tokens = len(pairs) // route.choices
-        return pairs.view(tokens, route.choices, pairs.shape[1]).sum(dim=1), None, None, None
+        return pairs.view(tokens, route.choices, pairs.shape[1]).sum(dim=1), None, None, None, None
 
 
 class _Return(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, group: ExpertGroup, route: Route, traffic: Traffic) -> Tensor:
-        ctx.call = group, route, traffic
-        return _to_pairs(rows, group, route, traffic, "tokens.forward")
+    def forward(ctx: Any, group: ExpertGroup, route: Route, traffic: Traffic, *parts: Tensor) -> Tensor:
+        ctx.call, ctx.parts = (group, route, traffic), [len(part) for part in parts]
+        return _to_pairs(parts, group, route, traffic, "tokens.forward")
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         group, route, traffic = ctx.call
-        return _to_slots(gradient, route.pairs, group, route, traffic, "tokens.backward"), None, None, None
+        rows = _to_slots(gradient, route.pairs, ctx.parts, group, route, traffic, "tokens.backward")
+        return None, None, None, *rows
 
 
-def _to_slots(source: Tensor, take: Tensor, group: ExpertGroup, route: Route, traffic: Traffic, purpose: str) -> Tensor:
+def _to_slots(
+    source: Tensor,
+    take: Tensor,
+    parts: Sequence[int],
+    group: ExpertGroup,
+    route: Route,
+    traffic: Traffic,
+    purpose: str,
+) -> tuple[Tensor, ...]:
     rows = source.index_select(0, take)
-    transfer = group.exchange(rows, route.send, route.receive, traffic=traffic, purpose=purpose)
-    return transfer.wait().index_select(0, route.arrange)
+    received = group.exchange(rows, route.send, route.receive, traffic=traffic, purpose=purpose).wait()
+    return tuple(received.index_select(0, arrange) for arrange in route.arrange.split(list(parts)))
 
 
-def _to_pairs(rows: Tensor, group: ExpertGroup, route: Route, traffic: Traffic, purpose: str) -> Tensor:
+def _to_pairs(parts: Sequence[Tensor], group: ExpertGroup, route: Route, traffic: Traffic, purpose: str) -> Tensor:
     # Both scatters are permutations: no two rows meet, so the result does not depend on the order of writes.
-    packed = torch.empty_like(rows, memory_format=torch.contiguous_format).index_copy_(0, route.arrange, rows)
-    transfer = group.exchange(packed, route.receive, route.send, traffic=traffic, purpose=purpose)
-    received = transfer.wait()
-    return torch.empty_like(received).index_copy_(0, route.pairs, received)
+    packed = parts[0].new_empty(len(route.arrange), parts[0].shape[1])
+    for part, arrange in zip(parts, route.arrange.split([len(part) for part in parts]), strict=True):
+        _scatter(packed, arrange, part)
+    received = group.exchange(packed, route.receive, route.send, traffic=traffic, purpose=purpose).wait()
+    pairs = torch.empty_like(received)
+    _scatter(pairs, route.pairs, received)
+    return pairs
+
+
+def _scatter(out: Tensor, positions: Tensor, rows: Tensor) -> None:
+    """``out[positions] = rows``."""
+    wide_out, wide_rows = widen(out, rows.contiguous())
+    wide_out.index_copy_(0, positions, wide_rows)

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from moeplan.runtime_client.group import ExpertGroup, Traffic, Transfer, beside, join
+from moeplan.runtime_client.widening import copy_strided
+from moeplan.solvers.arrays import Int64
 from moeplan.solvers.layout import EMPTY, Layout
 
 __all__ = ["Gathering", "Placement", "Returning", "shard_width"]
@@ -31,6 +33,11 @@ class Placement:
         experts: Experts of this rank's filled slots, in slot order.
         fingerprint: Number that differs between layouts (up to collisions of 62 bits).
         filled: Filled slots of each rank.
+        replicas: int64[replicas], the expert of every replica in the order of devices and slots.
+        first: int64[experts], position in `replicas` of each expert's first one.
+        several: int64[n], experts with more than one replica, those with most in front.
+        others: Positions of the second replicas of the experts in `several`, of the third ones, and so on; as those
+            with most are in front, each covers a beginning of `several`.
     """
 
     def __init__(self, layout: Layout, group: ExpertGroup, device: torch.device) -> None:
@@ -47,14 +54,19 @@ class Placement:
         self.fingerprint = int.from_bytes(digest.digest(), "little") >> 2
         replicas = layout.slots[filled].astype(np.int64)
         self.replicas = torch.from_numpy(replicas).to(device)
-        self.rounds = [torch.from_numpy(rows).to(device) for rows in _rounds(replicas, layout)]
+        first, several, *others = _by_expert(replicas, layout)
+        self.first, self.several = torch.from_numpy(first).to(device), torch.from_numpy(several).to(device)
+        self.others = [torch.from_numpy(rows).to(device) for rows in others]
 
 
-def _rounds(replicas: np.ndarray[tuple[int], np.dtype[np.int64]], layout: Layout) -> list[np.ndarray]:
-    """Positions in `replicas` of every expert's first replica, of every second one, and so on."""
+def _by_expert(replicas: Int64, layout: Layout) -> list[Int64]:
+    """`first`, `several` and `others` of a `Placement`."""
     order = np.argsort(replicas, kind="stable")
     start = layout.hosts.start[:-1]
-    return [order[start[layout.replicas > nth] + nth] for nth in range(int(layout.replicas.max(initial=0)))]
+    several = np.argsort(-layout.replicas, kind="stable")[: (layout.replicas > 1).sum()]
+    most = int(layout.replicas.max(initial=0))
+    others = (order[start[several[layout.replicas[several] > nth]] + nth] for nth in range(1, most))
+    return [order[start], several, *others]
 
 
 class Gathering:
@@ -95,9 +107,10 @@ class Gathering:
         assert self._transfer is not None, "a gathering is finished once"
         with beside(flat.device):
             received = self._transfer.wait()
-            shape = (self._size, len(flat), received.shape[1])
+            slots, width = len(flat), received.shape[1]
             # `data`: autograd need not know that a saved tensor is written, as its old values come back.
-            flat.data.view(shape[1], shape[0], shape[2]).copy_(received.view(shape).transpose(0, 1))
+            by_slot = flat.data.view(slots, self._size, width)
+            copy_strided(by_slot, received.view(self._size, slots, width).transpose(0, 1))
             self._transfer = None
         join(flat.device)
 
@@ -124,9 +137,10 @@ class Returning:
         self._gradient = gradient  # read on the side stream, so it must not be freed before
         slots, width = len(gradient), gradient.shape[1] // group.size
         with beside(gradient.device):
-            packed = gradient.view(slots, group.size, width).transpose(0, 1).reshape(group.size * slots, width)
+            packed = gradient.new_empty(group.size, slots, width)
+            copy_strided(packed, gradient.view(slots, group.size, width).transpose(0, 1))
             self._transfer = group.exchange(
-                packed,
+                packed.flatten(0, 1),
                 [slots] * group.size,
                 placement.filled,
                 weights=True,
@@ -149,14 +163,13 @@ class Returning:
         placement = self._placement
         with beside(like.device):
             received = self._transfer.wait()
-            first, *others = placement.rounds
-            # Every expert has a replica, so the first round holds each of them once, in order.
-            total = received.index_select(0, first).to(torch.promote_types(like.dtype, torch.float32))
-            for rows in others:
-                # One replica of each expert at a time: an index never repeats, so the order of the sum is fixed.
-                part = received.index_select(0, rows).to(total.dtype)
-                total.index_add_(0, placement.replicas.index_select(0, rows), part)
-            total = total.to(like.dtype)
+            total = received.index_select(0, placement.first).to(like.dtype)
+            if placement.others:
+                first = placement.first.index_select(0, placement.several)
+                sums = received.index_select(0, first).to(torch.promote_types(like.dtype, torch.float32))
+                for rows in placement.others:
+                    sums[: len(rows)] += received.index_select(0, rows)
+                total.index_copy_(0, placement.several, sums.to(like.dtype))
         join(like.device)
         if like.device.type == "cuda":
             total.record_stream(torch.cuda.current_stream(like.device))

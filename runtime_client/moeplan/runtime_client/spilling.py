@@ -122,22 +122,22 @@ class ResidentExperts(nn.Module):
             lending.start("weights.forward")
             home = _Land.apply(home, lending)  # type: ignore[no-untyped-call]
         route = find_route(loan.slots, loan.sent, loan.received, index)
-        arrived = dispatch(group, route, rows, self.traffic)
-
         owned, width = len(self.homes.owned), self.homes.slots.shape[1]
         at_home, away = route.rows[:owned], route.rows[width : width + loan.borrowed]
+        sizes = [sum(at_home)] if lending is None else [sum(at_home), sum(away)]
+        arrived = dispatch(group, route, rows, self.traffic, sizes)
+
         own = home if self.compute_dtype is None else home.to(self.compute_dtype)
-        own_rows, lent_rows = arrived.split([sum(at_home), sum(away)])
         if lending is not None:
             # Made before the experts at home run, so that its backward, which other ranks wait for, runs after theirs.
             lent: Tensor = _Lend.apply(home, lending)  # type: ignore[no-untyped-call]
-        results = feed_forward(self.shape, own, own_rows, at_home)
+        results = [feed_forward(self.shape, own, arrived[0], at_home)]
         if lending is not None:
             self.buffer.wait()
-            spilled = feed_forward(self.shape, lent, lent_rows, away)
+            spilled = feed_forward(self.shape, lent, arrived[1], away)
             if spilled.requires_grad:
                 spilled = _Repeat.apply(spilled, lent, lending)  # type: ignore[no-untyped-call]
-            results = torch.cat([results, spilled])
+            results.append(spilled)
         output = combine(group, route, results, weight, self.traffic).view_as(hidden)
         if lending is not None and output.requires_grad:
             output = _Announce.apply(output, lent, lending)  # type: ignore[no-untyped-call]
