@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from moeplan.runtime_client.fusing import fused
 from moeplan.runtime_client.widening import copy_strided
 
 __all__ = ["ExpertShape", "activation_name", "feed_forward", "join_weights", "split_weights"]
@@ -114,25 +115,23 @@ class _FeedForward(torch.autograd.Function):
     """The network with its own backward, which writes the gradients of all matrices into one flat tensor.
 
     Autograd's would gather them from their pieces in two more copies of the weights. Of the activations it keeps only
-    the first products, from which the backward computes the rest again. Gate and up are products of their own, because
-    functions of contiguous tensors take a third of the time of those of two halves of each row.
+    the first product, from which the backward computes the rest again.
     """
 
     @staticmethod
     def forward(ctx: Any, flat: Tensor, rows: Tensor, shape: ExpertShape, counts: list[int]) -> Tensor:
         inner, outer = split_weights(shape, flat)
-        halves = inner.split(shape.width, dim=1)
-        ctx.shape, ctx.products = shape, _products(rows, *halves, outer)(counts, rows.device)
+        ctx.shape, ctx.products = shape, _products(rows, inner, outer)(counts, rows.device)
         with _plain(rows):
-            first = [ctx.products.forward(rows, half) for half in halves]
-            results: Tensor = ctx.products.forward(_activate(shape, *first), outer)
-        ctx.save_for_backward(flat, rows, *first)
+            first = ctx.products.forward(rows, inner)
+            results: Tensor = ctx.products.forward(_activate(first, shape.gated, shape.activation), outer)
+        ctx.save_for_backward(flat, rows, first)
         return results
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        flat, rows, *first = ctx.saved_tensors
+        flat, rows, first = ctx.saved_tensors
         shape, products = ctx.shape, ctx.products
         inner, outer = split_weights(shape, flat)
         to_flat = torch.empty_like(flat)
@@ -140,34 +139,34 @@ class _FeedForward(torch.autograd.Function):
         to_inner, to_outer = split_weights(shape, to_flat)
         gradient = gradient.contiguous()
         with _plain(rows):
-            products.to_weights(gradient, _activate(shape, *first), to_outer)
-            to_first = _activate_backward(shape, products.to_rows(gradient, outer), *first)
-            to_rows: Tensor | None = None
-            for half, to_half in zip(inner.split(shape.width, dim=1), to_inner.split(shape.width, dim=1), strict=True):
-                one = to_first.pop(0)
-                products.to_weights(one, rows, to_half)
-                to_rows = products.to_rows(one, half, to_rows)
-        assert to_rows is not None
-        return to_flat, to_rows, None, None
+            products.to_weights(gradient, _activate(first, shape.gated, shape.activation), to_outer)
+            to_first = _activate_backward(products.to_rows(gradient, outer), first, shape.gated, shape.activation)
+            products.to_weights(to_first, rows, to_inner)
+            return to_flat, products.to_rows(to_first, inner), None, None
 
 
 def _plain(rows: Tensor) -> torch.autocast:
     return torch.autocast(rows.device.type, enabled=False)
 
 
-def _activate(shape: ExpertShape, first: Tensor, up: Tensor | None = None) -> Tensor:
-    """``act(gate) * up``, or ``act(up)`` of a network without a gate."""
-    result = _ACTIVATIONS[shape.activation][0](first)
-    return result if up is None else result.mul_(up)
+@fused
+def _activate(first: Tensor, gated: bool, activation: str) -> Tensor:
+    """``act(gate) * up`` of rows [gate, up], or ``act(up)`` of a network without a gate."""
+    forward, _ = _ACTIVATIONS[activation]
+    if not gated:
+        return forward(first)
+    gate, up = first.chunk(2, dim=1)
+    return forward(gate).mul_(up)
 
 
-def _activate_backward(shape: ExpertShape, gradient: Tensor, first: Tensor, up: Tensor | None = None) -> list[Tensor]:
-    """Gradients of the arguments of `_activate`; `gradient` is changed."""
-    forward, backward = _ACTIVATIONS[shape.activation]
-    if up is None:
-        return [backward(gradient, first)]
-    to_up = forward(first).mul_(gradient)
-    return [backward(gradient.mul_(up), first), to_up]
+@fused
+def _activate_backward(gradient: Tensor, first: Tensor, gated: bool, activation: str) -> Tensor:
+    """Gradient of the argument of `_activate`."""
+    forward, backward = _ACTIVATIONS[activation]
+    if not gated:
+        return backward(gradient, first)
+    gate, up = first.chunk(2, dim=1)
+    return torch.cat([backward(gradient * up, gate), forward(gate).mul_(gradient)], dim=1)
 
 
 class _Each:
@@ -180,11 +179,11 @@ class _Each:
         """``rows @ weight.T``: [rows, outputs] from weights [replicas, outputs, inputs]."""
         return self.to_rows(rows, weights.transpose(1, 2))
 
-    def to_rows(self, rows: Tensor, weights: Tensor, total: Tensor | None = None) -> Tensor:
-        """``rows @ weight``; added to `total`, in place, if there is one."""
-        result = rows.new_empty(len(rows), weights.shape[2]) if total is None else total
+    def to_rows(self, rows: Tensor, weights: Tensor) -> Tensor:
+        """``rows @ weight``."""
+        result = rows.new_empty(len(rows), weights.shape[2])
         for part, weight, out in zip(rows.split(self.counts), weights, result.split(self.counts), strict=True):
-            torch.addmm(out, part, weight, beta=0 if total is None else 1, out=out)
+            torch.mm(part, weight, out=out)
         return result
 
     def to_weights(self, gradient: Tensor, rows: Tensor, out: Tensor) -> None:
@@ -204,9 +203,8 @@ class _Grouped:
     def forward(self, rows: Tensor, weights: Tensor) -> Tensor:
         return functional.grouped_mm(rows, weights.transpose(1, 2), offs=self.ends)
 
-    def to_rows(self, rows: Tensor, weights: Tensor, total: Tensor | None = None) -> Tensor:
-        result = functional.grouped_mm(rows, weights, offs=self.ends)
-        return result if total is None else total.add_(result)
+    def to_rows(self, rows: Tensor, weights: Tensor) -> Tensor:
+        return functional.grouped_mm(rows, weights, offs=self.ends)
 
     def to_weights(self, gradient: Tensor, rows: Tensor, out: Tensor) -> None:
         copy_strided(out, functional.grouped_mm(gradient.T, rows, offs=self.ends))

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from moeplan.runtime_client.errors import LayoutMismatchError, RouterError
+from moeplan.runtime_client.fusing import fused
 from moeplan.runtime_client.group import ExpertGroup, Traffic
 from moeplan.runtime_client.widening import widen
 from moeplan.solvers.arrays import Int32, Int64
@@ -69,6 +70,7 @@ class Route:
         send: Rows for each rank.
         receive: Rows from each rank.
         pairs: int64[tokens * k], the pair at each position of what is sent.
+        places: int64[tokens, k], the position of each pair.
         arrange: int64[received], position among the received rows of each row of the computation, which is
             ordered by slot and then by source.
         rows: Rows of each slot of this rank, empty slots included.
@@ -78,6 +80,7 @@ class Route:
     send: list[int]
     receive: list[int]
     pairs: Tensor
+    places: Tensor
     arrange: Tensor
     rows: list[int]
 
@@ -98,11 +101,13 @@ def find_route(slots: Int32, send: Int64, receive: Int64, index: Tensor) -> Rout
     starts = np.empty(slots.size, np.int64)
     starts[order] = np.cumsum(share) - share
     from_source = np.cumsum(receive.ravel()) - receive.ravel()
+    pairs = by_expert[_ranges(starts, send.ravel(), index.device)]
     return Route(
         choices=index.shape[1],
         send=send.sum(axis=1).tolist(),
         receive=receive.sum(axis=1).tolist(),
-        pairs=by_expert[_ranges(starts, send.ravel(), index.device)],
+        pairs=pairs,
+        places=torch.empty_like(pairs).scatter_(0, pairs, torch.arange(len(pairs), device=pairs.device)).view_as(index),
         arrange=_ranges(from_source.reshape(receive.shape).T.ravel(), receive.T.ravel(), index.device),
         rows=receive.sum(axis=0).tolist(),
     )
@@ -148,8 +153,8 @@ def combine(group: ExpertGroup, route: Route, parts: Sequence[Tensor], weight: T
         weight: [tokens, k], weights of the choices.
         traffic: Counter of the bytes sent.
     """
-    pairs: Tensor = _Return.apply(group, route, traffic, *parts)  # type: ignore[no-untyped-call]
-    return (pairs.view(*weight.shape, pairs.shape[1]) * weight.unsqueeze(-1)).sum(dim=1).to(pairs.dtype)
+    results: Tensor = _Combine.apply(weight, group, route, traffic, *parts)  # type: ignore[no-untyped-call]
+    return results
 
 
 class _Dispatch(torch.autograd.Function):
@@ -158,57 +163,76 @@ class _Dispatch(torch.autograd.Function):
         ctx: Any, hidden: Tensor, group: ExpertGroup, route: Route, traffic: Traffic, parts: Sequence[int]
     ) -> tuple[Tensor, ...]:
         ctx.call = group, route, traffic
-        return _to_slots(hidden, route.pairs // route.choices, parts, group, route, traffic, "tokens.forward")
+        rows = hidden.index_select(0, route.pairs // route.choices)
+        return _to_slots(rows, parts, group, route, traffic, "tokens.forward")
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         group, route, traffic = ctx.call
-        pairs = _to_pairs(gradients, group, route, traffic, "tokens.backward")
-        tokens = len(pairs) // route.choices
-        return pairs.view(tokens, route.choices, pairs.shape[1]).sum(dim=1), None, None, None, None
+        returned = _from_slots(gradients, group, route, traffic, "tokens.backward")
+        return _sum_choices(returned, route.places), None, None, None, None
 
 
-class _Return(torch.autograd.Function):
+class _Combine(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, group: ExpertGroup, route: Route, traffic: Traffic, *parts: Tensor) -> Tensor:
+    def forward(ctx: Any, weight: Tensor, group: ExpertGroup, route: Route, traffic: Traffic, *parts: Tensor) -> Tensor:
         ctx.call, ctx.parts = (group, route, traffic), [len(part) for part in parts]
-        return _to_pairs(parts, group, route, traffic, "tokens.forward")
+        returned = _from_slots(parts, group, route, traffic, "tokens.forward")
+        ctx.save_for_backward(weight, returned if ctx.needs_input_grad[0] else None)
+        return _weigh_choices(returned, route.places, weight)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         group, route, traffic = ctx.call
-        rows = _to_slots(gradient, route.pairs, ctx.parts, group, route, traffic, "tokens.backward")
-        return None, None, None, *rows
+        weight, returned = ctx.saved_tensors
+        rows = _spread_gradient(gradient, route.pairs, weight)
+        to_parts = _to_slots(rows, ctx.parts, group, route, traffic, "tokens.backward")
+        to_weight = None if returned is None else _weight_gradient(returned, route.places, gradient).to(weight.dtype)
+        return to_weight, None, None, None, *to_parts
+
+
+@fused
+def _sum_choices(rows: Tensor, places: Tensor) -> Tensor:
+    """[tokens, hidden]: the sum of each token's rows."""
+    return rows.index_select(0, places.flatten()).unflatten(0, places.shape).sum(dim=1)
+
+
+@fused
+def _weigh_choices(rows: Tensor, places: Tensor, weight: Tensor) -> Tensor:
+    """[tokens, hidden]: the weighted sum of each token's rows, in their dtype."""
+    chosen = rows.index_select(0, places.flatten()).unflatten(0, places.shape)
+    return (chosen * weight.unsqueeze(-1)).sum(dim=1).to(rows.dtype)
+
+
+@fused
+def _spread_gradient(gradient: Tensor, pairs: Tensor, weight: Tensor) -> Tensor:
+    """[tokens * k, hidden], in the order of `pairs`: the gradient of every row of `_weigh_choices`."""
+    rows = gradient.index_select(0, pairs // weight.shape[1])
+    return (rows * weight.flatten().index_select(0, pairs).unsqueeze(-1)).to(gradient.dtype)
+
+
+@fused
+def _weight_gradient(rows: Tensor, places: Tensor, gradient: Tensor) -> Tensor:
+    """[tokens, k]: the gradient of the weights of `_weigh_choices`."""
+    chosen = rows.index_select(0, places.flatten()).unflatten(0, places.shape)
+    return (chosen * gradient.unsqueeze(1)).sum(dim=2)
 
 
 def _to_slots(
-    source: Tensor,
-    take: Tensor,
-    parts: Sequence[int],
-    group: ExpertGroup,
-    route: Route,
-    traffic: Traffic,
-    purpose: str,
+    rows: Tensor, parts: Sequence[int], group: ExpertGroup, route: Route, traffic: Traffic, purpose: str
 ) -> tuple[Tensor, ...]:
-    rows = source.index_select(0, take)
+    """Send rows in the order of ``route.pairs``; what arrives, in the order of the computation and in parts."""
     received = group.exchange(rows, route.send, route.receive, traffic=traffic, purpose=purpose).wait()
     return tuple(received.index_select(0, arrange) for arrange in route.arrange.split(list(parts)))
 
 
-def _to_pairs(parts: Sequence[Tensor], group: ExpertGroup, route: Route, traffic: Traffic, purpose: str) -> Tensor:
-    # Both scatters are permutations: no two rows meet, so the result does not depend on the order of writes.
+def _from_slots(parts: Sequence[Tensor], group: ExpertGroup, route: Route, traffic: Traffic, purpose: str) -> Tensor:
+    """Send back what `_to_slots` gave; what arrives, in the order of ``route.pairs``."""
     packed = parts[0].new_empty(len(route.arrange), parts[0].shape[1])
     for part, arrange in zip(parts, route.arrange.split([len(part) for part in parts]), strict=True):
-        _scatter(packed, arrange, part)
-    received = group.exchange(packed, route.receive, route.send, traffic=traffic, purpose=purpose).wait()
-    pairs = torch.empty_like(received)
-    _scatter(pairs, route.pairs, received)
-    return pairs
-
-
-def _scatter(out: Tensor, positions: Tensor, rows: Tensor) -> None:
-    """``out[positions] = rows``."""
-    wide_out, wide_rows = widen(out, rows.contiguous())
-    wide_out.index_copy_(0, positions, wide_rows)
+        # No two rows meet, so the result does not depend on the order of writes.
+        wide_packed, wide_part = widen(packed, part.contiguous())
+        wide_packed.index_copy_(0, arrange, wide_part)
+    return group.exchange(packed, route.receive, route.send, traffic=traffic, purpose=purpose).wait()
