@@ -19,16 +19,23 @@ def fused(function: Callable[P, Tensor]) -> Callable[P, Tensor]:
 
     One by one its operations would read and write every activation several times. They do run so on other devices,
     on empty tensors, and where ``TORCH_COMPILE_DISABLE=1`` is set.
+
+    Args:
+        function: Takes tensors whose first dimension differs from call to call, and other arguments that do not.
     """
 
     @cache
     def compiled() -> Callable[P, Tensor]:
-        return torch.compile(function, dynamic=True, fullgraph=True)
+        return torch.compile(function, fullgraph=True)
 
     @wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> Tensor:
-        first = args[0]
-        assert isinstance(first, Tensor)
-        return (compiled() if first.is_cuda and first.numel() else function)(*args, **kwargs)
+        tensors = [arg for arg in args if isinstance(arg, Tensor)]
+        if not tensors[0].is_cuda or not tensors[0].numel():
+            return function(*args, **kwargs)
+        for tensor in tensors:
+            # Only this one: kernels for a width that is not known take three times as long.
+            torch._dynamo.maybe_mark_dynamic(tensor, 0)
+        return compiled()(*args, **kwargs)
 
     return call
