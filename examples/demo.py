@@ -105,19 +105,8 @@ def train(mode: str, steps: int, address: str, folder: Path) -> Iterator[Line]:
     out = folder / f"{mode}.jsonl"
     out.touch()
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(RANKS)]
-    command += [
-        str(TRAIN),
-        "--mode",
-        mode,
-        "--device",
-        "cpu",
-        "--steps",
-        str(steps),
-        "--shift",
-        str(SHIFT),
-        "--out",
-        str(out),
-    ]
+    command += [str(TRAIN), "--mode", mode, "--device", "cpu", "--out", str(out)]
+    command += ["--steps", str(steps), "--shift", str(SHIFT)]
     if mode == "planned":
         command += ["--planner", address]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}

@@ -190,8 +190,7 @@ def main() -> None:
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    # Without a backend: gloo for what is on the host, NCCL for what is on GPUs.
-    dist.init_process_group(timeout=timedelta(minutes=2))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=2))
     group = ExpertGroup.create()
     assert group is not None
     torch.manual_seed(0)

@@ -26,7 +26,7 @@ def fused(function: Callable[P, Tensor]) -> Callable[P, Tensor]:
 
     @cache
     def compiled() -> Callable[P, Tensor]:
-        return torch.compile(function, fullgraph=True)
+        return torch.compile(function, dynamic=False)
 
     @wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> Tensor:
@@ -34,7 +34,7 @@ def fused(function: Callable[P, Tensor]) -> Callable[P, Tensor]:
         if not tensors[0].is_cuda or not tensors[0].numel():
             return function(*args, **kwargs)
         for tensor in tensors:
-            # Only this one: kernels for a width that is not known take three times as long.
+            # Only this dimension: a kernel for any width takes three times as long.
             torch._dynamo.maybe_mark_dynamic(tensor, 0)
         return compiled()(*args, **kwargs)
 

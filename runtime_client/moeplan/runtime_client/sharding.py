@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from moeplan.runtime_client.group import ExpertGroup, Traffic, Transfer, beside, join
-from moeplan.runtime_client.widening import copy_strided
+from moeplan.runtime_client.widening import copy_strided, widen
 from moeplan.solvers.arrays import Int64
 from moeplan.solvers.layout import EMPTY, Layout
 
@@ -169,7 +169,8 @@ class Returning:
                 sums = received.index_select(0, first).to(torch.promote_types(like.dtype, torch.float32))
                 for rows in placement.others:
                     sums[: len(rows)] += received.index_select(0, rows)
-                total.index_copy_(0, placement.several, sums.to(like.dtype))
+                wide_total, wide_sums = widen(total, sums.to(like.dtype))
+                wide_total.index_copy_(0, placement.several, wide_sums)
         join(like.device)
         if like.device.type == "cuda":
             total.record_stream(torch.cuda.current_stream(like.device))
