@@ -52,7 +52,7 @@ Experts = FullyShardedExperts | ResidentExperts
 
 @dataclass(frozen=True)
 class Size:
-    """A model, and the text of one rank in a step: `batch` pieces of `sequence` bytes."""
+    """A model, the text of one rank in a step (`batch` pieces of `sequence` bytes), and the learning rate."""
 
     experts: int
     hidden: int
@@ -61,11 +61,13 @@ class Size:
     blocks: int
     sequence: int
     batch: int
+    rate: float
 
 
 SIZES = {
-    "small": Size(experts=8, hidden=128, width=512, heads=4, blocks=2, sequence=128, batch=24),
-    "large": Size(experts=32, hidden=1024, width=2048, heads=8, blocks=6, sequence=512, batch=32),  # for GPUs
+    "small": Size(experts=8, hidden=128, width=512, heads=4, blocks=2, sequence=128, batch=24, rate=3e-3),
+    # For GPUs: 1.2 billion parameters.
+    "large": Size(experts=32, hidden=1024, width=2048, heads=8, blocks=6, sequence=512, batch=32, rate=3e-4),
 }
 
 
@@ -145,7 +147,7 @@ def make_layers(mode: str, size: Size, group: ExpertGroup, device: torch.device)
     for block in range(size.blocks):
         layer: Experts
         if mode == "planned":
-            layer = FullyShardedExperts(shape, size.experts, group, compute_dtype=dtype, device=device)
+            layer = FullyShardedExperts(shape, size.experts, group, compute_dtype=dtype, device=device, reshard=False)
         else:
             spare = 2 if mode == "spill" else 0
             planner = QuotaPlanner(SpillOptions.uniform(size.experts, group.size, spare), group.size)
@@ -197,7 +199,7 @@ def main() -> None:
     layers = make_layers(arguments.mode, size, group, device)
     model = Model(size, layers).to(device)
     shared = [weight for name, weight in model.named_parameters() if ".experts." not in name]
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=size.rate)
     session = connect(arguments, size, layers, group) if arguments.mode == "planned" and arguments.planner else None
     recorder = record(model)
     text = batches(size, group.rank, group.size, arguments.shift)
