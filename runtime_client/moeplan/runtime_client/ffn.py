@@ -159,9 +159,25 @@ def _activate(first: Tensor, gated: bool, activation: str) -> Tensor:
     return forward(gate).mul_(up)
 
 
-@fused
 def _activate_backward(gradient: Tensor, first: Tensor, gated: bool, activation: str) -> Tensor:
-    """Gradient of the argument of `_activate`."""
+    """Gradient of the argument of `_activate`; `gradient` may be changed."""
+    if gradient.is_cuda:
+        return _activate_backward_fused(gradient, first, gated, activation)
+    forward, backward = _ACTIVATIONS[activation]
+    if not gated:
+        return backward(gradient, first)
+    # In place where it can be: fresh memory costs as much as the arithmetic.
+    gate, up = first.chunk(2, dim=1)
+    result = torch.empty_like(first)
+    to_gate, to_up = result.chunk(2, dim=1)
+    torch.mul(gradient, forward(gate), out=to_up)
+    to_gate.copy_(backward(gradient.mul_(up), gate))
+    return result
+
+
+@fused
+def _activate_backward_fused(gradient: Tensor, first: Tensor, gated: bool, activation: str) -> Tensor:
+    """`_activate_backward` as one expression."""
     forward, backward = _ACTIVATIONS[activation]
     if not gated:
         return backward(gradient, first)
