@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -10,7 +12,11 @@ from torch.nn import functional
 from moeplan.runtime_client import ffn
 from moeplan.runtime_client.ffn import ExpertShape, feed_forward, split_weights
 
-ACTIVATIONS = {"silu": functional.silu, "gelu": functional.gelu, "relu": functional.relu}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": functional.silu,
+    "gelu": functional.gelu,
+    "relu": functional.relu,
+}
 KINDS = [(gated, activation) for gated in (True, False) for activation in ACTIVATIONS]
 COUNTS = [5, 0, 3]
 
