@@ -244,6 +244,8 @@ def main() -> None:
         sys.exit(1)
     finally:
         recorder.close()
+    # A thread of gloo may still hold tensors of the last collective; it aborts if the interpreter ends first.
+    dist.barrier()
     dist.destroy_process_group()
 
 

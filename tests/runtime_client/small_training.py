@@ -187,6 +187,7 @@ def main() -> None:
     first = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
     switches = 1 if first else 2  # the second start takes over a plan of the first, and waits for one of its own
     train(arguments.folder, steps=12, switches=switches, address=arguments.address, job=arguments.job, dies=first)
+    dist.barrier()  # as at the end of examples/train_moe_lm.py
     dist.destroy_process_group()
 
 
