@@ -17,6 +17,7 @@ rank computes which; without a daemon it trains all the same.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import sys
@@ -244,8 +245,6 @@ def main() -> None:
         sys.exit(1)
     finally:
         recorder.close()
-    # A thread of gloo may still hold tensors of the last collective; it aborts if the interpreter ends first.
-    dist.barrier()
     dist.destroy_process_group()
 
 
@@ -288,3 +287,6 @@ def average(model: nn.Module, shared: Sequence[nn.Parameter], group: ExpertGroup
 
 if __name__ == "__main__":
     main()
+    # Layers refer to each other and to their process groups, whose threads must end before the interpreter does: one
+    # that lets go of a tensor after that aborts the process.
+    gc.collect()

@@ -6,6 +6,7 @@ Run under torchrun it is a training script like any other; `train` can also be c
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import signal
@@ -187,9 +188,9 @@ def main() -> None:
     first = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
     switches = 1 if first else 2  # the second start takes over a plan of the first, and waits for one of its own
     train(arguments.folder, steps=12, switches=switches, address=arguments.address, job=arguments.job, dies=first)
-    dist.barrier()  # as at the end of examples/train_moe_lm.py
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
     main()
+    gc.collect()  # as at the end of examples/train_moe_lm.py

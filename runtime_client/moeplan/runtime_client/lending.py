@@ -50,7 +50,6 @@ class Loan:
         give: Replicas that this rank sends to each rank.
         take: Replicas that it receives from each rank.
         total: Replicas of all ranks together.
-        identity: Equal for equal sets of replicas on all ranks.
     """
 
     slots: Int32
@@ -60,7 +59,6 @@ class Loan:
     give: list[int]
     take: list[int]
     total: int
-    identity: bytes
 
     @classmethod
     def of(cls, plan: SpillPlan, homes: Homes, rank: int) -> Loan:
@@ -97,7 +95,6 @@ class Loan:
             give=np.bincount(device[mine], minlength=devices).tolist(),
             take=np.bincount(owner[here], minlength=devices).tolist(),
             total=len(expert),
-            identity=expert.tobytes() + device.tobytes(),
         )
 
     @property

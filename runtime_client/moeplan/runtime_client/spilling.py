@@ -48,7 +48,6 @@ class ResidentExperts(nn.Module):
     Attributes:
         flat: Parameter [owned, elements], the flat experts of this rank in ascending order.
         traffic: Bytes sent to other ranks since the counter was last cleared.
-        passes: Forward passes so far.
     """
 
     def __init__(
@@ -78,7 +77,6 @@ class ResidentExperts(nn.Module):
         self.buffer = buffer or LoanBuffer()
         self.compute_dtype = compute_dtype
         self.traffic = Traffic()
-        self.passes = 0
         self.flat = nn.Parameter(torch.zeros(len(self.homes.owned), shape.elements, dtype=dtype, device=device))
 
     @torch.no_grad()
@@ -113,7 +111,6 @@ class ResidentExperts(nn.Module):
         rows = hidden.reshape(-1, hidden.shape[-1])
         index, weight = index.reshape(len(rows), index.shape[-1]), weight.reshape(len(rows), weight.shape[-1])
         group = self.group
-        self.passes += 1
         counts = gather_counts(group, index, weight, self.experts)
         loan = Loan.of(self.planner.plan(counts).require_feasible(), self.homes, group.rank)
         lending = _Lending(self, loan) if loan.total else None
@@ -153,7 +150,7 @@ class _Lending:
     def __init__(self, layer: ResidentExperts, loan: Loan) -> None:
         self.layer = layer
         self.loan = loan
-        self.contents = layer, layer.passes, loan.identity
+        self.contents = object()  # not the layer, which holds the buffer: process groups would live until a collection
         self.returning: Transfer | None = None
         self.into = layer.buffer.view(loan.borrowed, layer.flat, layer.compute_dtype or layer.flat.dtype)
 
@@ -163,7 +160,7 @@ class _Lending:
 
     def repeat(self) -> None:
         """Start the transfer again, unless no other loan has been in the buffer since."""
-        if self.layer.buffer.contents != self.contents:
+        if self.layer.buffer.contents is not self.contents:
             self.start("weights.backward")
 
 
