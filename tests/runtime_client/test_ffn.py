@@ -55,10 +55,10 @@ def test_results_and_gradients_are_those_of_autograd(gated: bool, activation: st
         torch.testing.assert_close(one.grad, other.grad, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize(("gated", "activation"), KINDS)
-def test_what_gpus_compile_gives_the_same_gradients(gated: bool, activation: str) -> None:
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_what_gpus_compile_gives_the_same_gradients(activation: str) -> None:
     random = torch.Generator().manual_seed(1)
     first = torch.randn(7, 8, generator=random, dtype=torch.float64)
-    gradient = torch.randn(7, 4 if gated else 8, generator=random, dtype=torch.float64)
-    expected = ffn._activate_backward_fused(gradient.clone(), first, gated, activation)
-    torch.testing.assert_close(ffn._activate_backward(gradient.clone(), first, gated, activation), expected)
+    gradient = torch.randn(7, 4, generator=random, dtype=torch.float64)
+    expected = ffn._gated_backward(gradient.clone(), first, activation)
+    torch.testing.assert_close(ffn._activate_backward(gradient.clone(), first, True, activation), expected)

@@ -161,11 +161,11 @@ def _activate(first: Tensor, gated: bool, activation: str) -> Tensor:
 
 def _activate_backward(gradient: Tensor, first: Tensor, gated: bool, activation: str) -> Tensor:
     """Gradient of the argument of `_activate`; `gradient` may be changed."""
-    if gradient.is_cuda:
-        return _activate_backward_fused(gradient, first, gated, activation)
     forward, backward = _ACTIVATIONS[activation]
     if not gated:
         return backward(gradient, first)
+    if gradient.is_cuda:
+        return _gated_backward(gradient, first, activation)
     # In place where it can be: fresh memory costs as much as the arithmetic.
     gate, up = first.chunk(2, dim=1)
     result = torch.empty_like(first)
@@ -176,11 +176,9 @@ def _activate_backward(gradient: Tensor, first: Tensor, gated: bool, activation:
 
 
 @fused
-def _activate_backward_fused(gradient: Tensor, first: Tensor, gated: bool, activation: str) -> Tensor:
-    """`_activate_backward` as one expression."""
+def _gated_backward(gradient: Tensor, first: Tensor, activation: str) -> Tensor:
+    """`_activate_backward` with a gate, as one expression."""
     forward, backward = _ACTIVATIONS[activation]
-    if not gated:
-        return backward(gradient, first)
     gate, up = first.chunk(2, dim=1)
     return torch.cat([backward(gradient * up, gate), forward(gate).mul_(gradient)], dim=1)
 

@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 from moeplan.runtime_client.errors import LayoutMismatchError, RouterError
 from moeplan.runtime_client.fusing import fused
 from moeplan.runtime_client.group import ExpertGroup, Traffic
-from moeplan.runtime_client.widening import widen
+from moeplan.runtime_client.widening import scatter_rows
 from moeplan.solvers.arrays import Int32, Int64
 
 __all__ = ["Route", "combine", "dispatch", "find_route", "gather_counts"]
@@ -232,7 +232,5 @@ def _from_slots(parts: Sequence[Tensor], group: ExpertGroup, route: Route, traff
     """Send back what `_to_slots` gave; what arrives, in the order of ``route.pairs``."""
     packed = parts[0].new_empty(len(route.arrange), parts[0].shape[1])
     for part, arrange in zip(parts, route.arrange.split([len(part) for part in parts]), strict=True):
-        # No two rows meet, so the result does not depend on the order of writes.
-        wide_packed, wide_part = widen(packed, part.contiguous())
-        wide_packed.index_copy_(0, arrange, wide_part)
+        scatter_rows(packed, arrange, part)
     return group.exchange(packed, route.receive, route.send, traffic=traffic, purpose=purpose).wait()

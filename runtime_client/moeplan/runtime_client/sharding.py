@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from moeplan.runtime_client.group import ExpertGroup, Traffic, Transfer, beside, join
-from moeplan.runtime_client.widening import copy_strided, widen
+from moeplan.runtime_client.widening import copy_strided, scatter_rows
 from moeplan.solvers.arrays import Int64
 from moeplan.solvers.layout import EMPTY, Layout
 
@@ -36,8 +36,8 @@ class Placement:
         replicas: int64[replicas], the expert of every replica in the order of devices and slots.
         first: int64[experts], position in `replicas` of each expert's first one.
         several: int64[n], experts with more than one replica, those with most in front.
-        others: Positions of the second replicas of the experts in `several`, of the third ones, and so on; as those
-            with most are in front, each covers a beginning of `several`.
+        rounds: Positions of the first replicas of the experts in `several`, of the second ones, and so on; as those
+            with most are in front, each covers a beginning of `several`. Empty if no expert has several.
     """
 
     def __init__(self, layout: Layout, group: ExpertGroup, device: torch.device) -> None:
@@ -54,19 +54,18 @@ class Placement:
         self.fingerprint = int.from_bytes(digest.digest(), "little") >> 2
         replicas = layout.slots[filled].astype(np.int64)
         self.replicas = torch.from_numpy(replicas).to(device)
-        first, several, *others = _by_expert(replicas, layout)
-        self.first, self.several = torch.from_numpy(first).to(device), torch.from_numpy(several).to(device)
-        self.others = [torch.from_numpy(rows).to(device) for rows in others]
+        tables = (torch.from_numpy(table).to(device) for table in _by_expert(replicas, layout))
+        self.first, self.several, *self.rounds = tables
 
 
 def _by_expert(replicas: Int64, layout: Layout) -> list[Int64]:
-    """`first`, `several` and `others` of a `Placement`."""
+    """`first`, `several` and each of the `rounds` of a `Placement`."""
     order = np.argsort(replicas, kind="stable")
     start = layout.hosts.start[:-1]
     several = np.argsort(-layout.replicas, kind="stable")[: (layout.replicas > 1).sum()]
-    most = int(layout.replicas.max(initial=0))
-    others = (order[start[several[layout.replicas[several] > nth]] + nth] for nth in range(1, most))
-    return [order[start], several, *others]
+    most = int(layout.replicas[several].max(initial=0))
+    rounds = (order[start[several[layout.replicas[several] > nth]] + nth] for nth in range(most))
+    return [order[start], several, *rounds]
 
 
 class Gathering:
@@ -164,13 +163,12 @@ class Returning:
         with beside(like.device):
             received = self._transfer.wait()
             total = received.index_select(0, placement.first).to(like.dtype)
-            if placement.others:
-                first = placement.first.index_select(0, placement.several)
+            if placement.rounds:
+                first, *others = placement.rounds
                 sums = received.index_select(0, first).to(torch.promote_types(like.dtype, torch.float32))
-                for rows in placement.others:
+                for rows in others:
                     sums[: len(rows)] += received.index_select(0, rows)
-                wide_total, wide_sums = widen(total, sums.to(like.dtype))
-                wide_total.index_copy_(0, placement.several, wide_sums)
+                scatter_rows(total, placement.several, sums.to(like.dtype))
         join(like.device)
         if like.device.type == "cuda":
             total.record_stream(torch.cuda.current_stream(like.device))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["copy_strided", "widen"]
+__all__ = ["copy_strided", "scatter_rows", "widen"]
 
 _WIDE = (torch.complex128, torch.int64, torch.int32)  # 16, 8 and 4 bytes
 
@@ -30,6 +30,12 @@ def copy_strided(out: Tensor, source: Tensor) -> None:
     if out.dtype == source.dtype:
         out, source = widen(out, source)
     out.copy_(source)
+
+
+def scatter_rows(out: Tensor, positions: Tensor, rows: Tensor) -> None:
+    """``out[positions] = rows``, of one dtype; the order of writes does not matter, as no position may repeat."""
+    wide_out, wide_rows = widen(out, rows.contiguous())
+    wide_out.index_copy_(0, positions, wide_rows)
 
 
 def _suits(tensor: Tensor, ratio: int) -> bool:
