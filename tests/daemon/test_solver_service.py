@@ -221,8 +221,9 @@ def test_a_killed_worker_is_replaced_and_its_request_fails_clearly(daemon: Daemo
                 response_deserializer=solver_pb2.SolveResponse.FromString,
             )
             call = solve_.future(request, timeout=WAIT_S)
-            (worker,) = daemon.workers()
             time.sleep(0.3)
+            # The worker that the test before had killed may still be there for a moment.
+            (worker,) = eventually(lambda: workers if len(workers := daemon.workers()) == 1 else None)
             os.kill(worker, signal.SIGKILL)
             with pytest.raises(grpc.RpcError) as error:
                 call.result(WAIT_S)
