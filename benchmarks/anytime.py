@@ -16,12 +16,12 @@ from pathlib import Path
 
 import numpy as np
 
-from moeplan.planner.terminal import show_table
-from moeplan.planner.trace import Trace
+from moeplan.planner.commands.terminal import show_table
+from moeplan.planner.traces.trace import Trace
 from moeplan.solvers import Cluster, Demand, Layout, Problem, SolveParameters, evaluate, solve, warm_up
-from moeplan.solvers.arrays import Int64
-from moeplan.solvers.ilp.model import Effort, Model
-from moeplan.solvers.ilp.run import run
+from moeplan.solvers.exact.model import Effort, Model
+from moeplan.solvers.exact.run import run
+from moeplan.solvers.problem.arrays import Int64
 
 SECONDS = (0.001, 0.01, 0.1, 1.0, 10.0)
 SIZES = ((64, 8, 9), (60, 8, 8), (256, 32, 9), (256, 64, 5), (256, 144, 2), (384, 128, 4))

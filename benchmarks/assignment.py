@@ -15,7 +15,7 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 
-from moeplan.planner.terminal import show_table
+from moeplan.planner.commands.terminal import show_table
 from moeplan.solvers import Assignment, balanced_assignment, optimal_assignment
 
 Scores = npt.NDArray[np.float32]

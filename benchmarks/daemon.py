@@ -31,8 +31,8 @@ from typing import Any
 import grpc
 import numpy as np
 
-from moeplan.planner import wire
-from moeplan.planner.client import Client
+from moeplan.api import wire
+from moeplan.api.client import Client
 from moeplan.solvers import Cluster, Demand, Problem, solve
 from moeplan.v1 import job_pb2, planner_pb2, planner_pb2_grpc
 
@@ -47,7 +47,7 @@ class Daemon:
         command = [
             sys.executable,
             "-m",
-            "moeplan.planner.cli",
+            "moeplan.planner.commands.main",
             "serve",
             "--data",
             str(data),

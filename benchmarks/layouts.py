@@ -25,12 +25,12 @@ from typing import Any
 
 import numpy as np
 
-from moeplan.planner.terminal import show_table
-from moeplan.planner.trace import Trace
+from moeplan.planner.commands.terminal import show_table
+from moeplan.planner.traces.trace import Trace
 from moeplan.solvers import Cluster, Demand, Problem, SolveParameters
-from moeplan.solvers.arrays import Float64, Int64
-from moeplan.solvers.flow import optimal_quota
-from moeplan.solvers.policy import find
+from moeplan.solvers.policies.registry import find
+from moeplan.solvers.problem.arrays import Float64, Int64
+from moeplan.solvers.split.flow import optimal_quota
 
 SGLANG = "0.5.23"
 CACHE = Path(tempfile.gettempdir()) / f"moeplan-bench-sglang-{SGLANG}"

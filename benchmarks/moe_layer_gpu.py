@@ -41,16 +41,26 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from moeplan.runtime_client.ffn import ExpertShape, feed_forward
-from moeplan.runtime_client.fsep import FullyShardedExperts
 from moeplan.runtime_client.group import ExpertGroup, Traffic
-from moeplan.runtime_client.lending import Loan
-from moeplan.runtime_client.routing import gather_counts
-from moeplan.runtime_client.spilling import ResidentExperts
-from moeplan.runtime_client.split import rank_flow
-from moeplan.solvers import Cluster, Demand, Layout, Link, Problem, solve
-from moeplan.solvers.arrays import Int64
-from moeplan.solvers.spill import LlepPlanner, QuotaPlanner, SpillOptions, transfer_tokens
+from moeplan.runtime_client.layers.feed_forward import ExpertShape, feed_forward
+from moeplan.runtime_client.layers.lending import Loan
+from moeplan.runtime_client.layers.resident import ResidentExperts
+from moeplan.runtime_client.layers.routing import gather_counts
+from moeplan.runtime_client.layers.sharded import FullyShardedExperts
+from moeplan.runtime_client.layers.split import rank_flow
+from moeplan.solvers import (
+    Cluster,
+    Demand,
+    Layout,
+    Link,
+    LlepPlanner,
+    Problem,
+    QuotaPlanner,
+    SpillOptions,
+    solve,
+    transfer_tokens,
+)
+from moeplan.solvers.problem.arrays import Int64
 
 Layer = ResidentExperts | FullyShardedExperts
 

@@ -18,9 +18,9 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from moeplan.planner.compare import Row, Setting, compare
-from moeplan.planner.line_chart import lines_svg
-from moeplan.planner.trace import Trace, Window
+from moeplan.planner.pages.line_chart import lines_svg
+from moeplan.planner.studies.policies import Row, Setting, compare
+from moeplan.planner.traces.trace import Trace, Window
 from moeplan.solvers import Cluster
 
 LIMITS = (0, 4, 8, 16, 28, 48, None)

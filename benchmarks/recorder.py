@@ -21,7 +21,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from moeplan.runtime_client.recorder import Recorder, record
+from moeplan.runtime_client.recording.recorder import Recorder, record
 
 
 def main() -> None:

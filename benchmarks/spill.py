@@ -29,7 +29,7 @@ import numpy.typing as npt
 from rich.console import Console
 from rich.table import Table
 
-from moeplan.solvers.spill import ExactSpill, LlepPlanner, QuotaPlanner, SpillOptions, solve_exactly
+from moeplan.solvers import ExactSpill, LlepPlanner, QuotaPlanner, SpillOptions, solve_exactly
 
 Counts = npt.NDArray[Any]
 

@@ -16,11 +16,11 @@ from pathlib import Path
 
 import numpy as np
 
-from moeplan.planner.terminal import progress, show_table
-from moeplan.planner.trace import Trace
+from moeplan.planner.commands.terminal import progress, show_table
+from moeplan.planner.traces.trace import Trace
 from moeplan.solvers import Cluster, Demand, Layout, Problem, SolveParameters, evaluate, solve
-from moeplan.solvers.cost import between_nodes
-from moeplan.solvers.locality import coverable, tokens_by_domain
+from moeplan.solvers.plan.cost import between_nodes
+from moeplan.solvers.split.coverage import coverable, tokens_by_domain
 
 POLICIES = ("static", "eplb", "hybrid", "traffic")
 

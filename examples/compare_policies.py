@@ -12,8 +12,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from moeplan.planner.compare import Comparison
-from moeplan.planner.comparison_table import show_comparison
+from moeplan.planner.commands.tables import show_comparison
+from moeplan.planner.studies.policies import Comparison
 
 TRACE = Path(__file__).parent / "traces" / "moe-e64-cut.npz"
 OPTIONS = ["--devices", "16", "--slots", "5", "--max-moves", "8"]
@@ -22,7 +22,16 @@ OPTIONS = ["--devices", "16", "--slots", "5", "--max-moves", "8"]
 def main() -> None:
     """Compare as a user would, show the table, and explain it in three sentences."""
     print(f"$ moeplan compare {TRACE.relative_to(TRACE.parents[2])} {' '.join(OPTIONS)}\n", flush=True)
-    command = [sys.executable, "-m", "moeplan.planner.cli", "compare", str(TRACE), *OPTIONS, "--format", "json"]
+    command = [
+        sys.executable,
+        "-m",
+        "moeplan.planner.commands.main",
+        "compare",
+        str(TRACE),
+        *OPTIONS,
+        "--format",
+        "json",
+    ]
     comparison: Comparison = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
     show_comparison(
         "64 experts on 16 ranks with 5 slots each: plan from 10 steps, judge on the next, every 20 steps", comparison

@@ -81,7 +81,7 @@ def stopping(process: subprocess.Popen[str]) -> Iterator[subprocess.Popen[str]]:
 
 def planner(folder: Path) -> Generator[str, None, None]:
     """Run a daemon; its address."""
-    command = [sys.executable, "-m", "moeplan.planner.cli", "serve", "--data", str(folder / "planner")]
+    command = [sys.executable, "-m", "moeplan.planner.commands.main", "serve", "--data", str(folder / "planner")]
     command += ["--listen", "127.0.0.1:0", "--metrics", "127.0.0.1:0"]
     with stopping(subprocess.Popen(command, stderr=subprocess.PIPE, text=True)) as process:
         assert process.stderr is not None

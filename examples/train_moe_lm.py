@@ -34,17 +34,19 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional
 
-from moeplan.runtime_client.errors import AgreementError
-from moeplan.runtime_client.ffn import ExpertShape
-from moeplan.runtime_client.fsep import FullyShardedExperts, chain
-from moeplan.runtime_client.group import ExpertGroup
-from moeplan.runtime_client.lending import LoanBuffer
-from moeplan.runtime_client.recorder import record
-from moeplan.runtime_client.session import PlannerSession
-from moeplan.runtime_client.spilling import ResidentExperts
-from moeplan.solvers import Layout
-from moeplan.solvers.arrays import Int64
-from moeplan.solvers.spill import QuotaPlanner, SpillOptions
+from moeplan.runtime_client import (
+    AgreementError,
+    ExpertGroup,
+    ExpertShape,
+    FullyShardedExperts,
+    LoanBuffer,
+    PlannerSession,
+    ResidentExperts,
+    chain,
+    record,
+)
+from moeplan.solvers import Layout, QuotaPlanner, SpillOptions
+from moeplan.solvers.problem.arrays import Int64
 from moeplan.v1 import job_pb2, problem_pb2
 
 TOP_K = 2

@@ -17,7 +17,7 @@ _runtime_version.ValidateProtobufRuntimeVersion(
     '',
     'moeplan/v1/job.proto'
 )
-# @@protoc_insertion_point(imports)
+# protoc_insertion_point(imports)
 
 _sym_db = _symbol_database.Default()
 
@@ -59,4 +59,4 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_LAYERPLAN']._serialized_end=2262
   _globals['_JOBPLAN']._serialized_start=2265
   _globals['_JOBPLAN']._serialized_end=2501
-# @@protoc_insertion_point(module_scope)
+# protoc_insertion_point(module_scope)

@@ -17,7 +17,7 @@ _runtime_version.ValidateProtobufRuntimeVersion(
     '',
     'moeplan/v1/problem.proto'
 )
-# @@protoc_insertion_point(imports)
+# protoc_insertion_point(imports)
 
 _sym_db = _symbol_database.Default()
 
@@ -51,4 +51,4 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_MOVES']._serialized_end=1399
   _globals['_PLAN']._serialized_start=1402
   _globals['_PLAN']._serialized_end=1683
-# @@protoc_insertion_point(module_scope)
+# protoc_insertion_point(module_scope)

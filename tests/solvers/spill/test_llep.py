@@ -6,11 +6,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.support.spill_cases import check, skewed
 
-from moeplan.solvers.errors import ProblemError
-from moeplan.solvers.spill import LlepPlanner, SpillOptions
-
-from .cases import check, skewed
+from moeplan.solvers import LlepPlanner, SpillOptions
+from moeplan.solvers.problem.errors import ProblemError
 
 
 @settings(max_examples=100, deadline=None)

@@ -10,12 +10,11 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tests.support.spill_cases import Counts, check, skewed
 
-from moeplan.solvers.cluster import Link
-from moeplan.solvers.errors import InfeasibleError, ProblemError
-from moeplan.solvers.spill import QuotaPlanner, SpillOptions, SpillPlan, solve_exactly, transfer_tokens
-
-from .cases import Counts, check, skewed
+from moeplan.solvers import QuotaPlanner, SpillOptions, SpillPlan, solve_exactly, transfer_tokens
+from moeplan.solvers.problem.cluster import Link
+from moeplan.solvers.problem.errors import InfeasibleError, ProblemError
 
 T = TypeVar("T")
 
@@ -240,7 +239,7 @@ def test_a_copy_survives_the_next_call_and_int32_counts_give_the_same_plan() -> 
 
 _DIGEST = """
 import hashlib, numpy as np
-from moeplan.solvers.spill import QuotaPlanner, SpillOptions
+from moeplan.solvers import QuotaPlanner, SpillOptions
 rng = np.random.default_rng(7)
 planner = QuotaPlanner(SpillOptions.uniform(64, 16, 1, domain=8), 16)
 digest = hashlib.sha256()

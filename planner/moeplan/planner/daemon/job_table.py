@@ -10,9 +10,11 @@ import time
 import structlog
 from google.protobuf.timestamp_pb2 import Timestamp
 
-from moeplan.planner.daemon.host import JobHost
+from moeplan.api.jobs import JobSpec
+from moeplan.planner.daemon.job_host import JobHost
 from moeplan.planner.daemon.metrics import Metrics
-from moeplan.planner.daemon.refusal import (
+from moeplan.planner.daemon.settings import Settings
+from moeplan.planner.daemon.statuses import (
     RefusalError,
     exhausted,
     exists,
@@ -21,14 +23,12 @@ from moeplan.planner.daemon.refusal import (
     precondition,
     unavailable,
 )
-from moeplan.planner.daemon.settings import Settings
 from moeplan.planner.daemon.store import JobRow, PlanRow, Store, StoreError
-from moeplan.planner.daemon.workers import Workers
+from moeplan.planner.daemon.workers.pool import Workers
 from moeplan.planner.jobs import messages
 from moeplan.planner.jobs.job import PlanningJob, StaleIncarnationError
-from moeplan.planner.jobs.spec import JobSpec
 from moeplan.solvers import available_policies
-from moeplan.solvers.errors import ProblemError
+from moeplan.solvers.problem.errors import ProblemError
 from moeplan.v1 import job_pb2
 
 __all__ = ["JobTable", "job_id"]

@@ -6,7 +6,7 @@ import grpc
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.process_collector import ProcessCollector
 
-from moeplan.planner.jobs.plan import JobPlan, Reason
+from moeplan.planner.jobs.job_plan import JobPlan, Reason
 
 __all__ = ["Metrics"]
 

@@ -13,15 +13,15 @@ from typing import Any
 import grpc
 import structlog
 
-from moeplan.planner.daemon.host import JobHost, RankStream
+from moeplan.planner.daemon.job_host import JobHost, RankStream
 from moeplan.planner.daemon.job_table import JobTable, described, job_id, stale
 from moeplan.planner.daemon.metrics import Metrics
-from moeplan.planner.daemon.refusal import RefusalError, exhausted, exists, invalid, missing, refusal_of, unavailable
 from moeplan.planner.daemon.settings import Limits
+from moeplan.planner.daemon.statuses import RefusalError, exhausted, exists, invalid, missing, refusal_of, unavailable
 from moeplan.planner.daemon.store import JobRow, Store
 from moeplan.planner.jobs import messages
 from moeplan.planner.jobs.job import RankTakenError, StaleIncarnationError
-from moeplan.solvers.errors import ProblemError
+from moeplan.solvers.problem.errors import ProblemError
 from moeplan.v1 import job_pb2, planner_pb2, planner_pb2_grpc
 
 __all__ = ["PlannerService"]

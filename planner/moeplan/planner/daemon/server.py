@@ -23,16 +23,16 @@ from grpc_health.v1.health import aio as health
 from grpc_reflection.v1alpha import reflection
 from prometheus_client import start_http_server
 
-from moeplan.planner.daemon.gate import Gate, read_tokens
+from moeplan.planner.daemon.interceptor import Gate, read_tokens
 from moeplan.planner.daemon.job_table import JobTable
 from moeplan.planner.daemon.metrics import Metrics
 from moeplan.planner.daemon.notify import notify
 from moeplan.planner.daemon.planner_service import PlannerService
-from moeplan.planner.daemon.refusal import unavailable
 from moeplan.planner.daemon.settings import Security, Settings
 from moeplan.planner.daemon.solver_service import SolverService
+from moeplan.planner.daemon.statuses import unavailable
 from moeplan.planner.daemon.store import Store
-from moeplan.planner.daemon.workers import Workers
+from moeplan.planner.daemon.workers.pool import Workers
 from moeplan.v1 import planner_pb2, planner_pb2_grpc, solver_pb2, solver_pb2_grpc
 
 __all__ = ["Daemon", "StartError", "serve"]

@@ -12,11 +12,11 @@ from typing import Any
 
 import grpc
 
-from moeplan.planner.daemon.frames import Kind
-from moeplan.planner.daemon.refusal import invalid
 from moeplan.planner.daemon.settings import Limits
-from moeplan.planner.daemon.tasks import Limited
-from moeplan.planner.daemon.workers import Workers
+from moeplan.planner.daemon.statuses import invalid
+from moeplan.planner.daemon.workers.frames import Kind
+from moeplan.planner.daemon.workers.pool import Workers
+from moeplan.planner.daemon.workers.tasks import Limited
 from moeplan.solvers import available_policies
 from moeplan.v1 import solver_pb2, solver_pb2_grpc
 

@@ -11,11 +11,11 @@ from __future__ import annotations
 from collections import OrderedDict
 from dataclasses import dataclass, field, replace
 
-from moeplan.planner.jobs.forecast import LayerOutlook
-from moeplan.planner.jobs.plan import Candidate, Decision, JobPlan, Reason, back_to, decide, initial_plan
-from moeplan.planner.jobs.spec import JobSpec
+from moeplan.api.jobs import JobSpec
+from moeplan.planner.jobs.job_plan import Candidate, Decision, JobPlan, Reason, back_to, decide, initial_plan
+from moeplan.planner.jobs.outlook import LayerOutlook
 from moeplan.planner.jobs.window import Report, StatisticsCount, Window
-from moeplan.solvers.parameters import SolveParameters
+from moeplan.solvers.plan.parameters import SolveParameters
 
 __all__ = ["PlanningJob", "RankTakenError", "SolveTask", "StaleIncarnationError"]
 

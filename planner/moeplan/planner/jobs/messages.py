@@ -7,12 +7,12 @@ from datetime import UTC, datetime
 import numpy as np
 from google.protobuf.timestamp_pb2 import Timestamp
 
-from moeplan.planner import wire
-from moeplan.planner.jobs.plan import Decision, JobPlan, LayerPlan, Reason
-from moeplan.planner.jobs.spec import Closing, Forecast, ForecastMethod, JobSpec, Payback, Replan
+from moeplan.api import wire
+from moeplan.api.jobs import Closing, Forecast, ForecastMethod, JobSpec, Payback, Replan
+from moeplan.planner.jobs.job_plan import Decision, JobPlan, LayerPlan, Reason
 from moeplan.planner.jobs.window import Report
-from moeplan.solvers.errors import ProblemError
-from moeplan.solvers.layout import Layout
+from moeplan.solvers.problem.errors import ProblemError
+from moeplan.solvers.problem.layout import Layout
 from moeplan.v1 import job_pb2, planner_pb2
 
 __all__ = ["read_job", "read_plan", "read_report", "timestamp", "write_decision", "write_plan"]

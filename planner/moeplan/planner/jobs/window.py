@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from moeplan.planner.jobs.spec import JobSpec
-from moeplan.solvers.arrays import Bool, Int64
+from moeplan.api.jobs import JobSpec
+from moeplan.solvers.problem.arrays import Bool, Int64
 
 __all__ = ["Report", "StatisticsCount", "Window"]
 

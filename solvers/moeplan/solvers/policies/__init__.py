@@ -1,1 +1,1 @@
-"""One file per policy; `moeplan.solvers.policy` finds them by looking here."""
+"""One file per policy; `moeplan.solvers.policies.registry` finds them by looking here."""

@@ -16,14 +16,14 @@ from __future__ import annotations
 
 import numpy as np
 
-from moeplan.solvers.adams import adams_replicas
-from moeplan.solvers.arrays import Bool, Float64, Int64
-from moeplan.solvers.fill import fill
-from moeplan.solvers.layout import EMPTY, Layout
-from moeplan.solvers.parameters import SolveParameters
-from moeplan.solvers.policy import policy
-from moeplan.solvers.problem import Problem
-from moeplan.solvers.repair import repair
+from moeplan.solvers.construct.fill import fill
+from moeplan.solvers.construct.repair import repair
+from moeplan.solvers.construct.replica_counts import adams_replicas
+from moeplan.solvers.plan.parameters import SolveParameters
+from moeplan.solvers.policies.registry import policy
+from moeplan.solvers.problem.arrays import Bool, Float64, Int64
+from moeplan.solvers.problem.layout import EMPTY, Layout
+from moeplan.solvers.problem.problem import Problem
 
 LOCALITY = 0.1
 """What sending a token over the slowest link costs, beside computing it on a device of average load."""
@@ -47,8 +47,8 @@ def base(problem: Problem, parameters: SolveParameters) -> Layout:
     from scipy.optimize import linear_sum_assignment  # takes half a second to import
 
     loads, capacity, speed = problem.mean_load, problem.capacity, problem.cluster.speed
-    rules = problem.rules
-    replicas = np.minimum(adams_replicas(loads, int(capacity.sum()), problem.devices), rules.most)
+    limits = problem.limits
+    replicas = np.minimum(adams_replicas(loads, int(capacity.sum()), problem.devices), limits.most)
     share = loads / replicas
     mean = max(float(loads.sum() / speed.sum()), 1e-300)
     waiting = np.repeat(np.arange(problem.experts), replicas)
@@ -69,20 +69,20 @@ def base(problem: Problem, parameters: SolveParameters) -> Layout:
             cost += LOCALITY * heavy * _remote(problem, origin, on, experts)[room]
         if held is not None:
             cost += MOVE * heavy * ~held[np.ix_(room, experts)]
-        cost += FORBIDDEN * (on | ~rules.may)[np.ix_(room, experts)]
+        cost += FORBIDDEN * (on | ~limits.may)[np.ix_(room, experts)]
         rows, columns = linear_sum_assignment(cost - heavy)
         waiting = np.delete(waiting, columns)
         for row, column in zip(rows, columns, strict=True):
             device, expert = room[row], experts[column]
-            if not on[device, expert] and rules.may[device, expert]:
+            if not on[device, expert] and limits.may[device, expert]:
                 slots[device, used[device]] = expert
                 used[device] += 1
                 load[device] += share[expert]
                 on[device, expert] = True
-    if rules.free:
+    if limits.free:
         fill(slots, loads, capacity)
         return Layout(slots, problem.experts)
-    valid = repair(problem, rules, slots, stay=False)
+    valid = repair(problem, limits, slots, stay=False)
     return Layout(slots if valid is None else valid, problem.experts)  # None only under limits it does not honour
 
 

@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import numpy as np
 
-from moeplan.solvers.adams import adams_replicas
-from moeplan.solvers.arrays import Float64, Int32
-from moeplan.solvers.errors import ProblemError
-from moeplan.solvers.layout import EMPTY, Layout
-from moeplan.solvers.packing import pack
-from moeplan.solvers.parameters import SolveParameters
-from moeplan.solvers.policy import policy
-from moeplan.solvers.problem import Problem
+from moeplan.solvers.construct.packing import pack
+from moeplan.solvers.construct.replica_counts import adams_replicas
+from moeplan.solvers.plan.parameters import SolveParameters
+from moeplan.solvers.policies.registry import policy
+from moeplan.solvers.problem.arrays import Float64, Int32
+from moeplan.solvers.problem.errors import ProblemError
+from moeplan.solvers.problem.layout import EMPTY, Layout
+from moeplan.solvers.problem.problem import Problem
 
 
 @policy("eplb", source="DeepSeek EPLB", split="even")

@@ -10,15 +10,15 @@ from __future__ import annotations
 
 import numpy as np
 
-from moeplan.solvers.arrays import Float64, Int32
-from moeplan.solvers.fill import fill
-from moeplan.solvers.kernel import kernel
-from moeplan.solvers.layout import EMPTY, Layout
-from moeplan.solvers.packing import swap
-from moeplan.solvers.parameters import SolveParameters
-from moeplan.solvers.policy import policy
-from moeplan.solvers.problem import Problem
-from moeplan.solvers.repair import repair
+from moeplan.solvers.construct.fill import fill
+from moeplan.solvers.construct.packing import swap
+from moeplan.solvers.construct.repair import repair
+from moeplan.solvers.plan.parameters import SolveParameters
+from moeplan.solvers.policies.registry import policy
+from moeplan.solvers.problem.arrays import Float64, Int32
+from moeplan.solvers.problem.kernel import kernel
+from moeplan.solvers.problem.layout import EMPTY, Layout
+from moeplan.solvers.problem.problem import Problem
 
 TRIGGER = 1.05
 """Largest load over mean load from which the layout is adjusted."""
@@ -29,7 +29,7 @@ def flexmoe(problem: Problem, parameters: SolveParameters) -> Layout:
     """From the current layout: expand, shrink and migrate single replicas while the slowest device gets faster."""
     start = problem.current or Layout.contiguous(problem.experts, problem.capacity)
     if not start.placed.any(axis=0).all():  # some experts were lost with their devices
-        kept = repair(problem, problem.rules, start.slots, stay=True)
+        kept = repair(problem, problem.limits, start.slots, stay=True)
         assert kept is not None  # without other limits it always finds one
         start = Layout(kept, problem.experts)
     width = max(start.slots.shape[1], problem.cluster.max_slots)

@@ -18,35 +18,35 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from moeplan.solvers import configurations
-from moeplan.solvers import plan as plans
-from moeplan.solvers import sliding_window as window
-from moeplan.solvers.adams import adams_replicas
-from moeplan.solvers.arrays import Float64, Int32
-from moeplan.solvers.errors import ProblemError
-from moeplan.solvers.fill import fill
-from moeplan.solvers.flow import optimal_quota
-from moeplan.solvers.grouping import grouping
-from moeplan.solvers.ilp.model import Effort
-from moeplan.solvers.ilp.run import run
-from moeplan.solvers.ilp.whole import any_layout, whole
-from moeplan.solvers.layout import EMPTY, Layout
-from moeplan.solvers.moves import keep_slots, relabel
-from moeplan.solvers.neighbourhood import neighbour
-from moeplan.solvers.packing import pack, swap
-from moeplan.solvers.parameters import SolveParameters
+from moeplan.solvers.construct import sliding_window as window
+from moeplan.solvers.construct.fill import fill
+from moeplan.solvers.construct.packing import pack, swap
+from moeplan.solvers.construct.partition import grouping
+from moeplan.solvers.construct.repair import narrowings, placed_in, repair, table
+from moeplan.solvers.construct.replica_counts import adams_replicas
+from moeplan.solvers.exact import configurations
+from moeplan.solvers.exact.model import Effort
+from moeplan.solvers.exact.of_problem import any_layout, whole
+from moeplan.solvers.exact.run import run
+from moeplan.solvers.objective.score import risk
+from moeplan.solvers.plan import plan as plans
+from moeplan.solvers.plan.parameters import SolveParameters
 from moeplan.solvers.policies.base import base
 from moeplan.solvers.policies.eplb import eplb
 from moeplan.solvers.policies.flexmoe import flexmoe
 from moeplan.solvers.policies.laer import laer
+from moeplan.solvers.policies.registry import ALL_LIMITS, Progress, policy
 from moeplan.solvers.policies.static import static
 from moeplan.solvers.policies.symi import symi
-from moeplan.solvers.policy import ALL_LIMITS, Progress, policy
-from moeplan.solvers.problem import Problem
-from moeplan.solvers.repair import narrowings, placed_in, repair, table
-from moeplan.solvers.risk import risk
-from moeplan.solvers.room import best_quota, planning_speed
-from moeplan.solvers.search import improve
+from moeplan.solvers.problem.arrays import Float64, Int32
+from moeplan.solvers.problem.errors import ProblemError
+from moeplan.solvers.problem.layout import EMPTY, Layout
+from moeplan.solvers.problem.moves import keep_slots, relabel
+from moeplan.solvers.problem.problem import Problem
+from moeplan.solvers.search.local import improve
+from moeplan.solvers.search.neighbourhoods import neighbour
+from moeplan.solvers.split.flow import optimal_quota
+from moeplan.solvers.split.memory import best_quota, planning_speed
 
 ROUNDS = 1_000
 """Most exchanges of a construction's own descent."""
@@ -103,7 +103,7 @@ class _Search:
     def __init__(self, problem: Problem, parameters: SolveParameters, deadline: float | None) -> None:
         self.problem, self.parameters, self.deadline = problem, parameters, deadline
         self.bounds = plans.bound(problem)
-        self.rules = problem.rules
+        self.limits = problem.limits
         self.speed = planning_speed(problem)
         self.best: Int32 | None = None
         self.score = np.inf
@@ -143,8 +143,8 @@ class _Search:
 
     def construct(self) -> Iterator[Progress]:
         problem = self.problem
-        if not self.rules.simple or _lost(problem):
-            yield from self._within_rules()
+        if not self.limits.simple or _lost(problem):
+            yield from self._within_limits()
             return
         slots = _start(problem)
         if slots is not None:
@@ -161,19 +161,19 @@ class _Search:
             if self.score <= self.target or (self.deadline is not None and time.perf_counter() >= self.deadline):
                 break
         if self.best is None:
-            yield from self._within_rules()
+            yield from self._within_limits()
 
-    def _within_rules(self) -> Iterator[Progress]:
-        """Every construction repaired until it respects the rules; where that finds nothing, any valid layout."""
+    def _within_limits(self) -> Iterator[Progress]:
+        """Every construction repaired until it respects the limits; where that finds nothing, any valid layout."""
         problem = self.problem
         wanted = [] if problem.current is None else [problem.current.slots]
         wanted += list(_constructions(problem, self.parameters))
         for i, slots in enumerate(wanted):
-            for rules in narrowings(problem, placed_in(slots, problem.experts)):
-                stay = problem.current is not None and (i == 0 or rules.moves_limited)
-                repaired = repair(problem, rules, slots, stay=stay)
+            for limits in narrowings(problem, placed_in(slots, problem.experts)):
+                stay = problem.current is not None and (i == 0 or limits.moves_limited)
+                repaired = repair(problem, limits, slots, stay=stay)
                 if repaired is not None and self.take(repaired):
-                    self.rules = rules
+                    self.limits = limits
                     yield self.progress()
             late = self.deadline is not None and time.perf_counter() >= self.deadline
             if self.best is not None and (late or self.score <= self.target):
@@ -184,7 +184,7 @@ class _Search:
             if self.best is None:  # it exists for the model's split only, within memory
                 self.best = slots
             placed = placed_in(slots, problem.experts)
-            self.rules = next(narrowings(problem, placed), problem.rules)
+            self.limits = next(narrowings(problem, placed), problem.limits)
             yield self.progress()
 
     def search(self) -> Iterator[Progress]:
@@ -213,7 +213,7 @@ class _Search:
     def _descend(self, burst: int, price: float) -> None:
         problem, parameters = self.problem, self.parameters
         assert self.best is not None
-        rules = self.rules
+        limits = self.limits
         steps = min(burst, parameters.work_limit - self.work)
         slots = self.best.copy()
         improve(
@@ -223,15 +223,15 @@ class _Search:
             problem.tail,
             self.speed,
             problem.mean_level,
-            rules.may,
-            rules.must,
-            rules.most,
-            rules.held,
-            rules.far,
-            rules.node,
-            rules.max_arrivals,
-            rules.device_arrivals,
-            rules.node_arrivals,
+            limits.may,
+            limits.must,
+            limits.most,
+            limits.held,
+            limits.far,
+            limits.node,
+            limits.max_arrivals,
+            limits.device_arrivals,
+            limits.node_arrivals,
             price * max(0.0, 1 - self.work / (PRICED * parameters.work_limit)),
             steps,
             parameters.seed * 1_000_003 + self.work,
@@ -247,7 +247,7 @@ class _Search:
                 return
             self.work += WORK_PER_NEIGHBOURHOOD
             assert self.best is not None
-            slots = neighbour(self.problem, self.rules, self.best, rng, self.parameters.solver, self.deadline)
+            slots = neighbour(self.problem, self.limits, self.best, rng, self.parameters.solver, self.deadline)
             if slots is not None and not self.take(slots) and _score(self.problem, slots) == self.score:
                 self.best = slots
 
@@ -325,7 +325,7 @@ def _lost(problem: Problem) -> bool:
 def _perfect(problem: Problem) -> bool:
     """Whether nothing but slots limits a layout, so that the theorem of the sliding window holds."""
     memory = problem.cluster.memory_bytes is not None and problem.expert.activation_bytes > 0
-    return problem.rules.free and not memory
+    return problem.limits.free and not memory
 
 
 def _small(problem: Problem) -> bool:

@@ -8,19 +8,19 @@ from dataclasses import replace
 
 import numpy as np
 
-from moeplan.solvers import plan as plans
-from moeplan.solvers.ilp.model import Effort
-from moeplan.solvers.ilp.run import require, run
-from moeplan.solvers.ilp.whole import whole
-from moeplan.solvers.layout import Layout
-from moeplan.solvers.moves import keep_slots
-from moeplan.solvers.parameters import SolveParameters
+from moeplan.solvers.construct.repair import table
+from moeplan.solvers.exact.model import Effort
+from moeplan.solvers.exact.of_problem import whole
+from moeplan.solvers.exact.run import require, run
+from moeplan.solvers.objective.score import risk
+from moeplan.solvers.plan import plan as plans
+from moeplan.solvers.plan.parameters import SolveParameters
 from moeplan.solvers.policies.hybrid import hybrid
-from moeplan.solvers.policy import ALL_LIMITS, Progress, policy
-from moeplan.solvers.problem import Problem
-from moeplan.solvers.repair import table
-from moeplan.solvers.risk import risk
-from moeplan.solvers.room import best_quota
+from moeplan.solvers.policies.registry import ALL_LIMITS, Progress, policy
+from moeplan.solvers.problem.layout import Layout
+from moeplan.solvers.problem.moves import keep_slots
+from moeplan.solvers.problem.problem import Problem
+from moeplan.solvers.split.memory import best_quota
 
 WORK_PER_SECOND = 1_000
 """Candidates of `work_limit` that a deterministic second of a solver counts as."""

@@ -16,15 +16,15 @@ from dataclasses import replace
 
 import numpy as np
 
-from moeplan.solvers.arrays import Float64, Int32
-from moeplan.solvers.cost import LAER, cost
-from moeplan.solvers.demand import Demand
-from moeplan.solvers.kernel import kernel
-from moeplan.solvers.layout import Layout
-from moeplan.solvers.parameters import SolveParameters
-from moeplan.solvers.policy import policy
-from moeplan.solvers.problem import Problem
-from moeplan.solvers.splits import even, lite
+from moeplan.solvers.plan.cost import LAER, cost
+from moeplan.solvers.plan.parameters import SolveParameters
+from moeplan.solvers.policies.registry import policy
+from moeplan.solvers.problem.arrays import Float64, Int32
+from moeplan.solvers.problem.demand import Demand
+from moeplan.solvers.problem.kernel import kernel
+from moeplan.solvers.problem.layout import Layout
+from moeplan.solvers.problem.problem import Problem
+from moeplan.solvers.split.rules import even, lite
 
 
 @policy("laer", source="LAER-MoE, arXiv 2602.11686", split="lite")

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from moeplan.solvers.layout import Layout
-from moeplan.solvers.parameters import SolveParameters
-from moeplan.solvers.policy import policy
-from moeplan.solvers.problem import Problem
+from moeplan.solvers.plan.parameters import SolveParameters
+from moeplan.solvers.policies.registry import policy
+from moeplan.solvers.problem.layout import Layout
+from moeplan.solvers.problem.problem import Problem
 
 
 @policy("static", source="expert parallelism", split="even")

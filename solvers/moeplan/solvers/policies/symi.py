@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from moeplan.solvers.arrays import Int32, Int64
-from moeplan.solvers.layout import EMPTY, Layout
-from moeplan.solvers.parameters import SolveParameters
-from moeplan.solvers.policy import policy
-from moeplan.solvers.problem import Problem
+from moeplan.solvers.plan.parameters import SolveParameters
+from moeplan.solvers.policies.registry import policy
+from moeplan.solvers.problem.arrays import Int32, Int64
+from moeplan.solvers.problem.layout import EMPTY, Layout
+from moeplan.solvers.problem.problem import Problem
 
 
 @policy("symi", source="SYMI / SwiftMoE, arXiv 2504.19925", split="even")

@@ -16,16 +16,17 @@ from dataclasses import replace
 
 import numpy as np
 
-from moeplan.solvers.arrays import Float64, Int32
-from moeplan.solvers.flow import optimal_quota
-from moeplan.solvers.layout import Layout
-from moeplan.solvers.locality import coverable, domains, keep_home, tokens_by_domain
-from moeplan.solvers.moves import keep_slots, rename
-from moeplan.solvers.parameters import SolveParameters
+from moeplan.solvers.construct.repair import narrowings
+from moeplan.solvers.plan.parameters import SolveParameters
 from moeplan.solvers.policies.hybrid import hybrid
-from moeplan.solvers.policy import policy
-from moeplan.solvers.problem import Problem
-from moeplan.solvers.repair import narrowings
+from moeplan.solvers.policies.registry import policy
+from moeplan.solvers.problem.arrays import Float64, Int32
+from moeplan.solvers.problem.layout import Layout
+from moeplan.solvers.problem.moves import keep_slots, rename
+from moeplan.solvers.problem.problem import Problem
+from moeplan.solvers.search.keep_home import keep_home
+from moeplan.solvers.split.coverage import coverable, domains, tokens_by_domain
+from moeplan.solvers.split.flow import optimal_quota
 
 CANDIDATES_PER_BURST = 250
 """Layouts scored between two looks at the clock: some tens of milliseconds at 256 experts and ten scenarios."""
@@ -53,9 +54,9 @@ def traffic(problem: Problem, parameters: SolveParameters) -> Layout:
     totals = problem.loads.sum(axis=1)
     weights = np.divide(problem.demand.weights, totals, out=np.zeros(len(totals)), where=totals > 0)
     mean: Float64 = np.tensordot(weights, tokens, axes=1)
-    rules = next(narrowings(problem, balanced.placed))
+    limits = next(narrowings(problem, balanced.placed))
     slots = balanced.slots.copy()
-    if problem.current is None and rules.free:
+    if problem.current is None and limits.free:
         slots = _nearer(problem, slots, mean)
     least = float(mean.sum()) - coverable(mean, int((slots >= 0).sum()))
     nearest = domains(problem)
@@ -74,11 +75,11 @@ def traffic(problem: Problem, parameters: SolveParameters) -> Layout:
             caps,
             speed,
             nearest,
-            rules.may,
-            rules.must,
-            rules.most,
-            rules.held,
-            rules.max_arrivals,
+            limits.may,
+            limits.must,
+            limits.most,
+            limits.held,
+            limits.max_arrivals,
             steps,
             seed,
             heat,

@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from moeplan.solvers.arrays import Int64
-from moeplan.solvers.errors import ProblemError
-from moeplan.solvers.kernel import kernel
+from moeplan.solvers.problem.arrays import Int64
+from moeplan.solvers.problem.errors import ProblemError
+from moeplan.solvers.problem.kernel import kernel
 from moeplan.solvers.spill.options import SpillOptions
-from moeplan.solvers.spill.plan import SpillPlan
 from moeplan.solvers.spill.sourcing import source_tokens
+from moeplan.solvers.spill.spill_plan import SpillPlan
 
 __all__ = ["LlepPlanner"]
 

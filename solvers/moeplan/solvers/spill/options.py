@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from moeplan.solvers.arrays import Float64, Int32, Int64, floats, integers
-from moeplan.solvers.cluster import MAX_DEVICES, MAX_SLOTS, Link
-from moeplan.solvers.errors import ProblemError
+from moeplan.solvers.problem.arrays import Float64, Int32, Int64, floats, integers
+from moeplan.solvers.problem.cluster import MAX_DEVICES, MAX_SLOTS, Link
+from moeplan.solvers.problem.errors import ProblemError
 
 __all__ = ["MAX_TOTAL", "NO_CAP", "SpillOptions", "transfer_tokens"]
 

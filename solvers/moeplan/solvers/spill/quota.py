@@ -7,14 +7,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from moeplan.solvers.arrays import Float64, Int64
-from moeplan.solvers.errors import ProblemError
-from moeplan.solvers.kernel import kernel
+from moeplan.solvers.problem.arrays import Float64, Int64
+from moeplan.solvers.problem.errors import ProblemError
+from moeplan.solvers.problem.kernel import kernel
+from moeplan.solvers.spill.domain_search import lower_bound, solve_domain
+from moeplan.solvers.spill.filling import CHUNK_EXPERT, CHUNK_TO, CHUNK_TOKENS, finish_time, go_home
 from moeplan.solvers.spill.options import MAX_TOTAL, SpillOptions
-from moeplan.solvers.spill.packing import CHUNK_EXPERT, CHUNK_TO, CHUNK_TOKENS, finish_time, go_home
-from moeplan.solvers.spill.plan import SpillPlan
-from moeplan.solvers.spill.search import lower_bound, solve_domain
 from moeplan.solvers.spill.sourcing import source_tokens
+from moeplan.solvers.spill.spill_plan import SpillPlan
 
 __all__ = ["QuotaPlanner"]
 

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from moeplan.solvers.arrays import Int64, integers
-from moeplan.solvers.errors import ProblemError
+from moeplan.solvers.problem.arrays import Int64, integers
+from moeplan.solvers.problem.errors import ProblemError
 from moeplan.solvers.spill.options import SpillOptions
-from moeplan.solvers.spill.plan import SpillPlan
+from moeplan.solvers.spill.spill_plan import SpillPlan
 
 if TYPE_CHECKING:
     from ortools.sat.python import cp_model

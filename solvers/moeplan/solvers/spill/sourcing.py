@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy.typing as npt
 
-from moeplan.solvers.arrays import Int64
-from moeplan.solvers.kernel import kernel
+from moeplan.solvers.problem.arrays import Int64
+from moeplan.solvers.problem.kernel import kernel
 
 __all__ = ["source_tokens"]
 

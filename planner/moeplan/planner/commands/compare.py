@@ -1,0 +1,141 @@
+"""`moeplan compare`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from moeplan.planner.commands.options import (
+    WORK_LIMIT,
+    Deadline,
+    Devices,
+    Format,
+    Groups,
+    Layers,
+    MaxMoves,
+    Nodes,
+    Output,
+    Seed,
+    TraceFile,
+    Work,
+    layer_numbers,
+    positive,
+    print_json,
+    solve_parameters,
+)
+from moeplan.solvers.problem.errors import ProblemError
+
+if TYPE_CHECKING:
+    from moeplan.planner.traces.trace import Trace
+    from moeplan.solvers import SpillOptions
+
+__all__ = ["register"]
+
+LAYOUT_POLICIES = "static,eplb,laer,symi,flexmoe,hybrid"
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the program."""
+    app.command()(compare)
+
+
+def compare(
+    trace: TraceFile,
+    devices: Devices,
+    slots: Annotated[int | None, typer.Option(help="Expert slots per device (not with --exact).")] = None,
+    nodes: Nodes = 1,
+    policies: Annotated[str | None, typer.Option(help="Policies to compare, comma-separated; all by default.")] = None,
+    window: Annotated[int, typer.Option(help="Steps to plan from.")] = 10,
+    every: Annotated[int, typer.Option(help="Steps from one plan to the next.")] = 20,
+    layers: Layers = None,
+    groups: Groups = 1,
+    max_moves: MaxMoves = None,
+    deadline_ms: Deadline = None,
+    work_limit: Work = WORK_LIMIT,
+    seed: Seed = 0,
+    exact: Annotated[
+        bool, typer.Option("--exact", help="Plan each step from its own counts, by spilling to spare slots.")
+    ] = False,
+    spare: Annotated[int, typer.Option(help="With --exact: spare slots per device for transient replicas.")] = 1,
+    domain: Annotated[int | None, typer.Option(help="With --exact: devices per link domain; all by default.")] = None,
+    tolerance: Annotated[float, typer.Option(help="With --exact: accepted distance from the lower bound.")] = 5e-4,
+    output: Output = Format.TABLE,
+) -> None:
+    """Compare policies on steps that they did not see.
+
+    Every policy plans from a window of steps and is judged on the step right after it, over and over along the trace.
+    Imbalance is the largest load of a device over the mean: 1.0 is perfect, and a step takes that much longer.
+    --max-moves binds the policies that can limit their moves; the others re-plan freely.
+
+    With --exact nothing is predicted: static, llep and quota split the very counts that they are judged on, over homes
+    in order and --spare transient replicas per device, as a rank does in every micro-batch.
+    """
+    from moeplan.planner.commands.tables import show_comparison
+    from moeplan.planner.commands.terminal import progress, status
+    from moeplan.planner.studies.policies import Setting
+    from moeplan.planner.studies.policies import compare as judge
+    from moeplan.planner.studies.spilling import EXACT_POLICIES
+    from moeplan.planner.traces.trace import Trace
+    from moeplan.solvers import Cluster, SolveParameters, SpillOptions
+    from moeplan.solvers.policies.registry import find
+
+    opened = Trace.open(trace)
+    positive("--every", every)
+    chosen = layer_numbers(layers, opened.layers)
+    if exact:
+        options = SpillOptions.uniform(opened.experts, devices, spare, domain=domain, tolerance=tolerance)
+        _compare_exact(opened, chosen, options, (policies or ",".join(EXACT_POLICIES)).split(","), every, output)
+        return
+    if slots is None:
+        raise ProblemError("--slots", slots, "is needed: expert slots per device")
+    names = [find(name.strip()).name for name in (policies or LAYOUT_POLICIES).split(",")]
+    setting = Setting(
+        Cluster.uniform(devices, slots, nodes=nodes),
+        chosen,
+        groups=groups,
+        max_moves=max_moves,
+        parameters=solve_parameters(deadline_ms, work_limit, seed),
+    )
+    windows = opened.windows(positive("--window", window), every)
+    with status("compiling kernels (the first time only)"):
+        first = next(iter(opened.windows(window, every)))
+        judge(
+            [first, first],
+            names,
+            Setting(setting.cluster, setting.layers[:1], groups, max_moves, SolveParameters(work_limit=1)),
+        )
+    plans = opened.window_count(window, every) * len(setting.layers) * len(names)
+    with progress("planning", plans) as advance:
+        result = judge(windows, names, setting, advance)
+    if output is Format.JSON:
+        print_json(result)
+        return
+    show_comparison(
+        f"{trace.name}: plan from {window} steps, judge on the next, every {every} steps "
+        f"({opened.experts} experts, {devices} devices, {slots} slots each)",
+        result,
+    )
+
+
+def _compare_exact(
+    trace: Trace, layers: Sequence[int], options: SpillOptions, policies: Sequence[str], every: int, output: Format
+) -> None:
+    import numpy as np
+
+    from moeplan.planner.commands.tables import show_exact
+    from moeplan.planner.commands.terminal import progress
+    from moeplan.planner.studies.spilling import compare_exact
+
+    counts = np.stack([step[list(layers)] for i, step in enumerate(trace.read()) if i % every == 0])
+    with progress("planning", counts.shape[0] * counts.shape[1] * len(policies)) as advance:
+        result = compare_exact(counts, options, [name.strip() for name in policies], on_plan=advance)
+    if output is Format.JSON:
+        print_json(result)
+        return
+    show_exact(
+        f"{trace.path.name}: every {every} steps planned from its own counts "
+        f"({trace.experts} experts at home on {options.devices} devices, {options.spare[0]} spare slots each)",
+        result,
+    )

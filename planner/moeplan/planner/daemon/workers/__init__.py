@@ -1,0 +1,1 @@
+"""Worker processes that solve, and how the daemon talks to them."""

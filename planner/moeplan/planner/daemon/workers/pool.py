@@ -1,0 +1,280 @@
+"""Worker processes that solve: a bounded queue, a time limit for each task, and replacement of those that die.
+
+A task that is cancelled, or that overruns, is ended by killing its worker: native solvers do not look for a flag.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import AsyncGenerator, Coroutine, Sequence
+from dataclasses import dataclass
+
+import grpc
+import structlog
+
+from moeplan.planner.daemon.metrics import Metrics
+from moeplan.planner.daemon.statuses import RefusalError, exhausted, unavailable
+from moeplan.planner.daemon.workers import frames, tasks
+from moeplan.planner.daemon.workers.frames import FORK, Kind
+
+__all__ = ["Workers"]
+
+OVERRUN_S = 0.25
+"""How much later than its limit a task is killed: searches stop by themselves within 20 ms, so it did not work."""
+
+START_S = 180.0
+"""Longest wait for the zygote: the very first one compiles every kernel."""
+
+log = structlog.get_logger()
+
+
+@dataclass(slots=True)
+class _Worker:
+    pid: int
+    reader: asyncio.StreamReader
+    writer: asyncio.StreamWriter
+
+    def kill(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, signal.SIGKILL)
+        self.writer.close()
+
+
+class Workers:
+    """A pool of `size` workers. `start` it before use, `stop` it after."""
+
+    def __init__(self, size: int, *, queue: int, memory_bytes: int, metrics: Metrics) -> None:
+        self._size, self._queue, self._memory_bytes, self._metrics = size, queue, memory_bytes, metrics
+        self._idle: asyncio.Queue[_Worker] = asyncio.Queue()
+        self._all: dict[int, _Worker] = {}
+        self._waiting = 0
+        self._zygote: asyncio.subprocess.Process | None = None
+        self._control: socket.socket | None = None
+        self._forking = asyncio.Lock()
+        self._background: set[asyncio.Task[None]] = set()
+        self._stopping = False
+        self.ready = asyncio.Event()
+
+    @property
+    def size(self) -> int:
+        """Number of workers."""
+        return self._size
+
+    @property
+    def idle(self) -> int:
+        """Number of workers that wait for a task."""
+        return self._idle.qsize()
+
+    @property
+    def pids(self) -> list[int]:
+        """Process ids of the workers."""
+        return sorted(self._all)
+
+    def start(self) -> None:
+        """Begin to start the workers; tasks wait until one is there."""
+        for _ in range(self._size):
+            self._later(self._add())
+
+    async def stop(self) -> None:
+        """Kill the workers, idle or not."""
+        self._stopping = True
+        for task in list(self._background):
+            task.cancel()
+        await asyncio.gather(*self._background, return_exceptions=True)
+        for worker in list(self._all.values()):
+            worker.kill()
+        self._all.clear()
+        await self._end_zygote()
+
+    async def run(self, kind: Kind, payload: bytes, *, limit_s: float, label: str) -> bytes:
+        """Do a task with one answer.
+
+        Raises:
+            ProblemError: the task cannot be solved.
+            RefusalError: the queue is full, the time is over, or the worker died.
+        """
+        answers = self.stream(kind, payload, limit_s=limit_s, label=label)
+        return [answer async for answer in answers][-1]
+
+    async def run_all(self, kind: Kind, payloads: Sequence[bytes], *, limit_s: float, label: str) -> list[bytes]:
+        """Do several tasks at once, each with one answer; all of them end before an error of one is raised.
+
+        Raises:
+            ProblemError: a task cannot be solved; the first of those that fail decides, here and below.
+            RefusalError: the queue is full, the time is over, or the worker died.
+        """
+        tasks = (self.run(kind, payload, limit_s=limit_s, label=label) for payload in payloads)
+        # To cancel the others would kill their workers.
+        answers = await asyncio.gather(*tasks, return_exceptions=True)
+        for answer in answers:
+            if isinstance(answer, BaseException):
+                raise answer
+        return [answer for answer in answers if isinstance(answer, bytes)]
+
+    async def stream(self, kind: Kind, payload: bytes, *, limit_s: float, label: str) -> AsyncGenerator[bytes]:
+        """Do a task with any number of answers.
+
+        Args:
+            kind: What to do.
+            payload: The task.
+            limit_s: Seconds that it may take, the wait for a worker included.
+            label: Name of the kind in the metrics.
+
+        Raises:
+            ProblemError: the task cannot be solved.
+            RefusalError: the queue is full, the time is over, or the worker died.
+        """
+        end = time.monotonic() + limit_s
+        worker = await self._acquire(end)
+        start = time.monotonic()
+        outcome = "cancelled"
+        clean = False
+        try:
+            async with asyncio.timeout(end + OVERRUN_S - start):
+                await frames.write(worker.writer, kind, payload)
+            while True:
+                async with asyncio.timeout(end + OVERRUN_S - time.monotonic()):
+                    answer, data = await frames.read(worker.reader)
+                if answer is Kind.ERROR:
+                    outcome, clean = "error", True
+                    tasks.raise_failure(data)
+                if answer is Kind.DONE:
+                    outcome, clean = "done", True
+                    if data:
+                        yield data
+                    return
+                yield data
+        except TimeoutError:
+            outcome = "overrun"
+            raise _too_late(limit_s) from None
+        except (EOFError, ConnectionError):
+            outcome = "died"
+            raise unavailable("WORKER_DIED", "the worker that solved this died; try again", 0.1) from None
+        except MemoryError:
+            outcome = "memory"
+            raise exhausted(
+                "WORKER_MEMORY", f"a solve may use {self._memory_bytes} bytes (limits.worker_bytes); ask for less", 60
+            ) from None
+        finally:
+            self._metrics.solve.labels(label).observe(time.monotonic() - start)
+            self._metrics.solves.labels(label, outcome).inc()
+            if clean:
+                self._idle.put_nowait(worker)
+            else:
+                self._replace(worker, outcome)
+
+    async def _acquire(self, end: float) -> _Worker:
+        while True:
+            if self._idle.empty() and self._waiting >= self._queue:
+                raise exhausted("QUEUE_FULL", f"{self._waiting} solves wait already (limits.queue); try later", 0.5)
+            self._waiting += 1
+            self._metrics.queue.set(self._waiting)
+            try:
+                async with asyncio.timeout(max(end - time.monotonic(), 0)):
+                    worker = await self._idle.get()
+            except TimeoutError:
+                raise _too_late(0, "waiting for a worker") from None
+            finally:
+                self._waiting -= 1
+                self._metrics.queue.set(self._waiting)
+            if not worker.reader.at_eof():
+                return worker
+            self._replace(worker, "died idle")
+
+    def _replace(self, worker: _Worker, why: str) -> None:
+        worker.kill()
+        self._all.pop(worker.pid, None)
+        self._metrics.workers.set(len(self._all))
+        if not self._stopping:
+            self._metrics.worker_restarts.inc()
+            log.info("worker replaced", pid=worker.pid, why=why)
+            self._later(self._add())
+
+    async def _add(self) -> None:
+        delay_s = 0.1
+        while True:
+            try:
+                worker = await self._fork()
+                break
+            except (OSError, EOFError, TimeoutError) as error:
+                log.error("worker does not start", error=repr(error), retry_s=delay_s)
+                await self._end_zygote()
+                await asyncio.sleep(delay_s)
+                delay_s = min(delay_s * 2, 10)
+        self._all[worker.pid] = worker
+        self._metrics.workers.set(len(self._all))
+        self._idle.put_nowait(worker)
+        self.ready.set()
+
+    async def _fork(self) -> _Worker:
+        async with self._forking:
+            control = await self._start_zygote()
+            ours, theirs = socket.socketpair()
+            try:
+                await asyncio.to_thread(socket.send_fds, control, [FORK.pack(self._memory_bytes)], [theirs.fileno()])
+                (pid,) = FORK.unpack(await _exactly(control, FORK.size))
+            except BaseException:
+                ours.close()
+                raise
+            finally:
+                theirs.close()
+            reader, writer = await asyncio.open_connection(sock=ours, limit=2**16)
+            return _Worker(pid, reader, writer)
+
+    async def _start_zygote(self) -> socket.socket:
+        if self._control is not None:
+            return self._control
+        ours, theirs = socket.socketpair()
+        with theirs:
+            self._zygote = await asyncio.create_subprocess_exec(
+                sys.executable,
+                "-m",
+                "moeplan.planner.daemon.workers.zygote",
+                stdin=theirs.fileno(),
+                stdout=asyncio.subprocess.DEVNULL,
+            )
+        ours.setblocking(False)
+        try:
+            async with asyncio.timeout(START_S):
+                await _exactly(ours, FORK.size)
+        except BaseException:
+            ours.close()
+            raise
+        self._control = ours
+        return ours
+
+    async def _end_zygote(self) -> None:
+        if self._control is not None:
+            self._control.close()
+            self._control = None
+        if self._zygote is not None:
+            with contextlib.suppress(ProcessLookupError):
+                self._zygote.kill()
+            await self._zygote.wait()
+            self._zygote = None
+
+    def _later(self, work: Coroutine[None, None, None]) -> None:
+        task: asyncio.Task[None] = asyncio.get_running_loop().create_task(work)
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+
+
+async def _exactly(control: socket.socket, length: int) -> bytes:
+    data = b""
+    while len(data) < length:
+        part = await asyncio.get_running_loop().sock_recv(control, length - len(data))
+        if not part:
+            raise EOFError("the zygote ended; its error is above in the log")
+        data += part
+    return data
+
+
+def _too_late(limit_s: float, doing: str = "") -> RefusalError:
+    text = f"the deadline passed {doing}".rstrip() + (f" ({limit_s:.3f} s)" if limit_s else "")
+    return RefusalError(grpc.StatusCode.DEADLINE_EXCEEDED, text)

@@ -1,0 +1,99 @@
+"""The process that workers are forked from.
+
+It imports the solvers and solves one small problem, so that a worker has compiled kernels from its first task on and
+starts in milliseconds, also when it replaces one that was killed. It has one thread and none of the daemon's sockets,
+so forking it is safe where forking the daemon would not be.
+
+Standard input is a socket to the daemon. Each message brings a worker's socket; the answer is the worker's process id.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import os
+import resource
+import signal
+import socket
+import sys
+import time
+
+import numpy as np
+
+from moeplan.api.jobs import JobSpec
+from moeplan.planner.daemon.workers import frames, tasks, work
+from moeplan.planner.daemon.workers.frames import FORK, Kind
+from moeplan.planner.jobs.outlook import LayerOutlook
+from moeplan.planner.jobs.solve import LayersTask, plan_layers
+from moeplan.solvers import Cluster, Demand, Problem, SolveParameters, solve
+from moeplan.solvers.problem.layout import Layout
+
+__all__ = ["main"]
+
+_PR_SET_PDEATHSIG = 1
+
+
+def main() -> None:
+    """Fork a worker for each message, until the daemon is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to the whole group; the daemon decides
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel reaps workers
+    control = socket.socket(fileno=0)
+    _warm()
+    gc.collect()
+    gc.freeze()  # what workers share is never looked through, so its pages stay shared
+    control.sendall(FORK.pack(os.getpid()))
+    while True:
+        message, descriptors, _, _ = socket.recv_fds(control, FORK.size, 1)
+        if not message:
+            return
+        child = os.fork()
+        if child == 0:
+            control.close()
+            _work(socket.socket(fileno=descriptors[0]), *FORK.unpack(message))
+        os.close(descriptors[0])
+        control.sendall(FORK.pack(child))
+
+
+def _work(connection: socket.socket, memory_bytes: int) -> None:
+    _end_with_parent()
+    with contextlib.suppress(ValueError):  # a harder limit is set already
+        resource.setrlimit(resource.RLIMIT_DATA, (memory_bytes, memory_bytes))
+    status = 0
+    try:
+        while True:
+            kind, payload = frames.receive(connection)
+            try:
+                for answer in work.do(kind, payload):
+                    frames.send(connection, *answer)
+            except Exception as error:
+                frames.send(connection, Kind.ERROR, tasks.failure(error))
+    except (EOFError, ConnectionError):
+        pass
+    except BaseException:
+        status = 1
+    finally:
+        os._exit(status)
+
+
+def _end_with_parent() -> None:
+    """Ask the kernel to kill this worker when the zygote ends, which ends when the daemon does; busy or not."""
+    parent = os.getppid()
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent or parent == 1:
+        os._exit(0)
+
+
+def _warm() -> None:
+    """Load what workers need: every kernel of the default policy, compiled for the types that requests bring."""
+    cluster = Cluster.uniform(4, 3, nodes=2)
+    tokens = np.arange(1, 65, dtype=np.int64).reshape(2, 4, 8) ** 2 % 97
+    current = Layout.contiguous(8, cluster.slots)
+    outlook = LayerOutlook(JobSpec(cluster, layers=1, experts=8, ranks=4, initial=(current,)), tuple(tokens), current)
+    plan_layers(LayersTask((0,), (outlook,), "hybrid", SolveParameters(work_limit=8), time.monotonic() + 600))
+    solve(Problem(cluster, Demand.of(tokens[0, 0])))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Our own files: plans, and limits on layouts."""

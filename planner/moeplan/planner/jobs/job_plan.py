@@ -1,0 +1,226 @@
+"""Versions of a job's layouts, and why each is as it is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from enum import Enum
+
+import numpy as np
+
+from moeplan.api.jobs import JobSpec
+from moeplan.solvers.problem.cluster import Cluster
+from moeplan.solvers.problem.layout import Layout
+from moeplan.solvers.problem.problem import ExpertSpec
+
+__all__ = [
+    "Candidate",
+    "Decision",
+    "JobPlan",
+    "LayerPlan",
+    "Reason",
+    "back_to",
+    "decide",
+    "initial_plan",
+    "move_time_s",
+]
+
+
+class Reason(Enum):
+    """Why a plan is as it is; the values are the names in the API, the log and the metrics."""
+
+    INITIAL = "initial"
+    GAIN = "gain"
+    GAIN_PAYS = "gain_pays"
+    NO_GAIN = "no_gain"
+    GAIN_TOO_SMALL = "gain_too_small"
+    SOLVE_FAILED = "solve_failed"
+    STORE_FAILED = "store_failed"
+    APPLY_FAILED = "apply_failed"
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """A decision to take a new plan or to stay, with its numbers.
+
+    Attributes:
+        reason: Why.
+        step: Newest step taken into account.
+        window_steps: Steps in the window.
+        cost_before_s: Predicted cost of a step with the layouts in force, over all layers solved, seconds.
+        cost_after_s: The same with the layouts decided for.
+        move_cost_s: Time to send what moves, all layers, seconds.
+        horizon_steps: Steps over which gains counted; 0 where moving is free.
+        changed_layers: Layers whose layout changes.
+        detail: More, for people.
+    """
+
+    reason: Reason
+    step: int = 0
+    window_steps: int = 0
+    cost_before_s: float = 0.0
+    cost_after_s: float = 0.0
+    move_cost_s: float = 0.0
+    horizon_steps: int = 0
+    changed_layers: int = 0
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Candidate:
+    """What a policy offers for one layer, and the layout in force on the same forecast.
+
+    Attributes:
+        layer: Index of the layer.
+        layout: New layout.
+        split_rule: Rule by which the cost was counted.
+        cost_s: Cost of the new layout, seconds.
+        imbalance: Largest load per speed over the mean of the new layout, averaged over the scenarios.
+        bound: No layout has a smaller imbalance.
+        gap: ``imbalance / bound - 1``.
+        cost_before_s: Cost of the layout in force, seconds.
+        imbalance_before: Imbalance of the layout in force.
+        seconds: Time that the policy took.
+    """
+
+    layer: int
+    layout: Layout
+    split_rule: str
+    cost_s: float
+    bound: float
+    gap: float
+    imbalance: float
+    cost_before_s: float
+    imbalance_before: float
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LayerPlan:
+    """The layout of one layer since a version; the numbers are None for an initial layout."""
+
+    layer: int
+    version: int
+    layout: Layout
+    split_rule: str = "optimal"
+    cost_s: float | None = None
+    bound: float | None = None
+    gap: float | None = None
+    imbalance: float | None = None
+    imbalance_before: float | None = None
+    moved_replicas: int = 0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class JobPlan:
+    """One version of all layers' layouts.
+
+    Attributes:
+        version: At least 1, and only growing.
+        incarnation: Incarnation of the job that it was made for.
+        layers: One per layer, in order.
+        decision: Why.
+        solve_s: From the window's closing to the plan, seconds.
+    """
+
+    version: int
+    incarnation: int
+    layers: tuple[LayerPlan, ...]
+    decision: Decision
+    solve_s: float = 0.0
+
+    def layers_after(self, version: int) -> tuple[LayerPlan, ...]:
+        """Layers whose layout is newer than `version`."""
+        return tuple(layer for layer in self.layers if layer.version > version)
+
+
+def initial_plan(spec: JobSpec, version: int, incarnation: int) -> JobPlan:
+    """The plan that a job begins with."""
+    layers = tuple(LayerPlan(index, version, layout) for index, layout in enumerate(spec.initial))
+    return JobPlan(version, incarnation, layers, Decision(Reason.INITIAL, changed_layers=len(layers)))
+
+
+def move_time_s(cluster: Cluster, expert: ExpertSpec, before: Layout, after: Layout) -> tuple[float, int]:
+    """Seconds to send the weights that `after` needs where `before` has none, and how many replicas that is.
+
+    Devices receive at the same time, each its own arrivals one after the other, over the link between nodes if there
+    are several: what the busiest device needs.
+    """
+    arrivals = (after.placed & ~before.placed).sum(axis=1)
+    busiest = int(arrivals.max(initial=0))
+    link = cluster.inter_node if cluster.nodes > 1 else cluster.intra_node
+    seconds = busiest * (link.latency_s + expert.weight_bytes / link.bytes_per_s)
+    return seconds, int(arrivals.sum())
+
+
+def decide(
+    spec: JobSpec, current: JobPlan, candidates: list[Candidate], step: int, window_steps: int
+) -> tuple[Decision, tuple[LayerPlan, ...]]:
+    """Take, layer by layer, the new layouts that are worth their moves.
+
+    Args:
+        spec: The job.
+        current: Plan in force.
+        candidates: New layouts, at most one per layer.
+        step: Newest step in the window.
+        window_steps: Steps in the window.
+
+    Returns:
+        The decision, and all layers of the next version (those of `current`, where they stay).
+    """
+    payback = spec.replan.payback
+    version = current.version + 1
+    layers = list(current.layers)
+    before_s = after_s = moving_s = 0.0
+    changed = cheaper = 0
+    for candidate in candidates:
+        old = current.layers[candidate.layer]
+        gain_s = candidate.cost_before_s - candidate.cost_s
+        before_s += candidate.cost_before_s
+        seconds, moved = move_time_s(spec.cluster, spec.expert, old.layout, candidate.layout)
+        better = gain_s > 0 and not np.array_equal(old.layout.slots, candidate.layout.slots)
+        cheaper += better
+        if not better or (payback and gain_s * payback.horizon_steps <= payback.cost_factor * seconds):
+            after_s += candidate.cost_before_s
+            continue
+        after_s += candidate.cost_s
+        moving_s += seconds
+        changed += 1
+        layers[candidate.layer] = LayerPlan(
+            layer=candidate.layer,
+            version=version,
+            layout=candidate.layout,
+            split_rule=candidate.split_rule,
+            cost_s=candidate.cost_s,
+            bound=candidate.bound,
+            gap=candidate.gap,
+            imbalance=candidate.imbalance,
+            imbalance_before=candidate.imbalance_before,
+            moved_replicas=moved,
+        )
+    if changed:
+        reason = Reason.GAIN_PAYS if payback else Reason.GAIN
+    else:
+        reason = Reason.GAIN_TOO_SMALL if cheaper else Reason.NO_GAIN
+    decision = Decision(
+        reason=reason,
+        step=step,
+        window_steps=window_steps,
+        cost_before_s=before_s,
+        cost_after_s=after_s,
+        move_cost_s=moving_s,
+        horizon_steps=payback.horizon_steps if payback else 0,
+        changed_layers=changed,
+    )
+    return decision, tuple(layers)
+
+
+def back_to(current: JobPlan, in_force: JobPlan, detail: str) -> JobPlan:
+    """A new version with the layouts of `in_force`, after `current` could not be applied."""
+    version = current.version + 1
+    layers = tuple(
+        replace(old, version=version) if old.layout != new.layout else new
+        for old, new in zip(in_force.layers, current.layers, strict=True)
+    )
+    changed = sum(layer.version == version for layer in layers)
+    decision = Decision(Reason.APPLY_FAILED, step=current.decision.step, changed_layers=changed, detail=detail)
+    return JobPlan(version, current.incarnation, layers, decision)

@@ -1,0 +1,75 @@
+"""Planning the layers of a job: what a worker does with a look at the window."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+
+from moeplan.planner.jobs.job_plan import Candidate
+from moeplan.planner.jobs.outlook import LayerOutlook
+from moeplan.solvers.plan.parameters import SolveParameters
+
+__all__ = ["LayersTask", "bounded", "plan_layers", "share"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LayersTask:
+    """Layers of a job to be planned.
+
+    Attributes:
+        layers: Index of each.
+        outlooks: What to forecast and plan, one for each.
+        policy: Name of the policy.
+        parameters: Limits of all of them together.
+        end: When they must be done (``time.monotonic``).
+    """
+
+    layers: tuple[int, ...]
+    outlooks: tuple[LayerOutlook, ...]
+    policy: str
+    parameters: SolveParameters
+    end: float
+
+
+def plan_layers(task: LayersTask) -> list[Candidate]:
+    """Forecast and plan each layer, and judge the layout in force on the same forecast by the same split rule.
+
+    Raises:
+        ProblemError: the policy does not exist, or a layer cannot be planned.
+    """
+    from moeplan.solvers import evaluate, solve  # the compiler loads slowly, and the daemon only passes tasks on
+
+    candidates = []
+    parameters, end = bounded(task.parameters, task.end)
+    for index, (layer, outlook) in enumerate(zip(task.layers, task.outlooks, strict=True)):
+        problem = outlook.problem()
+        plan = solve(problem, task.policy, share(parameters, end, len(task.layers) - index))
+        assert problem.current is not None
+        before = evaluate(problem, problem.current, plan.split.rule)
+        candidates.append(
+            Candidate(
+                layer=layer,
+                layout=plan.layout,
+                split_rule=plan.split.rule,
+                cost_s=plan.cost.mean_s,
+                bound=plan.bound,
+                gap=plan.gap,
+                imbalance=plan.mean_imbalance,
+                cost_before_s=before.cost.mean_s,
+                imbalance_before=before.mean_imbalance,
+                seconds=plan.seconds,
+            )
+        )
+    return candidates
+
+
+def bounded(parameters: SolveParameters, end: float) -> tuple[SolveParameters, float]:
+    """The parameters, and when the solve ends: by its own deadline or by `end`, whichever comes first."""
+    if parameters.deadline_s is not None:
+        end = min(end, time.monotonic() + parameters.deadline_s)
+    return parameters, end
+
+
+def share(parameters: SolveParameters, end: float, left: int) -> SolveParameters:
+    """An equal share of the time until `end`, for the next of `left` layers."""
+    return replace(parameters, deadline_s=max((end - time.monotonic()) / left, 1e-6))

@@ -1,0 +1,1 @@
+"""Judging policies and decisions on recorded traces."""

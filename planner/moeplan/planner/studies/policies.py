@@ -1,0 +1,149 @@
+"""Judging policies on steps that they did not see: plan from a window, evaluate on the step right after it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TypedDict
+
+import numpy as np
+
+from moeplan.planner.traces.trace import Window
+from moeplan.solvers import Cluster, Demand, Layout, Problem, SolveParameters, evaluate, solve
+from moeplan.solvers.policies.registry import find
+from moeplan.solvers.problem.forecast import widened
+
+__all__ = ["Comparison", "Setting", "Summary", "compare", "summary"]
+
+Summary = dict[str, float]
+
+
+class NextStep(TypedDict):
+    """Imbalance of the step after the window, by split."""
+
+    even: Summary
+    optimal: Summary
+
+
+class Row(TypedDict):
+    """What was measured of one policy; see `compare`."""
+
+    policy: str
+    fitted: Summary
+    next_step: NextStep
+    gap_to_bound: Summary
+    moved_fraction: Summary
+    plan_ms_per_layer: Summary
+
+
+class Comparison(TypedDict):
+    """The answer of `compare`."""
+
+    policies: list[Row]
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """What all policies are given alike.
+
+    Attributes:
+        cluster: Devices and slots.
+        layers: Layers to plan.
+        groups: Expert groups, see `Problem.groups`.
+        max_moves: Limit of moves per layer and re-plan for the policies that can honour it; None for none.
+        parameters: How hard searches try, per layer.
+    """
+
+    cluster: Cluster
+    layers: Sequence[int]
+    groups: int = 1
+    max_moves: int | None = None
+    parameters: SolveParameters = field(default=SolveParameters())
+
+
+@dataclass(slots=True)
+class _Scores:
+    """Everything measured of one policy; one entry per layer and window."""
+
+    fitted: list[float] = field(default_factory=list)
+    even: list[float] = field(default_factory=list)
+    optimal: list[float] = field(default_factory=list)
+    gap: list[float] = field(default_factory=list)
+    moved: list[float] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    layouts: dict[int, Layout] = field(default_factory=dict)
+
+
+def compare(
+    windows: Iterable[Window],
+    policies: Sequence[str],
+    setting: Setting,
+    on_plan: Callable[[], None] = lambda: None,
+) -> Comparison:
+    """Plan each window with each policy and evaluate on the step after it.
+
+    Every policy continues from its own previous layout, and plans for the scenarios of `widened`. Imbalance is largest
+    load over mean load, per layer. `fitted` is that of the scenarios with the best split of the layout, averaged;
+    `next_step` that of the step after the window, with even and with the best split; `moved_fraction` counts the
+    replicas that a re-plan copies, over all slots, the first plan left out.
+
+    Args:
+        windows: What `Trace.windows` yields.
+        policies: Names.
+        setting: What they are given.
+        on_plan: Called after every plan, for progress.
+
+    Returns:
+        ``{"policies": [...]}``, ready for JSON.
+
+    Raises:
+        ProblemError: a policy does not exist or the setting does not suit the trace.
+    """
+    scores = {name: _Scores() for name in policies}
+    for window in windows:
+        for layer in setting.layers:
+            for name in policies:
+                _judge(window, layer, name, setting, scores[name])
+                on_plan()
+    return {"policies": [_report(name, score) for name, score in scores.items()]}
+
+
+def _judge(window: Window, layer: int, name: str, setting: Setting, scores: _Scores) -> None:
+    current = scores.layouts.get(layer)
+    limited = current is not None and "max_moves" in find(name).honours
+    problem = Problem(
+        setting.cluster,
+        widened(window.history[:, layer]),
+        current=current,
+        max_moves=setting.max_moves if limited else None,
+        groups=setting.groups,
+    )
+    plan = solve(problem, name, setting.parameters, rule="optimal")
+    after = replace(problem, demand=Demand.of(window.next[layer]), current=None, max_moves=None)
+    scores.fitted.append(plan.mean_imbalance)
+    scores.gap.append(plan.gap)
+    scores.even.append(evaluate(after, plan.layout, "even").mean_imbalance)
+    scores.optimal.append(evaluate(after, plan.layout, "optimal").mean_imbalance)
+    scores.seconds.append(plan.seconds)
+    if plan.moves is not None:
+        scores.moved.append(len(plan.moves) / setting.cluster.total_slots)
+    scores.layouts[layer] = plan.layout
+
+
+def _report(name: str, scores: _Scores) -> Row:
+    return {
+        "policy": name,
+        "fitted": summary(scores.fitted),
+        "next_step": {"even": summary(scores.even), "optimal": summary(scores.optimal)},
+        "gap_to_bound": {"mean": float(np.mean(scores.gap)), "max": float(np.max(scores.gap))},
+        "moved_fraction": {"mean": float(np.mean(scores.moved)) if scores.moved else 0.0},
+        "plan_ms_per_layer": {
+            "p50": float(np.quantile(scores.seconds, 0.5) * 1e3),
+            "p99": float(np.quantile(scores.seconds, 0.99) * 1e3),
+        },
+    }
+
+
+def summary(values: Sequence[float]) -> Summary:
+    """Mean, 95th percentile and maximum."""
+    return {"mean": float(np.mean(values)), "p95": float(np.quantile(values, 0.95)), "max": float(np.max(values))}

@@ -1,0 +1,1 @@
+"""Recorded routing: reading, describing and making it."""

@@ -1,0 +1,83 @@
+"""What a trace holds, in numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from moeplan.planner.traces.trace import Trace
+
+__all__ = ["LayerInfo", "TraceInfo", "describe"]
+
+from typing import TypedDict
+
+
+class LayerInfo(TypedDict):
+    """One layer, averaged over steps.
+
+    `tokens` routed per step; `hottest` expert's load over the mean; `idle` experts without a token; `change`, half the
+    sum of differences between the expert shares of consecutive steps.
+    """
+
+    layer: int
+    tokens: float
+    hottest: float
+    idle: float
+    change: float
+
+
+class TraceInfo(TypedDict):
+    """A whole trace."""
+
+    steps: int
+    first_step: int
+    layers: int
+    sources: int
+    experts: int
+    dtype: str
+    top_k: int | None
+    tokens_per_rank: int | None
+    per_layer: list[LayerInfo]
+
+
+def describe(trace: Trace, on_step: Callable[[], None] = lambda: None) -> TraceInfo:
+    """Read the whole trace once.
+
+    Raises:
+        TraceError: the trace is damaged.
+    """
+    tokens, hottest, idle, change = (np.zeros(trace.layers) for _ in range(4))
+    before = None
+    for counts in trace.read():
+        loads = counts.sum(axis=1)
+        total = loads.sum(axis=1)
+        share = loads / np.maximum(total, 1)[:, None]
+        tokens += total
+        hottest += share.max(axis=1) * trace.experts
+        idle += (loads == 0).sum(axis=1)
+        if before is not None:
+            change += np.abs(share - before).sum(axis=1) / 2
+        before = share
+        on_step()
+    steps = trace.steps
+    return TraceInfo(
+        steps=steps,
+        first_step=trace.first_step,
+        layers=trace.layers,
+        sources=trace.sources,
+        experts=trace.experts,
+        dtype=str(trace.dtype),
+        top_k=trace.top_k,
+        tokens_per_rank=trace.tokens_per_rank,
+        per_layer=[
+            LayerInfo(
+                layer=layer,
+                tokens=float(tokens[layer] / steps),
+                hottest=float(hottest[layer] / steps),
+                idle=float(idle[layer] / steps),
+                change=float(change[layer] / max(1, steps - 1)),
+            )
+            for layer in range(trace.layers)
+        ],
+    )

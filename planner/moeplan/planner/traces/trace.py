@@ -1,0 +1,201 @@
+"""Recorded routing: ``counts[step, layer, source, expert]`` in an ``.npz`` file, read one step at a time.
+
+Steps are read in order through a small buffer, so a trace may be larger than memory, compressed or not. Optional
+scalars beside ``counts`` describe it: ``first_step`` (number of the first recorded step), ``top_k`` (experts per
+token) and ``tokens_per_rank`` (tokens that each source routes per step). An optional integer array ``pairs[layer,
+expert, next_expert]`` counts how many tokens of all steps and sources went from an expert to one of the next layer; a
+token with k experts per layer counts k * k times.
+"""
+
+from __future__ import annotations
+
+import zipfile
+import zlib
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from moeplan.solvers.problem.arrays import Int64
+from moeplan.solvers.problem.errors import ProblemError
+
+__all__ = ["Trace", "TraceError", "Window"]
+
+
+class TraceError(ProblemError):
+    """A trace file cannot be used; says which file, what it holds, and what it should."""
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """Consecutive steps, and the step after them.
+
+    Attributes:
+        step: Index in the trace of the step after the window.
+        history: int64[steps, layers, sources, experts].
+        next: int64[layers, sources, experts].
+    """
+
+    step: int
+    history: Int64
+    next: Int64
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """A trace on disk. Make it with `Trace.open`.
+
+    Attributes:
+        path: The file.
+        steps: Number of steps.
+        layers: Number of MoE layers.
+        sources: Number of ranks whose tokens were counted.
+        experts: Number of experts per layer.
+        dtype: Integer type of the counts.
+        first_step: Training step of the first recorded one.
+        top_k: Experts per token, if known.
+        tokens_per_rank: Tokens that each source routes per step, if known.
+    """
+
+    path: Path
+    steps: int
+    layers: int
+    sources: int
+    experts: int
+    dtype: np.dtype[Any]
+    first_step: int = 0
+    top_k: int | None = None
+    tokens_per_rank: int | None = None
+
+    @classmethod
+    def open(cls, path: Path | str) -> Trace:
+        """Read a trace's header.
+
+        Raises:
+            TraceError: the file is missing, broken, or not a trace.
+        """
+        path = Path(path)
+        try:
+            with zipfile.ZipFile(path) as archive:
+                if "counts.npy" not in archive.namelist():
+                    raise TraceError(str(path), archive.namelist(), "has no array named `counts`")
+                with archive.open("counts.npy") as file:
+                    shape, fortran, dtype = _header(file)
+                scalars = {
+                    name: _scalar(archive, path, name)
+                    for name in ("first_step", "top_k", "tokens_per_rank")
+                    if f"{name}.npy" in archive.namelist()
+                }
+        except FileNotFoundError:
+            raise TraceError(str(path), "no such file", "give the path of an .npz trace") from None
+        except (OSError, zipfile.BadZipFile, EOFError, ValueError, zlib.error) as error:
+            if isinstance(error, ProblemError):
+                raise
+            raise TraceError(str(path), type(error).__name__, f"is not a readable .npz file ({error})") from None
+        if dtype.kind not in "iu":
+            raise TraceError(f"{path}: counts", f"array of {dtype}", "must hold integers")
+        if len(shape) != 4:
+            raise TraceError(f"{path}: counts", f"array of shape {shape}", "must be [step, layer, source, expert]")
+        if 0 in shape:
+            raise TraceError(f"{path}: counts", f"array of shape {shape}", "is empty")
+        if fortran:
+            raise TraceError(
+                f"{path}: counts", "Fortran order", "must be in C order; save np.ascontiguousarray(counts)"
+            )
+        return cls(path, *shape, dtype=dtype, **scalars)
+
+    def read(self, start: int = 0, stop: int | None = None) -> Iterator[Int64]:
+        """Steps `start` to `stop`, each int64[layers, sources, experts].
+
+        Raises:
+            TraceError: the file ends early, is corrupt, or holds a negative count.
+        """
+        stop = self.steps if stop is None else min(stop, self.steps)
+        shape = (self.layers, self.sources, self.experts)
+        size = int(np.prod(shape)) * self.dtype.itemsize
+        try:
+            with zipfile.ZipFile(self.path) as archive, archive.open("counts.npy") as file:
+                _header(file)
+                _skip(file, start * size)
+                for step in range(start, stop):
+                    data = file.read(size)
+                    if len(data) < size:
+                        raise TraceError(
+                            f"{self.path}: counts", f"ends in step {step}", f"should have {self.steps} steps"
+                        )
+                    counts = np.frombuffer(data, self.dtype).reshape(shape)
+                    if self.dtype.kind == "i" and counts.min() < 0:
+                        raise TraceError(f"{self.path}: counts[{step}]", counts.min(), "must be at least 0")
+                    yield counts.astype(np.int64)
+        except (OSError, zipfile.BadZipFile, EOFError, zlib.error) as error:
+            raise TraceError(str(self.path), type(error).__name__, f"is damaged ({error})") from None
+
+    def pairs(self) -> Int64 | None:
+        """int64[layers - 1, experts, experts] transitions between consecutive layers; None where none were recorded.
+
+        Raises:
+            TraceError: the array does not suit the trace, or the file is damaged.
+        """
+        try:
+            with zipfile.ZipFile(self.path) as archive:
+                if "pairs.npy" not in archive.namelist():
+                    return None
+                with archive.open("pairs.npy") as file:
+                    pairs: npt.NDArray[Any] = np.lib.format.read_array(file, allow_pickle=False)
+        except (OSError, zipfile.BadZipFile, EOFError, ValueError, zlib.error) as error:
+            raise TraceError(str(self.path), type(error).__name__, f"is damaged ({error})") from None
+        wanted = (self.layers - 1, self.experts, self.experts)
+        if pairs.dtype.kind not in "iu" or pairs.shape != wanted:
+            raise TraceError(
+                f"{self.path}: pairs", f"array of {pairs.dtype}, shape {pairs.shape}", f"must hold integers {wanted}"
+            )
+        if pairs.size and pairs.min() < 0:
+            raise TraceError(f"{self.path}: pairs", pairs.min(), "must be at least 0")
+        return pairs.astype(np.int64)
+
+    def windows(self, length: int, every: int, first: int = 0) -> Iterator[Window]:
+        """Windows of `length` steps, starting one every `every` steps from step `first`, each with the step after it.
+
+        Raises:
+            TraceError: the trace is shorter than a window and one step.
+        """
+        if self.steps <= length:
+            raise TraceError(
+                str(self.path), f"{self.steps} steps", f"a window of {length} and the step after it need {length + 1}"
+            )
+        history: deque[Int64] = deque(maxlen=length)
+        for step, counts in enumerate(self.read()):
+            if step >= first + length and (step - first - length) % every == 0:
+                yield Window(step, np.stack(history), counts)
+            history.append(counts)
+
+    def window_count(self, length: int, every: int) -> int:
+        """How many windows `windows` yields."""
+        return max(0, -(-(self.steps - length) // every))
+
+
+def _header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    version = np.lib.format.read_magic(file)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, fortran, dtype = read(file)
+    return shape, bool(fortran), dtype
+
+
+def _scalar(archive: zipfile.ZipFile, path: Path, name: str) -> int:
+    with archive.open(f"{name}.npy") as file:
+        value: npt.NDArray[Any] = np.lib.format.read_array(file, allow_pickle=False)
+    if value.size != 1 or value.dtype.kind not in "iu":
+        raise TraceError(f"{path}: {name}", f"array of {value.dtype}, shape {value.shape}", "must be one integer")
+    return int(value.reshape(-1)[0])
+
+
+def _skip(file: IO[bytes], size: int) -> None:
+    while size > 0:
+        read = len(file.read(min(size, 1 << 20)))
+        if read == 0:
+            return
+        size -= read

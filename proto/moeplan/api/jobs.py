@@ -1,0 +1,196 @@
+"""What a job is: its machines, its layers, and how it wants to be planned."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from moeplan.solvers.plan.parameters import SolveParameters
+from moeplan.solvers.problem.cluster import Cluster
+from moeplan.solvers.problem.demand import Demand
+from moeplan.solvers.problem.errors import ProblemError
+from moeplan.solvers.problem.layout import Layout
+from moeplan.solvers.problem.problem import ExpertSpec, Problem
+
+__all__ = ["Closing", "Forecast", "ForecastMethod", "JobSpec", "Payback", "Replan"]
+
+MAX_LAYERS = 4_096
+MAX_EXPERTS = 65_536
+MAX_RANKS = 65_536
+MAX_WINDOW_STEPS = 4_096
+MAX_LAG_STEPS = 1_024
+
+
+def _within(field_name: str, value: int, low: int, high: int) -> None:
+    if not low <= value <= high:
+        raise ProblemError(field_name, value, f"must be {low} to {high}")
+
+
+class ForecastMethod(Enum):
+    """How the demand of the coming steps follows from the window."""
+
+    LAST = "last"
+    MEAN = "mean"
+    EMA = "ema"
+    SCENARIOS = "scenarios"
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """How demand is forecast.
+
+    Attributes:
+        method: What to make of the window.
+        window_steps: Closed steps in the window.
+        smoothing: Weight of the newest step in the moving average.
+    """
+
+    method: ForecastMethod = ForecastMethod.SCENARIOS
+    window_steps: int = 8
+    smoothing: float = 0.3
+
+    def __post_init__(self) -> None:
+        _within("job.forecast.window_steps", self.window_steps, 1, MAX_WINDOW_STEPS)
+        if not 0 < self.smoothing <= 1:
+            raise ProblemError("job.forecast.smoothing", self.smoothing, "must be above 0 and at most 1")
+
+
+@dataclass(frozen=True, slots=True)
+class Payback:
+    """A layer's new layout must save more than its move costs.
+
+    Attributes:
+        horizon_steps: Steps over which the gain counts.
+        cost_factor: How much the gain must outweigh the move.
+    """
+
+    horizon_steps: int
+    cost_factor: float = 1.0
+
+    def __post_init__(self) -> None:
+        _within("job.replan.payback.horizon_steps", self.horizon_steps, 1, 2**31 - 1)
+        if not 0 <= self.cost_factor < float("inf"):
+            raise ProblemError("job.replan.payback.cost_factor", self.cost_factor, "must be finite and at least 0")
+
+
+@dataclass(frozen=True, slots=True)
+class Replan:
+    """When to look for a plan, and when to take it.
+
+    Attributes:
+        every_steps: Closed steps from one look to the next.
+        payback: The rule that a move must pay; None where a new layout is free.
+    """
+
+    every_steps: int = 1
+    payback: Payback | None = None
+
+    def __post_init__(self) -> None:
+        _within("job.replan.every_steps", self.every_steps, 1, 2**31 - 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Closing:
+    """When a step that is not complete closes.
+
+    Attributes:
+        max_lag_steps: Steps that it may lag behind the step that a quorum of the ranks has reached.
+        timeout_s: Seconds from its first statistics.
+        quorum: Fraction of the ranks without which a layer's statistics are not used.
+    """
+
+    max_lag_steps: int = 4
+    timeout_s: float = 10.0
+    quorum: float = 0.5
+
+    def __post_init__(self) -> None:
+        _within("job.closing.max_lag_steps", self.max_lag_steps, 1, MAX_LAG_STEPS)
+        if not 0 < self.timeout_s <= 86_400:
+            raise ProblemError("job.closing.timeout", self.timeout_s, "must be above 0 and at most a day")
+        if not 0 <= self.quorum <= 1:
+            raise ProblemError("job.closing.quorum", self.quorum, "must be 0 to 1")
+
+
+@dataclass(frozen=True, eq=False)
+class JobSpec:
+    """A job as its owner described it.
+
+    Attributes:
+        cluster: Devices and links.
+        layers: MoE layers.
+        experts: Experts of each layer.
+        ranks: Ranks whose tokens are counted.
+        initial: Layout of each layer before the first plan.
+        expert: Costs of an expert and of a token.
+        policy: Name of the policy.
+        parameters: Limits of one re-plan of all layers.
+        forecast: How demand is forecast.
+        replan: When to look for a plan, and when to take it.
+        closing: When an incomplete step closes.
+        max_moves: Most replicas that one re-plan of one layer may move; None for no limit.
+        groups: Groups of consecutive experts.
+        merge_sources: Forget which rank tokens come from.
+
+    Raises:
+        ProblemError: a field is out of range, or no layout can exist.
+    """
+
+    cluster: Cluster
+    layers: int
+    experts: int
+    ranks: int
+    initial: tuple[Layout, ...]
+    expert: ExpertSpec = field(default=ExpertSpec())
+    policy: str = "hybrid"
+    parameters: SolveParameters = field(default=SolveParameters())
+    forecast: Forecast = field(default=Forecast())
+    replan: Replan = field(default=Replan())
+    closing: Closing = field(default=Closing())
+    max_moves: int | None = None
+    groups: int = 1
+    merge_sources: bool = False
+
+    def __post_init__(self) -> None:
+        _within("job.layers", self.layers, 1, MAX_LAYERS)
+        _within("job.experts", self.experts, 1, MAX_EXPERTS)
+        _within("job.ranks", self.ranks, 1, MAX_RANKS)
+        if len(self.initial) != self.layers:
+            raise ProblemError("job.initial_layouts", f"{len(self.initial)} layouts", f"must be {self.layers}")
+        if self.merge_sources and self.expert.token_bytes:
+            raise ProblemError(
+                "job.merge_sources", True, "hides where tokens come from; set expert.token_bytes = 0 or keep sources"
+            )
+        one_token = Demand.of([[1] * self.experts])
+        for layout in self.initial:
+            self.problem(one_token, layout)
+
+    @property
+    def sources(self) -> int:
+        """Sources that the demand keeps apart."""
+        return 1 if self.merge_sources else self.ranks
+
+    @property
+    def max_open_steps(self) -> int:
+        """Steps that may be open at once: the lag that is allowed, and as much again for ranks that run ahead."""
+        return 2 * self.closing.max_lag_steps + 2
+
+    @property
+    def window_bytes(self) -> int:
+        """Most memory that the job's statistics take."""
+        steps = self.forecast.window_steps + self.max_open_steps + 1
+        return steps * self.layers * self.sources * self.experts * 8
+
+    def problem(self, demand: Demand, current: Layout) -> Problem:
+        """One layer's problem.
+
+        Raises:
+            ProblemError: a field contradicts another.
+        """
+        return Problem(
+            cluster=self.cluster,
+            demand=demand,
+            expert=self.expert,
+            current=current,
+            max_moves=self.max_moves,
+            groups=self.groups,
+        )

@@ -1,0 +1,8 @@
+"""What runs on a training rank: counting what routers choose, layers that execute layouts, the line to the planner.
+
+The names are those of `__init__.pyi`, each imported at its first use. Needs torch: ``pip install moeplan[torch]``.
+"""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,0 +1,248 @@
+"""Resident experts: weights stay at home, and overloaded ranks lend them out for single micro-batches."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from moeplan.runtime_client.group import ExpertGroup, Traffic, Transfer, beside, join
+from moeplan.runtime_client.layers.feed_forward import ExpertShape, feed_forward
+from moeplan.runtime_client.layers.lending import Homes, Loan, LoanBuffer, add_loan
+from moeplan.runtime_client.layers.routing import combine, dispatch, find_route, gather_counts
+from moeplan.solvers import QuotaPlanner, SpillOptions, SpillPlan
+from moeplan.solvers.problem.arrays import Int64
+
+__all__ = ["ResidentExperts", "SpillPlanner"]
+
+
+class SpillPlanner(Protocol):
+    """What plans a micro-batch: `QuotaPlanner` or `LlepPlanner`, or anything that is as deterministic."""
+
+    options: SpillOptions
+
+    def plan(self, counts: Int64) -> SpillPlan:
+        """The plan for exact counts int64[sources, experts]; the same on every rank."""
+        ...
+
+
+class ResidentExperts(nn.Module):
+    """The experts of one MoE layer, each at home on one rank; it takes the place of a model's experts module.
+
+    For every micro-batch the ranks plan from the exact counts, each for itself and all alike, which tokens to spill to
+    transient replicas. Their weights travel beside the tokens, and their gradients return home (least-loaded expert
+    parallelism: LLEP, arXiv 2601.17111). Without spare slots this is plain expert parallelism.
+
+    Args:
+        shape: Dimensions of an expert.
+        experts: Number of experts.
+        group: The ranks.
+        planner: Plans the spill, and says who owns which expert; by default no spare slots and contiguous homes.
+        buffer: Memory for transient replicas; share one between layers that run one after another.
+        compute_dtype: Type that weights travel and compute in; that of the parameter by default.
+        dtype: Type of the parameter.
+        device: Device of the parameter.
+
+    Attributes:
+        flat: Parameter [owned, elements], the flat experts of this rank in ascending order.
+        traffic: Bytes sent to other ranks since the counter was last cleared.
+    """
+
+    def __init__(
+        self,
+        shape: ExpertShape,
+        experts: int,
+        group: ExpertGroup,
+        *,
+        planner: SpillPlanner | None = None,
+        buffer: LoanBuffer | None = None,
+        compute_dtype: torch.dtype | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        planner = planner or QuotaPlanner(SpillOptions.uniform(experts, group.size, 0), group.size)
+        for name, expected in (("experts", experts), ("devices", group.size)):
+            if getattr(planner.options, name) != expected:
+                raise ValueError(
+                    f"planner.options.{name} = {getattr(planner.options, name)}: the layer has {expected} {name}"
+                )
+        self.shape = shape
+        self.experts = experts
+        self.group = group
+        self.planner = planner
+        self.homes = Homes(planner.options.home, group)
+        self.buffer = buffer or LoanBuffer()
+        self.compute_dtype = compute_dtype
+        self.traffic = Traffic()
+        self.flat = nn.Parameter(torch.zeros(len(self.homes.owned), shape.elements, dtype=dtype, device=device))
+
+    @torch.no_grad()
+    def load_experts(self, first: int, flat: Tensor) -> None:
+        """Take over whole experts, of which every rank holds the same copy.
+
+        Args:
+            first: The first expert given.
+            flat: [n, elements], experts ``first`` to ``first + n - 1`` in flat form.
+        """
+        for row, expert in enumerate(self.homes.owned):
+            if first <= expert < first + len(flat):
+                self.flat[row] = flat[expert - first]
+
+    def forward(self, hidden: Tensor, index: Tensor, weight: Tensor) -> Tensor:
+        """Apply to each token its experts, weighted and summed.
+
+        Every rank of the group calls it at the same time, also with no tokens.
+
+        Args:
+            hidden: [tokens, hidden] of this rank (leading dimensions are flattened).
+            index: int64[tokens, k], experts of each token.
+            weight: [tokens, k].
+
+        Returns:
+            As `hidden`.
+
+        Raises:
+            RouterError: a choice is out of range or a weight not finite, on any rank.
+            InfeasibleError: no plan keeps every rank within its token cap; raised on all ranks.
+        """
+        rows = hidden.reshape(-1, hidden.shape[-1])
+        index, weight = index.reshape(len(rows), index.shape[-1]), weight.reshape(len(rows), weight.shape[-1])
+        group = self.group
+        counts = gather_counts(group, index, weight, self.experts)
+        loan = Loan.of(self.planner.plan(counts).require_feasible(), self.homes, group.rank)
+        lending = _Lending(self, loan) if loan.total else None
+        home: Tensor = self.flat
+        if lending is not None:
+            lending.start("weights.forward")
+            home = _Land.apply(home, lending)  # type: ignore[no-untyped-call]
+        route = find_route(loan.slots, loan.sent, loan.received, index)
+        owned, width = len(self.homes.owned), self.homes.slots.shape[1]
+        at_home, away = route.rows[:owned], route.rows[width : width + loan.borrowed]
+        sizes = [sum(at_home)] if lending is None else [sum(at_home), sum(away)]
+        arrived = dispatch(group, route, rows, self.traffic, sizes)
+
+        own = home if self.compute_dtype is None else home.to(self.compute_dtype)
+        if lending is not None:
+            # Made before the experts at home run, so that its backward, which other ranks wait for, runs after theirs.
+            lent: Tensor = _Lend.apply(home, lending)  # type: ignore[no-untyped-call]
+        results = [feed_forward(self.shape, own, arrived[0], at_home)]
+        if lending is not None:
+            self.buffer.wait()
+            spilled = feed_forward(self.shape, lent, arrived[1], away)
+            if spilled.requires_grad:
+                spilled = _Repeat.apply(spilled, lent, lending)  # type: ignore[no-untyped-call]
+            results.append(spilled)
+        output = combine(group, route, results, weight, self.traffic).view_as(hidden)
+        if lending is not None and output.requires_grad:
+            output = _Announce.apply(output, lent, lending)  # type: ignore[no-untyped-call]
+        return output
+
+    def extra_repr(self) -> str:
+        return f"experts={self.experts}, {self.shape}, rank={self.group.rank}/{self.group.size}"
+
+
+class _Lending:
+    """The loan of one pass, and its repetition for the backward pass."""
+
+    def __init__(self, layer: ResidentExperts, loan: Loan) -> None:
+        self.layer = layer
+        self.loan = loan
+        self.contents = object()  # not the layer, which holds the buffer: process groups would live until a collection
+        self.returning: Transfer | None = None
+        self.into = layer.buffer.view(loan.borrowed, layer.flat, layer.compute_dtype or layer.flat.dtype)
+
+    def start(self, purpose: str) -> None:
+        layer = self.layer
+        layer.buffer.lend(self.loan, layer.flat, self.into, layer.group, layer.traffic, purpose, contents=self.contents)
+
+    def repeat(self) -> None:
+        """Start the transfer again, unless no other loan has been in the buffer since."""
+        if self.layer.buffer.contents is not self.contents:
+            self.start("weights.backward")
+
+
+class _Land(torch.autograd.Function):
+    """Identity on the weights at home; its backward adds the gradients that have come back from loans.
+
+    A node apart from `_Lend`, made before the dispatch, so that its backward runs last, and the gradients of weights
+    travel beside those of tokens.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, flat: Tensor, lending: _Lending) -> Tensor:
+        ctx.lending = lending
+        ctx.save_for_backward(flat)  # so that weights that change between forward and backward are an error
+        return flat.view_as(flat)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        lending: _Lending = ctx.lending
+        _ = ctx.saved_tensors
+        assert lending.returning is not None, "_Lend.backward has run"
+        with beside(gradient.device):
+            # In place: the gradient comes from the experts at home, which made it for nobody else.
+            add_loan(gradient, lending.returning.wait(), lending.loan)
+        join(gradient.device)
+        lending.returning = None
+        return gradient, None
+
+
+class _Lend(torch.autograd.Function):
+    """The buffer of transient replicas, which may still be on their way; its backward sends their gradients home."""
+
+    @staticmethod
+    def forward(ctx: Any, flat: Tensor, lending: _Lending) -> Tensor:
+        ctx.lending = lending
+        # `data`: autograd need not know that the buffer is written again, as a backward pass finds its own loan in it.
+        return lending.into.data
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None]:
+        lending: _Lending = ctx.lending
+        layer, loan = lending.layer, lending.loan
+        with beside(gradient.device):
+            lending.returning = layer.group.exchange(
+                gradient, loan.take, loan.give, weights=True, traffic=layer.traffic, purpose="gradients"
+            )
+        return None, None  # it is still travelling; _Land adds it
+
+
+class _Repeat(torch.autograd.Function):
+    """Identity on the results of transient replicas; before their backward, it has their weights in the buffer."""
+
+    @staticmethod
+    def forward(ctx: Any, results: Tensor, lent: Tensor, lending: _Lending) -> Tensor:
+        ctx.lending = lending
+        ctx.save_for_backward(lent)  # as in _Announce
+        return results.view_as(results)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        _ = ctx.saved_tensors
+        ctx.lending.repeat()
+        ctx.lending.layer.buffer.wait()
+        return gradient, None, None
+
+
+class _Announce(torch.autograd.Function):
+    """Identity on the output of the layer; its backward repeats the loan beside the gradients of the tokens."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, lent: Tensor, lending: _Lending) -> Tensor:
+        ctx.lending = lending
+        # Saved so that a checkpoint recomputes the pass before the loan is repeated: both use the buffer.
+        ctx.save_for_backward(lent)
+        return output.view_as(output)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        _ = ctx.saved_tensors
+        ctx.lending.repeat()
+        return gradient, None, None

@@ -1,0 +1,320 @@
+"""Fully sharded experts: every rank owns 1/N of every expert, and gathers the replicas that the layout gives it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from moeplan.runtime_client.group import ExpertGroup, Traffic
+from moeplan.runtime_client.layers.feed_forward import ExpertShape, feed_forward
+from moeplan.runtime_client.layers.routing import combine, dispatch, find_route, gather_counts
+from moeplan.runtime_client.layers.sharding import Gathering, Placement, Returning, shard_width
+from moeplan.runtime_client.layers.split import Split, optimal_split, rank_flow
+from moeplan.solvers.problem.layout import Layout
+
+__all__ = ["FullyShardedExperts", "chain"]
+
+
+class FullyShardedExperts(nn.Module):
+    """The experts of one MoE layer, fully sharded over a group; it takes the place of a model's experts module.
+
+    The only parameter, `shard`, is this rank's part of every expert, so the optimizer never sees a layout, and a new
+    layout costs nothing beyond the gather that every pass makes anyway. One pass sends
+    ``slots * expert bytes * (N - 1) / N`` per rank for the gather, and as much again for the gradients.
+
+    `layout` may be set between any two calls, on all ranks alike; a pass under way keeps the layout it started with
+    until its backward is over. Ranks that differ raise instead of hanging.
+
+    Args:
+        shape: Dimensions of an expert.
+        experts: Number of experts.
+        group: The ranks.
+        layout: Layout to start with; contiguous by default.
+        split: Rule that divides an expert's tokens among its replicas; optimal for equal devices by default.
+        compute_dtype: Type that weights travel and compute in; that of the parameter by default.
+        reshard: Whether to free the gathered weights after the forward pass and gather them again for the backward.
+            It saves their memory and costs a second gather.
+        dtype: Type of the parameter.
+        device: Device of the parameter.
+
+    Attributes:
+        shard: Parameter [experts, ceil(elements / N)], columns ``rank * width`` onward of the flat experts.
+        traffic: Bytes sent to other ranks since the counter was last cleared.
+    """
+
+    def __init__(
+        self,
+        shape: ExpertShape,
+        experts: int,
+        group: ExpertGroup,
+        *,
+        layout: Layout | None = None,
+        split: Split | None = None,
+        compute_dtype: torch.dtype | None = None,
+        reshard: bool = True,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.shape = shape
+        self.experts = experts
+        self.group = group
+        self.split = split or optimal_split(np.ones(group.size))
+        self.compute_dtype = compute_dtype
+        self.reshard = reshard
+        self.traffic = Traffic()
+        self.shard = nn.Parameter(
+            torch.zeros(experts, shard_width(shape.elements, group.size), dtype=dtype, device=device)
+        )
+        if layout is None:
+            layout = Layout.contiguous(experts, np.full(group.size, math.ceil(experts / group.size), np.int32))
+        self.layout = layout
+        self._order: list[FullyShardedExperts] = [self]
+        self._ahead: Gathering | None = None
+        self._latest: _Pass | None = None
+
+    @property
+    def layout(self) -> Layout:
+        """Layout of the passes that start from now on."""
+        return self._placement.layout
+
+    @layout.setter
+    def layout(self, layout: Layout) -> None:
+        if layout.experts != self.experts:
+            raise ValueError(f"layout.experts = {layout.experts}: the layer has {self.experts}")
+        self._placement = Placement(layout, self.group, self.shard.device)
+
+    @torch.no_grad()
+    def load_experts(self, first: int, flat: Tensor) -> None:
+        """Take over whole experts, of which every rank holds the same copy.
+
+        Args:
+            first: The first expert given.
+            flat: [n, elements], experts ``first`` to ``first + n - 1`` in flat form.
+        """
+        width = self.shard.shape[1]
+        part = flat[:, self.group.rank * width : (self.group.rank + 1) * width]
+        rows = self.shard[first : first + len(flat)]
+        rows[:, : part.shape[1]] = part
+        rows[:, part.shape[1] :] = 0
+
+    def forward(self, hidden: Tensor, index: Tensor, weight: Tensor) -> Tensor:
+        """Apply to each token its experts, weighted and summed.
+
+        Every rank of the group calls it at the same time, also with no tokens.
+
+        Args:
+            hidden: [tokens, hidden] of this rank (leading dimensions are flattened).
+            index: int64[tokens, k], experts of each token.
+            weight: [tokens, k].
+
+        Returns:
+            As `hidden`.
+
+        Raises:
+            RouterError: a choice is out of range or a weight not finite, on any rank.
+            LayoutMismatchError: the ranks hold different layouts.
+        """
+        rows = hidden.reshape(-1, hidden.shape[-1])
+        index, weight = index.reshape(len(rows), index.shape[-1]), weight.reshape(len(rows), weight.shape[-1])
+        placement, group = self._placement, self.group
+        follower = self._follower()
+        fingerprint = placement.fingerprint ^ (follower._placement.fingerprint << 1 if follower else 0)
+        counts = gather_counts(group, index, weight, self.experts, fingerprint & (2**62 - 1))
+        gathering = self._take_ahead() or self._start(placement, "weights.forward")
+        this = _Pass(self, placement)
+        landed: Tensor = _Land.apply(self.shard, this)  # type: ignore[no-untyped-call]
+        slots = placement.layout.slots
+        quota = self.split(slots, counts.sum(axis=0))
+        route = find_route(slots, *rank_flow(slots, quota, counts, group.rank), index)
+        (arrived,) = dispatch(group, route, rows, self.traffic, [sum(route.receive)])
+        if follower is not None:
+            follower.prefetch()
+        flat: Tensor = _Gather.apply(landed, gathering, this)  # type: ignore[no-untyped-call]
+        results = feed_forward(self.shape, flat, arrived, [route.rows[slot] for slot in placement.slots])
+        if torch.is_grad_enabled() and results.requires_grad:
+            results = this.guard(results, flat)
+            if self.reshard and not _in_backward():
+                this.free(flat)
+        output = combine(group, route, [results], weight, self.traffic).view_as(hidden)
+        return this.announce(output) if output.requires_grad else output
+
+    def prefetch(self) -> None:
+        """Start gathering the weights of the next forward pass. Every rank calls it at the same point, or none."""
+        if self._ahead is not None:
+            self._ahead.drop()
+        self._ahead = self._start(self._placement, "weights.forward")
+
+    def _start(self, placement: Placement, purpose: str) -> Gathering:
+        dtype = self.compute_dtype or self.shard.dtype
+        return Gathering(self.shard, placement, self.group, dtype, self.traffic, purpose)
+
+    def _take_ahead(self) -> Gathering | None:
+        ahead, self._ahead = self._ahead, None
+        if ahead is None or (ahead.placement is self._placement and ahead.version == self.shard._version):
+            return ahead
+        # The layout or the weights have changed since, on every rank alike.
+        ahead.drop()
+        return None
+
+    def _follower(self) -> FullyShardedExperts | None:
+        """The layer to prefetch: none in a recomputation, which runs the layers in another order."""
+        place = self._order.index(self)
+        return None if place + 1 == len(self._order) or _in_backward() else self._order[place + 1]
+
+    def extra_repr(self) -> str:
+        return f"experts={self.experts}, {self.shape}, rank={self.group.rank}/{self.group.size}"
+
+
+def chain(layers: Sequence[FullyShardedExperts]) -> None:
+    """Say in which order layers run, so that each gathers the weights of the next while it computes.
+
+    Args:
+        layers: In the order of the forward pass; the backward pass uses the reverse.
+    """
+    order = list(layers)
+    for layer in order:
+        layer._order = order
+
+
+class _Pass:
+    """One forward pass of a layer: frees its gathered weights, and brings them back for the backward pass."""
+
+    def __init__(self, layer: FullyShardedExperts, placement: Placement) -> None:
+        self.layer = layer
+        self.placement = placement
+        self.freed = False
+        self.arriving: Gathering | None = None
+        self.returning: Returning | None = None
+        # Weak, because autograd alone decides how long the weights are wanted.
+        self.storage: StorageWeakRef | None = None
+        place = layer._order.index(layer)
+        self.before = layer._order[place - 1]._latest if place else None
+        layer._latest = self
+
+    def guard(self, results: Tensor, flat: Tensor) -> Tensor:
+        """`results`, before whose backward `flat` is brought back."""
+        guarded: Tensor = _Restore.apply(results, flat, self)  # type: ignore[no-untyped-call]
+        return guarded
+
+    def announce(self, output: Tensor) -> Tensor:
+        """`output` of the layer, before whose backward the weights set out, to arrive beside the tokens' gradients."""
+        announced: Tensor = _Announce.apply(output, self)  # type: ignore[no-untyped-call]
+        return announced
+
+    def free(self, flat: Tensor) -> None:
+        """Give up the memory of the weights, though autograd still refers to them."""
+        flat.untyped_storage().resize_(0)
+        self.freed = True
+
+    def start(self) -> None:
+        """Begin to gather the weights again, if they have been freed and are still wanted."""
+        if self.freed and self.arriving is None and self.storage and not self.storage.expired():
+            self.arriving = self.layer._start(self.placement, "weights.backward")
+
+    def restore(self, flat: Tensor) -> None:
+        """Bring the weights back.
+
+        Under activation checkpointing `flat` is not the tensor of this pass but a recomputed one, which is whole.
+        """
+        storage = flat.untyped_storage()
+        if not self.freed or self.storage is None or storage._cdata != self.storage.cdata:
+            return
+        self.start()
+        assert self.arriving is not None, "the storage is alive, since `flat` refers to it"
+        storage.resize_(flat.numel() * flat.element_size())
+        self.arriving.finish(flat)
+        self.arriving, self.freed = None, False
+
+
+class _Land(torch.autograd.Function):
+    """Identity on the shard; its backward adds up the gradients that have come back from the slots.
+
+    A node apart from `_Gather`, made before the dispatch, so that its backward runs last, and the gradients of weights
+    travel beside those of tokens.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, shard: Tensor, this: _Pass) -> Tensor:
+        ctx.this = this
+        ctx.save_for_backward(shard)
+        return shard.view_as(shard)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor, None]:
+        this: _Pass = ctx.this
+        (shard,) = ctx.saved_tensors
+        assert this.returning is not None, "_Gather.backward has run"
+        gradient, this.returning = this.returning.finish(shard), None
+        return gradient, None
+
+
+class _Gather(torch.autograd.Function):
+    """The weights of this rank's slots; its backward sends their gradients to the owners."""
+
+    @staticmethod
+    def forward(ctx: Any, shard: Tensor, gathering: Gathering, this: _Pass) -> Tensor:
+        ctx.this, ctx.shape = this, shard.shape
+        layer = this.layer
+        slots, width = len(this.placement.experts), layer.group.size * shard.shape[1]
+        flat = torch.empty(slots, width, dtype=layer.compute_dtype or shard.dtype, device=shard.device)
+        gathering.finish(flat)
+        this.storage = StorageWeakRef(flat.untyped_storage())
+        return flat
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        this: _Pass = ctx.this
+        this.returning = Returning(gradient, this.placement, this.layer.group, this.layer.traffic)
+        # Only tells _Land to run; the true gradient is still travelling.
+        return gradient.new_zeros(()).expand(ctx.shape), None, None
+
+
+class _Restore(torch.autograd.Function):
+    """Identity on the results of the experts; before their backward, it brings the weights back."""
+
+    @staticmethod
+    def forward(ctx: Any, results: Tensor, flat: Tensor, this: _Pass) -> Tensor:
+        ctx.this = this
+        # Saved through autograd: under activation checkpointing this becomes the recomputed tensor.
+        ctx.save_for_backward(flat)
+        return results.view_as(results)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        this: _Pass = ctx.this
+        (flat,) = ctx.saved_tensors
+        this.restore(flat)
+        if this.before is not None:
+            this.before.start()
+        return gradient, None, None
+
+
+class _Announce(torch.autograd.Function):
+    """Identity on the output of the layer; its backward starts to bring the weights back."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, this: _Pass) -> Tensor:
+        ctx.this = this
+        return output.view_as(output)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        ctx.this.start()
+        return gradient, None
+
+
+def _in_backward() -> bool:
+    """Whether autograd is running a backward pass on this thread, as it does while a checkpoint recomputes."""
+    return torch._C._current_graph_task_id() != -1

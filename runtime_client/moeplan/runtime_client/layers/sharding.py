@@ -1,0 +1,175 @@
+"""Experts in equal shards over a group: gathering the replicas of a layout, and returning their gradients.
+
+Every rank owns 1/N of every expert, whatever the layout (fully sharded experts: LAER-MoE, ASPLOS 2026; placement
+decoupled from optimizer state: SYMI, arXiv 2504.19925). A layout only decides which experts are gathered where.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moeplan.runtime_client.group import ExpertGroup, Traffic, Transfer, beside, join
+from moeplan.runtime_client.layers.copies import copy_strided, scatter_rows
+from moeplan.solvers.problem.arrays import Int64
+from moeplan.solvers.problem.layout import EMPTY, Layout
+
+__all__ = ["Gathering", "Placement", "Returning", "shard_width"]
+
+
+def shard_width(elements: int, size: int) -> int:
+    """Elements of one expert that each of `size` ranks owns; the last ranks' shards are padded."""
+    return -(-elements // size)
+
+
+class Placement:
+    """A layout as one rank of a group carries it out.
+
+    Attributes:
+        layout: The layout.
+        experts: Experts of this rank's filled slots, in slot order.
+        fingerprint: Number that differs between layouts (up to collisions of 62 bits).
+        filled: Filled slots of each rank.
+        replicas: int64[replicas], the expert of every replica in the order of devices and slots.
+        first: int64[experts], position in `replicas` of each expert's first one.
+        several: int64[n], experts with more than one replica, those with most in front.
+        rounds: Positions of the first replicas of the experts in `several`, of the second ones, and so on; as those
+            with most are in front, each covers a beginning of `several`. Empty if no expert has several.
+    """
+
+    def __init__(self, layout: Layout, group: ExpertGroup, device: torch.device) -> None:
+        if layout.devices != group.size:
+            raise ValueError(
+                f"layout.devices = {layout.devices}: the group has {group.size} ranks; plan for as many devices"
+            )
+        self.layout = layout
+        filled = layout.slots != EMPTY
+        self.filled: list[int] = filled.sum(axis=1).tolist()
+        self.experts: list[int] = layout.slots[group.rank][filled[group.rank]].tolist()
+        self.slots: list[int] = np.flatnonzero(filled[group.rank]).tolist()
+        digest = hashlib.blake2b(layout.slots.tobytes() + bytes(str(layout.slots.shape), "ascii"), digest_size=8)
+        self.fingerprint = int.from_bytes(digest.digest(), "little") >> 2
+        replicas = layout.slots[filled].astype(np.int64)
+        self.replicas = torch.from_numpy(replicas).to(device)
+        tables = (torch.from_numpy(table).to(device) for table in _by_expert(replicas, layout))
+        self.first, self.several, *self.rounds = tables
+
+
+def _by_expert(replicas: Int64, layout: Layout) -> list[Int64]:
+    """`first`, `several` and each of the `rounds` of a `Placement`."""
+    order = np.argsort(replicas, kind="stable")
+    start = layout.hosts.start[:-1]
+    several = np.argsort(-layout.replicas, kind="stable")[: (layout.replicas > 1).sum()]
+    most = int(layout.replicas[several].max(initial=0))
+    rounds = (order[start[several[layout.replicas[several] > nth]] + nth] for nth in range(most))
+    return [order[start], several, *rounds]
+
+
+class Gathering:
+    """The weights of this rank's slots, on their way from their owners.
+
+    Every rank of the group makes one at the same point of its program.
+
+    Args:
+        shard: [experts, width], this rank's part of every expert.
+        placement: The layout to gather.
+        group: The ranks.
+        dtype: Type that the weights travel and arrive in.
+        traffic: Counter of the bytes sent.
+        purpose: Key in `traffic`.
+    """
+
+    def __init__(
+        self,
+        shard: Tensor,
+        placement: Placement,
+        group: ExpertGroup,
+        dtype: torch.dtype,
+        traffic: Traffic,
+        purpose: str,
+    ) -> None:
+        self.placement = placement
+        self.version = shard._version
+        self._size = group.size
+        with beside(shard.device):
+            packed = shard.detach().to(dtype).index_select(0, placement.replicas)
+            receive = [len(placement.experts)] * group.size
+            self._transfer: Transfer | None = group.exchange(
+                packed, placement.filled, receive, weights=True, traffic=traffic, purpose=purpose
+            )
+
+    def finish(self, flat: Tensor) -> None:
+        """Wait, and write into `flat`, [filled slots, N * width]. On CUDA the current stream waits, not the host."""
+        assert self._transfer is not None, "a gathering is finished once"
+        with beside(flat.device):
+            received = self._transfer.wait()
+            slots, width = len(flat), received.shape[1]
+            # `data`: autograd need not know that a saved tensor is written, as its old values come back.
+            by_slot = flat.data.view(slots, self._size, width)
+            copy_strided(by_slot, received.view(self._size, slots, width).transpose(0, 1))
+            self._transfer = None
+        join(flat.device)
+
+    def drop(self) -> None:
+        """Wait for a gathering that is of no use, so that its buffers may go."""
+        if self._transfer is not None:
+            with beside(self._transfer.received.device):
+                self._transfer.wait()
+            self._transfer = None
+
+
+class Returning:
+    """Gradients of this rank's slots, on their way to the owners.
+
+    Args:
+        gradient: [filled slots, N * width].
+        placement: The layout that the slots were gathered by.
+        group: The ranks.
+        traffic: Counter of the bytes sent.
+    """
+
+    def __init__(self, gradient: Tensor, placement: Placement, group: ExpertGroup, traffic: Traffic) -> None:
+        self._placement = placement
+        self._gradient = gradient  # read on the side stream, so it must not be freed before
+        slots, width = len(gradient), gradient.shape[1] // group.size
+        with beside(gradient.device):
+            packed = gradient.new_empty(group.size, slots, width)
+            copy_strided(packed, gradient.view(slots, group.size, width).transpose(0, 1))
+            self._transfer = group.exchange(
+                packed.flatten(0, 1),
+                [slots] * group.size,
+                placement.filled,
+                weights=True,
+                traffic=traffic,
+                purpose="gradients",
+            )
+
+    def finish(self, like: Tensor) -> Tensor:
+        """Wait, and add up the replicas of each expert.
+
+        The sum is taken in float32 (float64 for double parameters) in the order of devices and slots, so it is the
+        same in every run.
+
+        Args:
+            like: [experts, width], the shard.
+
+        Returns:
+            [experts, width] in the dtype of `like`.
+        """
+        placement = self._placement
+        with beside(like.device):
+            received = self._transfer.wait()
+            total = received.index_select(0, placement.first).to(like.dtype)
+            if placement.rounds:
+                first, *others = placement.rounds
+                sums = received.index_select(0, first).to(torch.promote_types(like.dtype, torch.float32))
+                for rows in others:
+                    sums[: len(rows)] += received.index_select(0, rows)
+                scatter_rows(total, placement.several, sums.to(like.dtype))
+        join(like.device)
+        if like.device.type == "cuda":
+            total.record_stream(torch.cuda.current_stream(like.device))
+        return total

@@ -1,0 +1,1 @@
+"""Whole models: replacing their experts, checkpoints."""

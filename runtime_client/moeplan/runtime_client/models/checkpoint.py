@@ -1,0 +1,214 @@
+"""Checkpoints in the model's own logical form, whatever the number of ranks, the kind of layer and the layout."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.stateful import Stateful
+from torch.optim import Optimizer
+
+from moeplan.runtime_client.layers.resident import ResidentExperts
+from moeplan.runtime_client.layers.sharded import FullyShardedExperts
+
+__all__ = ["Pieces", "TrainingState", "logical_experts"]
+
+Layer = FullyShardedExperts | ResidentExperts
+_OUTER = "down_proj"
+
+
+class Pieces(Tensor):
+    """This rank's pieces of one logical tensor, which ``torch.distributed.checkpoint`` writes and reads in place.
+
+    It has the shape of the logical tensor, as that module expects, but no elements of its own and no operations.
+
+    Attributes:
+        offsets: Where each piece starts in it.
+        views: The pieces, views of what the rank holds.
+        held: What they are views of.
+    """
+
+    offsets: tuple[torch.Size, ...]
+    views: tuple[Tensor, ...]
+    held: Tensor
+
+    @staticmethod
+    def __new__(
+        cls, shape: torch.Size, offsets: tuple[torch.Size, ...], views: tuple[Tensor, ...], held: Tensor
+    ) -> Pieces:
+        pieces: Pieces = Tensor._make_wrapper_subclass(cls, shape, dtype=held.dtype, device=held.device)
+        pieces.offsets, pieces.views, pieces.held = offsets, views, held
+        return pieces
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        raise NotImplementedError(f"{function}: a logical tensor of which this rank holds pieces can only be saved")
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        return f"Pieces(shape={tuple(self.shape)}, offsets={[tuple(offset) for offset in self.offsets]})"
+
+    def __create_write_items__(self, fqn: str, _: object) -> list[WriteItem]:
+        properties = TensorProperties.create_from_tensor(self.held)
+        return [
+            WriteItem(
+                index=MetadataIndex(fqn, chunk.offsets),
+                type=WriteItemType.SHARD,
+                tensor_data=TensorWriteData(chunk=chunk, properties=properties, size=self.size()),
+            )
+            for chunk in self.__create_chunk_list__()
+        ]
+
+    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
+        return [ChunkStorageMetadata(offset, view.shape) for offset, view in zip(self.offsets, self.views, strict=True)]
+
+    def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
+        if index.offset is None:
+            raise ValueError(f"{index.fqn}: no offset; a logical tensor has pieces only")
+        return self.views[self.offsets.index(torch.Size(index.offset))]
+
+
+def logical_experts(layer: Layer, held: Tensor) -> dict[str, Pieces]:
+    """A layer's tensor as a fused experts module holds it.
+
+    Args:
+        layer: Whose layout of elements it has.
+        held: The layer's parameter, or a tensor of its shape such as an optimizer's state of it.
+
+    Returns:
+        ``gate_up_proj`` [experts, 2 * width, hidden] (``up_proj`` [experts, width, hidden] of a plain network) and
+        ``down_proj`` [experts, hidden, width].
+    """
+    shape = layer.shape
+    first, second = shape.parts
+    return {
+        _inner(layer): _pieces(layer, held, 0, (shape.inner_rows, shape.hidden)),
+        _OUTER: _pieces(layer, held, first, (second // shape.width, shape.width)),
+    }
+
+
+def _inner(layer: Layer) -> str:
+    return "gate_up_proj" if layer.shape.gated else "up_proj"
+
+
+def _pieces(layer: Layer, held: Tensor, start: int, matrix: tuple[int, int]) -> Pieces:
+    rows, columns = matrix
+    cut = list(_sharded(layer, held, start, rows, columns) if isinstance(layer, FullyShardedExperts) else
+               _resident(layer, held, start, rows, columns))  # fmt: skip
+    return Pieces(
+        torch.Size((layer.experts, rows, columns)),
+        tuple(torch.Size(offset) for offset, _ in cut),
+        tuple(view for _, view in cut),
+        held,
+    )
+
+
+def _sharded(
+    layer: FullyShardedExperts, held: Tensor, start: int, rows: int, columns: int
+) -> Iterator[tuple[tuple[int, int, int], Tensor]]:
+    """A range of a matrix's elements is at most three boxes: the end of a row, whole rows, the start of a row."""
+    width = held.shape[1]
+    own = layer.group.rank * width - start  # where this rank's columns start, counted in elements of the matrix
+    position, end = max(0, own), min(rows * columns, own + width)
+    while position < end:
+        row, column = divmod(position, columns)
+        if column == 0 and end - position >= columns:
+            box = ((end - position) // columns, columns)
+        else:
+            box = (1, min(columns - column, end - position))
+        taken = box[0] * box[1]
+        yield (0, row, column), held[:, position - own : position - own + taken].unflatten(1, box)
+        position += taken
+
+
+def _resident(
+    layer: ResidentExperts, held: Tensor, start: int, rows: int, columns: int
+) -> Iterator[tuple[tuple[int, int, int], Tensor]]:
+    """One box for each run of consecutive experts."""
+    owned = layer.homes.owned
+    breaks = [place for place in range(1, len(owned)) if owned[place] != owned[place - 1] + 1]
+    for low, high in zip([0, *breaks], [*breaks, len(owned)], strict=True):
+        if low < high:
+            part = held[low:high, start : start + rows * columns]
+            yield (owned[low], 0, 0), part.unflatten(1, (rows, columns))
+
+
+class TrainingState(Stateful):
+    """A model and its optimizers, to be saved and loaded by ``torch.distributed.checkpoint``.
+
+        dcp.save({"training": TrainingState(model, optimizer)}, checkpoint_id=folder)
+        dcp.load({"training": TrainingState(model, optimizer)}, checkpoint_id=folder)
+
+    Weights of experts, and what the optimizer keeps of them, are written under the names and in the shapes of a fused
+    experts module, each rank its part; all else once. So a checkpoint can be loaded with any number of ranks, into
+    fully sharded or resident experts with any layout or homes, and into the model as it was before `replace_experts`.
+
+    Args:
+        model: A model with layers of ours anywhere in it.
+        optimizers: Its optimizers; none to save or load weights alone.
+    """
+
+    def __init__(self, model: nn.Module, *optimizers: Optimizer) -> None:
+        self.model = model
+        self.optimizers = optimizers
+        # As torch names parameters here: without what wrappers for data parallelism and checkpointing add.
+        self._layers = {
+            name.replace("_checkpoint_wrapped_module.", "").removeprefix("module."): module
+            for name, module in model.named_modules()
+            if isinstance(module, FullyShardedExperts | ResidentExperts)
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Weights and optimizer state in logical form, as views of what the rank holds."""
+        model, optimizer = cast(tuple[dict[str, Any], dict[str, Any]], get_state_dict(self.model, self.optimizers))
+        for layer, own, logical in self._names():
+            held = model.pop(own)
+            model |= _renamed(logical, logical_experts(layer, held))
+            if own in optimizer.get("state", {}):
+                entries = optimizer["state"].pop(own)
+                for part, name in logical.items():
+                    optimizer["state"][name] = {
+                        key: logical_experts(layer, value)[part] if _like(value, held) else value
+                        for key, value in entries.items()
+                    }
+            for group in optimizer.get("param_groups", []):
+                group["params"] = [n for p in group["params"] for n in (logical.values() if p == own else [p])]
+        return {"model": model, "optimizer": optimizer} if self.optimizers else {"model": model}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Take over what was loaded into the tensors of `state_dict`."""
+        model, optimizer = dict(state_dict["model"]), dict(state_dict.get("optimizer", {}))
+        for _, own, logical in self._names():
+            first, *others = logical.values()
+            model[own] = model.pop(first).held
+            for name in others:
+                del model[name]
+            if first in optimizer.get("state", {}):
+                entries = optimizer["state"].pop(first)
+                optimizer["state"][own] = {k: v.held if isinstance(v, Pieces) else v for k, v in entries.items()}
+                for name in others:
+                    del optimizer["state"][name]
+            for group in optimizer.get("param_groups", []):
+                group["params"] = [own if p == first else p for p in group["params"] if p not in others]
+        set_state_dict(self.model, self.optimizers, model_state_dict=model, optim_state_dict=optimizer)
+
+    def _names(self) -> Iterator[tuple[Layer, str, dict[str, str]]]:
+        """Every layer, the name of its parameter, and the logical names by part."""
+        for name, layer in self._layers.items():
+            prefix = f"{name}." if name else ""
+            own = prefix + ("shard" if isinstance(layer, FullyShardedExperts) else "flat")
+            yield layer, own, {part: prefix + part for part in (_inner(layer), _OUTER)}
+
+
+def _renamed(names: dict[str, str], parts: dict[str, Pieces]) -> dict[str, Pieces]:
+    return {names[part]: pieces for part, pieces in parts.items()}
+
+
+def _like(value: object, held: Tensor) -> bool:
+    return isinstance(value, Tensor) and value.shape == held.shape

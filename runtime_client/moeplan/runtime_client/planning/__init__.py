@@ -1,0 +1,1 @@
+"""Between the ranks and the planner: statistics up, agreed layouts down."""

@@ -1,0 +1,194 @@
+"""What a training loop calls once per step: counts go to the planner, and its layouts come into force on all ranks."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import time
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+import torch.distributed as dist
+
+from moeplan.runtime_client.planning.aggregation import Aggregation, Reporting, leaders
+from moeplan.runtime_client.planning.agreement import Agreement
+from moeplan.runtime_client.planning.planner_stream import Login, PlannerStream, StreamStatus, write_tensor
+from moeplan.solvers.problem.arrays import Int64
+from moeplan.solvers.problem.layout import Layout
+from moeplan.v1 import job_pb2, problem_pb2
+
+__all__ = ["PlannerSession"]
+
+log = logging.getLogger("moeplan")
+
+FOLLOWS = 2**62
+"""Vote of a rank whose leader holds the plans."""
+
+
+class PlannerSession:
+    """A rank's part in a planned job. The planner may be absent, slow or gone at any time; training goes on.
+
+    Every rank of the group makes one at the same point, and calls `step` at the end of every training step. New layouts
+    come into force on all ranks between the same two steps, or on none.
+
+        with PlannerSession("127.0.0.1:7433", "my-run", [layer.layout for layer in layers], apply, slots=5) as session:
+            for batch in data:
+                train(batch)
+                session.step(recorder.step())
+
+    The incarnation, which fences off ranks of an earlier start, is the time when the ranks met: the latest of their
+    clocks, in milliseconds. Torchrun's restart count alone would not do, as it is 0 again when a run is launched anew,
+    and stays when a node is lost.
+
+    Args:
+        address: The daemon, ``host:port`` or ``unix:path``.
+        job_id: Id of the job, 1 to 63 of a-z, 0-9 and -; one per expert-parallel group.
+        layouts: Layouts in force, one per MoE layer.
+        apply: Puts layouts into force, one per layer; called between two steps.
+        slots: Replicas that a rank can hold, alike on all ranks.
+        ranks: Global ranks of the group; all by default. Every rank of the *world* makes a session where the groups are
+            several, each with the ranks of its own group, as `torch.distributed.new_group` demands it.
+        job: More about the job: costs, policy, forecast, when to re-plan; its cluster, layers, experts, initial layouts
+            and incarnation are filled in.
+        reporting: How many streams there are.
+        login: Token and certificates.
+        timeout: How long to wait for another rank.
+
+    Raises:
+        AgreementError: a rank did not come in time.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        job_id: str,
+        layouts: Sequence[Layout],
+        apply: Callable[[Sequence[Layout]], None],
+        *,
+        slots: int,
+        ranks: Sequence[int] | None = None,
+        job: job_pb2.Job | None = None,
+        reporting: Reporting = "rank",
+        login: Login | None = None,
+        timeout: timedelta = timedelta(minutes=5),
+    ) -> None:
+        self._apply = apply
+        self._group, self._rank, self._size = _side_group(ranks, timeout)
+        self._shape = (len(layouts), layouts[0].devices, slots)
+        self._experts = layouts[0].experts
+        incarnation, nodes = _meet(self._group, self._rank, self._size)
+        self._aggregation = Aggregation(leaders(reporting, nodes), self._rank, self._group, timeout=timeout)
+        self._agreement = Agreement(self._group, timeout=timeout)
+        self._stream = None
+        self._step = 0
+        self.switches = 0
+        if self._aggregation.leads:
+            described = _describe(job or job_pb2.Job(), layouts, slots, nodes, self._size, incarnation)
+            self._stream = PlannerStream(
+                address, job_id, described, self._rank, reports_for=self._aggregation.members, login=login
+            )
+
+    @property
+    def version(self) -> int:
+        """Version of the layouts in force; 0 for those of the start."""
+        return self._agreement.in_force
+
+    @property
+    def status(self) -> StreamStatus | None:
+        """How this rank's line to the planner is; None on a rank that another reports for."""
+        return None if self._stream is None else self._stream.status
+
+    def step(self, counts: Int64 | None) -> bool:
+        """End a training step.
+
+        Args:
+            counts: int64[layers, experts], tokens of this rank in a step, as `Recorder.step` returns them; None on all
+                ranks alike where there are none yet.
+
+        Returns:
+            Whether new layouts are in force.
+
+        Raises:
+            AgreementError: a rank did not come in time.
+        """
+        if counts is not None:
+            self._report(self._aggregation.exchange(self._step, counts))
+        stream = self._stream
+        newest = FOLLOWS if stream is None else stream.newest
+        version = self._agreement.vote(newest, lambda v: stream is None or stream.plan(v) is not None)
+        self._step += 1
+        if version is None:
+            return False
+        held = None if stream is None else stream.plan(version)
+        self._apply(self._aggregation.share(None if held is None else held.layouts, self._shape, self._experts))
+        self.switches += 1
+        if stream is not None:
+            stream.applied(version, self._step)
+        return True
+
+    def _report(self, collected: tuple[int, Int64] | None) -> None:
+        if collected is not None and self._stream is not None:
+            self._stream.report(*collected)
+
+    def close(self) -> None:
+        """Take leave of the planner and of the other ranks; every rank calls it."""
+        try:
+            self._agreement.finish()
+            self._report(self._aggregation.finish())
+        finally:
+            if self._stream is not None:
+                self._stream.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.close()
+        elif self._stream is not None:  # other ranks may not come any more
+            self._stream.close(1.0)
+
+
+def _side_group(ranks: Sequence[int] | None, timeout: timedelta) -> tuple[dist.ProcessGroup | None, int, int]:
+    """A gloo group of the ranks, this rank in it, and their number."""
+    if not dist.is_initialized():
+        return None, 0, 1
+    members = list(range(dist.get_world_size())) if ranks is None else list(ranks)
+    group = dist.new_group(members, timeout=timeout, backend="gloo", use_local_synchronization=ranks is not None)
+    return group, members.index(dist.get_rank()), len(members)
+
+
+def _meet(group: dist.ProcessGroup | None, rank: int, size: int) -> tuple[int, list[int]]:
+    """(incarnation, node of each rank): the latest clock in milliseconds, and nodes by host name."""
+    mine = (int(time.time() * 1e3), os.environ.get("GROUP_RANK", ""), socket.gethostname())
+    everyone: list[tuple[int, str, str]] = [mine] * size
+    if group is not None:
+        dist.all_gather_object(everyone, mine, group=group)
+    hosts = [where[1:] for where in everyone]
+    names = list(dict.fromkeys(hosts))
+    return max(clock for clock, *_ in everyone), [names.index(host) for host in hosts]
+
+
+def _describe(
+    job: job_pb2.Job, layouts: Sequence[Layout], slots: int, nodes: Sequence[int], ranks: int, incarnation: int
+) -> job_pb2.Job:
+    width = max(layout.slots.shape[1] for layout in layouts)
+    initial = np.full((len(layouts), layouts[0].devices, width), -1, np.int64)
+    for layer, layout in enumerate(layouts):
+        initial[layer, :, : layout.slots.shape[1]] = layout.slots
+    described = job_pb2.Job()
+    described.CopyFrom(job)
+    if not described.HasField("cluster"):
+        described.cluster.CopyFrom(problem_pb2.Cluster(node=list(nodes)))
+    del described.cluster.slots[:]
+    described.cluster.slots.extend([slots] * layouts[0].devices)
+    described.layers, described.experts, described.ranks = len(layouts), layouts[0].experts, ranks
+    described.initial_layouts.CopyFrom(write_tensor(initial))
+    described.incarnation = incarnation
+    return described

@@ -1,0 +1,1 @@
+"""Counting what routers choose, without changing the training."""

@@ -1,0 +1,74 @@
+"""The public names, once: `__init__.py` reads them from here, and so do type checkers."""
+
+from .affinity.placement import AffinityPlan, crossings, place_by_affinity
+from .plan.cost import LAER, STEP, Cost, CostModel
+from .plan.parameters import SolveParameters
+from .plan.plan import Plan
+from .policies.registry import Policy, Progress, available_policies, policy
+from .problem.cluster import Cluster, Link
+from .problem.constraints import Constraints
+from .problem.demand import Demand
+from .problem.errors import InfeasibleError, ProblemError
+from .problem.forecast import Widening, widened
+from .problem.layout import EMPTY, Layout
+from .problem.moves import Moves
+from .problem.problem import ExpertSpec, Problem
+from .routing.balanced_assignment import Assignment, balanced_assignment, optimal_assignment
+from .solving.layers import solve_layers
+from .solving.sharing import Shares, share_slots
+from .solving.solver import evaluate, solve, solve_anytime
+from .solving.warm import warm_up
+from .spill.llep import LlepPlanner
+from .spill.options import NO_CAP, SpillOptions, transfer_tokens
+from .spill.quota import QuotaPlanner
+from .spill.reference import ExactSpill, solve_exactly
+from .spill.spill_plan import SpillPlan
+from .split.rules import Split
+
+__all__ = [
+    "EMPTY",
+    "LAER",
+    "NO_CAP",
+    "STEP",
+    "AffinityPlan",
+    "Assignment",
+    "Cluster",
+    "Constraints",
+    "Cost",
+    "CostModel",
+    "Demand",
+    "ExactSpill",
+    "ExpertSpec",
+    "InfeasibleError",
+    "Layout",
+    "Link",
+    "LlepPlanner",
+    "Moves",
+    "Plan",
+    "Policy",
+    "Problem",
+    "ProblemError",
+    "Progress",
+    "QuotaPlanner",
+    "Shares",
+    "SolveParameters",
+    "SpillOptions",
+    "SpillPlan",
+    "Split",
+    "Widening",
+    "available_policies",
+    "balanced_assignment",
+    "crossings",
+    "evaluate",
+    "optimal_assignment",
+    "place_by_affinity",
+    "policy",
+    "share_slots",
+    "solve",
+    "solve_anytime",
+    "solve_exactly",
+    "solve_layers",
+    "transfer_tokens",
+    "warm_up",
+    "widened",
+]

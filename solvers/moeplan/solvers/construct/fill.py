@@ -1,0 +1,50 @@
+"""Using the slots that a construction left empty."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from moeplan.solvers.problem.arrays import Float64, Int32
+from moeplan.solvers.problem.kernel import kernel
+
+__all__ = ["fill"]
+
+
+@kernel
+def fill(slots: Int32, loads: Float64, capacity: Int32) -> None:
+    """Give every empty slot the expert with the largest load per replica that its device does not hold yet.
+
+    A further replica never makes the best split worse, and it widens what later splits can do. Slots are visited
+    round by round over the devices, so that the hottest experts spread.
+
+    Args:
+        slots: int32[devices, width], changed in place; replicas of a device come first.
+        loads: float64[experts].
+        capacity: int32[devices], at most the number of experts.
+    """
+    devices, width = slots.shape
+    experts = len(loads)
+    replicas = np.zeros(experts, np.int32)
+    on = np.zeros((devices, experts), np.bool_)
+    used = np.zeros(devices, np.int32)
+    for d in range(devices):
+        for c in range(width):
+            if slots[d, c] >= 0:
+                replicas[slots[d, c]] += 1
+                on[d, slots[d, c]] = True
+                slots[d, used[d]] = slots[d, c]
+                if used[d] < c:
+                    slots[d, c] = -1
+                used[d] += 1
+    for c in range(width):
+        for d in range(devices):
+            if used[d] != c or c >= capacity[d]:
+                continue
+            best = -1
+            for e in range(experts):
+                if not on[d, e] and (best < 0 or loads[e] * replicas[best] > loads[best] * replicas[e]):
+                    best = e
+            slots[d, c] = best
+            used[d] += 1
+            on[d, best] = True
+            replicas[best] += 1

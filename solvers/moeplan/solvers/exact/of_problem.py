@@ -1,0 +1,54 @@
+"""The exact model of a whole problem."""
+
+from __future__ import annotations
+
+from moeplan.solvers.exact.model import Effort, Model
+from moeplan.solvers.exact.run import run
+from moeplan.solvers.problem.arrays import Int32
+from moeplan.solvers.problem.errors import InfeasibleError, ProblemError
+from moeplan.solvers.problem.problem import Problem
+
+__all__ = ["any_layout", "whole"]
+
+SEARCH = 5.0
+"""Deterministic seconds that the search for any valid layout may take."""
+
+
+def whole(problem: Problem, incumbent: Int32 | None) -> Model:
+    """The model of all scenarios that have tokens, started from a layout int32[devices, width] if there is one."""
+    with_tokens = problem.mean_level > 0
+    limits, expert = problem.limits, problem.expert
+    return Model(
+        problem.loads[with_tokens],
+        problem.demand.weights[with_tokens] / problem.mean_level[with_tokens],
+        problem.cluster.speed,
+        problem.capacity,
+        incumbent,
+        None if limits.free and not limits.moves_limited else limits,
+        problem.cluster.memory_bytes if expert.activation_bytes else None,
+        expert.weight_bytes + expert.state_bytes,
+        expert.activation_bytes,
+        tail=problem.tail,
+    )
+
+
+def any_layout(problem: Problem, solver: str, deadline: float | None) -> Int32:
+    """A valid layout, int32[devices, width], where simpler ways found none.
+
+    Raises:
+        InfeasibleError: there is none.
+        ProblemError: none was found with the work allowed.
+    """
+    from moeplan.solvers.construct.repair import table
+
+    answer = run(whole(problem, None), solver, Effort(deadline, SEARCH))
+    if answer.placed is not None:
+        return table(problem, answer.placed)
+    limits = list(problem.constraints.names)
+    if problem.max_moves is not None:
+        limits.append("max_moves")
+    if problem.cluster.memory_bytes is not None:
+        limits.append("cluster.memory_bytes")
+    if answer.status == "infeasible":
+        raise InfeasibleError("constraints", ", ".join(limits), "no layout satisfies them together; relax one of them")
+    raise ProblemError("constraints", ", ".join(limits), "no layout was found in time; allow more time, or relax one")

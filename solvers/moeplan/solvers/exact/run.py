@@ -1,0 +1,76 @@
+"""Running a model under a deadline that the solver itself may overstep: the incumbent is always our own."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from functools import partial
+
+from moeplan.solvers.exact.model import Answer, Effort, Model, OutOfTime, Report
+from moeplan.solvers.problem.arrays import Bool
+
+__all__ = ["require", "run"]
+
+MARGIN_S = 0.03
+"""What a solver is told to leave of the time, because it looks at its clock rarely."""
+
+
+def run(model: Model, solver: str, effort: Effort) -> Answer:
+    """Solve by `cpsat`, `highs`, `cbc` or another solver of PuLP's, and return in time.
+
+    With a deadline the solver works in a thread of its own. If it is late, the answer is the last placement that it
+    reported, and it ends on its own soon after.
+
+    Raises:
+        ProblemError: there is no such solver.
+    """
+    found: list[Bool] = []
+    if effort.deadline is None:
+        return _backend(model, solver)(model, effort, found.append)
+    early = Effort(effort.deadline - MARGIN_S, effort.work, effort.threads, effort.seed, effort.gap)
+    if early.deadline is not None and early.deadline <= time.perf_counter():
+        return Answer(None, 0.0, "unknown")
+    answers: list[Answer] = []
+    errors: list[Exception] = []
+
+    def work() -> None:
+        try:
+            answers.append(_backend(model, solver)(model, early, found.append))
+        except OutOfTime:
+            pass
+        except Exception as error:  # raised again in the caller's thread
+            errors.append(error)
+
+    thread = threading.Thread(target=work, name="moeplan-solver")
+    thread.start()
+    thread.join(effort.seconds)
+    if errors:
+        raise errors[0]
+    if answers:
+        return answers[0]
+    return Answer(found[-1] if found else None, 0.0, "feasible" if found else "unknown")
+
+
+def require(solver: str) -> None:
+    """Refuse a solver that is not there.
+
+    Raises:
+        ProblemError: it is neither CP-SAT nor known to PuLP.
+    """
+    if solver != "cpsat":
+        from moeplan.solvers.exact import pulp
+
+        pulp.require(solver)
+
+
+def _backend(model: Model, solver: str) -> Callable[[Model, Effort, Report], Answer]:
+    # Both libraries take a while to import.
+    if solver == "cpsat":
+        from moeplan.solvers.exact import cpsat
+        from moeplan.solvers.exact import partition_model as grouping
+
+        return grouping.solve if grouping.applies(model) else cpsat.solve
+    from moeplan.solvers.exact import pulp
+
+    return partial(pulp.solve, name=solver)

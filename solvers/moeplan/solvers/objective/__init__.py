@@ -1,0 +1,1 @@
+"""The one place that turns loads into the number that plans are compared by."""

@@ -1,0 +1,1 @@
+"""The answer, its cost in seconds, and how hard to try for it."""

@@ -1,0 +1,166 @@
+"""Lower bounds on the largest load per speed of any layout and any split, for one scenario.
+
+Proved for arbitrary loads; the LP relaxation of the placement problem never exceeds the first of them. Notation: loads
+w_e sorted downwards, devices of speed v_d, S slots in all, R = S - E spare slots.
+
+    average     W / sum of speeds
+    adams       every expert e needs enough replicas that its share fits the fastest devices, and replicas are limited;
+                for equal speeds min over r of max w_e / r_e, which Adams' divisor method attains
+    exclusive   the k hottest experts sit on b devices; the others cannot touch all experts, so the coldest of the rest
+                live only on those b devices as well
+    pigeonhole  at most R experts are split, so among the j D + 1 + R hottest j D + 1 are whole and j + 1 of them meet
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from moeplan.solvers.problem.arrays import Float64, Int32, Int64
+from moeplan.solvers.problem.kernel import kernel
+
+__all__ = ["adams", "average", "even_split", "exclusive", "lower_bound", "lower_bounds", "pigeonhole"]
+
+
+@kernel
+def average(hot: Float64, speed: Float64) -> float:
+    """LB1: all loads over all speeds. `hot` float64[experts] descending, `speed` float64[devices] descending."""
+    return hot.sum() / speed.sum()
+
+
+@kernel
+def adams(hot: Float64, speed: Float64, slots: int) -> float:
+    """LB2: the least M at which the experts' replica needs fit into `slots`.
+
+    At M an expert needs the fewest r with ``M * (v_1 + .. + v_r) >= w_e``, at most one replica per device. The least M
+    is some ``w_e / (v_1 + .. + v_r)``; a greedy finds it by giving the next slot to the expert with the largest one.
+    """
+    experts, devices = len(hot), len(speed)
+    fastest = np.cumsum(speed)
+    share = np.empty(experts)
+    replicas = np.ones(experts, np.int64)
+    for e in range(experts):
+        share[e] = hot[e] / fastest[0]
+    # Hottest experts come first, and an expert's share only falls: a heap, kept implicit by a bounded scan.
+    reach = 1
+    for _ in range(slots - experts):
+        top = 0
+        for e in range(1, reach):
+            if share[e] > share[top]:
+                top = e
+        if replicas[top] == devices:
+            break
+        share[top] = hot[top] / fastest[replicas[top]]
+        replicas[top] += 1
+        if top == reach - 1 and reach < experts:
+            reach += 1
+    return share[:reach].max()
+
+
+@kernel
+def exclusive(hot: Float64, speed: Float64, capacity: Int64) -> float:
+    """LB3: the hottest experts and those that no other device can reach. `capacity` int64[devices] descending."""
+    experts, devices = len(hot), len(speed)
+    spare = capacity.sum() - experts
+    fastest = np.cumsum(speed)
+    reachable = np.zeros(devices + 1, np.int64)  # experts that the devices outside a set of b can touch at most
+    for n in range(devices):
+        reachable[n + 1] = reachable[n] + capacity[n]
+    heat = np.zeros(experts + 1)
+    for e in range(experts):
+        heat[e + 1] = heat[e] + hot[e]
+    best = 0.0
+    for k in range(1, min(experts, devices) + 1):
+        weakest = np.inf
+        for b in range(1, min(devices, k + spare) + 1):
+            stranded = min(experts, max(0, experts - reachable[devices - b]))
+            extra = max(0, stranded - k)
+            bound = (heat[k] + heat[experts] - heat[experts - extra]) / fastest[b - 1]
+            weakest = min(weakest, bound)
+            if weakest <= best:
+                break
+        best = max(best, weakest)
+    return best
+
+
+@kernel
+def pigeonhole(hot: Float64, speed: Float64, slots: int) -> float:
+    """LB4: whole experts that must share a device."""
+    experts, devices = len(hot), len(speed)
+    spare = slots - experts
+    best = 0.0
+    j = 0
+    while j * devices + spare < experts:
+        last = j * devices + spare
+        together = 0.0
+        for e in range(last - j, last + 1):
+            together += hot[e]
+        best = max(best, together / speed[0])
+        j += 1
+    return best
+
+
+@kernel
+def _bounds(loads: Int64, speed: Float64, capacity: Int32) -> Float64:
+    hot = np.sort(loads.astype(np.float64))[::-1].copy()
+    fast = np.sort(speed)[::-1].copy()
+    room = np.sort(capacity.astype(np.int64))[::-1].copy()
+    slots = room.sum()
+    return np.array(
+        [average(hot, fast), adams(hot, fast, slots), exclusive(hot, fast, room), pigeonhole(hot, fast, slots)]
+    )
+
+
+@kernel
+def lower_bound(tokens: Int64, speed: Float64, capacity: Int32) -> Float64:
+    """The best bound of each scenario.
+
+    Args:
+        tokens: int64[scenarios, experts].
+        speed: float64[devices].
+        capacity: int32[devices], replicas that each device can hold; together at least one per expert.
+
+    Returns:
+        float64[scenarios], tokens per unit of speed.
+    """
+    best = np.empty(len(tokens))
+    equal = (speed == speed[0]).all()
+    devices = len(speed)
+    # With this many spare slots the average is attainable (see `sliding_window`), so no bound exceeds it.
+    perfect = equal and (capacity == capacity[0]).all() and tokens.shape[1] <= devices * (capacity[0] - 1) + 1
+    for s in range(len(tokens)):
+        if perfect:
+            best[s] = tokens[s].sum() / speed.sum()
+        else:
+            best[s] = _bounds(tokens[s], speed, capacity).max()
+        if equal:  # tokens are whole, so the largest load of equal devices is too
+            best[s] = np.ceil(best[s] * speed[0] * (1 - 1e-14)) / speed[0]
+    return best
+
+
+def lower_bounds(loads: Int64, speed: Float64, capacity: Int32) -> dict[str, float]:
+    """Each bound by name, for one scenario; see `lower_bound` for the arguments."""
+    values = _bounds(loads, speed, capacity)
+    return dict(zip(("average", "adams", "exclusive", "pigeonhole"), values.tolist(), strict=True))
+
+
+def even_split(loads: Int64, replicas: Int32, devices: int, slots: int) -> float:
+    """A bound for equal devices whose replicas each take an even share, for given replica counts.
+
+    With items p = w_e / r_e sorted downwards, k D + 1 of them are more than k per device, so k + 1 meet on one device
+    together with at least the smallest items that fill its other slots (all slots are used).
+
+    Args:
+        loads: int64[experts].
+        replicas: int32[experts], summing to ``devices * slots``.
+        devices: Number of devices, of speed 1.
+        slots: Slots of each.
+    """
+    items = np.sort(np.repeat(loads / replicas, replicas))[::-1]
+    smallest = np.concatenate([[0.0], np.cumsum(items[::-1])])
+    best = float(items.sum() / devices)
+    for k in range(slots):
+        if k * devices >= len(items):
+            break
+        meeting = items[k * devices - k : k * devices + 1].sum()
+        best = max(best, float(meeting + smallest[slots - 1 - k]))
+    return best

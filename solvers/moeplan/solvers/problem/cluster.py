@@ -1,0 +1,143 @@
+"""The machines: devices, their slots, speeds, memories and links."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from moeplan.solvers.problem.arrays import Float64, Int32, Int64, floats, integers
+from moeplan.solvers.problem.errors import ProblemError
+
+__all__ = ["Cluster", "Link"]
+
+MAX_DEVICES = 65_536
+MAX_SLOTS = 65_536
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """One class of links, in the alpha-beta model: a message of n bytes takes ``latency_s + n / bytes_per_s``.
+
+    Attributes:
+        bytes_per_s: Bandwidth in one direction; infinity makes the link free.
+        latency_s: Time of an empty message.
+    """
+
+    bytes_per_s: float
+    latency_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not self.bytes_per_s > 0:
+            raise ProblemError("link.bytes_per_s", self.bytes_per_s, "must be above 0 (infinity is allowed)")
+        if not 0 <= self.latency_s < float("inf"):
+            raise ProblemError("link.latency_s", self.latency_s, "must be finite and at least 0")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Cluster:
+    """Devices that host expert replicas. Device indices are the ranks of the expert-parallel group.
+
+    Attributes:
+        slots: int32[devices], replicas that each device can hold; may differ between devices, may be 0.
+        node: int32[devices], node of each device, 0..nodes-1.
+        speed: float64[devices], relative tokens per second; 1.0 is a device that runs at
+            ``ExpertSpec.seconds_per_token``.
+        memory_bytes: int64[devices] available for experts, or None where memory is no limit.
+        intra_node: Link between two devices of one node.
+        inter_node: Link between two devices of different nodes.
+
+    Raises:
+        ProblemError: a field is out of range, or the arrays differ in length.
+    """
+
+    slots: Int32
+    node: Int32
+    speed: Float64
+    memory_bytes: Int64 | None = None
+    intra_node: Link = field(default=Link(400e9))
+    inter_node: Link = field(default=Link(50e9))
+
+    def __post_init__(self) -> None:
+        set_ = object.__setattr__
+        set_(
+            self,
+            "slots",
+            integers("cluster.slots", self.slots, ndim=1, dtype=np.int32, low=0, high=MAX_SLOTS),
+        )
+        if not 1 <= self.devices <= MAX_DEVICES:
+            raise ProblemError("cluster.devices", self.devices, f"must be 1 to {MAX_DEVICES}")
+        set_(self, "node", integers("cluster.node", self.node, ndim=1, dtype=np.int32, low=0))
+        set_(self, "speed", floats("cluster.speed", self.speed, ndim=1, positive=True))
+        if self.memory_bytes is not None:
+            set_(self, "memory_bytes", integers("cluster.memory_bytes", self.memory_bytes, ndim=1, low=0))
+        for name in ("node", "speed", "memory_bytes"):
+            values = getattr(self, name)
+            if values is not None and len(values) != self.devices:
+                raise ProblemError(
+                    f"cluster.{name}", f"{len(values)} values", f"must have one per device ({self.devices})"
+                )
+        if len(np.unique(self.node)) != self.nodes:
+            raise ProblemError("cluster.node", np.unique(self.node).tolist(), "must use every number from 0 upward")
+
+    @classmethod
+    def uniform(
+        cls,
+        devices: int,
+        slots: int,
+        *,
+        nodes: int = 1,
+        speed: npt.ArrayLike | None = None,
+        memory_bytes: int | npt.ArrayLike | None = None,
+        intra_node: Link = Link(400e9),
+        inter_node: Link = Link(50e9),
+    ) -> Cluster:
+        """`devices` devices of `slots` slots each, in `nodes` contiguous blocks as equal as possible.
+
+        Args:
+            devices: Number of devices.
+            slots: Slots per device.
+            nodes: Number of nodes; `devices` need not be a multiple of it.
+            speed: One value per device; 1.0 each by default.
+            memory_bytes: One value for all devices or one per device; unlimited by default.
+            intra_node: Link inside a node.
+            inter_node: Link between nodes.
+
+        Raises:
+            ProblemError: a value is out of range.
+        """
+        if not 1 <= devices <= MAX_DEVICES:
+            raise ProblemError("cluster.devices", devices, f"must be 1 to {MAX_DEVICES}")
+        if not 1 <= nodes <= devices:
+            raise ProblemError("cluster.nodes", nodes, f"must be 1 to the number of devices ({devices})")
+        if not 0 <= slots <= MAX_SLOTS:
+            raise ProblemError("cluster.slots", slots, f"must be 0 to {MAX_SLOTS}")
+        return cls(
+            slots=np.full(devices, slots, np.int32),
+            node=np.arange(devices, dtype=np.int64).astype(np.int32) * nodes // devices,
+            speed=np.ones(devices) if speed is None else np.asarray(speed, np.float64),
+            memory_bytes=None if memory_bytes is None else np.broadcast_to(np.asarray(memory_bytes), (devices,)),
+            intra_node=intra_node,
+            inter_node=inter_node,
+        )
+
+    @property
+    def devices(self) -> int:
+        """Number of devices."""
+        return len(self.slots)
+
+    @property
+    def nodes(self) -> int:
+        """Number of nodes."""
+        return int(self.node.max()) + 1
+
+    @property
+    def total_slots(self) -> int:
+        """Slots of all devices together."""
+        return int(self.slots.sum())
+
+    @property
+    def max_slots(self) -> int:
+        """Slots of the largest device: the width of a layout."""
+        return int(self.slots.max())

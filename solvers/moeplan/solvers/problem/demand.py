@@ -1,0 +1,87 @@
+"""What the router asks for: tokens of each expert from each source, in one or several scenarios."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from moeplan.solvers.problem.arrays import MAX_TOKENS, Float64, Int64, floats, integers
+from moeplan.solvers.problem.errors import ProblemError
+
+__all__ = ["Demand"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Demand:
+    """Routed (token, expert) pairs of one MoE layer.
+
+    Attributes:
+        tokens: int64[scenarios, sources, experts]. A scenario is the demand of one step that the plan should suit;
+            a source is the rank whose tokens are routed. One source means that origins are not known.
+        weights: float64[scenarios], importance of each scenario, summing to 1.
+
+    Raises:
+        ProblemError: `tokens` is not an integer array of three dimensions, is empty, holds a negative count, or a
+            scenario's total exceeds 2**53.
+    """
+
+    tokens: Int64
+    weights: Float64
+
+    def __post_init__(self) -> None:
+        set_ = object.__setattr__
+        set_(self, "tokens", integers("demand.tokens", self.tokens, ndim=3, low=0, high=MAX_TOKENS))
+        if self.tokens.size == 0:
+            raise ProblemError("demand.tokens", f"array of shape {self.tokens.shape}", "must not be empty")
+        if self.tokens.sum(axis=(1, 2), dtype=np.float64).max() > MAX_TOKENS:
+            raise ProblemError("demand.tokens", "a scenario's total", f"must be at most {MAX_TOKENS}")
+        weights = floats("demand.weights", self.weights, ndim=1)
+        if len(weights) != self.scenarios:
+            raise ProblemError(
+                "demand.weights", f"{len(weights)} values", f"must have one per scenario ({self.scenarios})"
+            )
+        total = weights.sum()
+        if total <= 0:
+            raise ProblemError("demand.weights", weights.tolist(), "at least one must be above 0")
+        weights = weights / total
+        weights.flags.writeable = False
+        set_(self, "weights", weights)
+
+    @classmethod
+    def of(cls, tokens: npt.ArrayLike, weights: npt.ArrayLike | None = None) -> Demand:
+        """A demand from counts of one, two or three dimensions.
+
+        Args:
+            tokens: Integers [experts], [sources, experts] or [scenarios, sources, experts].
+            weights: One per scenario; equal by default.
+
+        Raises:
+            ProblemError: the counts are invalid.
+        """
+        array = np.asarray(tokens)
+        if not 1 <= array.ndim <= 3:
+            raise ProblemError("demand.tokens", f"array of shape {array.shape}", "must have 1, 2 or 3 dimensions")
+        array = array[(np.newaxis,) * (3 - array.ndim)]
+        return cls(array, np.ones(len(array)) if weights is None else np.asarray(weights, np.float64))
+
+    @property
+    def scenarios(self) -> int:
+        """Number of scenarios."""
+        return self.tokens.shape[0]
+
+    @property
+    def sources(self) -> int:
+        """Number of sources."""
+        return self.tokens.shape[1]
+
+    @property
+    def experts(self) -> int:
+        """Number of experts."""
+        return self.tokens.shape[2]
+
+    def loads(self) -> Int64:
+        """int64[scenarios, experts]: tokens of each expert from all sources."""
+        loads: Int64 = self.tokens.sum(axis=1)
+        return loads

@@ -1,0 +1,105 @@
+"""From the last steps to the demands that a layout should suit.
+
+The steps themselves are few, and a layout that is searched for them alone is perfect for them and for nothing else. So
+each scenario is one of the last steps, newer ones more often, and moved about as the window says that experts move from
+one step to the next: every expert by itself, and all of them together along the changes that were seen, which keeps
+what rises and falls with what. The changes can be taken wider than they were.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from moeplan.solvers.problem.arrays import Float64, Int64
+from moeplan.solvers.problem.demand import Demand
+from moeplan.solvers.problem.errors import ProblemError
+
+__all__ = ["Widening", "widened"]
+
+OUTLIER = 2.5
+"""Changes count up to this many of an expert's usual ones: a shift of domain says nothing about the usual spread."""
+
+NORMAL_MEDIAN = 0.6745
+"""Median of the absolute value of a standard normal variable."""
+
+
+@dataclass(frozen=True, slots=True)
+class Widening:
+    """How scenarios are drawn from a window; see `docs/uncertainty.md` for what was tried.
+
+    Attributes:
+        scenarios: How many, even.
+        newest: Weight of the newest step; each older one has this part of what the newer ones leave.
+        spread: How much wider than the changes seen; 0 keeps the steps as they were.
+        together: Part of the variance that experts share, along the changes seen; the rest is each expert's own.
+        seed: Seed of the draws.
+    """
+
+    scenarios: int = 16
+    newest: float = 0.5
+    spread: float = 1.0
+    together: float = 0.5
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.scenarios <= 4096 or self.scenarios % 2:
+            raise ProblemError("widening.scenarios", self.scenarios, "must be even, 2 to 4096")
+        if not 0 < self.newest <= 1:
+            raise ProblemError("widening.newest", self.newest, "must be above 0 and at most 1")
+        if not 0 <= self.spread < float("inf"):
+            raise ProblemError("widening.spread", self.spread, "must be finite and at least 0")
+        if not 0 <= self.together <= 1:
+            raise ProblemError("widening.together", self.together, "must be 0 to 1")
+        if not 0 <= self.seed < 2**32:
+            raise ProblemError("widening.seed", self.seed, "must be 0 to 2**32 - 1")
+
+
+def widened(window: Int64, widening: Widening = Widening()) -> Demand:
+    """Scenarios for the steps that follow a window.
+
+    Each comes with its mirror image (the opposite changes), so their average stays near that of the steps.
+
+    Args:
+        window: int64[steps, sources, experts], oldest step first, at least one.
+        widening: How to draw.
+
+    Returns:
+        A demand of `widening.scenarios` equally likely scenarios, or of the one step where there is only one. An
+        expert's tokens change by one factor at all sources, rounded to whole tokens, halves to even. The same window
+        and widening give the same demand.
+
+    Raises:
+        ProblemError: `window` is not an array of token counts.
+    """
+    steps = Demand.of(window)
+    if steps.scenarios == 1:
+        return steps
+    base = steps.tokens[_by_age(steps.scenarios, widening)]
+    if not widening.spread:
+        return Demand.of(base)
+    random = np.random.Generator(np.random.PCG64(widening.seed))
+    change = np.diff(np.log(np.maximum(steps.loads(), 1)), axis=0)
+    usual = np.median(np.abs(change), axis=0) / NORMAL_MEDIAN
+    usual = np.maximum(usual, np.median(usual) / 2)
+    seen = np.clip(change, -OUTLIER * usual, OUTLIER * usual) / np.sqrt(len(change))
+    # A change is the difference of two steps, so each expert's own part has half of its variance.
+    own = _mirrored(random, widening.scenarios, len(usual)) * usual / np.sqrt(2)
+    shared = _mirrored(random, widening.scenarios, len(seen)) @ seen / np.sqrt(2)
+    factor = np.exp(widening.spread * (np.sqrt(1 - widening.together) * own + np.sqrt(widening.together) * shared))
+    return Demand.of(np.rint(base * factor[:, np.newaxis]).astype(np.int64))
+
+
+def _by_age(steps: int, widening: Widening) -> Int64:
+    """int64[scenarios]: the step that each scenario starts from, as many of each as its weight says."""
+    weight = (1 - widening.newest) ** np.arange(steps - 1, -1, -1.0)
+    reached = np.cumsum(weight / weight.sum())
+    middle = (np.arange(widening.scenarios) + 0.5) / widening.scenarios
+    return np.minimum(np.searchsorted(reached, middle), steps - 1).astype(np.int64)
+
+
+def _mirrored(random: np.random.Generator, rows: int, columns: int) -> Float64:
+    """float64[rows, columns]: standard normal, each row with its opposite, in any order."""
+    half = random.standard_normal((rows // 2, columns))
+    return random.permutation(np.concatenate([half, -half]))

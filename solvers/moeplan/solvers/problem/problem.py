@@ -1,0 +1,230 @@
+"""One layer's placement problem: a cluster, a demand, what an expert and a token cost, and where replicas are now."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property, lru_cache
+
+import numpy as np
+
+from moeplan.solvers.problem.arrays import Float64, Int32, Int64, integers
+from moeplan.solvers.problem.cluster import Cluster
+from moeplan.solvers.problem.compile_limits import compile_limits
+from moeplan.solvers.problem.constraints import Constraints
+from moeplan.solvers.problem.demand import Demand
+from moeplan.solvers.problem.errors import InfeasibleError, ProblemError
+from moeplan.solvers.problem.layout import EMPTY, Layout
+from moeplan.solvers.problem.limits import Limits
+
+__all__ = ["ExpertSpec", "Problem"]
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertSpec:
+    """What one expert and one token of a layer cost. The zeros of the default leave out memory and traffic.
+
+    Attributes:
+        weight_bytes: Weights of one replica; also what moving a replica sends.
+        state_bytes: Gradients and optimizer state of one resident replica; 0 where they are sharded elsewhere.
+        token_bytes: A token's hidden vector as it travels to a device, and again back.
+        activation_bytes: Memory that one token occupies on the device that computes it.
+        seconds_per_token: Forward time of one token on a device of speed 1.
+    """
+
+    weight_bytes: int = 0
+    state_bytes: int = 0
+    token_bytes: int = 0
+    activation_bytes: int = 0
+    seconds_per_token: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("weight_bytes", "state_bytes", "token_bytes", "activation_bytes"):
+            value = getattr(self, name)
+            if not 0 <= value <= 2**53:
+                raise ProblemError(f"expert.{name}", value, "must be 0 to 2**53")
+        if not 0 < self.seconds_per_token < float("inf"):
+            raise ProblemError("expert.seconds_per_token", self.seconds_per_token, "must be finite and above 0")
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """Everything that a policy knows about one layer.
+
+    Attributes:
+        cluster: Devices and links.
+        demand: Tokens that the layout should suit.
+        expert: Costs of an expert and of a token.
+        current: Layout in force, from which moves are counted; None if there is none.
+        max_moves: Most replicas that a new layout may load onto devices that do not hold them now; None for no limit.
+            Needs `current`.
+        groups: Groups of consecutive experts that routing treats as units (group-limited routing); 1 for none.
+        tail: Part of the scenarios that a plan should suit, the worst ones: 1.0 for their mean, less for the mean of a
+            tail (conditional value at risk).
+        constraints: Further limits on where replicas may be.
+
+    Raises:
+        ProblemError: a field is invalid or contradicts another.
+        InfeasibleError: the experts do not fit into slots or memory; the message says by how much.
+    """
+
+    cluster: Cluster
+    demand: Demand
+    expert: ExpertSpec = field(default=ExpertSpec())
+    current: Layout | None = None
+    max_moves: int | None = None
+    groups: int = 1
+    tail: float = 1.0
+    constraints: Constraints = field(default=Constraints())
+
+    def __post_init__(self) -> None:
+        if self.experts > self.cluster.total_slots:
+            raise InfeasibleError(
+                "cluster.slots",
+                f"{self.cluster.total_slots} slots",
+                f"{self.experts} experts need {self.experts - self.cluster.total_slots} more; add slots or devices",
+            )
+        if self.experts > self.capacity.sum():
+            raise InfeasibleError(
+                "cluster.memory_bytes",
+                f"room for {self.capacity.sum()} replicas",
+                f"{self.experts} experts need {self.experts - int(self.capacity.sum())} more; "
+                "add memory or devices, or shrink expert.weight_bytes + expert.state_bytes",
+            )
+        if not 1 <= self.groups <= self.experts or self.experts % self.groups:
+            raise ProblemError("groups", self.groups, f"must divide the number of experts ({self.experts})")
+        if not 0 < self.tail <= 1:
+            raise ProblemError("tail", self.tail, "must be above 0 and at most 1")
+        if self.current is not None:
+            self._check_current(self.current)
+        if self.max_moves is not None:
+            if self.current is None:
+                raise ProblemError("max_moves", self.max_moves, "needs `current`, the layout that moves start from")
+            if self.max_moves < 0:
+                raise ProblemError("max_moves", self.max_moves, "must be at least 0")
+        _ = self.limits  # contradictions show here
+
+    def without(self, failed: Sequence[int]) -> Problem:
+        """The same problem on the devices that remain, numbered as before, when some have failed.
+
+        Failed devices keep their place in every array, with no slots and no replicas in force. Experts that were only
+        there have no holder, so a plan loads them from elsewhere, such as a checkpoint (`Moves.source` is -1).
+
+        Args:
+            failed: Indices of devices.
+
+        Raises:
+            ProblemError: a device does not exist.
+            InfeasibleError: the experts do not fit on the devices that remain.
+        """
+        for i, device in enumerate(failed):
+            if not 0 <= device < self.devices:
+                raise ProblemError(f"failed[{i}]", device, f"must be 0..{self.devices - 1}")
+        gone = np.array(failed, np.int64)
+        slots = self.cluster.slots.copy()
+        slots[gone] = 0
+        current = self.current
+        if current is not None:
+            left = current.slots.copy()
+            left[gone] = EMPTY
+            current = Layout.trusted(left, self.experts)
+        return replace(self, cluster=replace(self.cluster, slots=slots), current=current)
+
+    def _check_current(self, current: Layout) -> None:
+        if current.experts != self.experts:
+            raise ProblemError("current.experts", current.experts, f"the demand has {self.experts} experts")
+        if current.devices != self.devices:
+            raise ProblemError("current.devices", current.devices, f"the cluster has {self.devices} devices")
+        used = (current.slots >= 0).sum(axis=1)
+        over = np.flatnonzero(used > self.cluster.slots)
+        if len(over):
+            device = int(over[0])
+            raise ProblemError(
+                f"current.slots[{device}]",
+                f"{used[device]} replicas",
+                f"has {self.cluster.slots[device]} slots",
+            )
+
+    @property
+    def devices(self) -> int:
+        """Number of devices."""
+        return self.cluster.devices
+
+    @property
+    def experts(self) -> int:
+        """Number of experts."""
+        return self.demand.experts
+
+    @cached_property
+    def loads(self) -> Int64:
+        """int64[scenarios, experts]: tokens of each expert."""
+        return self.demand.loads()
+
+    @cached_property
+    def mean_load(self) -> Float64:
+        """float64[experts]: tokens of each expert, averaged over the scenarios by their weights."""
+        mean: Float64 = self.demand.weights @ self.loads
+        return mean
+
+    @cached_property
+    def capacity(self) -> Int32:
+        """int32[devices]: replicas that each device can hold: its slots, or what its memory has room for.
+
+        A device never holds two replicas of one expert, so never more than there are experts.
+        """
+        return _capacity(self.cluster, self.experts, self.expert.weight_bytes + self.expert.state_bytes)
+
+    @cached_property
+    def limits(self) -> Limits:
+        """All limits on a layout, as arrays."""
+        return compile_limits(
+            self.cluster,
+            self.capacity,
+            self.constraints,
+            mean_load=self.mean_load,
+            groups=self.groups,
+            weight_bytes=self.expert.weight_bytes,
+            current=self.current,
+            max_moves=self.max_moves,
+        )
+
+    @cached_property
+    def mean_level(self) -> Float64:
+        """float64[scenarios]: tokens per unit of speed of all devices that have slots."""
+        level: Float64 = self.loads.sum(axis=1) / self.cluster.speed[self.capacity > 0].sum()
+        return level
+
+    @cached_property
+    def lower_bound(self) -> Float64:
+        """float64[scenarios]: no layout and split has a smaller largest load per speed; see `bounds`."""
+        from moeplan.solvers.problem.bounds import lower_bound  # the compiler loads slowly
+
+        alive = self.capacity > 0
+        return lower_bound(self.loads, self.cluster.speed[alive], self.capacity[alive])
+
+    @property
+    def spare(self) -> int:
+        """R: replicas that fit beyond one of each expert."""
+        return int(self.capacity.sum()) - self.experts
+
+    @cached_property
+    def source_device(self) -> Int32:
+        """int32[sources]: device whose tokens a source holds: itself, or contiguous blocks where the numbers differ.
+
+        Raises:
+            ProblemError: the demand has one source but the cluster several devices, so origins are not known.
+        """
+        sources = self.demand.sources
+        if sources == 1 and self.devices > 1:
+            raise ProblemError(
+                "demand.sources", 1, "traffic needs the demand of each source; give tokens[sources, experts]"
+            )
+        return (np.arange(sources, dtype=np.int64) * self.devices // sources).astype(np.int32)
+
+
+@lru_cache(maxsize=8)
+def _capacity(cluster: Cluster, experts: int, replica_bytes: int) -> Int32:
+    room = np.minimum(cluster.slots, experts)
+    if cluster.memory_bytes is not None and replica_bytes:
+        room = np.minimum(room, cluster.memory_bytes // replica_bytes)
+    return integers("capacity", room, ndim=1, dtype=np.int32)

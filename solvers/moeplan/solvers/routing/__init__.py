@@ -1,0 +1,1 @@
+"""Assigning tokens to experts in equal numbers (BASE layers)."""

@@ -1,0 +1,1 @@
+"""Searches that improve a layout: exchanges of replicas, and neighbourhoods solved exactly."""

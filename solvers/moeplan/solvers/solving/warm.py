@@ -1,0 +1,29 @@
+"""Loading ahead what the first solve of a process would otherwise load within its deadline."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from moeplan.solvers.plan.parameters import SolveParameters
+from moeplan.solvers.problem.cluster import Cluster
+from moeplan.solvers.problem.demand import Demand
+from moeplan.solvers.problem.problem import Problem
+from moeplan.solvers.solving.solver import solve
+
+__all__ = ["warm_up"]
+
+
+def warm_up() -> None:
+    """Load kernels and libraries, about a second where the kernels are compiled already.
+
+    A program that gives deadlines of milliseconds calls it once when it starts.
+    """
+    tokens = np.random.default_rng(0).geometric(0.01, (2, 4, 12))
+    short = SolveParameters(work_limit=100, target_gap=0.0)
+    few = Problem(Cluster.uniform(8, 2, nodes=2), Demand.of(tokens))
+    plan = solve(few, parameters=short)
+    solve(replace(few, current=plan.layout, max_moves=2), parameters=short)
+    solve(Problem(Cluster.uniform(4, 4), Demand.of(tokens[:1])))
+    solve(few, "ilp", short)

@@ -1,0 +1,142 @@
+"""Search for the smallest target at which a domain can be packed."""
+
+from __future__ import annotations
+
+from moeplan.solvers.problem.arrays import Float64, Int64
+from moeplan.solvers.problem.kernel import kernel
+from moeplan.solvers.spill.filling import finish_time, go_home, pack, replay, take_back
+from moeplan.solvers.spill.options import MAX_TOTAL
+
+__all__ = ["lower_bound", "solve_domain"]
+
+_ATTEMPTS = 6
+"""Targets tried at most; most calls need one."""
+
+_FINEST = 1e-4
+"""Targets closer together than this fraction are not told apart, even at tolerance 0."""
+
+_UNLIMITED = float(MAX_TOTAL)
+"""A target that only the memory caps limit."""
+
+
+@kernel
+def lower_bound(spare: Int64, cap: Int64, speed: Float64, load: Int64) -> float:
+    """A time that no plan of a domain can undercut, from its loads at home.
+
+    The domain's tokens over its speed; and the same for the devices with spare slots alone, whose tokens cannot reach
+    the others. Without any spare slot every device keeps its load. With equal speeds tokens are whole. Memory caps move
+    what they do not admit to the other devices.
+    """
+    tokens, open_tokens, open_devices = 0, 0, 0
+    rate, open_rate, worst = 0.0, 0.0, 0.0
+    equal = True
+    for p in range(len(load)):
+        tokens += load[p]
+        rate += speed[p]
+        equal &= speed[p] == speed[0]
+        worst = max(worst, load[p] / speed[p])
+        if spare[p] > 0:
+            open_tokens += load[p]
+            open_rate += speed[p]
+            open_devices += 1
+    if open_devices == 0:
+        return worst
+    if equal:
+        even = float(max(-(-tokens // len(load)), -(-open_tokens // open_devices)) / speed[0])
+    else:
+        even = max(tokens / rate, open_tokens / open_rate)
+    return above_caps(even, tokens, cap, speed)
+
+
+@kernel
+def above_caps(bound: float, tokens: int, cap: Int64, speed: Float64) -> float:
+    """Raise a bound until devices that reach their memory cap below it leave no more than the others can do by then."""
+    while True:
+        left, rate = tokens, 0.0
+        for p in range(len(cap)):
+            if cap[p] < bound * speed[p]:
+                left -= cap[p]
+            else:
+                rate += speed[p]
+        if rate == 0.0 or left / rate <= bound:
+            return bound
+        bound = left / rate
+
+
+@kernel
+def solve_domain(
+    floor: float,
+    w: Int64,
+    first: Int64,
+    spare: Int64,
+    cap: Int64,
+    speed: Float64,
+    costs: Float64,
+    at_home: Int64,
+    load: Int64,
+    received: Int64,
+    room: Int64,
+    excess: Int64,
+    left: Int64,
+    chunks: Int64,
+) -> tuple[int, int]:
+    """The best plan found for one domain; never worse than leaving everything at home.
+
+    The first target is the bound plus the tolerance. One that cannot be packed leaves stuck tokens. Spread over the
+    domain they are the least by which the target must grow, so it grows by that much, twice as far after
+    every further failure, but at most to the middle between it and the best plan.
+
+    Args:
+        floor: Proven lower bound of the whole problem: nothing is gained below it.
+        w: See `packing.pack` for this and the arguments that are not listed.
+        first: See `packing.pack`.
+        spare: See `packing.pack`.
+        cap: See `packing.pack`.
+        speed: See `packing.pack`.
+        costs: float64[4+]; the fourth is the tolerance.
+        at_home: int64[positions], loads at home.
+        load: Out: loads of the plan.
+        received: Out: replicas received.
+        room: See `packing.pack`.
+        excess: See `packing.pack`.
+        left: See `packing.pack`.
+        chunks: int64[2, 4, slots], out: the best plan is in one of the two tables.
+
+    Returns:
+        The table that holds the best plan, and its number of chunks.
+    """
+    go_home(at_home, load, received)
+    best, best_count = 0, 0
+    best_time, best_short = finish_time(cap, speed, costs, load, received)
+    target, failed, grow = floor + floor * costs[3], floor, 0.0
+    step = floor * max(costs[3], _FINEST)
+    for _ in range(_ATTEMPTS):
+        if best_short == 0 and (best_time <= target or best_time <= failed + step):
+            break
+        fewest_stuck = 2**62
+        for wasteful in (False, True):
+            go_home(at_home, load, received)
+            count, stuck = pack(
+                target, wasteful, w, first, spare, cap, speed, costs,
+                load, received, room, excess, left, chunks[1 - best],
+            )  # fmt: skip
+            time, short = finish_time(cap, speed, costs, load, received)
+            if short < best_short or (short == best_short and time < best_time):
+                best, best_count, best_time, best_short = 1 - best, count, time, short
+            fewest_stuck = min(fewest_stuck, stuck)
+            if stuck == 0:
+                break
+        if best_short > 0:
+            if target == _UNLIMITED:
+                break
+            target = _UNLIMITED
+            continue
+        if fewest_stuck > 0:
+            failed = max(failed, target)
+            grow = max(fewest_stuck / speed.sum(), step, 2 * grow)
+        target = min(failed + grow, (failed + best_time) / 2)
+
+    go_home(at_home, load, received)
+    replay(chunks[best], best_count, load, received)
+    best_count = take_back(max(best_time, floor), chunks[best], best_count, cap, speed, costs, load, received)
+    return best, best_count

@@ -1,0 +1,138 @@
+"""Splits that keep tokens on their own node.
+
+An expert is **covered** on a node that holds a replica of it: the tokens that this node's sources route to it need not
+leave. Where covered tokens do stay, the rest of the split is a plain one (see `flow`) of finer items: the covered
+tokens of an expert and a node may go to its replicas there, the uncovered tokens of an expert to all its replicas. So
+every slot gets two positions, and pouring and augmenting paths work unchanged:
+
+    2 * slot      item ``experts * (1 + node) + expert``, covered tokens
+    2 * slot + 1  item ``expert``, uncovered tokens
+
+Where a cluster has one node, its devices take the part of nodes.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from moeplan.solvers.problem.arrays import Float64, Int32, Int64
+from moeplan.solvers.problem.kernel import kernel
+from moeplan.solvers.problem.problem import Problem
+from moeplan.solvers.split.flow import augment, waterfill
+
+__all__ = ["coverable", "covered_split", "demand_of", "domains", "items_of", "tokens_by_domain"]
+
+
+def domains(problem: Problem) -> Int32:
+    """int32[devices]: what each device's tokens should not leave: its node, or itself where there is one node."""
+    return problem.cluster.node if problem.cluster.nodes > 1 else np.arange(problem.devices, dtype=np.int32)
+
+
+def tokens_by_domain(problem: Problem) -> Int64:
+    """int64[scenarios, domains, experts]: the demand by the domain that it comes from.
+
+    Raises:
+        ProblemError: the demand does not tell sources apart.
+    """
+    domain = domains(problem)[problem.source_device]
+    tokens = np.zeros((problem.demand.scenarios, int(domains(problem).max()) + 1, problem.experts), np.int64)
+    for source, home in enumerate(domain):
+        tokens[:, home] += problem.demand.tokens[:, source]
+    return tokens
+
+
+@kernel
+def items_of(
+    e: int, replicas: Int32, replica_count: int, node: Int32, width: int, host: Int32, count: Int32, flat: Int32
+) -> None:
+    """Rebuild the hosts of all items of expert `e` from its replicas' positions in the layout."""
+    experts = replicas.shape[0]
+    count[e] = 0
+    for n in range(count.shape[0] // experts - 1):
+        count[experts * (1 + n) + e] = 0
+    for i in range(replica_count):
+        position = replicas[e, i]
+        home = experts * (1 + node[position // width]) + e
+        host[home, count[home]] = 2 * position
+        count[home] += 1
+        host[e, count[e]] = 2 * position + 1
+        count[e] += 1
+        flat[2 * position] = home
+        flat[2 * position + 1] = e
+
+
+@kernel
+def demand_of(e: int, tokens: Int64, count: Int32, demand: Int64) -> int:
+    """Divide the tokens of expert `e` into items, and return how many are covered.
+
+    `tokens` is int64[nodes, experts], `count` int32[items] and `demand` int64[items], overwritten for the expert.
+    """
+    nodes, experts = tokens.shape
+    covered = 0
+    total = 0
+    for n in range(nodes):
+        item = experts * (1 + n) + e
+        total += tokens[n, e]
+        demand[item] = tokens[n, e] if count[item] else 0
+        covered += demand[item]
+    demand[e] = total - covered
+    return covered
+
+
+@kernel
+def covered_split(slots: Int32, tokens: Int64, speed: Float64, node: Int32) -> Int64:
+    """The split of least largest load per speed in which every covered token stays on its node.
+
+    Args:
+        slots: int32[devices, width], a valid layout.
+        tokens: int64[scenarios, nodes, experts], tokens by the node that they come from.
+        speed: float64[devices].
+        node: int32[devices].
+
+    Returns:
+        int64[scenarios, devices, width], tokens that each slot computes.
+    """
+    devices, width = slots.shape
+    scenarios, nodes, experts = tokens.shape
+    items = experts * (1 + nodes)
+    layout = slots.copy().reshape(-1)
+    replicas = np.full((experts, devices), -1, np.int32)
+    held = np.zeros(experts, np.int32)
+    for position in range(len(layout)):
+        e = layout[position]
+        if e >= 0:
+            replicas[e, held[e]] = position
+            held[e] += 1
+    host = np.full((items, devices), -1, np.int32)
+    count = np.zeros(items, np.int32)
+    flat = np.full(2 * len(layout), -1, np.int32)
+    for e in range(experts):
+        items_of(e, replicas, held[e], node, width, host, count, flat)
+    demand = np.zeros(items, np.int64)
+    quota = np.empty(2 * len(layout), np.int64)
+    load = np.empty(devices, np.int64)
+    tight = np.empty(devices, np.bool_)
+    order = np.empty(devices, np.int32)
+    parent = np.empty((2, devices), np.int32)
+    split = np.empty((scenarios, devices, width), np.int64)
+    for s in range(scenarios):
+        for e in range(experts):
+            demand_of(e, tokens[s], count, demand)
+        waterfill(demand, host, count, 2 * width, speed, quota, load, order)
+        augment(flat, host, count, 2 * width, speed, quota, load, parent, tight)
+        split[s] = (quota[::2] + quota[1::2]).reshape(devices, width)
+    return split
+
+
+def coverable(tokens: Float64, slots: int) -> float:
+    """The most tokens that any layout can keep on their node, whatever its loads.
+
+    Every expert is covered on at least one node; each further replica covers at most one more pair of node and expert.
+
+    Args:
+        tokens: float64[nodes, experts], tokens by the node that they come from.
+        slots: Replicas in all, at least one per expert.
+    """
+    ranked = np.sort(tokens, axis=0)
+    further = np.sort(ranked[:-1], axis=None)[::-1]
+    return float(ranked[-1].sum() + further[: slots - tokens.shape[1]].sum())

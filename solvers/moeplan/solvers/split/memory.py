@@ -1,0 +1,85 @@
+"""Splits within the memory that is left for activations.
+
+A device whose memory holds `cap` tokens beside its replicas computes at most min(speed * M, cap) tokens when the
+largest load per speed is M: it acts as a slower device. So the best split under caps is the best split of slower
+devices, for the least M at which these get through; bisection finds it.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from moeplan.solvers.problem.arrays import Bool, Float64, Int32, Int64
+from moeplan.solvers.problem.layout import EMPTY
+from moeplan.solvers.problem.problem import Problem
+from moeplan.solvers.split.flow import optimal_quota
+
+__all__ = ["best_quota", "planning_speed", "token_caps"]
+
+HALVINGS = 40
+
+
+def token_caps(problem: Problem, replicas: Int64) -> Float64 | None:
+    """float64[devices]: tokens whose activations fit beside so many replicas, int64[devices]; None without a limit."""
+    memory, expert = problem.cluster.memory_bytes, problem.expert
+    if memory is None or expert.activation_bytes == 0:
+        return None
+    left = memory - replicas * (expert.weight_bytes + expert.state_bytes)
+    caps: Float64 = np.maximum(0, left // expert.activation_bytes).astype(np.float64)
+    return caps
+
+
+def best_quota(problem: Problem, slots: Int32) -> tuple[Int64, Bool, bool]:
+    """The split of least largest load per speed that fits into memory.
+
+    Returns:
+        quota int64[scenarios, devices, width] and tight bool[scenarios, devices], as of `flow.optimal_quota`, and
+        whether memory suffices; where it does not in a scenario, its split is that without the limit.
+    """
+    speed = problem.cluster.speed
+    quota, tight = optimal_quota(slots, problem.loads, speed)
+    caps = token_caps(problem, (slots != EMPTY).sum(axis=1))
+    if caps is None:
+        return quota, tight, True
+    fits = True
+    for s in np.flatnonzero((quota.sum(axis=2) > caps).any(axis=1)):
+        low = float((quota[s].sum(axis=1) / speed).max())
+        found = None
+        high = float(problem.loads[s].sum() / speed.min())
+        for turn in range(HALVINGS):
+            level = high if turn == 0 else (low + high) / 2
+            slower = np.maximum(np.minimum(speed, caps / level), 1e-9 / level)
+            trial, cut = optimal_quota(slots, problem.loads[s : s + 1], slower)
+            if (trial[0].sum(axis=1) <= np.minimum(caps, level * speed * (1 + 1e-12))).all():
+                found, high = (trial[0], cut[0]), level
+            elif turn == 0:
+                break
+            else:
+                low = level
+            if high - low < 0.5 / speed.max():
+                break
+        if found is None:
+            fits = False
+        else:
+            quota[s], tight[s] = found
+    return quota, tight, fits
+
+
+def planning_speed(problem: Problem) -> Float64:
+    """float64[devices]: speeds by which a search that knows no memory should plan.
+
+    As the module says, for the scenario with most tokens and devices with all their slots in use.
+    """
+    speed = problem.cluster.speed
+    caps = token_caps(problem, problem.capacity.astype(np.int64))
+    total = float(problem.loads.sum(axis=1).max())
+    if caps is None or total == 0 or caps[problem.capacity > 0].sum() < total:
+        return speed
+    low, high = 0.0, total / float(speed.min())
+    for _ in range(HALVINGS):
+        level = (low + high) / 2
+        low, high = (
+            (low, level) if np.minimum(caps, speed * level)[problem.capacity > 0].sum() >= total else (level, high)
+        )
+    slower: Float64 = np.maximum(np.minimum(speed, caps / high), speed * 1e-6)
+    return slower

@@ -1,0 +1,88 @@
+"""The commands against a real daemon, and how settings come together."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from pydantic import ValidationError
+from tests.support.daemon import WAIT_S, DaemonProcess, small_job
+
+from moeplan.planner.daemon.settings import load, loopback
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "moeplan.planner.commands.main", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=WAIT_S, check=False)
+
+
+def test_jobs(daemon: DaemonProcess) -> None:
+    server = ("--server", daemon.address)
+    with daemon.client() as client:
+        client.create_job("commanded", small_job())
+    jobs = json.loads(run("jobs", "list", *server, "--format", "json").stdout)
+    assert "jobs/commanded" in [job["name"] for job in jobs]
+    shown = json.loads(run("jobs", "show", "commanded", *server, "--format", "json").stdout)
+    assert shown["plan"]["reason"] == "initial"
+    assert "version 1" in run("jobs", "watch", "commanded", *server, "--count", "1").stdout
+    assert run("jobs", "delete", "commanded", *server).returncode == 0
+    missing = run("jobs", "show", "commanded", *server)
+    assert missing.returncode == 1
+    assert "NOT_FOUND" in missing.stderr
+    assert "Traceback" not in missing.stderr
+
+
+def test_plan_in_the_daemon_is_plan_here(daemon: DaemonProcess, tmp_path: Path) -> None:
+    counts = np.random.default_rng(0).integers(0, 100, (6, 2, 4, 8)) ** 2
+    np.savez(tmp_path / "trace.npz", counts=counts)
+    here, there = tmp_path / "here.json", tmp_path / "there.json"
+    base = ("plan", str(tmp_path / "trace.npz"), "--devices", "4", "--slots", "3")
+    assert run(*base, "-o", str(here)).returncode == 0
+    assert run(*base, "-o", str(there), "--server", daemon.address).returncode == 0
+    assert json.loads(here.read_text()) == json.loads(there.read_text())
+
+
+def test_flags_over_environment_over_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "moeplan.toml"
+    file.write_text('listen = "127.0.0.1:1"\nworkers = 3\n[limits]\njobs = 1\nqueue = 1\nstreams = 1\n')
+    monkeypatch.setenv("MOEPLAN_WORKERS", "4")
+    monkeypatch.setenv("MOEPLAN_LIMITS__QUEUE", "2")
+    monkeypatch.setenv("MOEPLAN_LIMITS__STREAMS", "2")
+    settings = load(file, {"limits": {"streams": "3"}})
+    assert (settings.listen, settings.workers) == ("127.0.0.1:1", 4)
+    assert (settings.limits.jobs, settings.limits.queue, settings.limits.streams) == (1, 2, 3)
+
+
+@pytest.mark.parametrize("text", ["lisen = '127.0.0.1:1'", "[limits]\njobz = 1", "workers = 0", "listen = 'nowhere'"])
+def test_bad_files_name_the_setting(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "moeplan.toml"
+    file.write_text(text)
+    with pytest.raises(ValidationError) as error:
+        load(file, {})
+    assert text.split("\n")[-1].split(" ")[0] in str(error.value)
+
+
+def test_a_missing_file_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        load(tmp_path / "none.toml", {})
+
+
+@pytest.mark.parametrize(
+    ("address", "expected"),
+    [
+        ("127.0.0.1:1", True),
+        ("[::1]:1", True),
+        ("localhost:1", True),
+        ("unix:/tmp/s", True),
+        ("0.0.0.0:1", False),
+        ("[::]:1", False),
+        ("10.0.0.1:1", False),
+        ("example.org:1", False),
+    ],
+)
+def test_loopback(address: str, expected: bool) -> None:
+    assert loopback(address) is expected

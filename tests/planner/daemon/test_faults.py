@@ -1,0 +1,271 @@
+"""What goes wrong in the field: kill -9, full disks, damaged files, half-open connections, and shutdown."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import grpc
+import pytest
+from tests.support.daemon import WAIT_S, DaemonProcess, Rank, Start, eventually, small_job, small_problem, tokens
+
+from moeplan.api.client import Client
+from moeplan.api.errors import NotFoundError, ServiceError, UnavailableError
+from moeplan.solvers import SolveParameters
+from moeplan.v1 import planner_pb2
+
+
+def test_kill_in_the_middle_of_writes_loses_nothing_acknowledged(start: Start, tmp_path: Path) -> None:
+    """Jobs are created and plans made without pause; after SIGKILL every one that was acknowledged is there."""
+    data = tmp_path / "data"
+    first = start(data=data).serving()
+    acknowledged: list[str] = []
+    versions: list[int] = []
+
+    def create() -> None:
+        with Client(first.address, timeout_s=5) as client:
+            try:
+                while True:
+                    acknowledged.append(client.create_job(f"job-{len(acknowledged)}", small_job()).name)
+            except ServiceError:
+                return
+
+    with first.client() as client:
+        name = client.create_job("planned", small_job()).name
+        rank = Rank(client, name, 0, hello={"reports_for": [0, 1]})
+        creator = threading.Thread(target=create)
+        creator.start()
+
+        def watch() -> None:
+            try:
+                versions.extend(plan.version for plan in client.watch_plans(name))
+            except ServiceError:
+                return
+
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        step = 0
+        while len(acknowledged) < 20 or len(versions) < 5:
+            rank.report(step, tokens(step, ranks=2))
+            step += 1
+            time.sleep(0.01)
+        first.kill()
+        creator.join(WAIT_S)
+        watcher.join(WAIT_S)
+        rank.close()
+    second = start(data=data).serving(solver=False)
+    with second.client() as client:
+        there = {job.name: job for job in client.jobs()}
+        assert set(acknowledged) <= set(there)
+        assert there[name].status.plan_version >= versions[-1]
+        for version in versions:
+            assert client.plan(f"{name}/plans/{version}").version == version
+        again = Rank(client, name, 0)
+        assert again.next("welcome").plan.version >= versions[-1]
+        again.close()
+
+
+def test_terminating_drains(start: Start) -> None:
+    """Streams are told; new calls are refused; a running solve ends; the workers go; the status is 0."""
+    daemon = start("--listen", "127.0.0.1:0").serving()
+    workers = daemon.workers()
+    with daemon.client() as client:
+        name = client.create_job("drained", small_job()).name
+        rank = Rank(client, name, 0)
+        rank.next("welcome")
+        running = client.solver.Solve.future(client._solve([small_problem()], "", SolveParameters()), timeout=WAIT_S)
+        daemon.process.send_signal(signal.SIGTERM)
+        assert rank.next("drain").reason
+        error = rank.error()
+        assert isinstance(error, UnavailableError)
+        assert running.result(WAIT_S).plans or running.exception()
+    status, log = daemon.end()
+    assert status == 0, log
+    assert daemon.events("stopped")
+    eventually(lambda: not any(Path(f"/proc/{worker}").exists() for worker in workers))
+
+
+def test_workers_do_not_outlive_a_killed_daemon(start: Start) -> None:
+    daemon = start().serving()
+    workers = daemon.workers()
+    assert workers
+    daemon.kill()
+    eventually(lambda: not any(Path(f"/proc/{worker}").exists() for worker in workers))
+
+
+def test_a_damaged_store_is_refused_and_left_alone(start: Start, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    daemon = start(data=data).serving(solver=False)
+    with daemon.client() as client:
+        client.create_job("kept", small_job())
+    daemon.terminate()
+    path = data / "moeplan.sqlite3"
+    whole = path.read_bytes()
+    for damaged in (b"not a database at all, but a text" * 100, whole[:4096] + b"\xff" * 4096 + whole[8192:]):
+        path.write_bytes(damaged)
+        status, output = start(data=data).end()
+        assert status == 1
+        assert "is damaged" in output
+        assert "It was left as it is" in output
+        assert path.read_bytes() == damaged
+    path.write_bytes(whole)
+    again = start(data=data).serving(solver=False)
+    with again.client() as client:
+        assert client.job("jobs/kept")
+
+
+def test_a_store_of_another_version_is_refused(start: Start, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    start(data=data).serving(solver=False).terminate()
+    with sqlite3.connect(data / "moeplan.sqlite3") as connection:
+        connection.execute("UPDATE moeplan_meta SET schema = 99")
+    connection.close()
+    status, output = start(data=data).end()
+    assert status == 1
+    assert "schema 99" in output
+
+
+def test_two_daemons_cannot_share_a_folder_or_an_address(start: Start, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    first = start(data=data).serving(solver=False)
+    status, output = start(data=data).end()
+    assert status == 1
+    assert "used by another daemon" in output
+    status, output = start("--listen", first.address, data=tmp_path / "other").end()
+    assert status == 1
+    assert f"listen = {first.address}" in output
+    with first.client() as client:
+        assert client.policies()
+
+
+@pytest.fixture
+def tiny_disk(tmp_path: Path) -> object:
+    """A file system of 600 kB."""
+    folder = tmp_path / "tiny"
+    folder.mkdir()
+    mounted = os.geteuid() == 0 and shutil.which("mount")
+    if (
+        not mounted
+        or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", folder], check=False).returncode
+    ):
+        pytest.skip("needs root to mount a small file system")
+    yield folder
+    subprocess.run(["umount", "-l", folder], check=True)
+
+
+def test_a_full_disk_refuses_and_keeps(start: Start, tiny_disk: Path) -> None:
+    daemon = start(data=tiny_disk).serving()
+    with daemon.client() as client:
+        kept: list[str] = []
+
+        def fill() -> None:
+            while True:
+                kept.append(client.create_job(f"job-{len(kept)}", small_job(layers=40)).name)
+
+        with pytest.raises(ServiceError) as error:
+            fill()
+        assert error.value.code is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert error.value.reason == "STORE_FULL"
+        assert {job.name for job in client.jobs()} == set(kept)
+        rank = Rank(client, kept[0], 0, hello={"reports_for": [0, 1]})
+        rank.report(0, tokens(0, layers=40, ranks=2))
+        decision = eventually(lambda: (d := client.job(kept[0]).status.decision).detail and d)
+        assert "full" in decision.detail
+        assert client.plan(f"{kept[0]}/plans/-").version == 1
+        subprocess.run(["mount", "-o", "remount,size=2m", str(tiny_disk)], check=True)
+        eventually(lambda: _report(rank) and client.plan(f"{kept[0]}/plans/-").version > 1)
+        rank.close()
+    daemon.terminate()
+    again = start(data=tiny_disk).serving(solver=False)
+    with again.client() as client:
+        assert {job.name for job in client.jobs()} == set(kept)
+
+
+def _report(rank: Rank) -> bool:
+    rank.report(rank.sequence, tokens(rank.sequence, layers=40, ranks=2))
+    time.sleep(0.05)
+    return True
+
+
+def test_ten_thousand_connects_leak_nothing(daemon: DaemonProcess, client: Client) -> None:
+    """Connections that say nothing, half a handshake, rubbish, or make a call and vanish."""
+    host, port = daemon.address.rsplit(":", 1)
+
+    def descriptors() -> int:
+        return len(os.listdir(f"/proc/{daemon.process.pid}/fd"))
+
+    client.policies()
+    before = descriptors()
+    payloads = (b"", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", b"GET / HTTP/1.1\r\n\r\n", b"\xff" * 100)
+    for number in range(10_000):
+        with socket.create_connection((host, int(port)), timeout=WAIT_S) as connection:
+            connection.sendall(payloads[number % len(payloads)])
+    eventually(lambda: descriptors() <= before + 5)
+    for _ in range(50):
+        with daemon.client() as another:
+            another.policies()
+    eventually(lambda: descriptors() <= before + 5)
+
+
+def test_ranks_that_vanish_free_their_places(daemon: DaemonProcess, client: Client) -> None:
+    name = client.create_job("vanishing", small_job()).name
+    for _ in range(50):
+        rank = Rank(client, name, 0)
+        rank.next("welcome")
+        rank.close()
+        eventually(lambda: client.job(name).status.connected_ranks == 0)
+
+
+def test_a_stopped_client_holds_nobody_up(daemon: DaemonProcess, client: Client) -> None:
+    """A reader whose connection is open but who reads nothing at all (a stopped process)."""
+    name = client.create_job("stopped-reader", small_job()).name
+    script = (
+        "import sys, time\nfrom moeplan.api.client import Client\n"
+        f"watch = Client({daemon.address!r}).watch_plans({name!r})\nnext(watch)\n"
+        "print('watching', flush=True)\ntime.sleep(600)\n"
+    )
+    reader = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    try:
+        assert reader.stdout is not None
+        assert reader.stdout.readline() == "watching\n"
+        reader.send_signal(signal.SIGSTOP)
+        rank = Rank(client, name, 0, hello={"reports_for": [0, 1]})
+        for step in range(40):
+            rank.report(step, tokens(step, ranks=2))
+        eventually(lambda: client.job(name).status.closed_step == 39)
+        rank.close()
+    finally:
+        reader.kill()
+        reader.wait(WAIT_S)
+        if reader.stdout is not None:
+            reader.stdout.close()
+
+
+def test_health_and_reflection_answer(daemon: DaemonProcess) -> None:
+    from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+    with grpc.insecure_channel(daemon.address) as channel:
+        health = health_pb2_grpc.HealthStub(channel)
+        for service in ("", "moeplan.v1.PlannerService", "moeplan.v1.SolverService"):
+            reply = health.Check(health_pb2.HealthCheckRequest(service=service), timeout=WAIT_S)
+            assert reply.status == health_pb2.HealthCheckResponse.SERVING
+        from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
+
+        assert "moeplan.v1.PlannerService" in ProtoReflectionDescriptorDatabase(channel).get_services()
+
+
+def test_unknown_jobs_are_not_found(client: Client) -> None:
+    with pytest.raises(NotFoundError):
+        client.plan("jobs/unknown/plans/-")
+    with pytest.raises(NotFoundError):
+        next(client.watch_plans("jobs/unknown"))
+    with pytest.raises(ServiceError, match="page_token"):
+        client._call("planner", "ListJobs", planner_pb2.ListJobsRequest(page_token="\x00"))

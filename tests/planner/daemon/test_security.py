@@ -1,0 +1,146 @@
+"""TLS, client certificates and tokens; and that no secret shows up in a log."""
+
+from __future__ import annotations
+
+import datetime
+from dataclasses import dataclass
+from ipaddress import ip_address
+from pathlib import Path
+
+import grpc
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from tests.support.daemon import WAIT_S, Start, small_job
+
+from moeplan.api.client import Client
+from moeplan.api.connection import Security
+from moeplan.api.errors import UnauthenticatedError, UnavailableError
+
+TOKEN, OTHER = "correct-horse-battery-staple", "incorrect-horse-battery-staple"
+NOW = datetime.datetime.now(datetime.UTC)
+
+
+@dataclass(frozen=True)
+class Authority:
+    """Signs certificates into files."""
+
+    folder: Path
+    name: str
+
+    def __post_init__(self) -> None:
+        key = ec.generate_private_key(ec.SECP256R1())
+        object.__setattr__(self, "_key", key)
+        subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, self.name)])
+        builder = self._builder(subject, subject, key.public_key(), NOW + datetime.timedelta(days=1))
+        certificate = builder.add_extension(x509.BasicConstraints(True, None), True).sign(key, hashes.SHA256())
+        object.__setattr__(self, "_subject", subject)
+        self.path.write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
+
+    @property
+    def path(self) -> Path:
+        """The authority's own certificate."""
+        return self.folder / f"{self.name}.pem"
+
+    def issue(self, name: str, until: datetime.datetime = NOW + datetime.timedelta(days=1)) -> tuple[Path, Path]:
+        """Files of a certificate and its key."""
+        key = ec.generate_private_key(ec.SECP256R1())
+        subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+        names = x509.SubjectAlternativeName([x509.IPAddress(ip_address("127.0.0.1"))])
+        builder = self._builder(subject, self._subject, key.public_key(), until).add_extension(names, False)  # type: ignore[attr-defined]
+        certificate = builder.sign(self._key, hashes.SHA256())  # type: ignore[attr-defined]
+        paths = self.folder / f"{name}.pem", self.folder / f"{name}.key"
+        paths[0].write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
+        paths[1].write_bytes(
+            key.private_bytes(
+                serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+            )
+        )
+        return paths
+
+    @staticmethod
+    def _builder(
+        subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey, until: datetime.datetime
+    ) -> x509.CertificateBuilder:
+        return (
+            x509.CertificateBuilder()
+            .subject_name(subject)
+            .issuer_name(issuer)
+            .public_key(key)
+            .serial_number(x509.random_serial_number())
+            .not_valid_before(NOW - datetime.timedelta(days=10))
+            .not_valid_after(until)
+        )
+
+
+def test_tokens(start: Start, tmp_path: Path) -> None:
+    file = tmp_path / "tokens"
+    file.write_text(f"# a comment\n{TOKEN}\n")
+    daemon = start("--tokens", str(file), "--log-level", "debug").serving(solver=False)
+    for security in (Security(), Security(token=OTHER), Security(token=TOKEN[:-1])):
+        with Client(daemon.address, security) as client:
+            with pytest.raises(UnauthenticatedError, match="authorization"):
+                client.policies()
+            with pytest.raises(UnauthenticatedError):
+                next(client.watch_plans("jobs/x"))
+    with Client(daemon.address, Security(token=TOKEN)) as client:
+        assert client.create_job("mine", small_job())
+    with grpc.insecure_channel(daemon.address) as channel:  # a probe has no token
+        health = health_pb2_grpc.HealthStub(channel)
+        assert health.Check(health_pb2.HealthCheckRequest(), timeout=WAIT_S).status
+    daemon.terminate()
+    log = "".join(daemon.lines)
+    assert TOKEN[:-1] not in log
+    assert OTHER not in log
+    assert TOKEN not in repr(Security(token=TOKEN))
+
+
+def test_mutual_tls(start: Start, tmp_path: Path) -> None:
+    ours, theirs = Authority(tmp_path, "ours"), Authority(tmp_path, "theirs")
+    certificate, key = ours.issue("server")
+    daemon = start(
+        "--listen", "0.0.0.0:0", "--certificate", str(certificate), "--key", str(key), "--client-ca", str(ours.path)
+    ).serving(solver=False)
+    address = f"127.0.0.1:{daemon.address.rpartition(':')[2]}"
+    good = ours.issue("client")
+    expired = ours.issue("expired", NOW - datetime.timedelta(days=1))
+    foreign = theirs.issue("foreign")
+    with Client(address, Security(None, ours.path, *good)) as client:
+        assert client.policies()
+    for security in (
+        Security(None, ours.path, *expired),
+        Security(None, ours.path, *foreign),
+        Security(None, ours.path),  # no certificate
+        Security(None, theirs.path, *good),  # does not trust the server
+        Security(),  # no TLS
+    ):
+        with Client(address, security, timeout_s=5) as client, pytest.raises(UnavailableError):
+            client.policies()
+    with Client(address, Security(None, ours.path, *good)) as client:
+        assert client.policies()
+    daemon.terminate()
+    assert "PRIVATE KEY" not in "".join(daemon.lines)
+
+
+def test_other_machines_need_tls_and_a_secret(start: Start, tmp_path: Path) -> None:
+    certificate, key = Authority(tmp_path, "ours").issue("server")
+    tls = ("--certificate", str(certificate), "--key", str(key))
+    for options, text in (((), "security.certificate"), (tls, "security.tokens")):
+        status, output = start("--listen", "0.0.0.0:0", *options).end()
+        assert status == 2
+        assert text in output
+        assert "--insecure" in output
+    start("--listen", "0.0.0.0:0", "--insecure").serving(solver=False)
+
+
+@pytest.mark.parametrize("content", ["", "# only a comment\n", "short\n"])
+def test_bad_token_files(start: Start, tmp_path: Path, content: str) -> None:
+    file = tmp_path / "tokens"
+    file.write_text(content)
+    status, output = start("--tokens", str(file)).end()
+    assert status == 1
+    assert str(file) in output
+    assert "short" not in output.replace(str(file), "").replace("too short", "")

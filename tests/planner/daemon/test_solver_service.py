@@ -1,0 +1,321 @@
+"""The solver service: answers, limits, deadlines, cancellation, workers that die."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import grpc
+import numpy as np
+import pytest
+from tests.support.daemon import WAIT_S, DaemonProcess, Start, children, eventually, small_problem
+
+from moeplan.api import wire
+from moeplan.api.client import Client
+from moeplan.api.errors import DeadlineError, InvalidRequestError, PreconditionError, UnavailableError, error_of
+from moeplan.solvers import (
+    Cluster,
+    Constraints,
+    Demand,
+    ExpertSpec,
+    Layout,
+    Problem,
+    ProblemError,
+    SolveParameters,
+    available_policies,
+    evaluate,
+    solve,
+)
+from moeplan.v1 import problem_pb2, solver_pb2, tensor_pb2
+
+
+def hard_problem() -> Problem:
+    """A search that runs until its deadline: its work limit would take hours and its target cannot be reached."""
+    tokens = (np.random.default_rng(0).pareto(1.0, (32, 1, 128)) * 100).astype(np.int64)
+    return Problem(Cluster.uniform(32, 6), Demand.of(tokens))
+
+
+ENDLESS = SolveParameters(work_limit=2**31 - 1, target_gap=0.0)
+
+
+def test_solve_gives_what_the_library_gives(client: Client) -> None:
+    problems = [small_problem(seed) for seed in range(3)]
+    for policy in ("hybrid", "eplb"):
+        plans = client.solve(problems, policy)
+        for problem, plan in zip(problems, plans, strict=True):
+            expected = solve(problem, policy)
+            assert wire.read_layout("layout", plan.layout, problem.experts) == expected.layout
+            np.testing.assert_array_equal(wire.read_array("quota", plan.quota), expected.split.quota)
+            assert plan.cost_s == expected.cost.mean_s
+            assert plan.mean_imbalance == expected.mean_imbalance
+            assert plan.bound == expected.bound
+            assert not plan.HasField("moves")
+
+
+def test_layers_are_solved_by_several_workers(start: Start) -> None:
+    """The answer is the same, in the same order, and an error names the layer that the caller knows."""
+    daemon = start(workers=3).serving()
+    eventually(lambda: daemon.metric("moeplan_workers_ready") == 3)
+    problems = [small_problem(seed) for seed in range(7)]
+    with daemon.client() as client:
+        plans = client.solve(problems)
+        assert daemon.metric('moeplan_solves_total{kind="solve",outcome="done"}') == 3
+        for problem, plan in zip(problems, plans, strict=True):
+            assert wire.read_layout("layout", plan.layout, problem.experts) == solve(problem).layout
+        messages = [wire.write_problem(problem) for problem in problems]
+        for wrong in (6, 3):
+            messages[wrong].tail = 2.0
+            with pytest.raises(grpc.RpcError) as error:
+                client.solver.Solve(solver_pb2.SolveRequest(problems=messages), timeout=WAIT_S)
+            refused = error_of(error.value)
+            assert isinstance(refused, InvalidRequestError)
+            assert list(refused.violations) == [f"problems[{wrong}].tail"]
+        pids = daemon.workers()
+        client.solve(problems)
+        assert daemon.workers() == pids  # an error of one part harms no worker of another
+
+
+def test_every_parameter_travels(client: Client) -> None:
+    """Also what exact models are solved with: the policy `ilp` uses it, and refuses a solver that is not there."""
+    sent = SolveParameters(2.5, 77, 0.125, 0.0625, 4_000_000_000, "highs", 3, prove=True)
+    again = wire.read_parameters(
+        problem_pb2.SolveParameters.FromString(wire.write_parameters(sent).SerializeToString())
+    )
+    assert again == sent
+    assert wire.read_parameters(problem_pb2.SolveParameters()) == SolveParameters()
+    problem = small_problem(devices=2, experts=4)
+    (plan,) = client.solve([problem], "ilp", SolveParameters(solver="highs", threads=2, prove=True))
+    assert plan.mean_imbalance == solve(problem, "ilp").mean_imbalance
+    with pytest.raises(InvalidRequestError, match="'nonsense'") as error:
+        client.solve([problem], "ilp", SolveParameters(solver="nonsense"))
+    assert list(error.value.violations) == ["problems[0].parameters.solver"]
+
+
+def test_moves_are_told(client: Client) -> None:
+    problem = small_problem()
+    current = Layout.contiguous(problem.experts, problem.cluster.slots)
+    problem = Problem(problem.cluster, problem.demand, current=current, max_moves=3)
+    (plan,) = client.solve([problem])
+    expected = solve(problem).moves
+    assert expected is not None
+    assert list(plan.moves.expert) == expected.expert.tolist()
+    assert list(plan.moves.device) == expected.device.tolist()
+    assert list(plan.moves.source) == expected.source.tolist()
+    assert len(plan.moves.expert) <= 3
+
+
+def test_evaluate(client: Client) -> None:
+    problem = small_problem()
+    layout = Layout.contiguous(problem.experts, problem.cluster.slots)
+    for rule in ("even", "optimal"):
+        plan = client.evaluate(problem, layout, rule)
+        assert plan.mean_imbalance == evaluate(problem, layout, rule).mean_imbalance
+        assert plan.split_rule == rule
+
+
+def test_policies(client: Client) -> None:
+    assert [policy.name for policy in client.policies()] == list(available_policies())
+
+
+def test_anytime_plans_get_better(client: Client) -> None:
+    plans = list(client.solve_anytime(hard_problem(), parameters=SolveParameters(deadline_s=1.0, work_limit=2_000)))
+    assert plans
+    values = [plan.mean_imbalance for plan in plans]
+    assert values == sorted(set(values), reverse=True)
+    assert all(plan.gap == pytest.approx(plan.mean_imbalance / plan.bound - 1) for plan in plans)
+
+
+def test_anytime_needs_a_deadline(client: Client) -> None:
+    request = solver_pb2.SolveAnytimeRequest(problem=wire.write_problem(small_problem()))
+    with pytest.raises(grpc.RpcError, match=r"parameters\.deadline"):
+        list(client.solver.SolveAnytime(request))
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        (lambda r: r.ClearField("problems"), "problems"),
+        (lambda r: setattr(r, "policy", "nonsense"), "policy"),
+        (lambda r: setattr(r.problems[0].demand.tokens, "type", 77), "problems[0].demand.tokens.type"),
+        (lambda r: setattr(r.problems[0].demand.tokens, "data", b"x"), "problems[0].demand.tokens.data"),
+        (lambda r: r.problems[0].demand.weights.extend([float("nan")]), "problems[0].demand.weights[1]"),
+        (lambda r: r.problems[0].cluster.speed.append(1.0), "problems[0].cluster.speed"),
+        (lambda r: r.problems[0].cluster.ClearField("slots"), "problems[0].cluster.devices"),
+        (lambda r: setattr(r.parameters, "target_gap", -1.0), "parameters.target_gap"),
+        (lambda r: setattr(r.parameters, "traffic_tolerance", -1.0), "parameters.traffic_tolerance"),
+        (lambda r: setattr(r.parameters, "threads", -1), "parameters.threads"),
+        (lambda r: setattr(r.problems[0], "max_moves", 1), "problems[0].max_moves"),
+    ],
+)
+def test_bad_requests_name_the_field(client: Client, change: object, field: str) -> None:
+    request = solver_pb2.SolveRequest(problems=[wire.write_problem(small_problem())])
+    change(request)  # type: ignore[operator]
+    with pytest.raises(InvalidRequestError) as error:
+        client._call("solver", "Solve", request)
+    assert list(error.value.violations) == [field]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0, 0.5, 2.0**60])
+def test_counts_must_be_counts(client: Client, value: float) -> None:
+    counts = np.ones((4, 8))
+    counts[2, 3] = value
+    problem = wire.write_problem(small_problem())
+    problem.demand.tokens.CopyFrom(wire.write_array(counts))
+    with pytest.raises(InvalidRequestError, match=r"demand\.tokens\[2, 3\]"):
+        client._call("solver", "Solve", solver_pb2.SolveRequest(problems=[problem]))
+
+
+def test_shape_that_overflows(client: Client) -> None:
+    problem = wire.write_problem(small_problem())
+    problem.demand.tokens.CopyFrom(
+        tensor_pb2.Tensor(shape=[2**62, 2**62, 4], type=tensor_pb2.DATA_TYPE_INT64, data=b"")
+    )
+    with pytest.raises(InvalidRequestError, match="data"):
+        client._call("solver", "Solve", solver_pb2.SolveRequest(problems=[problem]))
+
+
+def test_infeasible_says_what_is_short(client: Client) -> None:
+    problem = wire.write_problem(small_problem())
+    del problem.cluster.slots[:]
+    problem.cluster.slots.extend([1, 1, 1, 1])
+    with pytest.raises(PreconditionError, match="8 experts need 4 more") as error:
+        client._call("solver", "Solve", solver_pb2.SolveRequest(problems=[problem]))
+    assert error.value.reason == "INFEASIBLE"
+
+
+def test_the_callers_deadline_bounds_the_solve(daemon: DaemonProcess) -> None:
+    """The search stops by itself before the deadline, so the caller gets a plan and not an error."""
+    with Client(daemon.address, timeout_s=1.0) as client:
+        (plan,) = client.solve([hard_problem()], parameters=ENDLESS)
+    assert plan.gap > 0
+
+
+def test_cancelling_frees_the_worker(daemon: DaemonProcess, client: Client) -> None:
+    before = daemon.metric('moeplan_solves_total{kind="solve",outcome="cancelled"}')
+    request = client._solve([hard_problem()], "", ENDLESS)
+    call = client.solver.Solve.future(request, timeout=WAIT_S)
+    eventually(lambda: daemon.metric('grpc_server_started_total{method="/moeplan.v1.SolverService/Solve"}'))
+    time.sleep(0.2)
+    call.cancel()
+    eventually(lambda: daemon.metric('moeplan_solves_total{kind="solve",outcome="cancelled"}') > before)
+    assert client.solve([small_problem()])
+
+
+def test_a_killed_worker_is_replaced_and_its_request_fails_clearly(daemon: DaemonProcess) -> None:
+    with daemon.client() as client:
+        request = client._solve([hard_problem()], "", ENDLESS)
+        # Without retries, so that the status of the very call is seen.
+        with grpc.insecure_channel(daemon.address, [("grpc.enable_retries", 0)]) as channel:
+            solve_ = channel.unary_unary(
+                "/moeplan.v1.SolverService/Solve",
+                request_serializer=solver_pb2.SolveRequest.SerializeToString,
+                response_deserializer=solver_pb2.SolveResponse.FromString,
+            )
+            call = solve_.future(request, timeout=WAIT_S)
+            time.sleep(0.3)
+            # The worker that the test before had killed may still be there for a moment.
+            (worker,) = eventually(lambda: workers if len(workers := daemon.workers()) == 1 else None)
+            os.kill(worker, signal.SIGKILL)
+            with pytest.raises(grpc.RpcError) as error:
+                call.result(WAIT_S)
+        assert error.value.code() is grpc.StatusCode.UNAVAILABLE
+        assert "worker" in str(error.value.details())
+        assert client.solve([small_problem()])
+        assert daemon.workers() != [worker]
+
+
+def test_a_stopped_worker_is_killed_when_its_time_is_over(daemon: DaemonProcess, client: Client) -> None:
+    (worker,) = eventually(daemon.workers)
+    os.kill(worker, signal.SIGSTOP)
+    with Client(daemon.address, timeout_s=1) as hasty, pytest.raises(DeadlineError):
+        hasty.solve([small_problem()])
+    assert client.solve([small_problem()])
+    assert not Path(f"/proc/{worker}").exists()
+
+
+def test_a_dead_zygote_is_replaced(daemon: DaemonProcess, client: Client) -> None:
+    (zygote,) = children(daemon.process.pid)
+    (worker,) = eventually(daemon.workers)
+    os.kill(zygote, signal.SIGKILL)
+    eventually(lambda: not Path(f"/proc/{worker}").exists())  # workers do not outlive it
+    assert client.solve([small_problem()])
+    assert children(daemon.process.pid) != [zygote]
+
+
+def test_a_full_queue_says_when_to_come_back(daemon: DaemonProcess, client: Client) -> None:
+    request = client._solve([hard_problem()], "", ENDLESS)
+    calls = [client.solver.Solve.future(request, timeout=WAIT_S) for _ in range(5)]
+    eventually(lambda: daemon.metric("moeplan_queue_depth") == 4)
+    with pytest.raises(UnavailableError) as error:
+        client.solve([small_problem()])
+    assert error.value.code is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert error.value.reason == "QUEUE_FULL"
+    assert error.value.retry_s
+    for call in calls:
+        call.cancel()
+    eventually(lambda: daemon.metric("moeplan_queue_depth") == 0)
+    assert client.solve([small_problem()])
+
+
+def test_too_much_memory_is_refused(client: Client) -> None:
+    cluster = Cluster.uniform(30_000, 1)
+    current = Layout.contiguous(30_000, cluster.slots)
+    problem = Problem(cluster, Demand.of(np.ones(30_000, np.int64)), current=current)
+    with pytest.raises(UnavailableError, match="worker") as error:
+        client.solve([problem], "static")
+    assert error.value.reason == "WORKER_MEMORY"
+    assert client.solve([small_problem()])
+
+
+def test_a_message_that_is_too_large(limited: DaemonProcess) -> None:
+    with limited.client() as client:
+        with pytest.raises(UnavailableError, match="larger than max"):
+            client.solve([hard_problem()])
+        assert client.policies()
+
+
+def test_the_loop_is_free_while_workers_solve(client: Client) -> None:
+    """Other calls are answered during a long solve."""
+    done = threading.Event()
+
+    def long() -> None:
+        client.solve([hard_problem()], parameters=SolveParameters(deadline_s=2, work_limit=2**31 - 1, target_gap=0))
+        done.set()
+
+    thread = threading.Thread(target=long)
+    thread.start()
+    answers = 0
+    while not done.is_set():
+        client.policies()
+        answers += 1
+    thread.join(WAIT_S)
+    assert answers > 20
+
+
+def test_constraints_and_failed_devices_travel(client: Client) -> None:
+    current = Layout.contiguous(8, [3, 3, 3, 3])
+    limits = Constraints(forbidden=np.array([[0, 1]]), pinned=np.array([[7, 2]]), min_tokens=3, device_move_bytes=20)
+    problem = Problem(
+        Cluster.uniform(4, 3, nodes=2),
+        Demand.of(np.arange(1, 65).reshape(2, 4, 8)),
+        ExpertSpec(weight_bytes=10),
+        current=current,
+        constraints=limits,
+        tail=0.5,
+    ).without([0])
+    there = wire.read_problem(wire.write_problem(problem))
+    assert there.constraints.names == limits.names
+    assert there.tail == 0.5
+    assert np.array_equal(there.limits.held, problem.limits.held)
+    [plan] = client.solve([problem])
+    layout = wire.read_array("layout", plan.layout)
+    assert np.array_equal(layout, solve(problem).layout.slots)
+    assert (layout[0] == -1).all()
+    assert 7 in layout[2]
+    message = wire.write_problem(small_problem())
+    message.failed.append(9)
+    with pytest.raises(ProblemError, match=r"failed\[0\] = 9: must be"):
+        wire.read_problem(message)

@@ -1,0 +1,204 @@
+"""Real transformers models with our experts in the place of theirs, and their checkpoints, in double precision."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict_loader import load as load_checkpoint
+from torch.distributed.checkpoint.state_dict_saver import save as save_checkpoint
+from torch.nn.functional import cross_entropy
+from torch.nn.parallel import DistributedDataParallel
+
+from moeplan.runtime_client.group import ExpertGroup
+from moeplan.runtime_client.layers.resident import ResidentExperts
+from moeplan.runtime_client.layers.sharded import FullyShardedExperts
+from moeplan.runtime_client.models.checkpoint import TrainingState
+from moeplan.runtime_client.models.replacing import replace_experts
+from moeplan.solvers import QuotaPlanner, SpillOptions
+from moeplan.solvers.problem.layout import Layout
+
+Launch = Callable[..., list[Any]]
+EXPERTS = 5
+SEQUENCES = 6
+TOLERANCE = 1e-6  # routers take their softmax in single precision, whatever the model's
+
+
+def make_model(family: str) -> nn.Module:
+    """A tiny random model, the same on every rank."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of libraries that transformers imports
+        import transformers
+    torch.manual_seed(0)
+    widths: dict[str, Any] = (
+        {"intermediate_size": 12, "num_local_experts": EXPERTS}
+        if family == "mixtral"
+        else {"intermediate_size": 24, "moe_intermediate_size": 12, "num_experts": EXPERTS, "head_dim": 8}
+    )
+    config = transformers.AutoConfig.for_model(
+        family, **widths, vocab_size=32, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, num_experts_per_tok=2, max_position_embeddings=64,
+    )  # fmt: skip
+    make: Callable[..., nn.Module] = transformers.AutoModelForCausalLM.from_config
+    return make(config, experts_implementation="eager").double()
+
+
+def make_group() -> ExpertGroup:
+    group = ExpertGroup.create()
+    assert group is not None
+    return group
+
+
+def replace(model: nn.Module, kind: str, group: ExpertGroup) -> None:
+    if kind == "sharded":
+        layers = replace_experts(model, partial(FullyShardedExperts, group=group))
+        slots = np.array([[(d + c) % EXPERTS for c in range(EXPERTS - 1)] for d in range(group.size)])
+        for layer in layers.values():
+            layer.layout = Layout(slots, EXPERTS) if group.size > 1 else layer.layout
+        return
+    home = np.arange(EXPERTS)[::-1] % group.size
+    planner = QuotaPlanner(SpillOptions.uniform(EXPERTS, group.size, 2, home=home), group.size)
+    replace_experts(model, partial(ResidentExperts, group=group, planner=planner))
+
+
+def tokens(step: int) -> Tensor:
+    return torch.randint(32, (SEQUENCES, 9), generator=torch.Generator().manual_seed(step))
+
+
+def loss_of(model: nn.Module, batch: Tensor) -> tuple[Tensor, Tensor]:
+    logits: Tensor = model(input_ids=batch[:, :-1]).logits
+    return logits, cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="sum")
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, step: int, group: ExpertGroup) -> None:
+    """One step on this rank's sequences; gradients of all but the experts are summed over the ranks."""
+    batch = tokens(step).tensor_split(group.size)[group.rank]
+    optimizer.zero_grad()
+    loss_of(model, batch)[1].backward()
+    for name, parameter in model.named_parameters():
+        if not name.endswith((".shard", ".flat")) and group.size > 1:
+            assert parameter.grad is not None
+            dist.all_reduce(parameter.grad)
+    optimizer.step()
+
+
+def compare_model(family: str, kind: str) -> None:
+    group = make_group()
+    plain, ours = make_model(family), make_model(family)
+    replace(ours, kind, group)
+    optimizers = [torch.optim.SGD(model.parameters(), lr=0.01) for model in (plain, ours)]
+    for step in range(2):
+        batch = tokens(step)
+        with torch.no_grad():
+            expected, actual = loss_of(plain, batch)[0], loss_of(ours, batch.tensor_split(group.size)[group.rank])[0]
+        torch.testing.assert_close(actual, expected.tensor_split(group.size)[group.rank], rtol=0, atol=TOLERANCE)
+        train(plain, optimizers[0], step, ExpertGroup())
+        train(ours, optimizers[1], step, group)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("kind", ["sharded", "resident"])
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_a_model_keeps_its_outputs_and_trains_alike(ranks: Launch, family: str, kind: str, size: int) -> None:
+    ranks(size, compare_model, family, kind)
+
+
+def test_refuses_modules_that_it_does_not_know() -> None:
+    with pytest.raises(ValueError, match="has no module with parameters gate_up_proj"):
+        replace_experts(nn.Linear(2, 2), partial(FullyShardedExperts, group=ExpertGroup()))
+    model = make_model("mixtral")
+    experts = model.get_submodule("model.layers.1.mlp.experts")
+    experts.gate_up_proj_bias = nn.Parameter(torch.zeros(EXPERTS, 24))
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.experts .* gate_up_proj_bias"):
+        replace_experts(model, partial(FullyShardedExperts, group=ExpertGroup()))
+    del experts.gate_up_proj_bias
+    experts.act_fn = nn.Tanh()
+    with pytest.raises(ValueError, match="Tanh"):
+        replace_experts(model, partial(FullyShardedExperts, group=ExpertGroup()))
+    assert type(model.get_submodule("model.layers.0.mlp.experts")).__name__ == "MixtralExperts"
+
+
+def make_optimizer(model: nn.Module) -> torch.optim.AdamW:
+    decayed = [p for n, p in model.named_parameters() if "norm" not in n]
+    plain = [p for n, p in model.named_parameters() if "norm" in n]
+    return torch.optim.AdamW([{"params": decayed, "weight_decay": 0.1}, {"params": plain, "lr": 0.005}], lr=0.01)
+
+
+def save(kind: str, folder: Path) -> None:
+    group = make_group()
+    model = make_model("qwen3_moe")
+    replace(model, kind, group)
+    optimizer = make_optimizer(model)
+    for step in range(2):
+        train(model, optimizer, step, group)
+    save_checkpoint({"training": TrainingState(model, optimizer)}, checkpoint_id=folder)
+
+
+def load(kind: str, folder: Path) -> Tensor:
+    """Continue from the checkpoint for a step, and return the logits of a batch."""
+    group = make_group()
+    model = make_model("qwen3_moe")
+    for parameter in model.parameters():
+        parameter.data.zero_()
+    replace(model, kind, group) if kind != "plain" else None
+    optimizer = make_optimizer(model)
+    load_checkpoint({"training": TrainingState(model, optimizer)}, checkpoint_id=folder)
+    train(model, optimizer, 2, group)
+    with torch.no_grad():
+        return loss_of(model, tokens(3))[0]
+
+
+@pytest.mark.parametrize("kind", ["sharded", "resident"])
+def test_a_checkpoint_continues_with_any_ranks_layers_and_layout(ranks: Launch, kind: str, tmp_path: Path) -> None:
+    model = make_model("qwen3_moe")
+    optimizer = make_optimizer(model)
+    for step in range(3):
+        train(model, optimizer, step, ExpertGroup())
+    with torch.no_grad():
+        expected = loss_of(model, tokens(3))[0]
+
+    ranks(4, save, kind, tmp_path)
+    for size, other in [(3, "sharded"), (2, "resident"), (1, "plain")]:
+        for actual in ranks(size, load, other, tmp_path):
+            torch.testing.assert_close(actual, expected, rtol=0, atol=TOLERANCE)
+
+
+def train_wrapped() -> list[str]:
+    """The recipe of docs/experts.md for data parallelism; returns the logical names of the weights."""
+    group = make_group()
+    plain, ours = make_model("mixtral"), make_model("mixtral")
+    layers = replace_experts(ours, partial(FullyShardedExperts, group=group))
+    names = [f"{name}.{own}" for name, layer in layers.items() for own, _ in layer.named_parameters()]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(ours, names)
+    for layer in layers.values():
+        for parameter in layer.parameters():
+            parameter.register_hook(lambda gradient: gradient / group.size)
+    wrapped = DistributedDataParallel(ours)
+    optimizers = [torch.optim.SGD(model.parameters(), lr=0.01) for model in (plain, wrapped)]
+    for step in range(2):
+        batch = tokens(step)
+        mine = batch.tensor_split(group.size)[group.rank]
+        for model, part, optimizer in zip((plain, wrapped), (batch, mine), optimizers, strict=True):
+            optimizer.zero_grad()
+            loss = loss_of(model, part)[1] / part[:, 1:].numel()
+            loss.backward()
+            optimizer.step()
+    with torch.no_grad():
+        logits = [loss_of(model, tokens(3))[0] for model in (plain, wrapped)]
+    torch.testing.assert_close(*logits, rtol=0, atol=TOLERANCE)
+    state = TrainingState(wrapped, optimizers[1]).state_dict()
+    for name, tensor in plain.state_dict().items():
+        assert state["model"][name].shape == tensor.shape
+    return sorted(state["model"])
+
+
+def test_data_parallelism_as_documented(ranks: Launch) -> None:
+    assert ranks(2, train_wrapped) == [sorted(make_model("mixtral").state_dict())] * 2

@@ -1,0 +1,311 @@
+"""The rank's line to the planner: real daemons, real ranks, and planners that misbehave."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+import torch.distributed as dist
+from tests.support.daemon import DaemonProcess, Start, started
+from torch.utils.data import DataLoader, Dataset
+
+from moeplan.runtime_client.errors import AgreementError
+from moeplan.runtime_client.planning.agreement import Agreement
+from moeplan.runtime_client.planning.planner_stream import PlannerStream
+from moeplan.runtime_client.planning.session import PlannerSession
+from moeplan.solvers.problem.arrays import Int64
+from moeplan.solvers.problem.layout import Layout
+from moeplan.v1 import job_pb2, planner_pb2, planner_pb2_grpc, tensor_pb2
+
+LAYERS, EXPERTS, SLOTS = 2, 8, 6
+LIMIT_S = 60.0
+
+
+@pytest.fixture(scope="module")
+def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DaemonProcess]:
+    for starter in started(lambda: tmp_path_factory.mktemp("data")):
+        yield starter().serving()
+
+
+def contiguous(devices: int) -> Layout:
+    return Layout.contiguous(EXPERTS, np.full(devices, -(-EXPERTS // devices), np.int32))
+
+
+def counts_of(rank: int, step: int) -> Int64:
+    """Uneven, and drifting."""
+    rng = np.random.default_rng([rank, step // 10])
+    return rng.integers(0, 100, (LAYERS, EXPERTS)) ** 2
+
+
+def train(session: PlannerSession, rank: int, steps: int, until: int, seen: list[Any]) -> None:
+    """Steps until so many switches, and at least so many steps; the same number on all ranks."""
+    end = time.monotonic() + LIMIT_S
+    step = 0
+    while step < steps or (session.switches < until and time.monotonic() < end):
+        if session.step(counts_of(rank, step)):
+            seen.append((step, session.version))
+        step += 1
+        time.sleep(0.01)
+
+
+# Agreement
+
+
+def votes(newest: Sequence[Sequence[int]], kept: Sequence[set[int]]) -> list[int | None]:
+    agreement = Agreement(dist.new_group(backend="gloo"), timeout=timedelta(seconds=20))
+    rank = dist.get_rank()
+    outcome = [agreement.vote(version, kept[rank].__contains__) for version in newest[rank]]
+    agreement.finish()
+    return outcome
+
+
+def test_ranks_switch_together_to_the_newest_version_that_all_hold(ranks: Any) -> None:
+    newest = [[1, 3, 3, 3, 3, 3], [0, 2, 3, 3, 3, 3], [2, 3, 3, 3, 4, 4]]
+    first, *others = ranks(3, votes, newest, [{1, 2, 3}, {1, 2, 3}, {2, 3, 4}])
+    assert first == [None, None, 2, 3, None, None]
+    assert all(other == first for other in others)
+
+
+def test_a_version_that_one_rank_never_saw_is_passed_over(ranks: Any) -> None:
+    newest = [[1, 1, 2, 2], [2, 2, 2, 2]]
+    first, second = ranks(2, votes, newest, [{1, 2}, {2}])
+    assert first == second == [None, None, None, 2]
+
+
+def lonely_vote() -> str:
+    agreement = Agreement(dist.new_group(backend="gloo"), timeout=timedelta(seconds=1))
+    if dist.get_rank() == 1:
+        time.sleep(2.5)
+        return ""
+    agreement.vote(1, lambda version: True)
+    with pytest.raises(AgreementError) as raised:
+        agreement.vote(1, lambda version: True)
+    return str(raised.value)
+
+
+def test_waiting_for_a_rank_has_a_limit(ranks: Any) -> None:
+    message, _ = ranks(2, lonely_vote)
+    assert "limit 1 s" in message
+
+
+# With a daemon
+
+
+def planned(address: str, job: str, reporting: Any, steps: int, until: int, rank_seconds: float = 0.0) -> Any:
+    rank, size = dist.get_rank(), dist.get_world_size()
+    seen: list[Any] = []
+    applied: list[Any] = [contiguous(size)] * LAYERS
+
+    def apply(layouts: Sequence[Layout]) -> None:
+        applied[:] = layouts
+
+    with PlannerSession(
+        address, job, applied, apply, slots=SLOTS, reporting=reporting, timeout=timedelta(seconds=30)
+    ) as session:
+        if rank == 1:
+            time.sleep(rank_seconds)
+        step, end, done = 0, time.monotonic() + LIMIT_S, False
+        while not done:
+            if session.step(counts_of(rank, step)):
+                seen.append((step, session.version, [layout.slots.tolist() for layout in applied]))
+            step += 1
+            time.sleep(0.01 + rank_seconds / 100)
+            votes = [None] * size
+            dist.all_gather_object(votes, (session.switches >= until and step >= steps) or time.monotonic() > end)
+            done = all(votes)
+        status = session.status
+    return seen, status
+
+
+@pytest.mark.parametrize("reporting", ["rank", "node", "group"])
+def test_all_ranks_run_the_same_layouts_from_the_same_step(ranks: Any, daemon: DaemonProcess, reporting: Any) -> None:
+    (first, status), *others = ranks(3, planned, daemon.address, f"by-{reporting}", reporting, 20, 3)
+    assert len(first) >= 3
+    assert all(seen == first for seen, _ in others)
+    versions = [version for _, version, _ in first]
+    assert versions == sorted(set(versions))
+    assert status.connected
+    assert status.sent > 10
+    assert [s is not None for _, s in others] == [reporting == "rank"] * 2
+    with daemon.client() as client:
+        job = client.job(f"jobs/by-{reporting}")
+        assert job.status.applied_version == versions[-1]
+        assert job.status.connected_ranks == 0  # all took leave
+        plan = client.plan(f"jobs/by-{reporting}/plans/{versions[-1]}")
+    for layer, slots in zip(plan.layers, first[-1][2], strict=True):
+        width = layer.layout.shape[1]
+        sent = np.frombuffer(layer.layout.data, "<i4").reshape(3, width)
+        assert np.array_equal(np.array(slots)[:, :width], sent)
+
+
+def test_a_slow_rank_is_waited_for(ranks: Any, daemon: DaemonProcess) -> None:
+    (first, _), (second, _) = ranks(2, planned, daemon.address, "slow", "rank", 5, 1, 1.0)
+    assert first == second
+    assert first
+
+
+def test_training_goes_on_without_a_planner(ranks: Any) -> None:
+    (seen, status), _ = ranks(2, planned, "127.0.0.1:1", "alone", "rank", 30, 0)
+    assert seen == []
+    assert not status.connected
+    assert "UNAVAILABLE" in status.error
+
+
+def test_a_planner_that_is_killed_and_comes_back_goes_on_planning(start: Start, tmp_path: Any) -> None:
+    address = f"unix:{tmp_path}/planner"
+    daemon = start("--listen", address, data=tmp_path / "data").serving()
+    seen: list[Any] = []
+    with PlannerSession(address, "killed", [contiguous(1)] * LAYERS, lambda layouts: None, slots=EXPERTS) as session:
+        train(session, 0, 5, 1, seen)
+        assert seen
+        os.kill(daemon.process.pid, signal.SIGKILL)
+        daemon.process.wait(10)
+        train(session, 0, 20, 0, seen)
+        assert session.status is not None
+        connections, sent = session.status.connections, session.status.sent
+        start("--listen", address, data=tmp_path / "data").serving()
+        end = time.monotonic() + LIMIT_S
+        while session.status.sent < sent + 5 and time.monotonic() < end:
+            session.step(counts_of(0, 0))
+            time.sleep(0.01)
+        assert session.status.connections == connections + 1
+        assert session.status.sent >= sent + 5
+
+
+# With planners that misbehave
+
+
+class OddPlanner(planner_pb2_grpc.PlannerServiceServicer):
+    """A real server that sends one plan, and remembers what it is told."""
+
+    def __init__(self, plan: job_pb2.JobPlan) -> None:
+        self.plan = plan
+        self.failed: list[planner_pb2.PlanFailed] = []
+
+    def CreateJob(self, request: Any, context: Any) -> planner_pb2.CreateJobResponse:  # noqa: N802
+        return planner_pb2.CreateJobResponse(job=request.job)
+
+    def StreamRank(self, requests: Any, context: Any) -> Iterator[planner_pb2.StreamRankResponse]:  # noqa: N802
+        next(requests)
+        yield planner_pb2.StreamRankResponse(welcome=planner_pb2.Welcome(credit=10, plan=self.plan))
+        for request in requests:
+            if request.WhichOneof("message") == "failed":
+                self.failed.append(request.failed)
+
+
+@contextmanager
+def odd_planner(plan: job_pb2.JobPlan) -> Iterator[tuple[str, OddPlanner]]:
+    server = grpc.server(ThreadPoolExecutor(8))
+    odd = OddPlanner(plan)  # type: ignore[abstract]  # the methods that a rank does not call are left out
+    planner_pb2_grpc.add_PlannerServiceServicer_to_server(odd, server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    yield f"127.0.0.1:{port}", odd
+    server.stop(1).wait(5)
+
+
+def plan_of(slots: Any, incarnation: int = 7, **fields: Any) -> job_pb2.JobPlan:
+    table = np.asarray(slots, np.int32)
+    tensor = tensor_pb2.Tensor(shape=table.shape, type=tensor_pb2.DATA_TYPE_INT32, data=table.tobytes())
+    values: dict[str, Any] = {"layer": 0, "version": 1, "layout": tensor} | fields
+    layer = job_pb2.LayerPlan(**values)
+    return job_pb2.JobPlan(version=1, incarnation=incarnation, layers=[layer])
+
+
+GOOD = [[0, 1], [2, 3]]
+ODD = {
+    "an expert is missing": plan_of([[0, 1], [2, 1]]),
+    "a replica twice on a device": plan_of([[0, 0], [1, 2]]),
+    "an expert that does not exist": plan_of([[0, 1], [2, 9]]),
+    "too wide": plan_of([[0, 1, 2], [3, 0, 1]]),
+    "wrong devices": plan_of([[0, 1], [2, 3], [0, 1]]),
+    "not a table": plan_of([0, 1, 2, 3]),
+    "a layer that does not exist": plan_of(GOOD, layer=5),
+    "no layers": job_pb2.JobPlan(version=1, incarnation=7),
+    "another incarnation": plan_of(GOOD, incarnation=6),
+    "cut short": plan_of(
+        GOOD, layout=tensor_pb2.Tensor(shape=[2, 2], type=tensor_pb2.DATA_TYPE_INT32, data=b"\0\0\0\0")
+    ),
+    "another type": plan_of(
+        GOOD, layout=tensor_pb2.Tensor(shape=[2, 2], type=tensor_pb2.DATA_TYPE_FLOAT64, data=b"\0" * 32)
+    ),
+}
+
+
+def stream_to(address: str) -> PlannerStream:
+    job = job_pb2.Job(layers=1, experts=4, incarnation=7)
+    job.cluster.slots.extend([2, 2])
+    return PlannerStream(address, "odd", job, rank=0)
+
+
+@pytest.mark.parametrize("name", sorted(ODD))
+def test_a_plan_that_does_not_validate_is_refused_and_reported(name: str) -> None:
+    with odd_planner(ODD[name]) as (address, odd):
+        stream = stream_to(address)
+        end = time.monotonic() + 20
+        while not odd.failed and time.monotonic() < end:
+            time.sleep(0.01)
+        stream.close()
+    assert stream.newest == 0
+    assert stream.status.refused >= 1
+    assert odd.failed[0].version == 1
+    assert odd.failed[0].reason in stream.status.error
+
+
+def test_a_good_plan_is_held() -> None:
+    with odd_planner(plan_of(GOOD)) as (address, _):
+        stream = stream_to(address)
+        end = time.monotonic() + 20
+        while not stream.newest and time.monotonic() < end:
+            time.sleep(0.01)
+        stream.close()
+    held = stream.plan(1)
+    assert held is not None
+    assert held.layouts[0].slots.tolist() == GOOD
+
+
+def test_statistics_that_nobody_takes_are_dropped_not_hoarded() -> None:
+    stream = stream_to("127.0.0.1:1")
+    for step in range(300):
+        stream.report(step, np.ones((1, 1, 4), np.int64))
+    assert stream.status.dropped == 300 - 256
+    stream.close()
+
+
+class Squares(Dataset[int]):
+    """A data set that works in forked processes."""
+
+    def __init__(self, session: PlannerSession) -> None:
+        self.session = session
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: int) -> int:
+        assert self.session._stream is not None
+        self.session._stream.report(0, np.ones((1, 1, 4), np.int64))
+        return index**2
+
+
+def test_workers_of_a_data_loader_may_fork_meanwhile(daemon: DaemonProcess) -> None:
+    seen: list[Any] = []
+    with PlannerSession(
+        daemon.address, "forks", [contiguous(1)] * LAYERS, lambda layouts: None, slots=EXPERTS
+    ) as session:
+        train(session, 0, 5, 1, seen)
+        loader = DataLoader(Squares(session), batch_size=2, num_workers=2, multiprocessing_context="fork", timeout=30)
+        assert sorted(value for batch in loader for value in batch.tolist()) == [i**2 for i in range(8)]
+        assert session.status is not None
+        sent = session.status.sent
+        train(session, 0, 5, 0, seen)
+        assert session.status.connections == 1
+        assert session.status.sent >= sent

@@ -1,0 +1,125 @@
+"""Splits: exact optima, whole tokens, certificates, traffic."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from ortools.graph.python import max_flow
+from tests.support.instances import best_split_by_linear_program, problems, random_layout
+
+from moeplan.solvers import Cluster, Demand, ExpertSpec, Layout, Link, Problem, ProblemError, evaluate
+from moeplan.solvers.plan.cost import LAER, STEP, cost, traffic
+from moeplan.solvers.split.flow import optimal_quota
+from moeplan.solvers.split.rules import RULES, local, optimal, routes, split
+
+
+def fits(layout: Layout, loads: np.ndarray, caps: np.ndarray) -> bool:
+    """Whether whole tokens fit into device caps, by OR-Tools' max-flow."""
+    flow = max_flow.SimpleMaxFlow()
+    source, sink = layout.experts + layout.devices, layout.experts + layout.devices + 1
+    for expert, load in enumerate(loads):
+        flow.add_arc_with_capacity(source, expert, int(load))
+    for device, expert in np.argwhere(layout.placed):
+        flow.add_arc_with_capacity(int(expert), layout.experts + int(device), int(loads[expert]))
+    for device, cap in enumerate(caps):
+        flow.add_arc_with_capacity(layout.experts + device, sink, int(cap))
+    assert flow.solve(source, sink) == flow.OPTIMAL
+    return bool(flow.optimal_flow() == loads.sum())
+
+
+@settings(max_examples=150, deadline=None)
+@given(problems(), st.integers(0, 2**32 - 1))
+def test_optimal_split_is_optimal(problem: Problem, seed: int) -> None:
+    layout = random_layout(problem, seed)
+    speed = problem.cluster.speed
+    quota, tight = optimal_quota(layout.slots, problem.loads, speed)
+    for loads, shares, inside in zip(problem.loads, quota, tight, strict=True):
+        for expert in range(problem.experts):
+            assert shares[layout.slots == expert].sum() == loads[expert]
+        assert not shares[layout.slots < 0].any()
+        level = (shares.sum(axis=1) / speed).max()
+        # No whole-token split is better: max-flow with every cap just below the level.
+        if loads.sum():
+            assert not fits(layout, loads, np.ceil(level * speed - 1e-9) - 1)
+        # Nor is any fractional one, beyond rounding.
+        fractional = best_split_by_linear_program(layout, loads, speed)
+        assert fractional <= level * (1 + 1e-9) + 1e-9
+        assert level <= fractional + 1 / speed.min() + 1e-6
+        # The tight set carries every token of the experts hosted only there.
+        captive = [e for e in range(problem.experts) if inside[layout.placed[:, e]].all()]
+        assert loads[captive].sum() >= shares[inside].sum()
+
+
+@settings(max_examples=100, deadline=None)
+@given(problems(), st.integers(0, 2**32 - 1), st.sampled_from(sorted(RULES)))
+def test_every_rule_conserves_tokens(problem: Problem, seed: int, rule: str) -> None:
+    layout = random_layout(problem, seed)
+    known = problem.demand.sources > 1 or problem.devices == 1
+    if rule in ("local", "home") and not known:
+        with pytest.raises(ProblemError, match=r"demand\.sources"):
+            split(problem, layout, rule)
+        return
+    chosen = split(problem, layout, rule)
+    assert (chosen.quota >= 0).all()
+    for expert in range(problem.experts):
+        of_expert = chosen.quota[:, layout.slots == expert].sum(axis=1)
+        assert (of_expert == problem.loads[:, expert]).all()
+    if not known:
+        return
+    sent = routes(problem, layout, chosen)
+    hosts = layout.hosts
+    assert (sent >= 0).all()
+    assert (sent.sum(axis=1) == chosen.quota[:, hosts.device, hosts.slot]).all()
+    for expert in range(problem.experts):
+        mine = sent[:, :, hosts.start[expert] : hosts.start[expert + 1]].sum(axis=2)
+        assert (mine == problem.demand.tokens[:, :, expert]).all()
+
+
+def test_even_shares_differ_by_at_most_one_token() -> None:
+    layout = Layout(np.array([[0, 1], [0, 1], [0, 2]]), 3)
+    problem = Problem(Cluster.uniform(3, 2), Demand.of([[10, 5, 3]]))
+    quota = split(problem, layout, "even").quota[0]
+    assert sorted(quota[layout.slots == 0].tolist()) == [3, 3, 4]
+    assert sorted(quota[layout.slots == 1].tolist()) == [2, 3]
+
+
+def test_lite_stays_in_the_source_s_node() -> None:
+    # Nodes {0, 1} and {2, 3}; expert 0 on devices 0, 1, 2; expert 1 only on device 3.
+    layout = Layout(np.array([[0], [0], [0], [1]]), 2)
+    tokens = np.array([[8, 4], [8, 0], [6, 0], [2, 2]])
+    problem = Problem(Cluster.uniform(4, 1, nodes=2), Demand.of(tokens))
+    sent = routes(problem, layout, split(problem, layout, "lite"))[0]
+    assert sent.tolist() == [[4, 4, 0, 4], [4, 4, 0, 0], [0, 0, 6, 0], [0, 0, 2, 2]]
+
+
+@settings(max_examples=60, deadline=None)
+@given(problems(max_devices=5, max_experts=6), st.integers(0, 2**32 - 1))
+def test_local_is_never_slower_than_allowed_nor_farther_than_optimal(problem: Problem, seed: int) -> None:
+    if problem.demand.sources == 1 and problem.devices > 1:
+        return
+    layout = random_layout(problem, seed)
+    best, near = optimal(problem, layout), local(problem, layout, 0.1)
+    speed = problem.cluster.speed
+    limit = (best.device_loads() / speed).max(axis=1) * 1.1
+    assert ((near.device_loads() / speed).max(axis=1) <= limit * (1 + 1e-9)).all()
+    node = problem.cluster.node
+    price = np.where(node[:, None] == node, 125, 1000) * (1 - np.eye(problem.devices, dtype=int))
+    spent = [(traffic(problem, layout, choice) * price).sum() for choice in (near, best)]
+    assert spent[0] <= spent[1]
+
+
+def test_cost_by_hand() -> None:
+    # Device 0 computes 30 of its own tokens and 10 of device 1; device 1 in another node computes 20 of its own.
+    layout = Layout(np.array([[0], [1]]), 2)
+    cluster = Cluster.uniform(2, 1, nodes=2, speed=[2.0, 1.0], inter_node=Link(bytes_per_s=1000.0, latency_s=0.5))
+    spec = ExpertSpec(token_bytes=100, seconds_per_token=0.1)
+    problem = Problem(cluster, Demand.of([[30, 0], [10, 20]]), spec)
+    plan = evaluate(problem, layout, "optimal", model=STEP)
+    assert plan.cost.compute_s.tolist() == pytest.approx([3 * 0.1 * 20])
+    assert plan.cost.communication_s.tolist() == pytest.approx([4 * (0.5 + 10 * 100 / 1000)])
+    # LAER adds the devices up: both wait for the same message, one as receiver and one as sender.
+    summed = cost(problem, layout, plan.split, LAER)
+    assert summed.communication_s.tolist() == pytest.approx([4 * 2 * 1.5])
+    assert plan.imbalance.tolist() == pytest.approx([20 / (60 / 3)])

@@ -1,0 +1,1 @@
+"""What several tests share: daemons, ranks, random instances, brute force."""

@@ -1,0 +1,93 @@
+"""Random problems and brute force, shared by tests."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+import highspy
+import numpy as np
+from hypothesis import strategies as st
+
+from moeplan.solvers import Cluster, Demand, Layout, Problem
+from moeplan.solvers.problem.arrays import Float64, Int32, Int64
+
+
+@st.composite
+def problems(draw: st.DrawFn, max_devices: int = 6, max_experts: int = 10, speeds: bool = True) -> Problem:
+    """Problems of every shape: unequal slots and speeds, several nodes, zero loads, several scenarios."""
+    devices = draw(st.integers(1, max_devices))
+    experts = draw(st.integers(1, max_experts))
+    slots = draw(st.lists(st.integers(0, 5), min_size=devices, max_size=devices))
+    while sum(min(s, experts) for s in slots) < experts:
+        slots = [s + 1 for s in slots]
+    nodes = draw(st.integers(1, devices))
+    unequal = speeds and draw(st.booleans())
+    speed = [draw(st.sampled_from([0.5, 1.0, 1.5, 3.0])) if unequal else 1.0 for _ in range(devices)]
+    sources = draw(st.sampled_from([1, devices, 2 * devices]))
+    scenarios = draw(st.integers(1, 3))
+    tokens = np.array(
+        draw(
+            st.lists(
+                st.sampled_from([0, 1, 2, 7, 50, 1000]),
+                min_size=scenarios * sources * experts,
+                max_size=scenarios * sources * experts,
+            )
+        )
+    )
+    cluster = Cluster(
+        slots=np.array(slots),
+        node=(np.arange(devices) * nodes // devices).astype(np.int32),
+        speed=np.array(speed),
+    )
+    return Problem(cluster, Demand.of(tokens.reshape(scenarios, sources, experts)))
+
+
+def random_layout(problem: Problem, seed: int) -> Layout:
+    """A valid layout: every expert somewhere, then random replicas in the slots that are left."""
+    rng = np.random.default_rng(seed)
+    slots = np.full((problem.devices, problem.cluster.max_slots), -1, np.int32)
+    used = np.zeros(problem.devices, int)
+    for expert in rng.permutation(problem.experts):
+        device = rng.choice(np.flatnonzero(used < problem.capacity))
+        slots[device, used[device]] = expert
+        used[device] += 1
+    for device in range(problem.devices):
+        absent = np.setdiff1d(np.arange(problem.experts), slots[device])
+        extra = rng.permutation(absent)[: rng.integers(0, problem.capacity[device] - used[device] + 1)]
+        slots[device, used[device] : used[device] + len(extra)] = extra
+    return Layout(slots, problem.experts)
+
+
+def best_split_by_linear_program(layout: Layout, loads: Int64, speed: Float64) -> float:
+    """The least largest load per speed of a layout, by HiGHS."""
+    solver = highspy.Highs()
+    solver.setOptionValue("output_flag", False)
+    top = solver.addVariable(lb=0)
+    shares = {
+        (device, expert): solver.addVariable(lb=0)
+        for device, expert in itertools.product(range(layout.devices), range(layout.experts))
+        if layout.placed[device, expert]
+    }
+    for expert in range(layout.experts):
+        solver.addConstr(
+            sum(shares[d, expert] for d in range(layout.devices) if (d, expert) in shares) == float(loads[expert])
+        )
+    for device in range(layout.devices):
+        here = [share for (d, _), share in shares.items() if d == device]
+        if here:
+            solver.addConstr(sum(here) <= float(speed[device]) * top)
+    solver.minimize(top)
+    return float(solver.getInfoValue("objective_function_value")[1])
+
+
+def all_layouts(experts: int, capacity: Int32) -> Iterator[Layout]:
+    """Every layout that fills as many slots as experts allow."""
+    per_device = [list(itertools.combinations(range(experts), min(int(c), experts))) for c in capacity]
+    width = max(1, int(capacity.max()))
+    for choice in itertools.product(*per_device):
+        if len(set().union(*choice)) == experts:
+            slots = np.full((len(capacity), width), -1, np.int32)
+            for device, content in enumerate(choice):
+                slots[device, : len(content)] = content
+            yield Layout(slots, experts)
