@@ -169,7 +169,7 @@ def make_layers(mode: str, size: Size, group: ExpertGroup, device: torch.device)
 def device_loads(layer: Experts, counts: Int64) -> Int64:
     """int64[devices]: tokens that each rank computed, from counts int64[devices, experts]."""
     if isinstance(layer, FullyShardedExperts):
-        return layer.split(layer.layout.slots, counts.sum(axis=0)).sum(axis=1)
+        return layer.device_loads(counts)
     return layer.planner.plan(counts).load.copy()
 
 

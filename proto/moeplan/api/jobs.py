@@ -3,56 +3,27 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from enum import Enum
 
 from moeplan.solvers.plan.parameters import SolveParameters
 from moeplan.solvers.problem.cluster import Cluster
 from moeplan.solvers.problem.demand import Demand
 from moeplan.solvers.problem.errors import ProblemError
+from moeplan.solvers.problem.forecast import Forecast, ForecastMethod
 from moeplan.solvers.problem.layout import Layout
 from moeplan.solvers.problem.problem import ExpertSpec, Problem
+from moeplan.solvers.problem.split_rules import RANK_RULES, SplitRule, split_rule
 
 __all__ = ["Closing", "Forecast", "ForecastMethod", "JobSpec", "Payback", "Replan"]
 
 MAX_LAYERS = 4_096
 MAX_EXPERTS = 65_536
 MAX_RANKS = 65_536
-MAX_WINDOW_STEPS = 4_096
 MAX_LAG_STEPS = 1_024
 
 
 def _within(field_name: str, value: int, low: int, high: int) -> None:
     if not low <= value <= high:
         raise ProblemError(field_name, value, f"must be {low} to {high}")
-
-
-class ForecastMethod(Enum):
-    """How the demand of the coming steps follows from the window."""
-
-    LAST = "last"
-    MEAN = "mean"
-    EMA = "ema"
-    SCENARIOS = "scenarios"
-
-
-@dataclass(frozen=True, slots=True)
-class Forecast:
-    """How demand is forecast.
-
-    Attributes:
-        method: What to make of the window.
-        window_steps: Closed steps in the window.
-        smoothing: Weight of the newest step in the moving average.
-    """
-
-    method: ForecastMethod = ForecastMethod.SCENARIOS
-    window_steps: int = 8
-    smoothing: float = 0.3
-
-    def __post_init__(self) -> None:
-        _within("job.forecast.window_steps", self.window_steps, 1, MAX_WINDOW_STEPS)
-        if not 0 < self.smoothing <= 1:
-            raise ProblemError("job.forecast.smoothing", self.smoothing, "must be above 0 and at most 1")
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +101,7 @@ class JobSpec:
         max_moves: Most replicas that one re-plan of one layer may move; None for no limit.
         groups: Groups of consecutive experts.
         merge_sources: Forget which rank tokens come from.
+        split_rule: How ranks divide tokens among replicas, one of `RANK_RULES`; None for the policy's own.
 
     Raises:
         ProblemError: a field is out of range, or no layout can exist.
@@ -149,6 +121,7 @@ class JobSpec:
     max_moves: int | None = None
     groups: int = 1
     merge_sources: bool = False
+    split_rule: SplitRule | None = None
 
     def __post_init__(self) -> None:
         _within("job.layers", self.layers, 1, MAX_LAYERS)
@@ -160,6 +133,8 @@ class JobSpec:
             raise ProblemError(
                 "job.merge_sources", True, "hides where tokens come from; set expert.token_bytes = 0 or keep sources"
             )
+        if self.split_rule is not None:
+            object.__setattr__(self, "split_rule", split_rule("job.split_rule", self.split_rule, RANK_RULES))
         one_token = Demand.of([[1] * self.experts])
         for layout in self.initial:
             self.problem(one_token, layout)
@@ -193,4 +168,5 @@ class JobSpec:
             current=current,
             max_moves=self.max_moves,
             groups=self.groups,
+            split_rule=self.split_rule,
         )

@@ -46,7 +46,7 @@ def test_solve_gives_what_the_library_gives(client: Client) -> None:
     for policy in ("hybrid", "eplb"):
         plans = client.solve(problems, policy)
         for problem, plan in zip(problems, plans, strict=True):
-            expected = solve(problem, policy)
+            expected = solve(problem, policy=policy)
             assert wire.read_layout("layout", plan.layout, problem.experts) == expected.layout
             np.testing.assert_array_equal(wire.read_array("quota", plan.quota), expected.split.quota)
             assert plan.cost_s == expected.cost.mean_s
@@ -88,7 +88,7 @@ def test_every_parameter_travels(client: Client) -> None:
     assert wire.read_parameters(problem_pb2.SolveParameters()) == SolveParameters()
     problem = small_problem(devices=2, experts=4)
     (plan,) = client.solve([problem], "ilp", SolveParameters(solver="highs", threads=2, prove=True))
-    assert plan.mean_imbalance == solve(problem, "ilp").mean_imbalance
+    assert plan.mean_imbalance == solve(problem, policy="ilp").mean_imbalance
     with pytest.raises(InvalidRequestError, match="'nonsense'") as error:
         client.solve([problem], "ilp", SolveParameters(solver="nonsense"))
     assert list(error.value.violations) == ["problems[0].parameters.solver"]

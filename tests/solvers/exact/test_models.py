@@ -5,8 +5,6 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 
 import numpy as np
 import pytest
@@ -66,7 +64,7 @@ def small(draw: st.DrawFn) -> Problem:
 @settings(max_examples=15, deadline=None)
 @given(problem=small(), seed=st.integers(0, 99))
 def test_backends_find_the_optimum(solver: str, problem: Problem, seed: int) -> None:
-    plan = solve(problem, "ilp", SolveParameters(solver=solver, target_gap=0, seed=seed))
+    plan = solve(problem, policy="ilp", parameters=SolveParameters(solver=solver, target_gap=0, seed=seed))
     best = optimum(problem)
     # Continuous tokens: the layout is optimal up to the rounding of whole tokens.
     slack = 1 / max(1, problem.loads.sum(axis=1).min() / problem.cluster.speed.sum() * problem.cluster.speed.min())
@@ -80,7 +78,7 @@ def test_backends_find_the_optimum(solver: str, problem: Problem, seed: int) -> 
 def test_backends_keep_the_limit_of_moves(solver: str, problem: Problem, seed: int, limit: int) -> None:
     current = random_layout(problem, seed)
     limited = Problem(problem.cluster, problem.demand, current=current, max_moves=limit)
-    plan = solve(limited, "ilp", SolveParameters(solver=solver, target_gap=0))
+    plan = solve(limited, policy="ilp", parameters=SolveParameters(solver=solver, target_gap=0))
     assert plan.moves is not None
     assert len(plan.moves) <= limit
     assert plan.mean_imbalance <= evaluate(limited, current).mean_imbalance * (1 + 1e-12)
@@ -148,13 +146,13 @@ def test_the_stream_never_gets_worse(problem: Problem, limit: int, seed: int, li
         if policy == "eplb" and limited:
             continue
         parameters = SolveParameters(work_limit=6_000 if policy == "hybrid" else 50, seed=seed, prove=True)
-        found = list(solve_anytime(problem, policy, parameters))
+        found = list(solve_anytime(problem, policy=policy, parameters=parameters))
         imbalance = [plan.mean_imbalance for plan in found]
         bounds = [plan.bound for plan in found]
         assert imbalance == sorted(imbalance, reverse=True)
         assert bounds == sorted(bounds)
         assert all(plan.bound <= plan.mean_imbalance * (1 + 1e-12) for plan in found)
-        final = solve(problem, policy, parameters)
+        final = solve(problem, policy=policy, parameters=parameters)
         assert final.mean_imbalance == imbalance[-1]
         if limited:
             assert all(plan.moves is not None and len(plan.moves) <= limit for plan in found)
@@ -181,16 +179,18 @@ print(plan.layout.slots.tobytes().hex(), plan.mean_imbalance.hex(), plan.bound.h
 def test_a_deadline_ends_the_search(policy: str) -> None:
     loads = (np.arange(1, 97) ** -0.6 * 1e5).astype(np.int64)
     problem = Problem(Cluster.uniform(54, 2), Demand.of(loads))
-    solve(problem, policy, SolveParameters(work_limit=100 if policy == "ilp" else 5_000, prove=True))
+    solve(problem, policy=policy, parameters=SolveParameters(work_limit=100 if policy == "ilp" else 5_000, prove=True))
     start = time.perf_counter()
-    solve(problem, policy, SolveParameters(deadline_s=0.1, work_limit=10**9, target_gap=0, prove=True))
+    solve(
+        problem, policy=policy, parameters=SolveParameters(deadline_s=0.1, work_limit=10**9, target_gap=0, prove=True)
+    )
     assert time.perf_counter() - start < 5  # it would search for hours
 
 
 def test_an_unknown_solver_is_refused() -> None:
     problem = Problem(Cluster.uniform(4, 2), Demand.of([9, 8, 7, 5, 3, 1, 1]))
     with pytest.raises(ProblemError, match="must be cpsat, highs, cbc, or one of"):
-        solve(problem, "ilp", SolveParameters(solver="nonesuch"))
+        solve(problem, policy="ilp", parameters=SolveParameters(solver="nonesuch"))
 
 
 def test_layers_share_a_deadline() -> None:
@@ -202,9 +202,9 @@ def test_layers_share_a_deadline() -> None:
     problems = [*easy, hard]
     parameters = SolveParameters(work_limit=2_000)
     alone = [solve(problem, parameters=parameters) for problem in problems]
-    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as processes:
-        spread = solve_layers(problems, parameters=parameters, processes=processes, shares=2)
-    assert [plan.layout for plan in spread] == [plan.layout for plan in alone]
+    together = solve_layers(problems, parameters=parameters)
+    assert [plan.layout for plan in together] == [plan.layout for plan in alone]
+    assert [plan.termination for plan in together] == [plan.termination for plan in alone]
     timed = solve_layers(problems, parameters=SolveParameters(deadline_s=1.0, work_limit=10**9))
     assert [plan.mean_imbalance for plan in timed[:3]] == [plan.mean_imbalance for plan in alone[:3]]
     # What the easy layers left, the hard one used; a deadline too short for any search still gives every layer a plan.

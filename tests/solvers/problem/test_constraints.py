@@ -30,6 +30,7 @@ from moeplan.solvers import (
 from moeplan.solvers.plan.cost import memory_use
 from moeplan.solvers.problem.arrays import Int64
 from moeplan.solvers.problem.limits import broken
+from moeplan.solvers.problem.split_rules import SplitRule
 from moeplan.solvers.split.rules import split
 
 EXACT = SolveParameters(work_limit=60_000, target_gap=0.0)
@@ -124,9 +125,9 @@ def test_small_problems_are_solved_to_the_optimum(kind: str, policy: str, data: 
     best = optimum(problem)
     if best == np.inf:
         with pytest.raises(InfeasibleError):
-            solve(problem, policy, EXACT)
+            solve(problem, policy=policy, parameters=EXACT)
         return
-    plan = solve(problem, policy, EXACT)
+    plan = solve(problem, policy=policy, parameters=EXACT)
     assert broken(problem.limits, plan.layout.placed) is None
     assert plan.mean_imbalance == pytest.approx(best, rel=1e-3)
     assert plan.bound <= best * (1 + 1e-9)
@@ -263,17 +264,17 @@ def test_policies_that_cannot_honour_a_limit_refuse_it() -> None:
     problem = problem_with(np.arange(1, 25).reshape(1, 4, 6), forbidden=[[0, 0]])
     for name, policy in available_policies().items():
         if "forbidden" in policy.honours:
-            assert not solve(problem, name).layout.placed[0, 0]
+            assert not solve(problem, policy=name).layout.placed[0, 0]
         else:
             with pytest.raises(ProblemError, match=rf"policy {name} cannot honour it; use .*hybrid"):
-                solve(problem, name)
+                solve(problem, policy=name)
 
 
 def test_a_given_layout_is_judged_by_the_same_limits() -> None:
     problem = problem_with(pinned=[[5, 0]])
     with pytest.raises(ProblemError, match="expert 5 on device 0: must be there"):
         evaluate(problem, Layout.contiguous(6, problem.capacity))
-    assert split(problem, Layout.contiguous(6, problem.capacity), "even").quota.sum() == 21
+    assert split(problem, Layout.contiguous(6, problem.capacity), SplitRule.EVEN).quota.sum() == 21
 
 
 def test_slots_are_shared_over_layers_for_the_least_sum() -> None:

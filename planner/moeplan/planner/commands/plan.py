@@ -119,13 +119,13 @@ def plan(
         problems[layer] = problem.without(gone) if gone else problem
     if share_slots:
         with status(f"planning {len(chosen)} layers with {policy}, with more and more slots"):
-            shares = divide_slots(list(problems.values()), slots * len(chosen), policy, parameters)
+            shares = divide_slots(list(problems.values()), slots * len(chosen), policy=policy, parameters=parameters)
         plans = dict(zip(chosen, shares.plans, strict=True))
     else:
         plans = {}
         with solver_at(server, token, ca) as solve, progress(f"planning with {policy}", len(chosen)) as advance:
             for layer, problem in problems.items():
-                plans[layer] = solve(problem, policy, parameters)
+                plans[layer] = solve(problem, policy=policy, parameters=parameters)
                 advance()
     crossing = {}
     if nodes > 1 and opened.sources > 1:

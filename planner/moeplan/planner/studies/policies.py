@@ -118,7 +118,7 @@ def _judge(window: Window, layer: int, name: str, setting: Setting, scores: _Sco
         max_moves=setting.max_moves if limited else None,
         groups=setting.groups,
     )
-    plan = solve(problem, name, setting.parameters, rule="optimal")
+    plan = solve(problem, policy=name, parameters=setting.parameters, rule="optimal")
     after = replace(problem, demand=Demand.of(window.next[layer]), current=None, max_moves=None)
     scores.fitted.append(plan.mean_imbalance)
     scores.gap.append(plan.gap)

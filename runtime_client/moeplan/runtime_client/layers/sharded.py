@@ -13,11 +13,15 @@ from torch.autograd.function import once_differentiable
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from moeplan.runtime_client.group import ExpertGroup, Traffic
+from moeplan.runtime_client.layers.dividing import Division
 from moeplan.runtime_client.layers.feed_forward import ExpertShape, feed_forward
 from moeplan.runtime_client.layers.routing import combine, dispatch, find_route, gather_counts
 from moeplan.runtime_client.layers.sharding import Gathering, Placement, Returning, shard_width
-from moeplan.runtime_client.layers.split import Split, optimal_split, rank_flow
+from moeplan.solvers.problem.arrays import Int64
+from moeplan.solvers.problem.cluster import Cluster
 from moeplan.solvers.problem.layout import Layout
+from moeplan.solvers.problem.problem import ExpertSpec
+from moeplan.solvers.problem.split_rules import SplitRule
 
 __all__ = ["FullyShardedExperts", "chain"]
 
@@ -29,15 +33,18 @@ class FullyShardedExperts(nn.Module):
     layout costs nothing beyond the gather that every pass makes anyway. One pass sends
     ``slots * expert bytes * (N - 1) / N`` per rank for the gather, and as much again for the gradients.
 
-    `layout` may be set between any two calls, on all ranks alike; a pass under way keeps the layout it started with
-    until its backward is over. Ranks that differ raise instead of hanging.
+    `layout` and `split_rule` may be set between any two calls, on all ranks alike (`apply` takes both from a plan); a
+    pass under way keeps what it started with until its backward is over. Ranks that differ raise instead of hanging.
 
     Args:
         shape: Dimensions of an expert.
         experts: Number of experts.
         group: The ranks.
         layout: Layout to start with; contiguous by default.
-        split: Rule that divides an expert's tokens among its replicas; optimal for equal devices by default.
+        split_rule: Rule that divides an expert's tokens among its replicas.
+        cluster: Speeds, nodes and memory of the ranks' devices, by which tokens are divided and routed; equal devices
+            on one node by default. Give the one that plans are made for.
+        expert: What replicas and tokens occupy, where the memory of `cluster` limits a split.
         compute_dtype: Type that weights travel and compute in; that of the parameter by default.
         reshard: Whether to free the gathered weights after the forward pass and gather them again for the backward.
             It saves their memory and costs a second gather.
@@ -56,7 +63,9 @@ class FullyShardedExperts(nn.Module):
         group: ExpertGroup,
         *,
         layout: Layout | None = None,
-        split: Split | None = None,
+        split_rule: SplitRule | str = SplitRule.OPTIMAL,
+        cluster: Cluster | None = None,
+        expert: ExpertSpec = ExpertSpec(),
         compute_dtype: torch.dtype | None = None,
         reshard: bool = True,
         dtype: torch.dtype | None = None,
@@ -66,7 +75,9 @@ class FullyShardedExperts(nn.Module):
         self.shape = shape
         self.experts = experts
         self.group = group
-        self.split = split or optimal_split(np.ones(group.size))
+        self._division = Division(cluster or Cluster.uniform(group.size, 1), expert, split_rule)
+        if self._division.cluster.devices != group.size:
+            raise ValueError(f"cluster.devices = {self._division.cluster.devices}: the group has {group.size} ranks")
         self.compute_dtype = compute_dtype
         self.reshard = reshard
         self.traffic = Traffic()
@@ -90,6 +101,28 @@ class FullyShardedExperts(nn.Module):
         if layout.experts != self.experts:
             raise ValueError(f"layout.experts = {layout.experts}: the layer has {self.experts}")
         self._placement = Placement(layout, self.group, self.shard.device)
+
+    @property
+    def split_rule(self) -> SplitRule:
+        """Rule by which the passes that start from now on divide tokens."""
+        return self._division.rule
+
+    @split_rule.setter
+    def split_rule(self, rule: SplitRule | str) -> None:
+        self._division = Division(self._division.cluster, self._division.expert, rule)
+
+    def device_loads(self, counts: Int64) -> Int64:
+        """int64[ranks]: tokens that each rank computes of counts int64[sources, experts], under layout and rule."""
+        return self._division.divide(self.layout, counts).device_loads()[0]
+
+    def route(self, counts: Int64) -> tuple[Int64, Int64]:
+        """Where this rank's tokens of counts int64[sources, experts] go, and what its slots receive from whom.
+
+        Returns:
+            (send, receive): int64[ranks, width] tokens from this rank to each slot, and int64[ranks, width] tokens from
+            each source to the slots of this rank.
+        """
+        return self._division.of_rank(self.layout, counts, self.group.rank)
 
     @torch.no_grad()
     def load_experts(self, first: int, flat: Tensor) -> None:
@@ -124,16 +157,16 @@ class FullyShardedExperts(nn.Module):
         """
         rows = hidden.reshape(-1, hidden.shape[-1])
         index, weight = index.reshape(len(rows), index.shape[-1]), weight.reshape(len(rows), weight.shape[-1])
-        placement, group = self._placement, self.group
+        placement, division, group = self._placement, self._division, self.group
         follower = self._follower()
         fingerprint = placement.fingerprint ^ (follower._placement.fingerprint << 1 if follower else 0)
+        fingerprint ^= division.fingerprint
         counts = gather_counts(group, index, weight, self.experts, fingerprint & (2**62 - 1))
         gathering = self._take_ahead() or self._start(placement, "weights.forward")
         this = _Pass(self, placement)
         landed: Tensor = _Land.apply(self.shard, this)  # type: ignore[no-untyped-call]
         slots = placement.layout.slots
-        quota = self.split(slots, counts.sum(axis=0))
-        route = find_route(slots, *rank_flow(slots, quota, counts, group.rank), index)
+        route = find_route(slots, *division.of_rank(placement.layout, counts, group.rank), index)
         (arrived,) = dispatch(group, route, rows, self.traffic, [sum(route.receive)])
         if follower is not None:
             follower.prefetch()

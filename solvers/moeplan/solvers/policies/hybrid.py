@@ -28,8 +28,8 @@ from moeplan.solvers.exact import configurations
 from moeplan.solvers.exact.model import Effort
 from moeplan.solvers.exact.of_problem import any_layout, whole
 from moeplan.solvers.exact.run import run
+from moeplan.solvers.objective import score as scores
 from moeplan.solvers.objective.score import risk
-from moeplan.solvers.plan import plan as plans
 from moeplan.solvers.plan.parameters import SolveParameters
 from moeplan.solvers.policies.base import base
 from moeplan.solvers.policies.eplb import eplb
@@ -43,6 +43,7 @@ from moeplan.solvers.problem.errors import ProblemError
 from moeplan.solvers.problem.layout import EMPTY, Layout
 from moeplan.solvers.problem.moves import keep_slots, relabel
 from moeplan.solvers.problem.problem import Problem
+from moeplan.solvers.problem.split_rules import SplitRule
 from moeplan.solvers.search.local import improve
 from moeplan.solvers.search.neighbourhoods import neighbour
 from moeplan.solvers.split.flow import optimal_quota
@@ -77,11 +78,12 @@ WORK_PER_BURST = 2_000_000
 """Scenario x slot visits between two looks at the clock: a few milliseconds."""
 
 
-def stages(problem: Problem, parameters: SolveParameters) -> Iterator[Progress]:
-    """Where the search stands, every few milliseconds."""
+@policy("hybrid", source="moeplan", split=SplitRule.OPTIMAL, honours=ALL_LIMITS)
+def hybrid(problem: Problem, parameters: SolveParameters) -> Iterator[Progress]:
+    """Bounds, constructions, local search guided by the min cut, large neighbourhoods, few moves; the default."""
     start = time.perf_counter()
     deadline = None if parameters.deadline_s is None else start + parameters.deadline_s
-    bounds = plans.bound(problem)
+    bounds = scores.bound(problem)
     if problem.demand.scenarios == 1 and problem.current is None and _perfect(problem) and _window_applies(problem):
         yield Progress(Layout(_window(problem), problem.experts), float(bounds[0]))  # perfect, by the theorem
         return
@@ -90,19 +92,12 @@ def stages(problem: Problem, parameters: SolveParameters) -> Iterator[Progress]:
     yield from state.search()
 
 
-@policy("hybrid", source="moeplan", split="optimal", honours=ALL_LIMITS, anytime=stages)
-def hybrid(problem: Problem, parameters: SolveParameters) -> Layout:
-    """Bounds, constructions, local search guided by the min cut, large neighbourhoods, few moves; the default."""
-    *_, last = stages(problem, parameters)
-    return last.layout
-
-
 class _Search:
     """The best layout so far and what is left of the limits."""
 
     def __init__(self, problem: Problem, parameters: SolveParameters, deadline: float | None) -> None:
         self.problem, self.parameters, self.deadline = problem, parameters, deadline
-        self.bounds = plans.bound(problem)
+        self.bounds = scores.bound(problem)
         self.limits = problem.limits
         self.speed = planning_speed(problem)
         self.best: Int32 | None = None
@@ -273,12 +268,12 @@ def _proofs(problem: Problem, state: _Search, deadline: float | None) -> Iterato
     quota, _ = optimal_quota(state.best, problem.loads, speed)
     reached = quota.sum(axis=2).max(axis=1) / speed[0]
     low = problem.lower_bound.copy()
-    for s in np.argsort(-(plans.relative(problem, reached) - state.bounds) * problem.demand.weights, kind="stable"):
+    for s in np.argsort(-(scores.relative(problem, reached) - state.bounds) * problem.demand.weights, kind="stable"):
         for value in configurations.configuration_bounds(
             problem.loads[s], problem.devices, int(capacity[0]), low[s] * speed[0], reached[s] * speed[0], deadline
         ):
             low[s] = value / speed[0]
-            yield plans.relative(problem, low)
+            yield scores.relative(problem, low)
 
 
 def _start(problem: Problem) -> Int32 | None:
@@ -358,7 +353,7 @@ def _score(problem: Problem, slots: Int32) -> float:
     if not fits:
         return np.inf
     level = (quota.sum(axis=2) / problem.cluster.speed).max(axis=1)
-    return risk(plans.relative(problem, level), problem.demand.weights, problem.tail)
+    return risk(scores.relative(problem, level), problem.demand.weights, problem.tail)
 
 
 def _arrivals(current: Layout, slots: Int32) -> int:

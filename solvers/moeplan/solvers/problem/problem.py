@@ -16,6 +16,7 @@ from moeplan.solvers.problem.demand import Demand
 from moeplan.solvers.problem.errors import InfeasibleError, ProblemError
 from moeplan.solvers.problem.layout import EMPTY, Layout
 from moeplan.solvers.problem.limits import Limits
+from moeplan.solvers.problem.split_rules import SplitRule, split_rule
 
 __all__ = ["ExpertSpec", "Problem"]
 
@@ -62,6 +63,8 @@ class Problem:
         tail: Part of the scenarios that a plan should suit, the worst ones: 1.0 for their mean, less for the mean of a
             tail (conditional value at risk).
         constraints: Further limits on where replicas may be.
+        split_rule: How the system that will run the layout divides tokens, given by its name or as `SplitRule`; a
+            policy that cannot plan for it refuses. None for the policy's own.
 
     Raises:
         ProblemError: a field is invalid or contradicts another.
@@ -76,8 +79,14 @@ class Problem:
     groups: int = 1
     tail: float = 1.0
     constraints: Constraints = field(default=Constraints())
+    split_rule: SplitRule | None = None
 
     def __post_init__(self) -> None:
+        if self.split_rule is not None:
+            rule = split_rule("split_rule", self.split_rule)
+            object.__setattr__(self, "split_rule", rule)
+            if rule.needs_sources and self.demand.sources == 1 and self.devices > 1:
+                raise ProblemError("split_rule", rule, "needs the demand of each source; give tokens[sources, experts]")
         if self.experts > self.cluster.total_slots:
             raise InfeasibleError(
                 "cluster.slots",

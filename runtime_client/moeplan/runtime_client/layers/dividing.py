@@ -1,0 +1,60 @@
+"""Dividing a micro-batch among the replicas of a layout, as the plan says: from exact counts, alike on every rank."""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+
+from moeplan.solvers.problem.arrays import Int64
+from moeplan.solvers.problem.cluster import Cluster
+from moeplan.solvers.problem.layout import Layout
+from moeplan.solvers.problem.problem import ExpertSpec
+from moeplan.solvers.problem.split_rules import RANK_RULES, SplitRule, split_rule
+from moeplan.solvers.split.rules import Fabric, Split, divide, route
+
+__all__ = ["Division"]
+
+
+class Division:
+    """A split rule on a cluster whose device i is rank i. It computes what the planner's cost model assumes.
+
+    Args:
+        cluster: The ranks' devices.
+        expert: What replicas and tokens occupy, where the memory of the cluster limits a split.
+        rule: One of `RANK_RULES`.
+
+    Attributes:
+        fingerprint: Equal on ranks that divide alike.
+
+    Raises:
+        ProblemError: there is no such rule, or it takes too long for ranks.
+    """
+
+    def __init__(self, cluster: Cluster, expert: ExpertSpec, rule: SplitRule | str) -> None:
+        self.rule = split_rule("split_rule", rule, RANK_RULES)
+        self.cluster, self.expert = cluster, expert
+        self._fabric = Fabric(cluster, np.arange(cluster.devices, dtype=np.int32), expert)
+        digest = hashlib.blake2b(self.rule.encode(), digest_size=8)
+        for array in (cluster.speed, cluster.node, cluster.memory_bytes):
+            digest.update(b"" if array is None else array.tobytes())
+        self.fingerprint = int.from_bytes(digest.digest(), "little") >> 2
+
+    def divide(self, layout: Layout, counts: Int64) -> Split:
+        """The split of counts, int64[ranks, experts], as of one scenario."""
+        return divide(self._fabric, layout, counts[np.newaxis], self.rule)
+
+    def of_rank(self, layout: Layout, counts: Int64, rank: int) -> tuple[Int64, Int64]:
+        """A rank's part of counts, int64[ranks, experts].
+
+        Returns:
+            (send, receive): int64[devices, width] tokens from `rank` to each slot, and int64[devices, width] tokens
+            from each source to the slots of `rank`.
+        """
+        (sent,) = route(self._fabric, layout, counts[np.newaxis], self.divide(layout, counts))
+        hosts = layout.hosts
+        send, receive = np.zeros((2, *layout.slots.shape), np.int64)
+        send[hosts.device, hosts.slot] = sent[rank]
+        here = hosts.device == rank
+        receive[:, hosts.slot[here]] = sent[:, here]
+        return send, receive
