@@ -10,7 +10,7 @@ The text is what every Python has: the sources of its standard library, and its 
 every `--shift` steps, and with it the experts that are busy. No loss balances them.
 
 ``static`` is plain expert parallelism: each expert at home on one rank. ``spill`` lends experts to idle ranks, planned
-in each pass from exact counts. ``planned`` shards every expert over the ranks, and a planner's daemon decides which
+in each pass from known counts. ``planned`` shards every expert over the ranks, and a planner's daemon decides which
 rank computes which; without a daemon it trains all the same.
 """
 
@@ -29,6 +29,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -46,7 +47,6 @@ from moeplan.runtime_client import (
     record,
 )
 from moeplan.solvers import Layout, QuotaPlanner, SpillOptions
-from moeplan.solvers.problem.arrays import Int64
 from moeplan.v1 import job_pb2, problem_pb2
 
 TOP_K = 2
@@ -166,7 +166,7 @@ def make_layers(mode: str, size: Size, group: ExpertGroup, device: torch.device)
     return layers
 
 
-def device_loads(layer: Experts, counts: Int64) -> Int64:
+def device_loads(layer: Experts, counts: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
     """int64[devices]: tokens that each rank computed, from counts int64[devices, experts]."""
     if isinstance(layer, FullyShardedExperts):
         return layer.device_loads(counts)

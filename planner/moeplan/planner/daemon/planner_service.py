@@ -16,7 +16,7 @@ import structlog
 from moeplan.planner.daemon.job_host import JobHost, RankStream
 from moeplan.planner.daemon.job_table import JobTable, described, job_id, stale
 from moeplan.planner.daemon.metrics import Metrics
-from moeplan.planner.daemon.settings import Limits
+from moeplan.planner.daemon.settings import ServiceLimits
 from moeplan.planner.daemon.statuses import RefusalError, exhausted, exists, invalid, missing, refusal_of, unavailable
 from moeplan.planner.daemon.store import JobRow, Store
 from moeplan.planner.jobs import messages
@@ -40,7 +40,7 @@ log = structlog.get_logger()
 class PlannerService(planner_pb2_grpc.PlannerServiceServicer):
     """moeplan.v1.PlannerService."""
 
-    def __init__(self, table: JobTable, store: Store, metrics: Metrics, limits: Limits, owner: str) -> None:
+    def __init__(self, table: JobTable, store: Store, metrics: Metrics, limits: ServiceLimits, owner: str) -> None:
         self._table, self._store, self._metrics, self._limits, self._owner = table, store, metrics, limits, owner
         self._numbers = itertools.count(1)
         self._open = 0

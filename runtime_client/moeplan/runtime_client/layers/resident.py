@@ -24,14 +24,14 @@ class SpillPlanner(Protocol):
     options: SpillOptions
 
     def plan(self, counts: Int64) -> SpillPlan:
-        """The plan for exact counts int64[sources, experts]; the same on every rank."""
+        """The plan for known counts int64[sources, experts]; the same on every rank."""
         ...
 
 
 class ResidentExperts(nn.Module):
     """The experts of one MoE layer, each at home on one rank; it takes the place of a model's experts module.
 
-    For every micro-batch the ranks plan from the exact counts, each for itself and all alike, which tokens to spill to
+    For every micro-batch the ranks plan from the known counts, each for itself and all alike, which tokens to spill to
     transient replicas. Their weights travel beside the tokens, and their gradients return home (least-loaded expert
     parallelism: LLEP, arXiv 2601.17111). Without spare slots this is plain expert parallelism.
 

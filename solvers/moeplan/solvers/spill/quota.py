@@ -1,4 +1,4 @@
-"""`quota`: exact-load spilling near the proven optimum, in tens of microseconds on one core."""
+"""`quota`: spilling by known counts, near the proven optimum, in tens of microseconds on one core."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ class QuotaPlanner:
         """The plan of one layer.
 
         Args:
-            counts: `dtype`[sources, experts], tokens of each expert from each source; exact, so never negative.
+            counts: `dtype`[sources, experts], tokens of each expert from each source, at least 0.
 
         Raises:
             ProblemError: shape or dtype differ from the planner's, a count is negative, or the total exceeds 2**46.
