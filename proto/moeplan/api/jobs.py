@@ -8,7 +8,7 @@ from moeplan.solvers.plan.parameters import SolveParameters
 from moeplan.solvers.problem.cluster import Cluster
 from moeplan.solvers.problem.demand import Demand
 from moeplan.solvers.problem.errors import ProblemError
-from moeplan.solvers.problem.forecast import Forecast, ForecastMethod
+from moeplan.solvers.problem.forecast_spec import Forecast, ForecastMethod
 from moeplan.solvers.problem.layout import Layout
 from moeplan.solvers.problem.problem import ExpertSpec, Problem
 from moeplan.solvers.problem.split_rules import RANK_RULES, SplitRule, split_rule

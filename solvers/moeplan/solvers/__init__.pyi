@@ -9,7 +9,8 @@ from .problem.cluster import Cluster, Link
 from .problem.constraints import Constraints
 from .problem.demand import Demand
 from .problem.errors import InfeasibleError, ProblemError
-from .problem.forecast import Forecast, ForecastMethod, Widening, forecast, widened
+from .problem.forecast import Widening, forecast, widened
+from .problem.forecast_spec import Forecast, ForecastMethod
 from .problem.layout import EMPTY, Layout
 from .problem.moves import Moves
 from .problem.problem import ExpertSpec, Problem

@@ -10,7 +10,8 @@ from tests.support.instances import all_layouts
 
 from moeplan.solvers import Cluster, Demand, Problem, ProblemError, SolveParameters, evaluate, solve, solve_anytime
 from moeplan.solvers.objective.score import risk
-from moeplan.solvers.problem.forecast import Forecast, ForecastMethod, Widening, forecast, widened
+from moeplan.solvers.problem.forecast import Widening, forecast, widened
+from moeplan.solvers.problem.forecast_spec import Forecast, ForecastMethod
 
 VALUES = st.lists(st.tuples(st.floats(1, 10), st.floats(0.01, 1)), min_size=1, max_size=8)
 

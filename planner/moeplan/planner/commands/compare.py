@@ -11,6 +11,7 @@ from moeplan.planner.commands.options import (
     WORK_LIMIT,
     Deadline,
     Devices,
+    ForecastBy,
     Format,
     Groups,
     Layers,
@@ -18,6 +19,7 @@ from moeplan.planner.commands.options import (
     Nodes,
     Output,
     Seed,
+    Split,
     TraceFile,
     Work,
     layer_numbers,
@@ -26,6 +28,7 @@ from moeplan.planner.commands.options import (
     solve_parameters,
 )
 from moeplan.solvers.problem.errors import ProblemError
+from moeplan.solvers.problem.forecast_spec import ForecastMethod
 
 if TYPE_CHECKING:
     from moeplan.planner.traces.trace import Trace
@@ -55,6 +58,8 @@ def compare(
     deadline_ms: Deadline = None,
     work_limit: Work = WORK_LIMIT,
     seed: Seed = 0,
+    forecast: ForecastBy = ForecastMethod.SCENARIOS,
+    split_rule: Split = None,
     known_counts: Annotated[
         bool, typer.Option("--known-counts", help="Plan each step from its own counts, by spilling to spare slots.")
     ] = False,
@@ -76,13 +81,15 @@ def compare(
     With --known-counts nothing is predicted: static, llep and quota split the very counts that they are judged on,
     over homes in order and --spare transient replicas per device, as a rank does in every micro-batch.
     """
+    from dataclasses import replace
+
     from moeplan.planner.commands.tables import show_comparison
     from moeplan.planner.commands.terminal import progress, status
     from moeplan.planner.studies.policies import Setting
     from moeplan.planner.studies.policies import compare as judge
     from moeplan.planner.studies.spilling import KNOWN_COUNTS_POLICIES
     from moeplan.planner.traces.trace import Trace
-    from moeplan.solvers import Cluster, SolveParameters, SpillOptions
+    from moeplan.solvers import Cluster, Forecast, SolveParameters, SpillOptions
     from moeplan.solvers.policies.registry import find
 
     opened = Trace.open(trace)
@@ -102,15 +109,13 @@ def compare(
         groups=groups,
         max_moves=max_moves,
         parameters=solve_parameters(deadline_ms, work_limit, seed),
+        forecast=Forecast(forecast, window_steps=positive("--window", window)),
+        split_rule=split_rule,
     )
-    windows = opened.windows(positive("--window", window), every)
+    windows = opened.windows(window, every)
     with status("compiling kernels (the first time only)"):
         first = next(iter(opened.windows(window, every)))
-        judge(
-            [first, first],
-            names,
-            Setting(setting.cluster, setting.layers[:1], groups, max_moves, SolveParameters(work_limit=1)),
-        )
+        judge([first, first], names, replace(setting, layers=chosen[:1], parameters=SolveParameters(work_limit=1)))
     plans = opened.window_count(window, every) * len(setting.layers) * len(names)
     with progress("planning", plans) as advance:
         result = judge(windows, names, setting, advance)

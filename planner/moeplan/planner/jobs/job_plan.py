@@ -11,6 +11,7 @@ from moeplan.api.jobs import JobSpec
 from moeplan.solvers.problem.cluster import Cluster
 from moeplan.solvers.problem.layout import Layout
 from moeplan.solvers.problem.problem import ExpertSpec
+from moeplan.solvers.problem.split_rules import SplitRule
 
 __all__ = [
     "Candidate",
@@ -72,7 +73,7 @@ class Candidate:
     Attributes:
         layer: Index of the layer.
         layout: New layout.
-        split_rule: Rule by which the cost was counted.
+        split_rule: Rule by which ranks divide tokens, and by which the cost was counted.
         cost_s: Cost of the new layout, seconds.
         imbalance: Largest load per speed over the mean of the new layout, averaged over the scenarios.
         bound: No layout has a smaller imbalance.
@@ -84,7 +85,7 @@ class Candidate:
 
     layer: int
     layout: Layout
-    split_rule: str
+    split_rule: SplitRule
     cost_s: float
     bound: float
     gap: float
@@ -101,7 +102,7 @@ class LayerPlan:
     layer: int
     version: int
     layout: Layout
-    split_rule: str = "optimal"
+    split_rule: SplitRule = SplitRule.OPTIMAL
     cost_s: float | None = None
     bound: float | None = None
     gap: float | None = None
@@ -135,7 +136,8 @@ class JobPlan:
 
 def initial_plan(spec: JobSpec, version: int, incarnation: int) -> JobPlan:
     """The plan that a job begins with."""
-    layers = tuple(LayerPlan(index, version, layout) for index, layout in enumerate(spec.initial))
+    rule = spec.split_rule or SplitRule.OPTIMAL
+    layers = tuple(LayerPlan(index, version, layout, rule) for index, layout in enumerate(spec.initial))
     return JobPlan(version, incarnation, layers, Decision(Reason.INITIAL, changed_layers=len(layers)))
 
 

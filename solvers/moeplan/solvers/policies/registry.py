@@ -93,7 +93,8 @@ def policy(
 
     def register(function: F) -> F:
         summary = (inspect.getdoc(function) or "").split("\n", 1)[0]
-        search = cast(Search, function) if inspect.isgeneratorfunction(function) else _in_one_step(function)
+        anytime = inspect.isgeneratorfunction(function)
+        search = cast(Search, function) if anytime else _in_one_step(cast(Make, function))
         _registry[name] = Policy(name, source, split, rules, frozenset(honours), search, summary)
         return function
 
