@@ -233,7 +233,7 @@ def test_a_stopped_worker_is_killed_when_its_time_is_over(daemon: DaemonProcess,
     with Client(daemon.address, timeout_s=1) as hasty, pytest.raises(DeadlineError):
         hasty.solve([small_problem()])
     assert client.solve([small_problem()])
-    assert not Path(f"/proc/{worker}").exists()
+    assert eventually(lambda: not Path(f"/proc/{worker}").exists())
 
 
 def test_a_dead_zygote_is_replaced(daemon: DaemonProcess, client: Client) -> None:

@@ -6,8 +6,9 @@ import hashlib
 
 import numpy as np
 
-from moeplan.solvers.problem.arrays import Int64
+from moeplan.solvers.problem.arrays import Int32, Int64
 from moeplan.solvers.problem.cluster import Cluster
+from moeplan.solvers.problem.kernel import kernel
 from moeplan.solvers.problem.layout import Layout
 from moeplan.solvers.problem.problem import ExpertSpec
 from moeplan.solvers.problem.split_rules import RANK_RULES, SplitRule, split_rule
@@ -52,9 +53,16 @@ class Division:
             from each source to the slots of `rank`.
         """
         (sent,) = route(self._fabric, layout, counts[np.newaxis], self.divide(layout, counts))
-        hosts = layout.hosts
-        send, receive = np.zeros((2, *layout.slots.shape), np.int64)
-        send[hosts.device, hosts.slot] = sent[rank]
-        here = hosts.device == rank
-        receive[:, hosts.slot[here]] = sent[:, here]
-        return send, receive
+        return _of_rank(sent, layout.hosts.device, layout.hosts.slot, layout.slots.shape[1], rank)
+
+
+@kernel
+def _of_rank(sent: Int64, device: Int32, slot: Int32, width: int, rank: int) -> tuple[Int64, Int64]:
+    """What `rank` sends and receives of ``sent[source, replica]``, where a replica is in ``slot`` of ``device``."""
+    send = np.zeros((len(sent), width), np.int64)
+    receive = np.zeros((len(sent), width), np.int64)
+    for r in range(len(device)):
+        send[device[r], slot[r]] = sent[rank, r]
+        if device[r] == rank:
+            receive[:, slot[r]] = sent[:, r]
+    return send, receive

@@ -14,7 +14,7 @@ import pkgutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from functools import cache, wraps
-from typing import TypeVar, cast
+from typing import Any, TypeVar
 
 from moeplan.solvers.plan.parameters import SolveParameters
 from moeplan.solvers.plan.plan import Termination
@@ -93,8 +93,8 @@ def policy(
 
     def register(function: F) -> F:
         summary = (inspect.getdoc(function) or "").split("\n", 1)[0]
-        anytime = inspect.isgeneratorfunction(function)
-        search = cast(Search, function) if anytime else _in_one_step(cast(Make, function))
+        given: Any = function
+        search: Search = given if inspect.isgeneratorfunction(function) else _in_one_step(given)
         _registry[name] = Policy(name, source, split, rules, frozenset(honours), search, summary)
         return function
 

@@ -20,10 +20,15 @@ __all__ = ["best_quota", "planning_speed", "quota_in_memory", "token_caps"]
 HALVINGS = 40
 
 
+def _limited(cluster: Cluster, expert: ExpertSpec) -> bool:
+    return cluster.memory_bytes is not None and expert.activation_bytes > 0
+
+
 def token_caps(cluster: Cluster, expert: ExpertSpec, replicas: Int64) -> Float64 | None:
     """float64[devices]: tokens whose activations fit beside so many replicas, int64[devices]; None without a limit."""
-    if cluster.memory_bytes is None or expert.activation_bytes == 0:
+    if not _limited(cluster, expert):
         return None
+    assert cluster.memory_bytes is not None
     left = cluster.memory_bytes - replicas * (expert.weight_bytes + expert.state_bytes)
     caps: Float64 = np.maximum(0, left // expert.activation_bytes).astype(np.float64)
     return caps
@@ -44,9 +49,10 @@ def quota_in_memory(cluster: Cluster, expert: ExpertSpec, slots: Int32, loads: I
     """
     speed = cluster.speed
     quota, tight = optimal_quota(slots, loads, speed)
-    caps = token_caps(cluster, expert, (slots != EMPTY).sum(axis=1))
-    if caps is None:
+    if not _limited(cluster, expert):
         return quota, tight, True
+    caps = token_caps(cluster, expert, (slots != EMPTY).sum(axis=1))
+    assert caps is not None
     fits = True
     for s in np.flatnonzero((quota.sum(axis=2) > caps).any(axis=1)):
         low = float((quota[s].sum(axis=1) / speed).max())
