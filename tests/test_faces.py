@@ -7,9 +7,13 @@ import importlib
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from tests.support.repository import DOCUMENTS, ROOT, ROOTS
+
+from moeplan.solvers import Layout
 
 FACES = {f"moeplan.{root}": ROOTS[root] / "__init__.pyi" for root in ("solvers", "api", "runtime_client")}
 MESSAGES = "moeplan.v1"
@@ -67,3 +71,14 @@ def test_documents_import_what_faces_export(document: Path) -> None:
 def test_examples_import_from_faces(example: Path) -> None:
     modules = {module for module, _ in imports(example.read_text())}
     assert modules <= {*FACES, MESSAGES}
+
+
+def test_the_readme_solves_a_problem() -> None:
+    (code,) = (block for block in blocks(ROOT / "README.md") if "solve(" in block)
+    layout = Layout.contiguous(64, np.full(16, 5))
+    names: dict[str, Any] = {"counts": np.random.default_rng(3).integers(1, 1_000, (16, 64)), "layout": layout}
+    exec(code, names)
+    plan = names["plan"]
+    assert plan.layout.slots.shape == (16, 5)
+    assert plan.split.quota.shape == (1, 16, 5)
+    assert len(plan.moves) <= 8

@@ -24,7 +24,7 @@ from moeplan.solvers import (
     solve_anytime,
     solve_layers,
 )
-from moeplan.solvers.exact import partition_model as grouping
+from moeplan.solvers.exact import partition_model
 from moeplan.solvers.exact.configurations import configuration_bounds
 from moeplan.solvers.exact.model import Effort
 from moeplan.solvers.exact.of_problem import whole
@@ -86,13 +86,13 @@ def test_backends_keep_the_limit_of_moves(solver: str, problem: Problem, seed: i
 
 @settings(max_examples=25, deadline=None)
 @given(st.sampled_from([(4, 2, 7), (4, 2, 6), (4, 3, 12), (3, 3, 8), (4, 2, 8)]), st.integers(0, 10**6))
-def test_grouping_is_the_placement_problem(shape: tuple[int, int, int], seed: int) -> None:
+def test_the_partition_is_the_placement_problem(shape: tuple[int, int, int], seed: int) -> None:
     devices, slots, experts = shape
     loads = (np.random.default_rng(seed).lognormal(0, 1, experts) * 1_000).astype(np.int64)
     problem = Problem(Cluster.uniform(devices, slots), Demand.of(loads))
     model = whole(problem, Layout.contiguous(experts, problem.capacity).slots)
-    assert grouping.applies(model)
-    group, size = grouping.groups_of(model)
+    assert partition_model.applies(model)
+    group, size = partition_model.groups_of(model)
     assert size.sum() == devices
     assert (np.bincount(group) == size * (slots - 1) + 1).all()
     answer = run(model, "cpsat", Effort(work=20.0))

@@ -1,4 +1,4 @@
-"""The grouping formulation, for few spare slots: a partition instead of a placement.
+"""The exact model where spare slots are few: a partition instead of a placement.
 
 By the theorem of `moeplan.solvers.construct.partition`, with R < D - 1 spare slots the best placement of one scenario
 on equal devices is a best partition of devices and experts into D - R groups, where a group of t devices has

@@ -43,7 +43,7 @@ def neighbour(
         limits: Its limits, narrowed to one region per unit.
         slots: int32[devices, width], a valid layout.
         rng: Draws the devices.
-        solver: See `ilp.run`.
+        solver: See `exact.run`.
         deadline: Time on `time.perf_counter` to return by; None for none.
 
     Returns:

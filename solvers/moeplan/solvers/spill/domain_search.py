@@ -88,18 +88,18 @@ def solve_domain(
 
     Args:
         floor: Proven lower bound of the whole problem: nothing is gained below it.
-        w: See `packing.pack` for this and the arguments that are not listed.
-        first: See `packing.pack`.
-        spare: See `packing.pack`.
-        cap: See `packing.pack`.
-        speed: See `packing.pack`.
+        w: See `filling.pack` for this and the arguments that are not listed.
+        first: See `filling.pack`.
+        spare: See `filling.pack`.
+        cap: See `filling.pack`.
+        speed: See `filling.pack`.
         costs: float64[4+]; the fourth is the tolerance.
         at_home: int64[positions], loads at home.
         load: Out: loads of the plan.
         received: Out: replicas received.
-        room: See `packing.pack`.
-        excess: See `packing.pack`.
-        left: See `packing.pack`.
+        room: See `filling.pack`.
+        excess: See `filling.pack`.
+        left: See `filling.pack`.
         chunks: int64[2, 4, slots], out: the best plan is in one of the two tables.
 
     Returns:

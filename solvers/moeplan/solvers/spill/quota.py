@@ -34,9 +34,9 @@ class QuotaPlanner:
     Every rank that plans the same counts with equal options gets the same plan, bit for bit. Building a planner
     compiles the kernels, once per machine. A planner serves one thread at a time.
 
-    The search packs chunks at a target load (`packing`), raising the target from the lower bound until it fits
-    (`search`). It shares the outer idea, greedy export at a threshold, with UltraEP (arXiv 2606.04101); its own are
-    passing unused room on to the sender, the bounds, unequal speeds, memory, and transfer costs.
+    The search fills spare slots at a target load (`filling`), raising the target from the lower bound until it fits
+    (`domain_search`). It shares the outer idea, greedy export at a threshold, with UltraEP (arXiv 2606.04101); its own
+    are passing unused room on to the sender, the bounds, unequal speeds, memory, and transfer costs.
 
     Args:
         options: Devices and limits.
