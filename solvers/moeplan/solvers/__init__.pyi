@@ -3,7 +3,8 @@
 from .affinity.placement import AffinityPlan, crossings, place_by_affinity
 from .plan.cost import LAER, STEP, Cost, CostModel
 from .plan.parameters import SolveParameters
-from .plan.plan import Plan, Termination
+from .plan.plan import Plan
+from .plan.termination import Termination
 from .policies.registry import Policy, Progress, available_policies, policy
 from .problem.cluster import Cluster, Link
 from .problem.constraints import Constraints

@@ -3,34 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import StrEnum
 
 from moeplan.solvers.plan.cost import Cost
+from moeplan.solvers.plan.termination import Termination
 from moeplan.solvers.problem.arrays import Float64
 from moeplan.solvers.problem.layout import Layout
 from moeplan.solvers.problem.moves import Moves
 from moeplan.solvers.split.rules import Split
 
-__all__ = ["Plan", "Termination"]
-
-
-class Termination(StrEnum):
-    """Why the search for a plan ended."""
-
-    PROVED = "proved"
-    """The objective equals the bound: no layout is better."""
-    TARGET_GAP = "target gap"
-    """The objective is within `SolveParameters.target_gap` of the bound."""
-    WORK_LIMIT = "work limit"
-    """`SolveParameters.work_limit` is spent."""
-    DEADLINE = "deadline"
-    """`SolveParameters.deadline_s` is over."""
-    NOTHING_LEFT = "nothing left to try"
-    """The policy has done all that it does."""
-    UNFINISHED = "unfinished"
-    """The search goes on: a plan on the way, of `solve_anytime`."""
-    GIVEN = "given"
-    """Nothing was searched: the layout was given to be judged."""
+__all__ = ["Plan"]
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)

@@ -14,7 +14,7 @@ from moeplan.solvers.exact.of_problem import whole
 from moeplan.solvers.exact.run import require, run
 from moeplan.solvers.objective.score import bound, objective, score
 from moeplan.solvers.plan.parameters import SolveParameters
-from moeplan.solvers.plan.plan import Termination
+from moeplan.solvers.plan.termination import Termination
 from moeplan.solvers.policies.hybrid import hybrid
 from moeplan.solvers.policies.registry import ALL_LIMITS, Progress, policy
 from moeplan.solvers.problem.layout import Layout

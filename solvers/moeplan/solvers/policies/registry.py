@@ -17,7 +17,7 @@ from functools import cache, wraps
 from typing import Any, TypeVar
 
 from moeplan.solvers.plan.parameters import SolveParameters
-from moeplan.solvers.plan.plan import Termination
+from moeplan.solvers.plan.termination import Termination
 from moeplan.solvers.problem.constraints import Constraints
 from moeplan.solvers.problem.errors import ProblemError
 from moeplan.solvers.problem.layout import Layout

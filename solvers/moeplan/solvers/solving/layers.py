@@ -15,7 +15,8 @@ from dataclasses import dataclass, replace
 from moeplan.solvers.objective.score import score
 from moeplan.solvers.plan.cost import STEP
 from moeplan.solvers.plan.parameters import SolveParameters
-from moeplan.solvers.plan.plan import Plan, Termination
+from moeplan.solvers.plan.plan import Plan
+from moeplan.solvers.plan.termination import Termination
 from moeplan.solvers.policies.registry import Policy, Progress, find
 from moeplan.solvers.problem.problem import Problem
 from moeplan.solvers.solving.solver import check_asked, plan_of

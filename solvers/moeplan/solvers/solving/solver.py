@@ -9,7 +9,8 @@ from dataclasses import replace
 from moeplan.solvers.objective import score
 from moeplan.solvers.plan.cost import STEP, CostModel, check_memory, cost
 from moeplan.solvers.plan.parameters import SolveParameters
-from moeplan.solvers.plan.plan import Plan, Termination
+from moeplan.solvers.plan.plan import Plan
+from moeplan.solvers.plan.termination import Termination
 from moeplan.solvers.policies.registry import Policy, Progress, available_policies, find
 from moeplan.solvers.problem.errors import ProblemError
 from moeplan.solvers.problem.layout import Layout
