@@ -34,6 +34,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional
 
+from moeplan.api import Forecast, Replan
 from moeplan.runtime_client import (
     AgreementError,
     ExpertGroup,
@@ -45,9 +46,8 @@ from moeplan.runtime_client import (
     chain,
     record,
 )
-from moeplan.solvers import Layout, QuotaPlanner, SpillOptions
+from moeplan.solvers import Layout, QuotaPlanner, SolveParameters, SpillOptions
 from moeplan.solvers.problem.arrays import Int64
-from moeplan.v1 import job_pb2, problem_pb2
 
 TOP_K = 2
 Experts = FullyShardedExperts | ResidentExperts
@@ -260,18 +260,15 @@ def connect(arguments: argparse.Namespace, size: Size, layers: Sequence[Experts]
 
     slots = -(-size.experts // group.size) + 1
     # Few candidates and a look at every fifth step: here the daemon has no cores of its own.
-    job = job_pb2.Job(
-        forecast=job_pb2.Forecast(window_steps=4),
-        replan=job_pb2.Replan(every_steps=5),
-        parameters=problem_pb2.SolveParameters(work_limit=500),
-    )
     return PlannerSession(
         arguments.planner,
         arguments.job,
         [layer.layout for layer in sharded],
         apply,
         slots=slots,
-        job=job,
+        parameters=SolveParameters(work_limit=500),
+        forecast=Forecast(window_steps=4),
+        replan=Replan(every_steps=5),
         timeout=timedelta(minutes=2),
     )
 

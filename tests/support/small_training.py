@@ -22,13 +22,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional
 
+from moeplan.api.jobs import Forecast, Replan
 from moeplan.runtime_client.group import ExpertGroup
 from moeplan.runtime_client.layers.feed_forward import ExpertShape
 from moeplan.runtime_client.layers.sharded import FullyShardedExperts, chain
 from moeplan.runtime_client.planning.session import PlannerSession
 from moeplan.runtime_client.recording.recorder import record
 from moeplan.solvers.problem.layout import Layout
-from moeplan.v1 import job_pb2
 
 LAYERS, EXPERTS, TOP_K, SLOTS = 2, 8, 2, 6
 HIDDEN, WIDTH, WORDS, TOKENS, SHIFT = 16, 8, 24, 64, 8
@@ -123,17 +123,14 @@ def train(
             layer.layout = layout
 
     if address is not None:
-        described = job_pb2.Job(
-            forecast=job_pb2.Forecast(window_steps=4),
-            replan=job_pb2.Replan(every_steps=5),
-        )
         session = PlannerSession(
             address,
             job,
             [layer.layout for layer in layers],
             apply,
             slots=SLOTS,
-            job=described,
+            forecast=Forecast(window_steps=4),
+            replan=Replan(every_steps=5),
             timeout=timedelta(seconds=30),
         )
     step, end, over = 0, time.monotonic() + LIMIT_S, False

@@ -9,7 +9,7 @@ from .layers.resident import ResidentExperts, SpillPlanner
 from .layers.sharded import FullyShardedExperts, chain
 from .models.checkpoint import TrainingState
 from .models.replacing import replace_experts
-from .planning.planner_stream import Login, StreamStatus
+from .planning.planner_stream import StreamStatus
 from .planning.session import PlannerSession
 from .recording.probes import PROBES, Form, Probe
 from .recording.recorder import Recorder, record
@@ -25,7 +25,6 @@ __all__ = [
     "FullyShardedExperts",
     "LayoutMismatchError",
     "LoanBuffer",
-    "Login",
     "PlannerSession",
     "Probe",
     "Recorder",

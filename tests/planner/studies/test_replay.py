@@ -17,8 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.support.repository import TRACE
 
+from moeplan.api.job_plans import Reason
 from moeplan.api.jobs import Forecast, JobSpec, Payback, Replan
-from moeplan.planner.jobs.job_plan import Candidate, Reason, decide, initial_plan, move_time_s
+from moeplan.planner.jobs.job_plan import Candidate, decide, initial_plan, move_time_s
 from moeplan.planner.studies.replay import Outcome, Strategy, replay, usual_strategies
 from moeplan.planner.traces.trace import Trace
 from moeplan.solvers import Cluster, ExpertSpec, Layout, Link, SolveParameters

@@ -18,11 +18,13 @@ import torch.distributed as dist
 from tests.support.daemon import DaemonProcess, Start, started
 from torch.utils.data import DataLoader, Dataset
 
+from moeplan.api.jobs import JobSpec
 from moeplan.runtime_client.errors import AgreementError
 from moeplan.runtime_client.planning.agreement import Agreement
 from moeplan.runtime_client.planning.planner_stream import PlannerStream
 from moeplan.runtime_client.planning.session import PlannerSession
 from moeplan.solvers.problem.arrays import Int64
+from moeplan.solvers.problem.cluster import Cluster
 from moeplan.solvers.problem.layout import Layout
 from moeplan.v1 import job_pb2, planner_pb2, planner_pb2_grpc, tensor_pb2
 
@@ -142,9 +144,8 @@ def test_all_ranks_run_the_same_layouts_from_the_same_step(ranks: Any, daemon: D
         assert job.status.connected_ranks == 0  # all took leave
         plan = client.plan(f"jobs/by-{reporting}/plans/{versions[-1]}")
     for layer, slots in zip(plan.layers, first[-1][2], strict=True):
-        width = layer.layout.shape[1]
-        sent = np.frombuffer(layer.layout.data, "<i4").reshape(3, width)
-        assert np.array_equal(np.array(slots)[:, :width], sent)
+        sent = layer.layout.slots
+        assert np.array_equal(np.array(slots)[:, : sent.shape[1]], sent)
 
 
 def test_a_slow_rank_is_waited_for(ranks: Any, daemon: DaemonProcess) -> None:
@@ -242,9 +243,8 @@ ODD = {
 
 
 def stream_to(address: str) -> PlannerStream:
-    job = job_pb2.Job(layers=1, experts=4, incarnation=7)
-    job.cluster.slots.extend([2, 2])
-    return PlannerStream(address, "odd", job, rank=0)
+    spec = JobSpec(Cluster.uniform(2, 2), layers=1, experts=4)
+    return PlannerStream(address, "odd", spec, 7, rank=0)
 
 
 @pytest.mark.parametrize("name", sorted(ODD))

@@ -1,0 +1,65 @@
+"""Plans of one layer, to and from messages."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from moeplan.api.wire.tensors import read_layout, write_array, write_layout
+from moeplan.api.wire.times import read_seconds, write_duration
+from moeplan.solvers.problem.errors import ProblemError
+from moeplan.solvers.problem.problem import Problem
+from moeplan.v1 import problem_pb2
+
+if TYPE_CHECKING:
+    from moeplan.solvers import Plan
+
+__all__ = ["read_plan", "write_plan"]
+
+
+def read_plan(message: problem_pb2.Plan, problem: Problem) -> Plan:
+    """The plan of a problem, judged here again.
+
+    What is said about the layout does not rest on trust: split, loads, cost and moves are those of `evaluate`. Only the
+    bound is taken as it is, since what proves it is the search, which was made elsewhere.
+
+    Raises:
+        ProblemError: the layout or the rule does not suit the problem, or the bound is above what the layout reaches.
+    """
+    from moeplan.solvers import evaluate  # the compiler loads slowly
+    from moeplan.solvers.split.rules import RULES
+
+    layout = read_layout("plan.layout", message.layout, problem.experts)
+    if message.split_rule not in RULES:
+        raise ProblemError("plan.split_rule", repr(message.split_rule[:64]), f"must be one of {', '.join(RULES)}")
+    plan = evaluate(
+        problem,
+        layout,
+        message.split_rule,
+        policy=message.policy,
+        seconds=read_seconds(message.solve_time),
+        bound=message.bound,
+    )
+    if not plan.bound <= plan.objective * (1 + 1e-9):
+        raise ProblemError("plan.bound", message.bound, f"is no bound: the plan's layout reaches {plan.objective}")
+    return plan
+
+
+def write_plan(plan: Plan) -> problem_pb2.Plan:
+    """The message of a plan."""
+    return problem_pb2.Plan(
+        policy=plan.policy,
+        layout=write_layout(plan.layout),
+        split_rule=plan.split.rule,
+        quota=write_array(plan.split.quota),
+        cost_s=plan.cost.mean_s,
+        imbalance=plan.imbalance.tolist(),
+        mean_imbalance=plan.mean_imbalance,
+        bound=plan.bound,
+        gap=plan.gap,
+        moves=None
+        if plan.moves is None
+        else problem_pb2.Moves(
+            expert=plan.moves.expert.tolist(), device=plan.moves.device.tolist(), source=plan.moves.source.tolist()
+        ),
+        solve_time=write_duration(plan.seconds),
+    )
