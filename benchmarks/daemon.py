@@ -33,8 +33,9 @@ import numpy as np
 
 from moeplan.api import wire
 from moeplan.api.client import Client
+from moeplan.api.jobs import Forecast, JobSpec, Replan
 from moeplan.solvers import Cluster, Demand, Problem, solve
-from moeplan.v1 import job_pb2, planner_pb2, planner_pb2_grpc
+from moeplan.v1 import planner_pb2, planner_pb2_grpc
 
 LAYERS, EXPERTS = 8, 64
 
@@ -94,17 +95,16 @@ class Daemon:
         self.process.wait(60)
 
 
-def job(ranks: int, devices: int, every: int) -> job_pb2.Job:
+def job(ranks: int, devices: int, every: int) -> JobSpec:
     """A job of the benchmark; sources are merged where there are more of them than a window should hold."""
-    cluster = Cluster.uniform(devices, max(5, -(-EXPERTS // devices) + 1), nodes=max(1, devices // 8))
-    return job_pb2.Job(
-        cluster=wire.write_cluster(cluster),
+    return JobSpec(
+        cluster=Cluster.uniform(devices, max(5, -(-EXPERTS // devices) + 1), nodes=max(1, devices // 8)),
         layers=LAYERS,
         experts=EXPERTS,
         ranks=ranks,
         merge_sources=True,
-        forecast=job_pb2.Forecast(window_steps=4),
-        replan=job_pb2.Replan(every_steps=every),
+        forecast=Forecast(window_steps=4),
+        replan=Replan(every_steps=every),
     )
 
 
@@ -137,7 +137,7 @@ async def _ranks(
                 kind = response.WhichOneof("message")
                 if kind == "plan_update":
                     plan = response.plan_update.plan
-                    took = plan.solve_time.seconds + plan.solve_time.nanos * 1e-9
+                    took = wire.read_seconds(plan.solve_time)
                     arrivals.append((name, plan.decision.step, time.time(), took))
                 elif kind == "acknowledgement":
                     for _ in range(response.acknowledgement.sequence - done):

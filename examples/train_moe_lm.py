@@ -35,19 +35,20 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional
 
+from moeplan.api import Forecast, Replan
 from moeplan.runtime_client import (
     AgreementError,
     ExpertGroup,
     ExpertShape,
     FullyShardedExperts,
     LoanBuffer,
+    PlannedLayer,
     PlannerSession,
     ResidentExperts,
     chain,
     record,
 )
-from moeplan.solvers import Layout, QuotaPlanner, SpillOptions
-from moeplan.v1 import job_pb2, problem_pb2
+from moeplan.solvers import QuotaPlanner, SolveParameters, SpillOptions
 
 TOP_K = 2
 Experts = FullyShardedExperts | ResidentExperts
@@ -254,24 +255,21 @@ def connect(arguments: argparse.Namespace, size: Size, layers: Sequence[Experts]
     """A session with the daemon: new layouts from the last steps whenever they are better, as moving is free."""
     sharded = [layer for layer in layers if isinstance(layer, FullyShardedExperts)]
 
-    def apply(layouts: Sequence[Layout]) -> None:
-        for layer, layout in zip(sharded, layouts, strict=True):
-            layer.layout = layout
+    def apply(plan: Sequence[PlannedLayer]) -> None:
+        for layer, planned in zip(sharded, plan, strict=True):
+            layer.plan = planned
 
     slots = -(-size.experts // group.size) + 1
     # Few candidates and a look at every fifth step: here the daemon has no cores of its own.
-    job = job_pb2.Job(
-        forecast=job_pb2.Forecast(window_steps=4),
-        replan=job_pb2.Replan(every_steps=5),
-        parameters=problem_pb2.SolveParameters(work_limit=500),
-    )
     return PlannerSession(
         arguments.planner,
         arguments.job,
         [layer.layout for layer in sharded],
         apply,
         slots=slots,
-        job=job,
+        parameters=SolveParameters(work_limit=500),
+        forecast=Forecast(window_steps=4),
+        replan=Replan(every_steps=5),
         timeout=timedelta(minutes=2),
     )
 

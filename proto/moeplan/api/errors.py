@@ -97,8 +97,8 @@ _ERRORS: dict[grpc.StatusCode, type[ServiceError]] = {
 }
 
 
-def error_of(error: grpc.RpcError) -> ServiceError:
-    """The error of a failed call, with the details that the server sent."""
+def error_of(error: grpc.RpcError, address: str = "") -> ServiceError:
+    """The error of a failed call, with the details that the server at `address` sent."""
     assert isinstance(error, (grpc.Call, grpc.aio.AioRpcError))
     code, reason, metadata, violations, retry_s = error.code(), "", {}, {}, None
     for key, value in error.trailing_metadata() or ():
@@ -121,5 +121,16 @@ def error_of(error: grpc.RpcError) -> ServiceError:
                 reason, metadata = info.reason, dict(info.metadata)
             elif detail.Unpack(retry):
                 retry_s = retry.retry_delay.ToTimedelta().total_seconds()
+    message = error.details() or code.name
+    if code is grpc.StatusCode.UNAVAILABLE and not reason:  # gRPC says so itself: a server gives a reason
+        message = _no_answer(message, f" at {address}" if address else "")
     kind = _ERRORS.get(code, ServiceError)
-    return kind(code, error.details() or code.name, reason, metadata, violations, retry_s)
+    return kind(code, message, reason, metadata, violations, retry_s)
+
+
+def _no_answer(cause: str, where: str) -> str:
+    if "handshake" in cause or "SSL" in cause:
+        return f"the daemon{where} and this client do not agree on TLS; check ca, certificate and key: {cause}"
+    if cause.startswith(("failed to connect", "errors resolving")):
+        return f"no daemon answers{where}; start one with `moeplan serve`"
+    return f"the connection to the daemon{where} was lost: {cause}"

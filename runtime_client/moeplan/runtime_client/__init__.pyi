@@ -3,13 +3,14 @@
 from .errors import AgreementError, LayoutMismatchError, RouterError
 from .group import ExpertGroup, Traffic
 from .layers.base_router import BaseRouter
+from .layers.dividing import Division, PlannedLayer
 from .layers.feed_forward import ExpertShape
 from .layers.lending import LoanBuffer
 from .layers.resident import ResidentExperts, SpillPlanner
 from .layers.sharded import FullyShardedExperts, chain
 from .models.checkpoint import TrainingState
 from .models.replacing import replace_experts
-from .planning.planner_stream import Login, StreamStatus
+from .planning.planner_stream import StreamStatus
 from .planning.session import PlannerSession
 from .recording.probes import PROBES, Form, Probe
 from .recording.recorder import Recorder, record
@@ -19,13 +20,14 @@ __all__ = [
     "PROBES",
     "AgreementError",
     "BaseRouter",
+    "Division",
     "ExpertGroup",
     "ExpertShape",
     "Form",
     "FullyShardedExperts",
     "LayoutMismatchError",
     "LoanBuffer",
-    "Login",
+    "PlannedLayer",
     "PlannerSession",
     "Probe",
     "Recorder",

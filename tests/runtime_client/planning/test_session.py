@@ -18,12 +18,16 @@ import torch.distributed as dist
 from tests.support.daemon import DaemonProcess, Start, started
 from torch.utils.data import DataLoader, Dataset
 
+from moeplan.api.jobs import JobSpec
 from moeplan.runtime_client.errors import AgreementError
+from moeplan.runtime_client.layers.dividing import PlannedLayer
 from moeplan.runtime_client.planning.agreement import Agreement
 from moeplan.runtime_client.planning.planner_stream import PlannerStream
 from moeplan.runtime_client.planning.session import PlannerSession
 from moeplan.solvers.problem.arrays import Int64
+from moeplan.solvers.problem.cluster import Cluster
 from moeplan.solvers.problem.layout import Layout
+from moeplan.solvers.problem.split_rules import SplitRule
 from moeplan.v1 import job_pb2, planner_pb2, planner_pb2_grpc, tensor_pb2
 
 LAYERS, EXPERTS, SLOTS = 2, 8, 6
@@ -105,8 +109,8 @@ def planned(address: str, job: str, reporting: Any, steps: int, until: int, rank
     seen: list[Any] = []
     applied: list[Any] = [contiguous(size)] * LAYERS
 
-    def apply(layouts: Sequence[Layout]) -> None:
-        applied[:] = layouts
+    def apply(plan: Sequence[PlannedLayer]) -> None:
+        applied[:] = [planned.layout for planned in plan]
 
     with PlannerSession(
         address, job, applied, apply, slots=SLOTS, reporting=reporting, timeout=timedelta(seconds=30)
@@ -126,6 +130,47 @@ def planned(address: str, job: str, reporting: Any, steps: int, until: int, rank
     return seen, status
 
 
+def rules_in_force(address: str, job: str, reporting: Any, policy: str, rule: SplitRule | None) -> set[str]:
+    """The split rules that come with a plan, on a cluster with a slow rank."""
+    size = dist.get_world_size()
+    found: set[str] = set()
+
+    def apply(plan: Sequence[PlannedLayer]) -> None:
+        assert all(planned.division.cluster.speed[1] == 0.5 for planned in plan)
+        found.update(planned.division.rule for planned in plan)
+
+    cluster = Cluster.uniform(size, SLOTS, speed=[1.0, 0.5, 1.0][:size])
+    with PlannerSession(
+        address,
+        job,
+        [contiguous(size)] * LAYERS,
+        apply,
+        slots=SLOTS,
+        cluster=cluster,
+        policy=policy,
+        split_rule=rule,
+        reporting=reporting,
+        timeout=timedelta(seconds=30),
+    ) as session:
+        train(session, dist.get_rank(), 1, 1, [])
+    return found
+
+
+@pytest.mark.parametrize("reporting", ["rank", "group"])
+@pytest.mark.parametrize(
+    ("policy", "rule", "expected"),
+    [("eplb", None, "even"), ("hybrid", None, "optimal"), ("hybrid", SplitRule.EVEN, "even")],
+)
+def test_the_split_rule_of_the_plan_reaches_every_rank(
+    ranks: Any, daemon: DaemonProcess, reporting: str, policy: str, rule: SplitRule | None, expected: str
+) -> None:
+    job = f"rule-{reporting}-{policy}-{rule or 'own'}"
+    first, *others = ranks(3, rules_in_force, daemon.address, job, reporting, policy, rule)
+    assert expected in first
+    assert first <= {expected, rule or "optimal"}  # layers that stay have the rule that they began with
+    assert others == [first] * 2
+
+
 @pytest.mark.parametrize("reporting", ["rank", "node", "group"])
 def test_all_ranks_run_the_same_layouts_from_the_same_step(ranks: Any, daemon: DaemonProcess, reporting: Any) -> None:
     (first, status), *others = ranks(3, planned, daemon.address, f"by-{reporting}", reporting, 20, 3)
@@ -142,9 +187,8 @@ def test_all_ranks_run_the_same_layouts_from_the_same_step(ranks: Any, daemon: D
         assert job.status.connected_ranks == 0  # all took leave
         plan = client.plan(f"jobs/by-{reporting}/plans/{versions[-1]}")
     for layer, slots in zip(plan.layers, first[-1][2], strict=True):
-        width = layer.layout.shape[1]
-        sent = np.frombuffer(layer.layout.data, "<i4").reshape(3, width)
-        assert np.array_equal(np.array(slots)[:, :width], sent)
+        sent = layer.layout.slots
+        assert np.array_equal(np.array(slots)[:, : sent.shape[1]], sent)
 
 
 def test_a_slow_rank_is_waited_for(ranks: Any, daemon: DaemonProcess) -> None:
@@ -242,9 +286,8 @@ ODD = {
 
 
 def stream_to(address: str) -> PlannerStream:
-    job = job_pb2.Job(layers=1, experts=4, incarnation=7)
-    job.cluster.slots.extend([2, 2])
-    return PlannerStream(address, "odd", job, rank=0)
+    spec = JobSpec(Cluster.uniform(2, 2), layers=1, experts=4)
+    return PlannerStream(address, "odd", spec, 7, rank=0)
 
 
 @pytest.mark.parametrize("name", sorted(ODD))
@@ -270,7 +313,9 @@ def test_a_good_plan_is_held() -> None:
         stream.close()
     held = stream.plan(1)
     assert held is not None
-    assert held.layouts[0].slots.tolist() == GOOD
+    ((layout, rule),) = held.layers
+    assert layout.slots.tolist() == GOOD
+    assert rule is SplitRule.OPTIMAL
 
 
 def test_statistics_that_nobody_takes_are_dropped_not_hoarded() -> None:

@@ -14,9 +14,10 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from moeplan.api.job_plans import Decision
 from moeplan.api.jobs import ForecastMethod, JobSpec, Payback, Replan
 from moeplan.planner.jobs.job import PlanningJob
-from moeplan.planner.jobs.job_plan import Decision, move_time_s
+from moeplan.planner.jobs.job_plan import move_time_s
 from moeplan.planner.jobs.solve import LayersTask, plan_layers
 from moeplan.planner.jobs.window import Report
 from moeplan.solvers.problem.arrays import Int64

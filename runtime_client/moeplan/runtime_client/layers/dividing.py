@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from typing import NamedTuple
 
 import numpy as np
 
@@ -14,7 +15,7 @@ from moeplan.solvers.problem.problem import ExpertSpec
 from moeplan.solvers.problem.split_rules import RANK_RULES, SplitRule, split_rule
 from moeplan.solvers.split.rules import Fabric, Split, divide, route
 
-__all__ = ["Division"]
+__all__ = ["Division", "PlannedLayer"]
 
 
 class Division:
@@ -54,6 +55,13 @@ class Division:
         """
         (sent,) = route(self._fabric, layout, counts[np.newaxis], self.divide(layout, counts))
         return _of_rank(sent, layout.hosts.device, layout.hosts.slot, layout.slots.shape[1], rank)
+
+
+class PlannedLayer(NamedTuple):
+    """What a plan says of one layer: where replicas live, and how tokens are divided among them."""
+
+    layout: Layout
+    division: Division
 
 
 @kernel

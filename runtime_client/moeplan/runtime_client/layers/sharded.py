@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from moeplan.runtime_client.group import ExpertGroup, Traffic
-from moeplan.runtime_client.layers.dividing import Division
+from moeplan.runtime_client.layers.dividing import Division, PlannedLayer
 from moeplan.runtime_client.layers.feed_forward import ExpertShape, feed_forward
 from moeplan.runtime_client.layers.routing import combine, dispatch, find_route, gather_counts
 from moeplan.runtime_client.layers.sharding import Gathering, Placement, Returning, shard_width
@@ -33,8 +33,8 @@ class FullyShardedExperts(nn.Module):
     layout costs nothing beyond the gather that every pass makes anyway. One pass sends
     ``slots * expert bytes * (N - 1) / N`` per rank for the gather, and as much again for the gradients.
 
-    `layout` and `split_rule` may be set between any two calls, on all ranks alike (`apply` takes both from a plan); a
-    pass under way keeps what it started with until its backward is over. Ranks that differ raise instead of hanging.
+    `plan`, or its parts `layout` and `split_rule`, may be set between any two calls, on all ranks alike; a pass under
+    way keeps what it started with until its backward is over. Ranks that differ raise instead of hanging.
 
     Args:
         shape: Dimensions of an expert.
@@ -98,9 +98,20 @@ class FullyShardedExperts(nn.Module):
 
     @layout.setter
     def layout(self, layout: Layout) -> None:
+        if isinstance(layout, PlannedLayer):
+            raise TypeError("layout = a PlannedLayer: it says how to divide tokens too; write `layer.plan = planned`")
         if layout.experts != self.experts:
             raise ValueError(f"layout.experts = {layout.experts}: the layer has {self.experts}")
         self._placement = Placement(layout, self.group, self.shard.device)
+
+    @property
+    def plan(self) -> PlannedLayer:
+        """Layout and division of the passes that start from now on, as a session brings them."""
+        return PlannedLayer(self.layout, self._division)
+
+    @plan.setter
+    def plan(self, planned: PlannedLayer) -> None:
+        self.layout, self._division = planned
 
     @property
     def split_rule(self) -> SplitRule:
