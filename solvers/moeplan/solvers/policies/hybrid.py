@@ -5,8 +5,8 @@
    devices where they do not; longest-first packing with swaps; the published policies, so that none is ever better; and
    the current layout. Each is scored by what counts: the best split in every scenario, averaged. A layout that is
    perfect for the mean is fragile.
-3. Local search (see `search`) from the best of them; where it stalls, large neighbourhoods (see `neighbourhood`), and
-   if asked for, stronger bounds (see `configurations`).
+3. Local search (see `search.local`) from the best of them; where it stalls, large neighbourhoods (see
+   `neighbourhoods`), and if asked for, stronger bounds (see `configurations`).
 4. Interchangeable devices are renamed so that the fewest replicas move. A limit of moves holds throughout: a
    construction that exceeds it is dropped, and the search never steps over it.
 """
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from itertools import chain
 
 import numpy as np
 
@@ -22,7 +23,7 @@ from moeplan.solvers.construct import sliding_window as window
 from moeplan.solvers.construct.fill import fill
 from moeplan.solvers.construct.packing import pack, swap
 from moeplan.solvers.construct.partition import grouping
-from moeplan.solvers.construct.repair import narrowings, placed_in, repair, table
+from moeplan.solvers.construct.repair import narrowings, repair, table
 from moeplan.solvers.construct.replica_counts import adams_replicas
 from moeplan.solvers.exact import configurations
 from moeplan.solvers.exact.model import Effort
@@ -40,10 +41,12 @@ from moeplan.solvers.policies.static import static
 from moeplan.solvers.policies.symi import symi
 from moeplan.solvers.problem.arrays import Float64, Int32
 from moeplan.solvers.problem.errors import ProblemError
-from moeplan.solvers.problem.layout import EMPTY, Layout
+from moeplan.solvers.problem.layout import EMPTY, Layout, placed_in
+from moeplan.solvers.problem.limit_kernels import limit_arrays
+from moeplan.solvers.problem.limits import Limits
 from moeplan.solvers.problem.moves import keep_slots, relabel
 from moeplan.solvers.problem.problem import Problem
-from moeplan.solvers.search.local import improve
+from moeplan.solvers.search.local import Burst, Scenarios, improve
 from moeplan.solvers.search.neighbourhoods import neighbour
 from moeplan.solvers.split.flow import optimal_quota
 from moeplan.solvers.split.memory import best_quota, planning_speed
@@ -52,8 +55,8 @@ ROUNDS = 1_000
 """Most exchanges of a construction's own descent."""
 
 PRICED = 0.8
-"""Part of a search's work during which a move has a price: at first its part of the distance to the target, so that the
-most useful moves come first, then less and less."""
+"""Part of the work during which arrivals cost something, so that the most useful ones come first: at first the distance
+to the target over `max_moves`, then less and less."""
 
 STALL = 4_000
 """Candidates in a row without success after which local search gives way to large neighbourhoods."""
@@ -103,25 +106,35 @@ class _Search:
     def __init__(self, problem: Problem, parameters: SolveParameters, deadline: float | None) -> None:
         self.problem, self.parameters, self.deadline = problem, parameters, deadline
         self.bounds = plans.bound(problem)
+        self.proven = 0.0  # a bound on the objective itself, where a solver proves one
         self.limits = problem.limits
-        self.speed = planning_speed(problem)
+        self.scenarios = Scenarios(
+            problem.loads, problem.demand.weights, float(problem.tail), planning_speed(problem), problem.mean_level
+        )
         self.best: Int32 | None = None
         self.score = np.inf
         self._shown: Layout | None = None
         self.work = 0
-        self.proofs = _proofs(problem, self, deadline) if parameters.prove else None
+
+    @property
+    def bound(self) -> float:
+        """No layout has a smaller objective."""
+        return max(self.proven, risk(self.bounds, self.problem.demand.weights, self.problem.tail))
 
     @property
     def target(self) -> float:
         """The objective to stop at."""
-        value = risk(self.bounds, self.problem.demand.weights, self.problem.tail)
-        return value * (1 + self.parameters.target_gap)
+        return self.bound * (1 + self.parameters.target_gap)
+
+    @property
+    def late(self) -> bool:
+        """Whether the deadline has passed."""
+        return self.deadline is not None and time.perf_counter() >= self.deadline
 
     @property
     def over(self) -> bool:
         """Whether to stop."""
-        late = self.deadline is not None and time.perf_counter() >= self.deadline
-        return self.score <= self.target or late or self.work >= self.parameters.work_limit
+        return self.score <= self.target or self.late or self.work >= self.parameters.work_limit
 
     def progress(self) -> Progress:
         """The best layout, the same object until there is a better one, and the bound."""
@@ -131,7 +144,7 @@ class _Search:
             if self.problem.current is not None:
                 keep_slots(self.problem.current.slots, slots)
             self._shown = Layout(slots, self.problem.experts)
-        return Progress(self._shown, risk(self.bounds, self.problem.demand.weights, self.problem.tail))
+        return Progress(self._shown, self.bound)
 
     def take(self, slots: Int32) -> bool:
         """Keep a layout if it is better."""
@@ -158,7 +171,7 @@ class _Search:
                     continue
             if self.take(slots):
                 yield self.progress()
-            if self.score <= self.target or (self.deadline is not None and time.perf_counter() >= self.deadline):
+            if self.score <= self.target or self.late:
                 break
         if self.best is None:
             yield from self._within_limits()
@@ -166,26 +179,24 @@ class _Search:
     def _within_limits(self) -> Iterator[Progress]:
         """Every construction repaired until it respects the limits; where that finds nothing, any valid layout."""
         problem = self.problem
-        wanted = [] if problem.current is None else [problem.current.slots]
-        wanted += list(_constructions(problem, self.parameters))
-        for i, slots in enumerate(wanted):
-            for limits in narrowings(problem, placed_in(slots, problem.experts)):
-                stay = problem.current is not None and (i == 0 or limits.moves_limited)
-                repaired = repair(problem, limits, slots, stay=stay)
-                if repaired is not None and self.take(repaired):
+        current = [] if problem.current is None else [problem.current.slots]
+        for wanted in chain(current, _constructions(problem, self.parameters)):
+            for slots, limits in _repairs(problem, wanted):
+                if self.take(slots):
                     self.limits = limits
                     yield self.progress()
-            late = self.deadline is not None and time.perf_counter() >= self.deadline
-            if self.best is not None and (late or self.score <= self.target):
+            if self.best is not None and (self.late or self.score <= self.target):
                 return
         if self.best is None:
-            slots = any_layout(problem, self.parameters.solver, None)
-            self.take(slots)
-            if self.best is None:  # it exists for the model's split only, within memory
-                self.best = slots
-            placed = placed_in(slots, problem.experts)
-            self.limits = next(narrowings(problem, placed), problem.limits)
+            self._take_any()
             yield self.progress()
+
+    def _take_any(self) -> None:
+        """Take any valid layout, which exists by the model's split even where ours does not fit the memory."""
+        slots = any_layout(self.problem, self.parameters.solver, None)
+        if not self.take(slots):
+            self.best = slots
+        self.limits = next(narrowings(self.problem, placed_in(slots, self.problem.experts)), self.problem.limits)
 
     def search(self) -> Iterator[Progress]:
         """Local search; where it stalls, large neighbourhoods and proofs, in turn."""
@@ -193,6 +204,7 @@ class _Search:
         rng = np.random.default_rng(parameters.seed)
         burst = max(8, WORK_PER_BURST // (problem.demand.scenarios * problem.capacity.sum() * 16))
         price = max(0.0, self.score - self.target) / problem.max_moves if problem.max_moves else 0.0
+        proofs: Iterator[Float64] | None = None
         idle = 0
         exact = _small(problem)
         while not self.over:
@@ -206,37 +218,23 @@ class _Search:
                 exact = False
             if idle >= STALL and not self.over:
                 self._neighbourhoods(rng)
-                if self.proofs is not None:
-                    self.bounds = next(self.proofs, self.bounds)
+                if parameters.prove:
+                    proofs = proofs or _proofs(problem, self._reached(), self.deadline)
+                    self.bounds = next(proofs, self.bounds)
             yield self.progress()
 
     def _descend(self, burst: int, price: float) -> None:
-        problem, parameters = self.problem, self.parameters
+        parameters = self.parameters
         assert self.best is not None
-        limits = self.limits
         steps = min(burst, parameters.work_limit - self.work)
         slots = self.best.copy()
-        improve(
-            slots,
-            problem.loads,
-            problem.demand.weights,
-            problem.tail,
-            self.speed,
-            problem.mean_level,
-            limits.may,
-            limits.must,
-            limits.most,
-            limits.held,
-            limits.far,
-            limits.node,
-            limits.max_arrivals,
-            limits.device_arrivals,
-            limits.node_arrivals,
-            price * max(0.0, 1 - self.work / (PRICED * parameters.work_limit)),
+        effort = Burst(
             steps,
             parameters.seed * 1_000_003 + self.work,
+            price * max(0.0, 1 - self.work / (PRICED * parameters.work_limit)),
             self.target,
         )
+        improve(slots, self.scenarios, limit_arrays(self.limits), effort)
         self.work += steps
         self.take(slots)
 
@@ -260,25 +258,50 @@ class _Search:
             self.take(table(problem, answer.placed))
         if answer.status != "optimal":
             return False
-        self.bounds = self.bounds * (self.score / float(problem.demand.weights @ self.bounds))
+        self.proven = self.score
         return True
 
+    def _reached(self) -> Float64:
+        """float64[scenarios]: the largest load per speed of the best layout."""
+        assert self.best is not None
+        speed = self.problem.cluster.speed
+        quota, _ = optimal_quota(self.best, self.problem.loads, speed)
+        level: Float64 = (quota.sum(axis=2) / speed).max(axis=1)
+        return level
 
-def _proofs(problem: Problem, state: _Search, deadline: float | None) -> Iterator[Float64]:
-    """float64[scenarios]: stronger and stronger bounds, the scenario with the widest gap first."""
+
+def _proofs(problem: Problem, reached: Float64, deadline: float | None) -> Iterator[Float64]:
+    """Stronger and stronger bounds of equal devices, the scenario with the widest gap first.
+
+    Args:
+        problem: The problem.
+        reached: float64[scenarios], the largest load per speed that some layout reaches.
+        deadline: Time on `time.perf_counter` to end at.
+
+    Yields:
+        float64[scenarios], as `plan.bound`.
+    """
     capacity, speed = problem.capacity, problem.cluster.speed
     if not configurations.applies(problem.experts, capacity, speed):
         return
-    assert state.best is not None
-    quota, _ = optimal_quota(state.best, problem.loads, speed)
-    reached = quota.sum(axis=2).max(axis=1) / speed[0]
     low = problem.lower_bound.copy()
-    for s in np.argsort(-(plans.relative(problem, reached) - state.bounds) * problem.demand.weights, kind="stable"):
+    gap = (plans.relative(problem, reached) - plans.bound(problem)) * problem.demand.weights
+    for s in np.argsort(-gap, kind="stable"):
         for value in configurations.configuration_bounds(
             problem.loads[s], problem.devices, int(capacity[0]), low[s] * speed[0], reached[s] * speed[0], deadline
         ):
             low[s] = value / speed[0]
             yield plans.relative(problem, low)
+
+
+def _repairs(problem: Problem, wanted: Int32) -> Iterator[tuple[Int32, Limits]]:
+    """A layout, int32[devices, width], repaired under each narrowing of the limits that allows it."""
+    in_force = problem.current is not None and wanted is problem.current.slots
+    for limits in narrowings(problem, placed_in(wanted, problem.experts)):
+        stay = problem.current is not None and (in_force or limits.moves_limited)
+        slots = repair(problem, limits, wanted, stay=stay)
+        if slots is not None:
+            yield slots, limits
 
 
 def _start(problem: Problem) -> Int32 | None:
@@ -362,5 +385,4 @@ def _score(problem: Problem, slots: Int32) -> float:
 
 
 def _arrivals(current: Layout, slots: Int32) -> int:
-    placed = Layout(slots, current.experts).placed
-    return int((placed & ~current.placed).sum())
+    return int((placed_in(slots, current.experts) & ~current.placed).sum())
