@@ -13,7 +13,19 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from tests.support.instances import problems, random_layout
 
-from moeplan.solvers import Cluster, Demand, Layout, Problem, SolveParameters, available_policies, evaluate, solve
+from moeplan.solvers import (
+    Cluster,
+    Demand,
+    Layout,
+    Problem,
+    ProblemError,
+    SolveParameters,
+    Termination,
+    available_policies,
+    evaluate,
+    solve,
+    solve_anytime,
+)
 from moeplan.solvers.construct.replica_counts import adams_replicas
 from moeplan.solvers.policies.symi import proportional
 from moeplan.solvers.problem.moves import keep_slots, relabel
@@ -53,14 +65,51 @@ def test_a_move_limit_is_hard(problem: Problem, limit: int, seed: int) -> None:
     assert plan.mean_imbalance <= before.mean_imbalance * (1 + 1e-12)
 
 
-@settings(max_examples=40, deadline=None)
-@given(problems(max_devices=5, max_experts=8))
-def test_hybrid_is_no_worse_than_any_baseline(problem: Problem) -> None:
-    ours = solve(problem, parameters=SolveParameters(work_limit=400)).mean_imbalance
+@settings(max_examples=60, deadline=None)
+@given(problems(max_devices=5, max_experts=8), st.sampled_from(SplitRule))
+def test_hybrid_is_no_worse_than_any_baseline_under_any_split_rule(problem: Problem, rule: SplitRule) -> None:
+    assume(problem.demand.sources > 1 or problem.devices == 1 or not rule.needs_sources)
+    asked = replace(problem, split_rule=rule)
+    ours = solve(asked, parameters=SolveParameters(work_limit=400))
+    assert ours.split.rule is rule
     for policy in BASELINES:
-        judged = replace(problem, split_rule=SplitRule.OPTIMAL)
-        theirs = solve(judged, policy=policy, parameters=QUICK).mean_imbalance
-        assert ours <= theirs * (1 + 1e-9) + 1e-9, policy
+        theirs = solve(asked, policy=policy, parameters=QUICK)
+        assert ours.mean_imbalance <= theirs.mean_imbalance * (1 + 1e-9) + 1e-9, policy
+
+
+def test_a_rule_that_a_policy_cannot_plan_for_is_refused() -> None:
+    problem = Problem(Cluster.uniform(4, 2), Demand.of([9, 8, 7, 5, 3]), split_rule=SplitRule.EVEN)
+    with pytest.raises(ProblemError, match=r"split_rule = even: policy ilp plans for optimal only; use .*hybrid"):
+        solve(problem, policy="ilp")
+    with pytest.raises(ProblemError, match="policy traffic plans for home only"):
+        solve(problem, policy="traffic")
+    with pytest.raises(ProblemError, match="split_rule = home: needs the demand of each source"):
+        replace(problem, split_rule=SplitRule.HOME)
+    with pytest.raises(ProblemError, match="split_rule = 'fair': must be one of even, lite, optimal, home, local"):
+        Problem(Cluster.uniform(4, 2), Demand.of([9]), split_rule="fair")  # type: ignore[arg-type]
+
+
+def test_a_plan_says_why_its_search_ended() -> None:
+    loads = (np.arange(1, 49) ** -0.6 * 1e5).astype(np.int64)
+    hard = Problem(Cluster.uniform(27, 2), Demand.of(loads))
+    easy = Problem(Cluster.uniform(4, 4), Demand.of(loads[:12]))
+    assert solve(easy).termination is Termination.PROVED
+    assert solve(hard, parameters=SolveParameters(target_gap=0.5)).termination is Termination.TARGET_GAP
+    assert solve(hard, parameters=SolveParameters(work_limit=500)).termination is Termination.WORK_LIMIT
+    hasty = SolveParameters(deadline_s=0.05, work_limit=10**9, target_gap=0)
+    assert solve(hard, parameters=hasty).termination is Termination.DEADLINE
+    assert solve(hard, policy="eplb").termination is Termination.NOTHING_LEFT
+    assert evaluate(hard, solve(hard, policy="eplb").layout).termination is Termination.GIVEN
+    *on_the_way, last = solve_anytime(hard, parameters=SolveParameters(work_limit=500))
+    assert {plan.termination for plan in on_the_way} == {Termination.UNFINISHED}
+    assert last.termination is Termination.WORK_LIMIT
+    assert last.layout == solve(hard, parameters=SolveParameters(work_limit=500)).layout
+
+
+def test_a_plan_is_a_line() -> None:
+    plan = solve(Problem(Cluster.uniform(4, 2), Demand.of([9, 8, 7, 5, 3])))
+    assert repr(plan).startswith("Plan(hybrid: 5 experts on 4 devices, optimal split, imbalance 1.0")
+    assert "\n" not in repr(plan)
 
 
 def test_same_plan_in_every_process() -> None:

@@ -84,9 +84,11 @@ def _place(loads: Float64, replicas: Int32, capacity: Int32, node: Int32, nodes:
             for d in range(devices):
                 if used[d] == capacity[d] or on[d, e]:
                     continue
-                here = on_node[node[d], e]
-                there = on_node[node[best], e]
-                if best < 0 or here < there or (here == there and load[d] < load[best]):
+                if best < 0:
+                    best = d
+                    continue
+                here, there = on_node[node[d], e], on_node[node[best], e]
+                if here < there or (here == there and load[d] < load[best]):
                     best = d
             if best < 0:  # every device with room holds it already
                 break

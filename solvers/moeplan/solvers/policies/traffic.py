@@ -23,10 +23,11 @@ from moeplan.solvers.policies.hybrid import hybrid
 from moeplan.solvers.policies.registry import policy
 from moeplan.solvers.problem.arrays import Float64, Int32
 from moeplan.solvers.problem.layout import Layout
+from moeplan.solvers.problem.limit_kernels import limit_arrays
 from moeplan.solvers.problem.moves import keep_slots, rename
 from moeplan.solvers.problem.problem import Problem
 from moeplan.solvers.problem.split_rules import SplitRule
-from moeplan.solvers.search.keep_home import keep_home
+from moeplan.solvers.search.keep_home import SourcedScenarios, keep_home
 from moeplan.solvers.split.coverage import coverable, domains, tokens_by_domain
 from moeplan.solvers.split.flow import optimal_quota
 
@@ -64,7 +65,7 @@ def traffic(problem: Problem, parameters: SolveParameters) -> Layout:
     if problem.current is None and limits.free:
         slots = _nearer(problem, slots, mean)
     least = float(mean.sum()) - coverable(mean, int((slots >= 0).sum()))
-    nearest = domains(problem.cluster)
+    scenarios = SourcedScenarios(tokens, weights, caps, speed, domains(problem.cluster))
     remote, excess, stuck = np.inf, np.inf, 0
     for first in range(0, parameters.work_limit, CANDIDATES_PER_BURST):
         if parameters.deadline_s is not None and time.perf_counter() - start >= parameters.deadline_s:
@@ -73,22 +74,7 @@ def traffic(problem: Problem, parameters: SolveParameters) -> Layout:
         seed = parameters.seed * 1_000_003 + first
         before = (excess, remote)
         heat = HEAT if stuck % PATIENCE == PATIENCE - 1 else 0.0
-        remote, excess = keep_home(
-            slots,
-            tokens,
-            weights,
-            caps,
-            speed,
-            nearest,
-            limits.may,
-            limits.must,
-            limits.most,
-            limits.held,
-            limits.max_arrivals,
-            steps,
-            seed,
-            heat,
-        )
+        remote, excess = keep_home(slots, scenarios, limit_arrays(limits), steps, seed, heat)
         stuck = 0 if (excess, remote) < before else stuck + 1
         if excess == 0 and remote <= least + 1e-12:
             break

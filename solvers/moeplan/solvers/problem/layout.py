@@ -11,7 +11,7 @@ import numpy.typing as npt
 from moeplan.solvers.problem.arrays import Bool, Int32, integers
 from moeplan.solvers.problem.errors import ProblemError
 
-__all__ = ["EMPTY", "Hosts", "Layout", "check_layout"]
+__all__ = ["EMPTY", "Hosts", "Layout", "check_layout", "placed_in"]
 
 EMPTY = -1
 """Content of a slot that holds no replica."""
@@ -127,10 +127,7 @@ class Layout:
     @cached_property
     def placed(self) -> Bool:
         """bool[devices, experts]: whether a device holds a replica of an expert."""
-        table = np.zeros((self.devices, self.experts), np.bool_)
-        device, slot = np.nonzero(self.slots != EMPTY)
-        table[device, self.slots[device, slot]] = True
-        return table
+        return placed_in(self.slots, self.experts)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Layout) and self.experts == other.experts and np.array_equal(self.slots, other.slots)
@@ -182,6 +179,14 @@ def _check_table(slots: Int32, experts: int) -> int | None:
             f"layout.slots[{device}]", slots[device].tolist(), f"holds expert {slots[device, slot]} twice"
         )
     return where if fault == MISSING else None
+
+
+def placed_in(slots: Int32, experts: int) -> Bool:
+    """bool[devices, experts]: what a table, int32[devices, width], holds where; it need not be a valid layout."""
+    placed = np.zeros((len(slots), experts), np.bool_)
+    device, slot = np.nonzero(slots != EMPTY)
+    placed[device, slots[device, slot]] = True
+    return placed
 
 
 def even_shares(experts: int, capacity: Int32) -> Int32:
