@@ -43,7 +43,7 @@ from moeplan.solvers.problem.arrays import Float64, Int32
 from moeplan.solvers.problem.errors import ProblemError
 from moeplan.solvers.problem.layout import EMPTY, Layout, placed_in
 from moeplan.solvers.problem.limit_kernels import limit_arrays
-from moeplan.solvers.problem.limits import Limits
+from moeplan.solvers.problem.limits import Limits, broken
 from moeplan.solvers.problem.moves import keep_slots, relabel
 from moeplan.solvers.problem.problem import Problem
 from moeplan.solvers.problem.split_rules import SplitRule
@@ -298,7 +298,13 @@ def _proofs(problem: Problem, reached: Float64, deadline: float | None) -> Itera
 
 
 def _repairs(problem: Problem, wanted: Int32) -> Iterator[tuple[Int32, Limits]]:
-    """A layout, int32[devices, width], repaired under each narrowing of the limits that allows it."""
+    """A layout, int32[devices, width], repaired under each narrowing of the limits that allows it.
+
+    A repair uses every slot, so where a further replica may hurt, the layout comes first as it is, if it may.
+    """
+    placed = placed_in(wanted, problem.experts)
+    if _rule(problem) is not SplitRule.OPTIMAL and placed.any(axis=0).all() and broken(problem.limits, placed) is None:
+        yield wanted, problem.limits
     in_force = problem.current is not None and wanted is problem.current.slots
     for limits in narrowings(problem, placed_in(wanted, problem.experts)):
         stay = problem.current is not None and (in_force or limits.moves_limited)

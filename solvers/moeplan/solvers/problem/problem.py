@@ -9,7 +9,7 @@ from functools import cached_property, lru_cache
 import numpy as np
 
 from moeplan.solvers.problem.arrays import Float64, Int32, Int64, integers
-from moeplan.solvers.problem.cluster import Cluster
+from moeplan.solvers.problem.cluster import Cluster, source_devices
 from moeplan.solvers.problem.compile_limits import compile_limits
 from moeplan.solvers.problem.constraints import Constraints
 from moeplan.solvers.problem.demand import Demand
@@ -204,7 +204,7 @@ class Problem:
             raise ProblemError(
                 "demand.sources", 1, "traffic needs the demand of each source; give tokens[sources, experts]"
             )
-        return (np.arange(sources, dtype=np.int64) * self.devices // sources).astype(np.int32)
+        return source_devices(sources, self.devices).astype(np.int32)
 
 
 def check_experts(cluster: Cluster, experts: int, expert: ExpertSpec, groups: int) -> None:

@@ -11,7 +11,7 @@ from moeplan.solvers.problem.arrays import Int64
 from moeplan.solvers.problem.errors import ProblemError
 from moeplan.solvers.problem.kernel import kernel
 from moeplan.solvers.spill.options import SpillOptions
-from moeplan.solvers.spill.sourcing import source_tokens
+from moeplan.solvers.spill.sourcing import Places, Quotas, Scratch, source_tokens
 from moeplan.solvers.spill.spill_plan import SpillPlan
 
 __all__ = ["LlepPlanner"]
@@ -60,10 +60,10 @@ class LlepPlanner:
         self.sources = sources
         self.alpha, self.min_tokens, self.threshold = alpha, min_tokens, threshold
         self.source_device = options.source_device(sources)
-        self._home = options.home.astype(np.int64)
         devices = np.arange(options.devices + 1)
         node = options.node[self.source_device]
-        self._sources = (
+        self._places = Places(
+            options.home.astype(np.int64),
             options.node.astype(np.int64),
             np.arange(sources),
             np.searchsorted(self.source_device, devices),
@@ -89,20 +89,20 @@ class LlepPlanner:
         tokens = counts.sum(axis=0, dtype=np.int64)
         if counts.min() < 0:
             raise ProblemError("llep.counts", int(counts.min()), "must be at least 0")
-        experts, devices = self.options.experts, self.options.devices
+        experts, devices, home = self.options.experts, self.options.devices, self._places.home
         total = int(tokens.sum())
         balanced = total / devices
         share = np.zeros((experts, devices), np.int64)
         if tokens.max() * experts < self.threshold * total or total == 0:
-            share[np.arange(experts), self._home] = tokens
+            share[np.arange(experts), home] = tokens
             load = share.sum(axis=0)
         else:
             capacity = max(int(self.alpha * (total // devices)), 1)
             order = np.argsort(-tokens, kind="stable")
             load = np.zeros(devices, np.int64)
-            _assign(tokens, order, self._home, capacity, self.min_tokens, load, share)
-        home_quota = share[np.arange(experts), self._home]
-        share[np.arange(experts), self._home] = 0
+            _assign(tokens, order, home, capacity, self.min_tokens, load, share)
+        home_quota = share[np.arange(experts), home]
+        share[np.arange(experts), home] = 0
         expert, device = np.nonzero(share)
         quota = share[expert, device]
         slots = len(expert)
@@ -111,16 +111,9 @@ class LlepPlanner:
         source_tokens(
             counts,
             slots,
-            expert,
-            device,
-            quota,
-            home_quota,
-            self._home,
-            *self._sources,
-            np.full(experts, -1),
-            np.zeros(slots, np.int64),
-            np.zeros(self.sources, np.int64),
-            np.zeros(slots, np.int64),
+            Quotas(expert, device, quota, home_quota),
+            self._places,
+            Scratch(np.full(experts, -1), *(np.zeros(n, np.int64) for n in (slots, self.sources, slots))),
             sent,
             kept,
         )

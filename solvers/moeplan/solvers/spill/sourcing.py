@@ -2,14 +2,66 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy.typing as npt
 
 from moeplan.solvers.problem.arrays import Int64
 from moeplan.solvers.problem.kernel import kernel
 
-__all__ = ["source_tokens"]
+__all__ = ["Places", "Quotas", "Scratch", "source_tokens"]
+
+
+class Quotas(NamedTuple):
+    """Who computes how many tokens.
+
+    Attributes:
+        expert: int64[slots], expert of each transient replica.
+        device: int64[slots], its device.
+        quota: int64[slots], its tokens.
+        home_quota: int64[experts], tokens that stay at home.
+    """
+
+    expert: Int64
+    device: Int64
+    quota: Int64
+    home_quota: Int64
+
+
+class Places(NamedTuple):
+    """Where experts and sources are.
+
+    Attributes:
+        home: int64[experts], device.
+        node: int64[devices].
+        by_device: int64[sources], sources sorted by device; those of d are ``of_device[d]:of_device[d + 1]``.
+        of_device: int64[devices + 1].
+        by_node: int64[sources], sources sorted by node; those of n are ``of_node[n]:of_node[n + 1]``.
+        of_node: int64[nodes + 1].
+    """
+
+    home: Int64
+    node: Int64
+    by_device: Int64
+    of_device: Int64
+    by_node: Int64
+    of_node: Int64
+
+
+class Scratch(NamedTuple):
+    """Workspace of `source_tokens`.
+
+    Attributes:
+        head: int64[experts], all -1 before and after: an expert's first replica.
+        following: int64[slots], the next replica of the same expert.
+        supply: int64[sources].
+        need: int64[slots].
+    """
+
+    head: Int64
+    following: Int64
+    supply: Int64
+    need: Int64
 
 
 @kernel
@@ -47,20 +99,9 @@ def stay(need: int, sources: Int64, supply: Int64) -> int:
 def source_tokens(
     counts: npt.NDArray[Any],
     replicas: int,
-    expert: Int64,
-    device: Int64,
-    quota: Int64,
-    home_quota: Int64,
-    home: Int64,
-    node: Int64,
-    by_device: Int64,
-    of_device: Int64,
-    by_node: Int64,
-    of_node: Int64,
-    head: Int64,
-    following: Int64,
-    supply: Int64,
-    need: Int64,
+    quotas: Quotas,
+    places: Places,
+    scratch: Scratch,
     sent: npt.NDArray[Any],
     kept: npt.NDArray[Any],
 ) -> None:
@@ -72,23 +113,16 @@ def source_tokens(
     Args:
         counts: int[sources, experts].
         replicas: Number of transient replicas.
-        expert: int64[slots], expert of each transient replica; so are `device` and `quota`.
-        device: Its device.
-        quota: Its tokens.
-        home_quota: int64[experts], tokens that stay at home.
-        home: int64[experts], device.
-        node: int64[devices].
-        by_device: int64[sources], sources sorted by device; those of d are ``of_device[d]:of_device[d + 1]``.
-        of_device: int64[devices + 1].
-        by_node: int64[sources], sources sorted by node; those of n are ``of_node[n]:of_node[n + 1]``.
-        of_node: int64[nodes + 1].
-        head: Scratch int64[experts], all -1 before and after: an expert's first replica.
-        following: Scratch int64[slots]: the next replica of the same expert.
-        supply: Scratch int64[sources].
-        need: Scratch int64[slots].
+        quotas: Who computes how many tokens.
+        places: Where experts and sources are.
+        scratch: Workspace.
         sent: int[slots, sources], out.
         kept: int[sources, experts], all counts before, what goes to the homes after.
     """
+    expert, device, quota, home_quota = quotas.expert, quotas.device, quotas.quota, quotas.home_quota
+    home, node, by_device, by_node = places.home, places.node, places.by_device, places.by_node
+    of_device, of_node = places.of_device, places.of_node
+    head, following, supply, need = scratch.head, scratch.following, scratch.supply, scratch.need
     sources = len(counts)
     for r in range(replicas - 1, -1, -1):
         for s in range(sources):
