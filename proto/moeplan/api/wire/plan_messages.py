@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 
 __all__ = ["read_plan", "write_plan"]
 
+ROUNDING = 1e-6
+"""How far solvers of models may put a bound above what it bounds."""
+
 
 def read_plan(message: problem_pb2.Plan, problem: Problem) -> Plan:
     """The plan of a problem, judged here again.
@@ -39,7 +42,7 @@ def read_plan(message: problem_pb2.Plan, problem: Problem) -> Plan:
         seconds=read_seconds(message.solve_time),
         bound=message.bound,
     )
-    if not plan.bound <= plan.objective * (1 + 1e-9):
+    if not message.bound <= plan.objective * (1 + ROUNDING):
         raise ProblemError("plan.bound", message.bound, f"is no bound: the plan's layout reaches {plan.objective}")
     return plan
 
