@@ -129,8 +129,14 @@ def error_of(error: grpc.RpcError, address: str = "") -> ServiceError:
 
 
 def _no_answer(cause: str, where: str) -> str:
-    if "handshake" in cause or "SSL" in cause:
-        return f"the daemon{where} and this client do not agree on TLS; check ca, certificate and key: {cause}"
-    if cause.startswith(("failed to connect", "errors resolving")):
-        return f"no daemon answers{where}; start one with `moeplan serve`"
-    return f"the connection to the daemon{where} was lost: {cause}"
+    """What gRPC means by `cause`, and what to do."""
+    if not cause.startswith(("failed to connect", "errors resolving")):
+        return f"the connection to the daemon{where} was lost: {cause}"
+    cause = cause.rpartition("last error: ")[2]
+    if "handshake" in cause:
+        return f"no agreement on TLS with the daemon{where}; check ca, certificate and key ({cause})"
+    if "closed" in cause or "reset" in cause:
+        return (
+            f"the daemon{where} hangs up; it may want TLS or a certificate that it knows: give ca, certificate and key"
+        )
+    return f"no daemon answers{where}; start one with `moeplan serve`"

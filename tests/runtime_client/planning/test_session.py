@@ -15,18 +15,23 @@ import grpc
 import numpy as np
 import pytest
 import torch.distributed as dist
-from tests.support.daemon import DaemonProcess, Start, started
+from tests.support.daemon import DaemonProcess, Start, eventually, started
+from tests.support.equality import same
 from torch.utils.data import DataLoader, Dataset
 
-from moeplan.api.jobs import JobSpec
+from moeplan.api.client import Client
+from moeplan.api.jobs import Closing, Forecast, ForecastMethod, JobSpec, Payback, Replan
 from moeplan.runtime_client.errors import AgreementError
 from moeplan.runtime_client.layers.dividing import PlannedLayer
 from moeplan.runtime_client.planning.agreement import Agreement
 from moeplan.runtime_client.planning.planner_stream import PlannerStream
 from moeplan.runtime_client.planning.session import PlannerSession
+from moeplan.solvers.plan.parameters import SolveParameters
 from moeplan.solvers.problem.arrays import Int64
 from moeplan.solvers.problem.cluster import Cluster
+from moeplan.solvers.problem.errors import ProblemError
 from moeplan.solvers.problem.layout import Layout
+from moeplan.solvers.problem.problem import ExpertSpec
 from moeplan.solvers.problem.split_rules import SplitRule
 from moeplan.v1 import job_pb2, planner_pb2, planner_pb2_grpc, tensor_pb2
 
@@ -191,6 +196,39 @@ def test_all_ranks_run_the_same_layouts_from_the_same_step(ranks: Any, daemon: D
         assert np.array_equal(np.array(slots)[:, : sent.shape[1]], sent)
 
 
+def described(address: str) -> str | None:
+    """A session of every setting; what a cluster with other slots is told."""
+    cluster = Cluster.uniform(2, SLOTS, speed=[1.0, 2.0])
+    layouts = [contiguous(2)] * LAYERS
+    given: Any = {
+        "cluster": cluster,
+        "expert": ExpertSpec(weight_bytes=100),
+        "policy": "hybrid",
+        "parameters": SolveParameters(work_limit=50),
+        "forecast": Forecast(ForecastMethod.MEAN, window_steps=3),
+        "replan": Replan(2, Payback(50)),
+        "closing": Closing(timeout_s=3),
+        "max_moves": 4,
+        "groups": 2,
+        "merge_sources": True,
+    }
+    with PlannerSession(address, "described", layouts, lambda layouts: None, slots=SLOTS, **given) as session:
+        eventually(lambda: session.status is not None and session.status.connected)
+        if dist.get_rank() == 0:
+            with Client(address) as client:
+                spec = client.job("jobs/described").spec
+            assert same(spec, JobSpec(layers=LAYERS, experts=EXPERTS, ranks=2, initial=tuple(layouts), **given))
+        dist.barrier()
+    with pytest.raises(ProblemError, match=r"cluster\.slots") as refused:
+        PlannerSession(address, "described", layouts, lambda layouts: None, slots=SLOTS - 1, cluster=cluster)
+    return str(refused.value)
+
+
+def test_a_job_is_described_by_the_arguments_of_its_session(ranks: Any, daemon: DaemonProcess) -> None:
+    first, second = ranks(2, described, daemon.address)
+    assert first == second == "cluster.slots = [6, 6]: must be `slots` (5) on every device"
+
+
 def test_a_slow_rank_is_waited_for(ranks: Any, daemon: DaemonProcess) -> None:
     (first, _), (second, _) = ranks(2, planned, daemon.address, "slow", "rank", 5, 1, 1.0)
     assert first == second
@@ -247,9 +285,9 @@ class OddPlanner(planner_pb2_grpc.PlannerServiceServicer):
 
 
 @contextmanager
-def odd_planner(plan: job_pb2.JobPlan) -> Iterator[tuple[str, OddPlanner]]:
+def odd_planner(plan: job_pb2.JobPlan, kind: Any = OddPlanner) -> Iterator[tuple[str, Any]]:
     server = grpc.server(ThreadPoolExecutor(8))
-    odd = OddPlanner(plan)  # type: ignore[abstract]  # the methods that a rank does not call are left out
+    odd = kind(plan)
     planner_pb2_grpc.add_PlannerServiceServicer_to_server(odd, server)
     port = server.add_insecure_port("127.0.0.1:0")
     server.start()
@@ -302,6 +340,32 @@ def test_a_plan_that_does_not_validate_is_refused_and_reported(name: str) -> Non
     assert stream.status.refused >= 1
     assert odd.failed[0].version == 1
     assert odd.failed[0].reason in stream.status.error
+
+
+class Complaining(OddPlanner):
+    """Welcomes every rank, and then finds what it says wrong."""
+
+    welcomed = 0
+
+    def StreamRank(self, requests: Any, context: Any) -> Iterator[planner_pb2.StreamRankResponse]:  # noqa: N802
+        next(requests)
+        self.welcomed += 1
+        yield planner_pb2.StreamRankResponse(welcome=planner_pb2.Welcome(credit=10, plan=self.plan))
+        context.abort(grpc.StatusCode.INVALID_ARGUMENT, "statistics.tokens.shape = [1, 1, 3]: must be [1, 1, 4]")
+
+
+def test_a_rank_that_says_what_is_wrong_comes_back_less_and_less_often() -> None:
+    """Nothing changes by saying it again: its waits double, so in two seconds there is room for five at most."""
+    with odd_planner(plan_of(GOOD), Complaining) as (address, odd):
+        stream = stream_to(address)
+        eventually(lambda: odd.welcomed >= 2)
+        begun, before = time.monotonic(), odd.welcomed
+        time.sleep(2)
+        came, passed = odd.welcomed - before, time.monotonic() - begun
+        stream.close()
+    # The n-th wait is at least 0.05 s x 2^n long.
+    assert 0.05 * (2 ** (came - 1) - 1) <= passed
+    assert "INVALID_ARGUMENT: statistics.tokens.shape" in stream.status.error
 
 
 def test_a_good_plan_is_held() -> None:

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 __all__ = ["read_plan", "write_plan"]
 
+ROUNDING = 1e-6
+"""How far solvers of models may put a bound above what it bounds."""
 _CODES = {reason: problem_pb2.Termination.Value(f"TERMINATION_{reason.name}") for reason in Termination}
 _TERMINATIONS = {code: reason for reason, code in _CODES.items()}
 
@@ -35,7 +37,7 @@ def read_plan(message: problem_pb2.Plan, problem: Problem) -> Plan:
 
     layout = read_layout("plan.layout", message.layout, problem.experts)
     judged = evaluate(problem, layout, split_rule("plan.split_rule", message.split_rule))
-    if not message.bound <= judged.objective * (1 + 1e-9):
+    if not message.bound <= judged.objective * (1 + ROUNDING):
         raise ProblemError("plan.bound", message.bound, f"is no bound: the plan's layout reaches {judged.objective}")
     return replace(
         judged,

@@ -6,8 +6,6 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 
-import numpy as np
-
 from moeplan.solvers.construct.repair import table
 from moeplan.solvers.exact.model import Effort
 from moeplan.solvers.exact.of_problem import whole
@@ -49,7 +47,7 @@ def ilp(problem: Problem, parameters: SolveParameters) -> Iterator[Progress]:
         return
     with_tokens = problem.mean_level > 0
     model = whole(problem, incumbent.slots)
-    work = np.inf if deadline is not None else max(1, parameters.work_limit) / WORK_PER_SECOND
+    work = max(1, parameters.work_limit) / WORK_PER_SECOND  # also under a deadline: the daemon sets one for everybody
     effort = Effort(deadline, work, parameters.threads, parameters.seed, parameters.target_gap)
     answer = run(model, parameters.solver, effort)
     idle = float(weights[~with_tokens].sum()) if problem.tail >= 1 else 0.0  # the model of a tail counts them itself
@@ -61,7 +59,8 @@ def ilp(problem: Problem, parameters: SolveParameters) -> Iterator[Progress]:
             keep_slots(problem.current.slots, slots)
         found = Layout(slots, problem.experts)
         best = found if _value(problem, found) < before else incumbent
-    ended = Termination.WORK_LIMIT if deadline is None else Termination.DEADLINE
+    late = deadline is not None and time.perf_counter() >= deadline
+    ended = Termination.DEADLINE if late else Termination.WORK_LIMIT
     yield Progress(best, min(proven, _value(problem, best)), ended)
 
 
