@@ -124,10 +124,13 @@ def test_policies(client: Client) -> None:
 
 
 def test_anytime_plans_get_better(client: Client) -> None:
-    plans = list(client.solve_anytime(hard_problem(), parameters=SolveParameters(deadline_s=1.0, work_limit=2_000)))
-    assert plans
-    values = [plan.mean_imbalance for plan in plans]
+    parameters = SolveParameters(deadline_s=1.0, work_limit=2_000)
+    *on_the_way, last = plans = list(client.solve_anytime(hard_problem(), parameters=parameters))
+    values = [plan.mean_imbalance for plan in on_the_way]
     assert values == sorted(set(values), reverse=True)
+    assert last.mean_imbalance == values[-1]
+    assert {plan.termination for plan in on_the_way} == {Termination.UNFINISHED}
+    assert last.termination in (Termination.WORK_LIMIT, Termination.DEADLINE)
     assert all(plan.gap == pytest.approx(plan.mean_imbalance / plan.bound - 1) for plan in plans)
 
 

@@ -25,6 +25,10 @@ WORK_PER_SECOND = 1_000
 """Candidates of `work_limit` that a deterministic second of a solver counts as."""
 
 
+SLACK_S = 0.02
+"""A solver that ends so shortly before the deadline has ended for it."""
+
+
 @policy(
     "ilp",
     source="CP-SAT; HiGHS, CBC by PuLP",
@@ -59,7 +63,7 @@ def ilp(problem: Problem, parameters: SolveParameters) -> Iterator[Progress]:
             keep_slots(problem.current.slots, slots)
         found = Layout(slots, problem.experts)
         best = found if _value(problem, found) < before else incumbent
-    late = deadline is not None and time.perf_counter() >= deadline
+    late = deadline is not None and time.perf_counter() >= deadline - SLACK_S
     ended = Termination.DEADLINE if late else Termination.WORK_LIMIT
     yield Progress(best, min(proven, _value(problem, best)), ended)
 

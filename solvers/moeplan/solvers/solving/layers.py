@@ -10,6 +10,7 @@ from __future__ import annotations
 import heapq
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 from moeplan.solvers.objective.score import score
@@ -18,6 +19,7 @@ from moeplan.solvers.plan.parameters import SolveParameters
 from moeplan.solvers.plan.plan import Plan
 from moeplan.solvers.plan.termination import Termination
 from moeplan.solvers.policies.registry import Policy, Progress, find
+from moeplan.solvers.problem.errors import ProblemError
 from moeplan.solvers.problem.problem import Problem
 from moeplan.solvers.solving.solver import check_asked, plan_of
 from moeplan.solvers.split.rules import split
@@ -31,6 +33,7 @@ def solve_layers(
     policy: str = "hybrid",
     parameters: SolveParameters = SolveParameters(),
     on_plan: Callable[[], None] = lambda: None,
+    first: int = 0,
 ) -> list[Plan]:
     """Plan several layers; `parameters.deadline_s` is for all of them, its other limits for each.
 
@@ -41,6 +44,7 @@ def solve_layers(
         policy: Name of a policy.
         parameters: How hard to try.
         on_plan: Called whenever a layer is done, for progress.
+        first: Number of the first problem, for errors, which name ``problems[number]``.
 
     Raises:
         ProblemError: see `solve`.
@@ -48,7 +52,10 @@ def solve_layers(
     chosen = find(policy)
     start = time.perf_counter()
     deadline = float("inf") if parameters.deadline_s is None else start + parameters.deadline_s
-    layers = [_Layer(problem, check_asked(problem, chosen)) for problem in problems]
+    layers = []
+    for i, problem in enumerate(problems, first):
+        with _numbered(i):
+            layers.append(_Layer(problem, check_asked(problem, chosen)))
     queue = [(-layer.hope, i) for i, layer in enumerate(layers)]
     heapq.heapify(queue)
     plans: list[Plan | None] = [None] * len(layers)
@@ -56,12 +63,22 @@ def solve_layers(
         _, i = heapq.heappop(queue)
         layer = layers[i]
         late = time.perf_counter() >= deadline
-        if not (late and layer.last) and layer.advance(parameters, deadline):  # every layer may take its first step
-            heapq.heappush(queue, (-layer.hope, i))
-            continue
-        plans[i] = layer.plan(parameters, late)
+        with _numbered(first + i):
+            if not (late and layer.last) and layer.advance(parameters, deadline):  # every layer may take a first step
+                heapq.heappush(queue, (-layer.hope, i))
+                continue
+            plans[i] = layer.plan(parameters, late)
         on_plan()
     return [plan for plan in plans if plan is not None]
+
+
+@contextmanager
+def _numbered(index: int) -> Iterator[None]:
+    """Errors raised inside say which problem they are of."""
+    try:
+        yield
+    except ProblemError as error:
+        raise type(error)(f"problems[{index}].{error.field}", error.value, error.reason) from None
 
 
 @dataclass(slots=True)

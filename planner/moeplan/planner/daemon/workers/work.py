@@ -13,9 +13,7 @@ from moeplan.planner.daemon.workers.frames import Kind
 from moeplan.planner.daemon.workers.tasks import Limited
 from moeplan.planner.jobs.solve import plan_layers, until
 from moeplan.solvers import Plan, ProblemError, available_policies, evaluate, solve_anytime, solve_layers
-from moeplan.solvers.policies.registry import find
 from moeplan.solvers.problem.split_rules import split_rule
-from moeplan.solvers.solving.solver import check_asked
 from moeplan.v1 import solver_pb2
 
 __all__ = ["do"]
@@ -54,8 +52,7 @@ def _solve(limited: Limited) -> solver_pb2.SolveResponse:
     for index, message in enumerate(request.problems, limited.first):
         with wire.field(f"problems[{index}]"):
             problems.append(wire.read_problem(message))
-            check_asked(problems[-1], find(policy))
-    plans = solve_layers(problems, policy=policy, parameters=parameters)
+    plans = solve_layers(problems, policy=policy, parameters=parameters, first=limited.first)
     return solver_pb2.SolveResponse(plans=[wire.write_plan(plan) for plan in plans])
 
 
