@@ -6,10 +6,10 @@
     python benchmarks/training.py --show training.json
 
 Modes: `force-balanced` has a router that deals tokens out evenly to static experts: what the best balancing could
-reach. `static` is plain expert parallelism; `quota` and `llep` lend experts in each pass; `sharded` experts have the
-layout planned from the step before, by another process as by a daemon. Routing: `text` is what the routers choose,
-which have been trained for some steps on the example's text; `trace` deals tokens out by the last steps of the recorded
-trace in `examples/traces`, with the busiest experts on the first ranks.
+reach. `static` is plain expert parallelism; `quota` and `llep` lend experts in each pass; `sharded` experts have a
+layout that is perfect for the step before. Routing: `text` is what the routers choose, which have been trained for some
+steps on the example's text; `trace` deals tokens out by the last steps of the recorded trace in `examples/traces`, with
+the busiest experts on the first ranks.
 
 Every rank is a process for this checkout, and one for each other checkout given, with the same weights, seeds and
 text; they take turns. Weights stay as they are while steps are measured (the optimizer runs with a rate of zero), so
@@ -186,7 +186,7 @@ def measure_size(
     plan = {name: getattr(arguments, name) for name in ("batch", "train", "rounds", "steps")}
     for rank in ranks.values():
         rank.ask("build", size=size, **plan)
-    plan_layouts([[[1, 2], [2, 1]]], is_first)  # compiles the planner meanwhile
+    plan_layouts([[[1, 2], [2, 1]]])  # compiles it meanwhile
     described = [rank.answer() for rank in ranks.values()]
     losses = {name: rank.call("train") for name, rank in ranks.items()}
     if is_first:
@@ -204,7 +204,7 @@ def measure_size(
                 sample = ranks[name].call("sample", mode=mode, routing=routing, nth=nth, layouts=planned)
                 if mode == "static":
                     expected[name, routing] = sample["loss"]
-                    layouts[name, routing] = plan_layouts(sample["counts"], is_first)
+                    layouts[name, routing] = plan_layouts(sample["counts"])
                 elif abs(sample["loss"] - expected.get((name, routing), sample["loss"])) > 0.01 * sample["loss"]:
                     raise SystemExit(
                         f"{name}, {size}, {routing}: {mode} and static experts differ in what they compute"
@@ -215,29 +215,23 @@ def measure_size(
         if is_first:
             print(f"{time.perf_counter() - START:.0f} s, {size}, round {nth + 1}: ", end="")
             print(", ".join(f"{' '.join(key)} {row['ms'][-1]:.1f}" for key, row in rows.items()), flush=True)
+    ours, rank = next(iter(ranks.items()))
     for routing, mode in cases:
-        for name, rank in ranks.items() if routing in ("even", arguments.routing[-1]) else ():
-            planned = layouts.get((name, routing)) if mode == "sharded" else None
-            rows[name, routing, mode] |= rank.call("profile", mode=mode, routing=routing, layouts=planned)
+        planned = layouts.get((ours, routing)) if mode == "sharded" else None
+        rows[ours, routing, mode] |= rank.call("profile", mode=mode, routing=routing, layouts=planned)
     listed = [{"commit": name, "routing": routing, "mode": mode} | row for (name, routing, mode), row in rows.items()]
     return described[0]["machine"], described[0]["size"] | {"rows": listed}
 
 
-def plan_layouts(counts: list[Any], is_first: bool) -> list[Any]:
-    """Slots of each block for counts [blocks, ranks, experts], one more than needed on every rank; the same for all."""
-    layouts: list[Any] = [None]
-    if is_first:
-        # Not above, as a worker imports this file before it knows from which checkout to import moeplan.
-        from moeplan.solvers import Cluster, Demand, Problem, solve
+def plan_layouts(counts: list[Any]) -> list[Any]:
+    """Slots of each block, one more than needed on every rank: perfect for counts [blocks, ranks, experts]."""
+    # Not above, as a worker imports this file before it knows from which checkout to import moeplan.
+    from moeplan.solvers.construct.sliding_window import sliding_window
 
-        blocks = np.array(counts)
-        _, devices, experts = blocks.shape
-        cluster = Cluster.uniform(devices, -(-experts // devices) + 1)
-        plans = [solve(Problem(cluster, Demand.of(block.sum(axis=0)[None]))) for block in blocks]
-        layouts = [[plan.layout.slots.tolist() for plan in plans]]
-    dist.broadcast_object_list(layouts)
-    planned: list[Any] = layouts[0]
-    return planned
+    blocks = np.array(counts, np.float64)
+    _, devices, experts = blocks.shape
+    width = -(-experts // devices) + 1
+    return [sliding_window(block.sum(axis=0), np.arange(experts), devices, width).tolist() for block in blocks]
 
 
 def table(results: Result) -> str:
@@ -262,7 +256,7 @@ def table(results: Result) -> str:
             cells += [share(rows, commit, row)]
             cells += [f"{statistics.median(row[part]):.1f}" for part in ("forward", "backward", "optimizer")]
             cells += [f"{max(row['memory']) / 2**30:.1f}" if any(row["memory"]) else ""]
-            cells += ["" if row.get("busy") is None else percent(1 - row["busy"] / statistics.median(row["ms"]))]
+            cells += ["" if row["busy"] is None else percent(1 - row["busy"] / statistics.median(row["ms"]))]
             for other in commits[1:]:
                 peer = rows[other, routing, mode]
                 cells.append(f"{statistics.median(peer['ms']):.1f}, {share(rows, other, peer)}")
