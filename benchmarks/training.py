@@ -9,7 +9,7 @@ Modes: `force-balanced` has a router that deals tokens out evenly to static expe
 reach. `static` is plain expert parallelism; `quota` and `llep` lend experts in each pass; `sharded` experts have a
 layout that is perfect for the step before. Routing: `text` is what the routers choose, which have been trained for some
 steps on the example's text; `trace` deals tokens out by the last steps of the recorded trace in `examples/traces`, with
-the busiest experts on the first ranks.
+the busiest experts on the first ranks; `skewed` has the squares of its loads.
 
 Every rank is a process for this checkout, and one for each other checkout given, with the same weights, seeds and
 text; they take turns. Weights stay as they are while steps are measured (the optimizer runs with a rate of zero), so
@@ -46,6 +46,7 @@ ROOTS = ("solvers", "planner", "runtime_client", "proto")
 MODES = ("quota", "llep", "sharded")
 SAMPLED = ("ms", "forward", "backward", "optimizer", "memory", "imbalance")
 SIZES = ("tiny", "small", "large", "wide", "fine", "gpt-oss")
+ROUTINGS = ("text", "trace", "skewed")
 OLD_HOMES = {
     "runtime_client": {
         "ffn": ["ExpertShape"],
@@ -65,7 +66,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--size", nargs="+", choices=SIZES, default=["tiny"])
     parser.add_argument("--mode", nargs="+", choices=MODES, default=MODES, help="beside force-balanced and static")
-    parser.add_argument("--routing", nargs="+", choices=("text", "trace"), default=["text", "trace"])
+    parser.add_argument("--routing", nargs="+", choices=ROUTINGS, default=["text", "trace"])
     parser.add_argument("--batch", type=int, help="pieces of text of a rank in a step, if not the size's own")
     parser.add_argument("--train", type=int, default=20, help="steps that train the routers first")
     parser.add_argument("--rounds", type=int, default=5)

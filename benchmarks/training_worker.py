@@ -201,7 +201,9 @@ class Bench:
         self.chosen: list[list[Tensor]] = [[] for _ in self.memory]
         text = itertools.islice(batches(self.size, group.rank, group.size, SHIFT), train + rounds * (steps + 1))
         self.text = [batch.to(device) for batch in text]
-        self.tables = {"even": self._even(), "text": [], "trace": self._recorded(steps + 1)}
+        trace = recorded(self.size.experts, group.size, steps + 1)[:, :, group.rank]
+        self.tables = {"text": [], "trace": self._deal(trace), "skewed": self._deal(trace**2)}
+        self.tables["even"] = self._deal(np.ones((1, 1, self.size.experts)))
         for mode in ("static", "quota", "sharded"):  # compiles what they need, on a little text
             self._enter(mode)
             self._choose("text", 0)
@@ -222,6 +224,8 @@ class Bench:
             loss = self._step(text)
         for group in self.optimizer.param_groups:
             group["lr"] = 0.0
+        gc.collect()
+        gc.freeze()  # what is here stays, so no collection in the middle of a step need look at it
         return float(loss)
 
     def sample(self, mode: str, routing: str, nth: int, layouts: Sequence[Any] | None) -> dict[str, Any]:
@@ -229,7 +233,7 @@ class Bench:
 
         Args:
             mode: Which experts.
-            routing: `even`, `text` or `trace`.
+            routing: `even`, `text`, `trace` or `skewed`.
             nth: The round.
             layouts: Slots of each block, for sharded experts.
 
@@ -364,21 +368,15 @@ class Bench:
         for block, router in enumerate(self.routers):
             router.index_tk = tables[step % len(tables)][block] if tables else None
 
-    def _even(self) -> list[list[Tensor]]:
+    def _deal(self, share: npt.NDArray[np.float64]) -> list[list[Tensor]]:
+        """This rank's choices in every step and block, from shares float64[steps, layers, experts]."""
         size, rng = self.size, np.random.default_rng(self.group.rank)
-        table = deal(np.ones(size.experts), size.tokens, size.choices, rng).to(self.device)
-        return [[table] * size.blocks]
-
-    def _recorded(self, steps: int) -> list[list[Tensor]]:
-        size, group = self.size, self.group
-        rng = np.random.default_rng(group.rank)
-        counts = recorded(size.experts, group.size, steps)[:, :, group.rank]
         return [
             [
                 deal(layers[block % len(layers)], size.tokens, size.choices, rng).to(self.device)
                 for block in range(size.blocks)
             ]
-            for layers in counts
+            for layers in share
         ]
 
     def _see(self, block: int, layer: nn.Module, arguments: tuple[Tensor, ...]) -> None:
@@ -450,8 +448,9 @@ def main() -> None:
     for line in sys.stdin:
         name, arguments = json.loads(line)
         if name == "build":
-            bench = None  # frees the model before
-            gc.collect()
+            bench = None
+            gc.unfreeze()
+            gc.collect()  # frees the model before
             torch._dynamo.reset()  # it keeps functions for a limited number of widths
             if cuda:
                 torch.cuda.empty_cache()
