@@ -25,6 +25,7 @@ from moeplan.solvers import (
     Problem,
     ProblemError,
     SolveParameters,
+    Termination,
     available_policies,
     evaluate,
     solve,
