@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from moeplan.runtime_client.group import ExpertGroup, Traffic, Transfer, beside, join
+from moeplan.runtime_client.group import ExpertGroup, Transfer, beside, join
+from moeplan.runtime_client.layers.expert_layer import ExpertLayer
 from moeplan.runtime_client.layers.feed_forward import ExpertShape, feed_forward
 from moeplan.runtime_client.layers.lending import Homes, Loan, LoanBuffer, add_loan
 from moeplan.runtime_client.layers.routing import combine, dispatch, find_route, gather_counts
@@ -28,7 +29,7 @@ class SpillPlanner(Protocol):
         ...
 
 
-class ResidentExperts(nn.Module):
+class ResidentExperts(ExpertLayer):
     """The experts of one MoE layer, each at home on one rank; it takes the place of a model's experts module.
 
     For every micro-batch the ranks plan from the exact counts, each for itself and all alike, which tokens to spill to
@@ -50,6 +51,8 @@ class ResidentExperts(nn.Module):
         traffic: Bytes sent to other ranks since the counter was last cleared.
     """
 
+    own: ClassVar[str] = "flat"
+
     def __init__(
         self,
         shape: ExpertShape,
@@ -62,21 +65,16 @@ class ResidentExperts(nn.Module):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(shape, experts, group, compute_dtype)
         planner = planner or QuotaPlanner(SpillOptions.uniform(experts, group.size, 0), group.size)
         for name, expected in (("experts", experts), ("devices", group.size)):
             if getattr(planner.options, name) != expected:
                 raise ValueError(
                     f"planner.options.{name} = {getattr(planner.options, name)}: the layer has {expected} {name}"
                 )
-        self.shape = shape
-        self.experts = experts
-        self.group = group
         self.planner = planner
         self.homes = Homes(planner.options.home, group)
         self.buffer = buffer or LoanBuffer()
-        self.compute_dtype = compute_dtype
-        self.traffic = Traffic()
         self.flat = nn.Parameter(torch.zeros(len(self.homes.owned), shape.elements, dtype=dtype, device=device))
 
     @torch.no_grad()
@@ -91,25 +89,7 @@ class ResidentExperts(nn.Module):
             if first <= expert < first + len(flat):
                 self.flat[row] = flat[expert - first]
 
-    def forward(self, hidden: Tensor, index: Tensor, weight: Tensor) -> Tensor:
-        """Apply to each token its experts, weighted and summed.
-
-        Every rank of the group calls it at the same time, also with no tokens.
-
-        Args:
-            hidden: [tokens, hidden] of this rank (leading dimensions are flattened).
-            index: int64[tokens, k], experts of each token.
-            weight: [tokens, k].
-
-        Returns:
-            As `hidden`.
-
-        Raises:
-            RouterError: a choice is out of range or a weight not finite, on any rank.
-            InfeasibleError: no plan keeps every rank within its token cap; raised on all ranks.
-        """
-        rows = hidden.reshape(-1, hidden.shape[-1])
-        index, weight = index.reshape(len(rows), index.shape[-1]), weight.reshape(len(rows), weight.shape[-1])
+    def _run(self, rows: Tensor, index: Tensor, weight: Tensor) -> Tensor:
         group = self.group
         counts = gather_counts(group, index, weight, self.experts)
         loan = Loan.of(self.planner.plan(counts).require_feasible(), self.homes, group.rank)
@@ -135,13 +115,10 @@ class ResidentExperts(nn.Module):
             if spilled.requires_grad:
                 spilled = _Repeat.apply(spilled, lent, lending)  # type: ignore[no-untyped-call]
             results.append(spilled)
-        output = combine(group, route, results, weight, self.traffic).view_as(hidden)
+        output = combine(group, route, results, weight, self.traffic)
         if lending is not None and output.requires_grad:
             output = _Announce.apply(output, lent, lending)  # type: ignore[no-untyped-call]
         return output
-
-    def extra_repr(self) -> str:
-        return f"experts={self.experts}, {self.shape}, rank={self.group.rank}/{self.group.size}"
 
 
 class _Lending:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -12,17 +12,18 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from moeplan.runtime_client.group import ExpertGroup, Traffic
+from moeplan.runtime_client.group import ExpertGroup
+from moeplan.runtime_client.layers.expert_layer import ExpertLayer
 from moeplan.runtime_client.layers.feed_forward import ExpertShape, feed_forward
 from moeplan.runtime_client.layers.routing import combine, dispatch, find_route, gather_counts
-from moeplan.runtime_client.layers.sharding import Gathering, Placement, Returning, shard_width
+from moeplan.runtime_client.layers.sharding import Gathering, Placement, Returning, shard_width, version_of
 from moeplan.runtime_client.layers.split import Split, optimal_split, rank_flow
 from moeplan.solvers.problem.layout import Layout
 
 __all__ = ["FullyShardedExperts", "chain"]
 
 
-class FullyShardedExperts(nn.Module):
+class FullyShardedExperts(ExpertLayer):
     """The experts of one MoE layer, fully sharded over a group; it takes the place of a model's experts module.
 
     The only parameter, `shard`, is this rank's part of every expert, so the optimizer never sees a layout, and a new
@@ -49,6 +50,8 @@ class FullyShardedExperts(nn.Module):
         traffic: Bytes sent to other ranks since the counter was last cleared.
     """
 
+    own: ClassVar[str] = "shard"
+
     def __init__(
         self,
         shape: ExpertShape,
@@ -62,14 +65,9 @@ class FullyShardedExperts(nn.Module):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
-        super().__init__()
-        self.shape = shape
-        self.experts = experts
-        self.group = group
+        super().__init__(shape, experts, group, compute_dtype)
         self.split = split or optimal_split(np.ones(group.size))
-        self.compute_dtype = compute_dtype
         self.reshard = reshard
-        self.traffic = Traffic()
         self.shard = nn.Parameter(
             torch.zeros(experts, shard_width(shape.elements, group.size), dtype=dtype, device=device)
         )
@@ -105,26 +103,8 @@ class FullyShardedExperts(nn.Module):
         rows[:, : part.shape[1]] = part
         rows[:, part.shape[1] :] = 0
 
-    def forward(self, hidden: Tensor, index: Tensor, weight: Tensor) -> Tensor:
-        """Apply to each token its experts, weighted and summed.
-
-        Every rank of the group calls it at the same time, also with no tokens.
-
-        Args:
-            hidden: [tokens, hidden] of this rank (leading dimensions are flattened).
-            index: int64[tokens, k], experts of each token.
-            weight: [tokens, k].
-
-        Returns:
-            As `hidden`.
-
-        Raises:
-            RouterError: a choice is out of range or a weight not finite, on any rank.
-            LayoutMismatchError: the ranks hold different layouts.
-        """
-        rows = hidden.reshape(-1, hidden.shape[-1])
-        index, weight = index.reshape(len(rows), index.shape[-1]), weight.reshape(len(rows), weight.shape[-1])
-        placement, group = self._placement, self.group
+    def _run(self, rows: Tensor, index: Tensor, weight: Tensor) -> Tensor:
+        placement, group = self._placed(), self.group
         follower = self._follower()
         fingerprint = placement.fingerprint ^ (follower._placement.fingerprint << 1 if follower else 0)
         counts = gather_counts(group, index, weight, self.experts, fingerprint & (2**62 - 1))
@@ -143,14 +123,20 @@ class FullyShardedExperts(nn.Module):
             results = this.guard(results, flat)
             if self.reshard and not _in_backward():
                 this.free(flat)
-        output = combine(group, route, [results], weight, self.traffic).view_as(hidden)
+        output = combine(group, route, [results], weight, self.traffic)
         return this.announce(output) if output.requires_grad else output
 
     def prefetch(self) -> None:
         """Start gathering the weights of the next forward pass. Every rank calls it at the same point, or none."""
         if self._ahead is not None:
             self._ahead.drop()
-        self._ahead = self._start(self._placement, "weights.forward")
+        self._ahead = self._start(self._placed(), "weights.forward")
+
+    def _placed(self) -> Placement:
+        """The layout, with its tables where the weights are now."""
+        if self._placement.device != self.shard.device:
+            self._placement = Placement(self.layout, self.group, self.shard.device)
+        return self._placement
 
     def _start(self, placement: Placement, purpose: str) -> Gathering:
         dtype = self.compute_dtype or self.shard.dtype
@@ -158,7 +144,7 @@ class FullyShardedExperts(nn.Module):
 
     def _take_ahead(self) -> Gathering | None:
         ahead, self._ahead = self._ahead, None
-        if ahead is None or (ahead.placement is self._placement and ahead.version == self.shard._version):
+        if ahead is None or (ahead.placement is self._placement and ahead.version == version_of(self.shard)):
             return ahead
         # The layout or the weights have changed since, on every rank alike.
         ahead.drop()
@@ -168,9 +154,6 @@ class FullyShardedExperts(nn.Module):
         """The layer to prefetch: none in a recomputation, which runs the layers in another order."""
         place = self._order.index(self)
         return None if place + 1 == len(self._order) or _in_backward() else self._order[place + 1]
-
-    def extra_repr(self) -> str:
-        return f"experts={self.experts}, {self.shape}, rank={self.group.rank}/{self.group.size}"
 
 
 def chain(layers: Sequence[FullyShardedExperts]) -> None:
