@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from moeplan.runtime_client.group import ExpertGroup
-from moeplan.runtime_client.layers.feed_forward import ExpertShape
+from moeplan.runtime_client.layers.feed_forward import ExpertShape, split_weights
 from moeplan.runtime_client.layers.resident import ResidentExperts
 from moeplan.runtime_client.layers.sharded import FullyShardedExperts
 from moeplan.solvers import QuotaPlanner, SpillOptions
@@ -77,6 +77,7 @@ def own_part(layer: Layer, flat: Tensor) -> Tensor:
 
 def check_exact(layer: Layer, flat: Tensor) -> None:
     """One pass with its gradients against the dense layer."""
+    layer.zero_grad()
     flat = flat.clone().requires_grad_()
     for rank in range(layer.group.size):
         batch = make_batch(rank)
@@ -97,7 +98,6 @@ def move_from_meta(kind: str) -> None:
     flat = make_flat()
     layer.load_experts(0, flat)
     check_exact(layer, flat)
-    layer.zero_grad()
     layer.float()
     layer.double()  # as `.to` does with any device or type
     check_exact(layer, flat.float().double())
@@ -106,3 +106,45 @@ def move_from_meta(kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_layer_made_on_the_meta_device_is_exact_once_loaded(ranks: Launch, kind: str) -> None:
     ranks(2, move_from_meta, kind)
+
+
+def whole(flat: Tensor) -> dict[str, Tensor]:
+    """Experts as a fused module's state holds them."""
+    inner, outer = split_weights(SHAPE, flat)
+    return {"gate_up_proj": inner.clone(), "down_proj": outer.clone()}
+
+
+def keep_state(kind: str) -> list[str]:
+    """A state_dict is right on one rank and refused on several; whole experts can be loaded on any number."""
+    layer = make_layer(kind, make_group())
+    model = nn.Sequential(nn.Linear(2, 2), layer)
+    flat = make_flat()
+    model.load_state_dict({f"1.{name}": part for name, part in whole(flat).items()}, strict=False)
+    check_exact(layer, flat)
+    with pytest.raises(RuntimeError, match=r'Missing key.*"1\.down_proj"'):
+        model.load_state_dict(model[0].state_dict(prefix="0.") | {"1.gate_up_proj": whole(flat)["gate_up_proj"]})
+    other = model[0].state_dict(prefix="0.") | {f"1.{name}": part for name, part in whole(flat).items()}
+    with pytest.raises(RuntimeError, match=rf'Unexpected key.*"1\.{layer.own}"'):
+        model.load_state_dict(other | {f"1.{layer.own}": flat})
+    with pytest.raises(RuntimeError, match=r"size mismatch for 1\.down_proj"):
+        model.load_state_dict({"1.gate_up_proj": whole(flat)["gate_up_proj"], "1.down_proj": flat}, strict=False)
+    if layer.group.size > 1:
+        with pytest.raises(RuntimeError) as refused:
+            model.state_dict()
+        return str(refused.value).splitlines()
+    state = model.state_dict()
+    for name, part in whole(flat).items():
+        torch.testing.assert_close(state[f"1.{name}"], part, rtol=0, atol=0)
+        state[f"1.{name}"].mul_(2)  # as some write averages of weights: it is no copy
+    check_exact(layer, 2 * flat)
+    model.load_state_dict({name: part / 2 for name, part in state.items()})
+    check_exact(layer, flat)
+    return []
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_state_is_of_whole_experts_or_refused(ranks: Launch, kind: str) -> None:
+    assert ranks(1, keep_state, kind) == [[]]
+    for told in ranks(3, keep_state, kind):
+        assert "each of 3 ranks" in told[0]
+        assert 'dcp.save({"training": TrainingState(model, optimizer)}, checkpoint_id=folder)' in told[-1]

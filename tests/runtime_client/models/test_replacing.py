@@ -126,6 +126,23 @@ def test_refuses_modules_that_it_does_not_know() -> None:
     assert type(model.get_submodule("model.layers.0.mlp.experts")).__name__ == "MixtralExperts"
 
 
+def save_whole(kind: str, folder: Path) -> str:
+    group = make_group()
+    model: Any = make_model("qwen3_moe")
+    replace(model, kind, group)
+    with pytest.raises(RuntimeError) as refused:
+        model.save_pretrained(folder)
+    return str(refused.value)
+
+
+@pytest.mark.parametrize("kind", ["sharded", "resident"])
+def test_save_pretrained_of_one_ranks_part_is_refused(ranks: Launch, kind: str, tmp_path: Path) -> None:
+    for told in ranks(2, save_whole, kind, tmp_path):
+        assert told.startswith("model.layers.0.mlp.experts: ")
+        assert "TrainingState(model, optimizer)" in told
+    assert not list(tmp_path.glob("*.safetensors"))
+
+
 def make_optimizer(model: nn.Module) -> torch.optim.AdamW:
     decayed = [p for n, p in model.named_parameters() if "norm" not in n]
     plain = [p for n, p in model.named_parameters() if "norm" in n]

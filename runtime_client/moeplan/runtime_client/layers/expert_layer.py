@@ -3,15 +3,30 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from moeplan.runtime_client.group import ExpertGroup, Traffic
-from moeplan.runtime_client.layers.feed_forward import ExpertShape
+from moeplan.runtime_client.layers.feed_forward import ExpertShape, join_weights, split_weights
 
-__all__ = ["ExpertLayer"]
+__all__ = ["ExpertLayer", "state_in_parts"]
+
+_IN_PARTS = ContextVar("in_parts", default=False)
+
+
+@contextmanager
+def state_in_parts() -> Iterator[None]:
+    """Within it, the state of a layer is its parameter: what this rank holds, under the parameter's own name."""
+    token = _IN_PARTS.set(True)
+    try:
+        yield
+    finally:
+        _IN_PARTS.reset(token)
 
 
 class ExpertLayer(nn.Module, ABC):
@@ -40,6 +55,11 @@ class ExpertLayer(nn.Module, ABC):
     def weights(self) -> nn.Parameter:
         """This rank's part of the experts."""
         return self.get_parameter(self.own)
+
+    @property
+    def whole_names(self) -> tuple[str, str]:
+        """Names of the weights as a fused experts module holds them, [experts, rows, columns] each."""
+        return "gate_up_proj" if self.shape.gated else "up_proj", "down_proj"
 
     def forward(self, hidden: Tensor, index: Tensor, weight: Tensor) -> Tensor:
         """Apply to each token its experts, weighted and summed.
@@ -81,6 +101,51 @@ class ExpertLayer(nn.Module, ABC):
             first: The first expert given.
             flat: [n, elements], experts ``first`` to ``first + n - 1`` in flat form.
         """
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        if _IN_PARTS.get():
+            super()._save_to_state_dict(destination, prefix, keep_vars)
+            return
+        if self.group.size > 1:
+            raise RuntimeError(
+                f"{prefix.rstrip('.')}: each of {self.group.size} ranks holds a part of the experts, so a state_dict() "
+                "saved by one of them would lose the others'. Save instead, on every rank, with "
+                "torch.distributed.checkpoint as dcp:\n"
+                '    dcp.save({"training": TrainingState(model, optimizer)}, checkpoint_id=folder)'
+            )
+        flat = self.weights if keep_vars else self.weights.detach()
+        for name, part in zip(self.whole_names, split_weights(self.shape, flat), strict=True):
+            destination[prefix + name] = part
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        if _IN_PARTS.get():
+            super()._load_from_state_dict(
+                state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+            )
+            return
+        names = [prefix + name for name in self.whole_names]
+        unexpected_keys += [key for key in state_dict if strict and key.startswith(prefix) and key not in names]
+        missing_keys += [name for name in names if strict and name not in state_dict]
+        if not all(name in state_dict for name in names):
+            return
+        rows, columns = (self.shape.inner_rows, self.shape.hidden), (self.shape.hidden, self.shape.width)
+        for name, matrix in zip(names, (rows, columns), strict=True):
+            if tuple(state_dict[name].shape) != (self.experts, *matrix):
+                error_msgs.append(
+                    f"size mismatch for {name}: {tuple(state_dict[name].shape)}, must be {(self.experts, *matrix)}"
+                )
+                return
+        for expert in range(self.experts):  # one by one: never two copies of a layer
+            self.load_experts(expert, join_weights(*(state_dict[name][expert, None].detach() for name in names)))
 
     def extra_repr(self) -> str:
         return f"experts={self.experts}, {self.shape}, rank={self.group.rank}/{self.group.size}"
