@@ -1,6 +1,6 @@
 """The public names, once: `__init__.py` reads them from here, and so do type checkers."""
 
-from .errors import AgreementError, LayoutMismatchError, RouterError
+from .errors import AgreementError, LayoutMismatchError, MissedPassError, RanksDifferError, RouterError
 from .group import ExpertGroup, Traffic
 from .layers.base_router import BaseRouter
 from .layers.feed_forward import ExpertShape
@@ -8,6 +8,7 @@ from .layers.lending import LoanBuffer
 from .layers.resident import ResidentExperts, SpillPlanner
 from .layers.sharded import FullyShardedExperts, chain
 from .models.checkpoint import TrainingState
+from .models.gradients import ExpertGradients, expert_parameters
 from .models.replacing import replace_experts
 from .planning.planner_stream import Login, StreamStatus
 from .planning.session import PlannerSession
@@ -19,6 +20,7 @@ __all__ = [
     "PROBES",
     "AgreementError",
     "BaseRouter",
+    "ExpertGradients",
     "ExpertGroup",
     "ExpertShape",
     "Form",
@@ -26,8 +28,10 @@ __all__ = [
     "LayoutMismatchError",
     "LoanBuffer",
     "Login",
+    "MissedPassError",
     "PlannerSession",
     "Probe",
+    "RanksDifferError",
     "Recorder",
     "ResidentExperts",
     "RouterError",
@@ -37,6 +41,7 @@ __all__ = [
     "Traffic",
     "TrainingState",
     "chain",
+    "expert_parameters",
     "record",
     "replace_experts",
 ]

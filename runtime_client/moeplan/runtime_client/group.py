@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import cache
 
@@ -58,12 +59,14 @@ class ExpertGroup:
         size: Number of ranks N.
         tokens: Process group of dispatch, combine and counts; None for a group of one.
         weights: Process group of weights and their gradients; None for a group of one.
+        numbers: Numbers for the layers of the group, which every rank makes in the same order.
     """
 
     rank: int = 0
     size: int = 1
     tokens: dist.ProcessGroup | None = None
     weights: dist.ProcessGroup | None = None
+    numbers: Iterator[int] = field(default_factory=itertools.count, repr=False)
 
     @classmethod
     def create(

@@ -22,6 +22,7 @@ from moeplan.runtime_client.group import ExpertGroup
 from moeplan.runtime_client.layers.resident import ResidentExperts
 from moeplan.runtime_client.layers.sharded import FullyShardedExperts
 from moeplan.runtime_client.models.checkpoint import TrainingState
+from moeplan.runtime_client.models.gradients import ExpertGradients
 from moeplan.runtime_client.models.replacing import replace_experts
 from moeplan.solvers import QuotaPlanner, SpillOptions
 from moeplan.solvers.problem.layout import Layout
@@ -192,12 +193,8 @@ def train_wrapped() -> list[str]:
     """The recipe of docs/experts.md for data parallelism; returns the logical names of the weights."""
     group = make_group()
     plain, ours = make_model("mixtral"), make_model("mixtral")
-    layers = replace_experts(ours, partial(FullyShardedExperts, group=group))
-    names = [f"{name}.{own}" for name, layer in layers.items() for own, _ in layer.named_parameters()]
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(ours, names)
-    for layer in layers.values():
-        for parameter in layer.parameters():
-            parameter.register_hook(lambda gradient: gradient / group.size)
+    replace_experts(ours, partial(FullyShardedExperts, group=group))
+    ExpertGradients(ours)
     wrapped = DistributedDataParallel(ours)
     optimizers = [torch.optim.SGD(model.parameters(), lr=0.01) for model in (plain, wrapped)]
     for step in range(2):

@@ -12,7 +12,7 @@ from moeplan.runtime_client.group import ExpertGroup, Transfer, beside, join
 from moeplan.runtime_client.layers.expert_layer import ExpertLayer
 from moeplan.runtime_client.layers.feed_forward import ExpertShape, feed_forward
 from moeplan.runtime_client.layers.lending import Homes, Loan, LoanBuffer, add_loan
-from moeplan.runtime_client.layers.routing import combine, dispatch, find_route, gather_counts
+from moeplan.runtime_client.layers.routing import combine, dispatch, find_route
 from moeplan.solvers import QuotaPlanner, SpillOptions, SpillPlan
 from moeplan.solvers.problem.arrays import Int64
 
@@ -77,21 +77,15 @@ class ResidentExperts(ExpertLayer):
         self.buffer = buffer or LoanBuffer()
         self.flat = nn.Parameter(torch.zeros(len(self.homes.owned), shape.elements, dtype=dtype, device=device))
 
-    @torch.no_grad()
-    def load_experts(self, first: int, flat: Tensor) -> None:
-        """Take over whole experts, of which every rank holds the same copy.
-
-        Args:
-            first: The first expert given.
-            flat: [n, elements], experts ``first`` to ``first + n - 1`` in flat form.
-        """
-        for row, expert in enumerate(self.homes.owned):
-            if first <= expert < first + len(flat):
-                self.flat[row] = flat[expert - first]
+    def _take(self, first: int, flat: Tensor) -> list[int]:
+        taken = {row: expert for row, expert in enumerate(self.homes.owned) if first <= expert < first + len(flat)}
+        for row, expert in taken.items():
+            self.flat[row] = flat[expert - first]
+        return list(taken)
 
     def _run(self, rows: Tensor, index: Tensor, weight: Tensor) -> Tensor:
         group = self.group
-        counts = gather_counts(group, index, weight, self.experts)
+        counts = self._gather_counts(index, weight)
         loan = Loan.of(self.planner.plan(counts).require_feasible(), self.homes, group.rank)
         lending = _Lending(self, loan) if loan.total else None
         home: Tensor = self.flat

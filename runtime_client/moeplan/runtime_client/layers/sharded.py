@@ -15,7 +15,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from moeplan.runtime_client.group import ExpertGroup
 from moeplan.runtime_client.layers.expert_layer import ExpertLayer
 from moeplan.runtime_client.layers.feed_forward import ExpertShape, feed_forward
-from moeplan.runtime_client.layers.routing import combine, dispatch, find_route, gather_counts
+from moeplan.runtime_client.layers.routing import combine, dispatch, find_route
 from moeplan.runtime_client.layers.sharding import Gathering, Placement, Returning, shard_width, version_of
 from moeplan.runtime_client.layers.split import Split, optimal_split, rank_flow
 from moeplan.solvers.problem.layout import Layout
@@ -89,25 +89,19 @@ class FullyShardedExperts(ExpertLayer):
             raise ValueError(f"layout.experts = {layout.experts}: the layer has {self.experts}")
         self._placement = Placement(layout, self.group, self.shard.device)
 
-    @torch.no_grad()
-    def load_experts(self, first: int, flat: Tensor) -> None:
-        """Take over whole experts, of which every rank holds the same copy.
-
-        Args:
-            first: The first expert given.
-            flat: [n, elements], experts ``first`` to ``first + n - 1`` in flat form.
-        """
+    def _take(self, first: int, flat: Tensor) -> list[int]:
         width = self.shard.shape[1]
         part = flat[:, self.group.rank * width : (self.group.rank + 1) * width]
         rows = self.shard[first : first + len(flat)]
         rows[:, : part.shape[1]] = part
         rows[:, part.shape[1] :] = 0
+        return list(range(first, first + len(flat)))
 
     def _run(self, rows: Tensor, index: Tensor, weight: Tensor) -> Tensor:
         placement, group = self._placed(), self.group
         follower = self._follower()
         fingerprint = placement.fingerprint ^ (follower._placement.fingerprint << 1 if follower else 0)
-        counts = gather_counts(group, index, weight, self.experts, fingerprint & (2**62 - 1))
+        counts = self._gather_counts(index, weight, fingerprint & (2**62 - 1))
         gathering = self._take_ahead() or self._start(placement, "weights.forward")
         this = _Pass(self, placement)
         landed: Tensor = _Land.apply(self.shard, this)  # type: ignore[no-untyped-call]

@@ -7,10 +7,12 @@ from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from moeplan.runtime_client.layers.feed_forward import ExpertShape, activation_name, join_weights
 from moeplan.runtime_client.layers.resident import ResidentExperts
 from moeplan.runtime_client.layers.sharded import FullyShardedExperts, chain
+from moeplan.runtime_client.models.gradients import expert_parameters
 
 __all__ = ["replace_experts"]
 
@@ -32,7 +34,9 @@ def replace_experts(model: nn.Module, make: MakeExperts[L]) -> dict[str, L]:
     DeepSeek-V3 and others in transformers 5. Fully sharded layers are chained in the order of the model's modules.
 
     Every rank holds the same weights before, and its part of them after. On the meta device there is nothing to take
-    over, so load a checkpoint afterwards.
+    over: call ``to_empty`` and load a checkpoint with `TrainingState` afterwards. Frozen experts stay frozen.
+
+    Before training make an `ExpertGradients`, which says how gradients of experts go with those of the rest.
 
     Args:
         model: The model, for instance ``AutoModelForCausalLM.from_pretrained(...)``.
@@ -42,7 +46,8 @@ def replace_experts(model: nn.Module, make: MakeExperts[L]) -> dict[str, L]:
         The new layers by their names in the model, in its order.
 
     Raises:
-        ValueError: the model has no such module, or one with biases, transposed weights or an unknown activation.
+        ValueError: the model has no such module, or one with biases, transposed weights or an unknown activation, of
+            which only some weights are frozen, or inside an adapter.
     """
     found = {name: module for name, module in model.named_modules() if _is_fused(module)}
     if not found:
@@ -60,10 +65,15 @@ def replace_experts(model: nn.Module, make: MakeExperts[L]) -> dict[str, L]:
             for expert in range(len(inner)):  # one by one: never two copies of a layer
                 layer.load_experts(expert, join_weights(inner[expert, None].detach(), outer[expert, None].detach()))
         layer.train(module.training)
+        layer.weights.requires_grad_(inner.requires_grad)
+        layer.name = name
         owner, _, attribute = name.rpartition(".")
-        setattr(model.get_submodule(owner), attribute, layer)
+        block = model.get_submodule(owner)
+        setattr(block, attribute, layer)
+        layer.watch(block)
         layers[name] = layer
     chain([layer for layer in layers.values() if isinstance(layer, FullyShardedExperts)])
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, list(expert_parameters(model)))
     return layers
 
 
@@ -78,7 +88,16 @@ def _shape_of(name: str, module: nn.Module) -> ExpertShape:
         raise ValueError(
             f"{name} ({type(module).__name__}): has parameters {', '.join(others)}; only weights are known"
         )
+    if name.endswith("base_layer"):
+        raise ValueError(
+            f"{name} ({type(module).__name__}): is wrapped by an adapter, which reaches into it; adapters of experts "
+            "are not supported, so leave gate_up_proj and down_proj out of target_parameters"
+        )
     inner, outer = module.get_parameter("gate_up_proj"), module.get_parameter("down_proj")
+    if inner.requires_grad != outer.requires_grad:
+        raise ValueError(
+            f"{name} ({type(module).__name__}): only one of gate_up_proj and down_proj is frozen; freeze both or none"
+        )
     experts, hidden, width = outer.shape
     if inner.shape != (experts, 2 * width, hidden):
         raise ValueError(
