@@ -24,9 +24,13 @@ class FusedExperts(nn.Module):
         for expert in range(self.num_experts):
             token, choice = torch.where(top_k_index == expert)
             gate, up = functional.linear(hidden[token], self.gate_up_proj[expert]).chunk(2, dim=-1)
-            results = functional.linear(self.act_fn(gate) * up, self.down_proj[expert])
+            results = functional.linear(self.gated(gate, up), self.down_proj[expert])
             out = out.index_add(0, token, (results * top_k_weights[token, choice, None]).to(out.dtype))
         return out
+
+    def gated(self, gate: Tensor, up: Tensor) -> Tensor:
+        activated: Tensor = self.act_fn(gate) * up
+        return activated
 
 
 class Block(nn.Module):
