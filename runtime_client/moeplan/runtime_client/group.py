@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import cache
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -87,6 +88,17 @@ class ExpertGroup:
         if dist.get_rank() not in members:
             return None
         return cls(members.index(dist.get_rank()), len(members), tokens, weights)
+
+    def __deepcopy__(self, memo: object) -> ExpertGroup:
+        """Itself: copies of a layer run on the same process groups."""
+        return self
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "process groups cannot be pickled, so a model that holds them cannot either. Save on every rank, with "
+            "torch.distributed.checkpoint as dcp:\n"
+            '    dcp.save({"training": TrainingState(model, optimizer)}, checkpoint_id=folder)'
+        )
 
     def gather_rows(self, row: Tensor) -> Tensor:
         """[size, len(row)]: the row of every rank."""

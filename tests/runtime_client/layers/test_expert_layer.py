@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import io
 from collections.abc import Callable
 from typing import Any
 
@@ -10,11 +12,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.optim.swa_utils import AveragedModel
 
 from moeplan.runtime_client.group import ExpertGroup
 from moeplan.runtime_client.layers.feed_forward import ExpertShape, split_weights
 from moeplan.runtime_client.layers.resident import ResidentExperts
-from moeplan.runtime_client.layers.sharded import FullyShardedExperts
+from moeplan.runtime_client.layers.sharded import FullyShardedExperts, chain
 from moeplan.solvers import QuotaPlanner, SpillOptions
 from moeplan.solvers.problem.layout import Layout
 
@@ -148,3 +151,106 @@ def test_state_is_of_whole_experts_or_refused(ranks: Launch, kind: str) -> None:
     for told in ranks(3, keep_state, kind):
         assert "each of 3 ranks" in told[0]
         assert 'dcp.save({"training": TrainingState(model, optimizer)}, checkpoint_id=folder)' in told[-1]
+
+
+def run_under_autocast(kind: str) -> tuple[dict[str, int], dict[str, int]]:
+    """Traffic of a pass and its backward in single precision, and under autocast."""
+    layer = make_layer(kind, make_group(), torch.float32)
+    flat = make_flat(torch.float32)
+    layer.load_experts(0, flat)
+    hidden, index, weight = make_batch(layer.group.rank)
+    seen, results = [], []
+    for enabled in (False, True):
+        layer.zero_grad()
+        layer.traffic.clear()
+        mine = hidden.float().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            output = layer(mine, index, weight.float())
+        assert output.dtype == torch.float32
+        output.square().sum().backward()
+        assert mine.grad is not None
+        assert layer.weights.grad is not None
+        assert layer.weights.grad.dtype == torch.float32
+        seen.append(dict(layer.traffic))
+        results.append([output.detach(), mine.grad, layer.weights.grad])
+    for exact, rounded in zip(*results, strict=True):
+        if exact.numel():
+            assert 0 < float((exact - rounded).norm() / exact.norm()) < 0.03
+    return seen[0], seen[1]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_autocast_halves_what_travels(ranks: Launch, kind: str) -> None:
+    for single, halved in ranks(2, run_under_autocast, kind):
+        assert halved == {purpose: number // 2 for purpose, number in single.items()}
+    assert sum(single.values()) > 0
+
+
+def test_autocast_leaves_double_precision_and_a_chosen_type_alone() -> None:
+    for dtype, chosen in [(torch.float64, None), (torch.float32, torch.float32)]:
+        layer = FullyShardedExperts(SHAPE, EXPERTS, ExpertGroup(), dtype=dtype, compute_dtype=chosen)
+        flat = make_flat(dtype)
+        layer.load_experts(0, flat)
+        hidden, index, weight = (x if x.dtype == torch.int64 else x.to(dtype) for x in make_batch(0))
+        with torch.autocast("cpu", torch.bfloat16):
+            actual = layer(hidden, index, weight)
+        torch.testing.assert_close(actual, dense(flat, hidden, index, weight))
+
+
+def test_index_may_be_of_any_integers_and_of_nothing_else() -> None:
+    layer = make_layer("sharded", ExpertGroup())
+    layer.load_experts(0, make_flat())
+    hidden, index, weight = make_batch(0)
+    for dtype in (torch.int32, torch.uint8):
+        torch.testing.assert_close(layer(hidden, index.to(dtype), weight), layer(hidden, index, weight))
+    with pytest.raises(ValueError, match=r"index torch.float64 \(7, 2\)"):
+        layer(hidden, weight, weight)
+    with pytest.raises(ValueError, match=r"weight \(7, 1\) of 7 tokens: must be integers \[tokens, k\]"):
+        layer(hidden, index, weight[:, :1])
+    with pytest.raises(ValueError, match="of 6 tokens"):
+        layer(hidden[1:], index, weight)
+
+
+def copy_layers(kind: str) -> None:
+    """A copy computes the same with weights of its own, on the same process groups, beside the original."""
+    group = make_group()
+    layers = [make_layer(kind, group) for _ in range(2)]
+    sharded = [layer for layer in layers if isinstance(layer, FullyShardedExperts)]
+    chain(sharded)
+    model = nn.ModuleList(layers)
+    flat = make_flat()
+    for layer in layers:
+        layer.load_experts(0, flat)
+    check_exact(layers[0], flat)
+    output = layers[0](*make_batch(group.rank))  # its backward is still to come
+    average = AveragedModel(model, avg_fn=lambda averaged, current, _: (averaged + current) / 2)
+    average.update_parameters(model)
+    for layer in layers:
+        layer.load_experts(0, 3 * flat)
+    average.update_parameters(model)
+    check_exact(average.module[0], 2 * flat)
+    check_exact(average.module[1], 2 * flat)
+    single = copy.deepcopy(layers[1])
+    assert single.group is group
+    single.load_experts(0, flat)
+    check_exact(single, flat)
+    check_exact(layers[1], 3 * flat)
+    del output
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_copies_and_averages_of_weights(ranks: Launch, kind: str) -> None:
+    ranks(2, copy_layers, kind)
+
+
+def pickle_layer(kind: str) -> str:
+    layer = make_layer(kind, make_group())
+    with pytest.raises(TypeError) as refused:
+        torch.save(nn.Sequential(layer), io.BytesIO())
+    return str(refused.value)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_whole_model_is_not_pickled(ranks: Launch, kind: str) -> None:
+    for told in ranks(2, pickle_layer, kind):
+        assert "TrainingState(model, optimizer)" in told

@@ -282,6 +282,24 @@ def test_a_checkpoint_continues_with_any_ranks_layers_and_layout(ranks: Launch, 
             torch.testing.assert_close(actual, expected, rtol=0, atol=TOLERANCE)
 
 
+def save_adafactor(kind: str, folder: Path) -> str:
+    group = make_group()
+    model = make_model("qwen3_moe")
+    replace(model, kind, group)
+    optimizer = torch.optim.Adafactor(model.parameters())
+    train(model, optimizer, 0, group)
+    with pytest.raises(ValueError) as refused:
+        save_checkpoint({"training": TrainingState(model, optimizer)}, checkpoint_id=folder)
+    return str(refused.value)
+
+
+@pytest.mark.parametrize("kind", ["sharded", "resident"])
+def test_states_of_an_optimizer_that_belong_to_no_expert_are_refused(ranks: Launch, kind: str, tmp_path: Path) -> None:
+    for told in ranks(2, save_adafactor, kind, tmp_path):
+        assert "layers.0.mlp.experts" in told
+        assert "AdamW or SGD" in told
+
+
 def train_wrapped() -> list[str]:
     """The recipe of docs/experts.md for data parallelism; returns the logical names of the weights."""
     group = make_group()

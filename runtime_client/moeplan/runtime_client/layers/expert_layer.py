@@ -43,7 +43,7 @@ class ExpertLayer(nn.Module, ABC):
         shape: Dimensions of an expert.
         experts: Number of experts.
         group: The ranks.
-        compute_dtype: Type that weights travel and compute in; that of the parameter by default.
+        compute_dtype: Type that weights travel and compute in; None for that of autocast, or else of the parameter.
         traffic: Bytes sent to other ranks since the counter was last cleared.
         name: What errors call it; `replace_experts` gives it the name that it has in the model.
         prepare: Called with the parameter before a pass that will have gradients; `ExpertGradients` sets it.
@@ -84,11 +84,11 @@ class ExpertLayer(nn.Module, ABC):
 
         Args:
             hidden: [tokens, hidden] of this rank (leading dimensions are flattened).
-            index: int64[tokens, k], experts of each token.
+            index: int64[tokens, k], experts of each token; other integers are taken as well.
             weight: [tokens, k].
 
         Returns:
-            As `hidden`.
+            As `hidden`, also under autocast, where tokens and weights travel and compute in its type.
 
         Raises:
             RouterError: a choice is out of range or a weight not finite, on any rank.
@@ -96,6 +96,7 @@ class ExpertLayer(nn.Module, ABC):
             MissedPassError: the ranks are not in the same pass.
             RanksDifferError: ranks hold the same part of the experts, or the block's other weights differ between them.
             InfeasibleError: no plan keeps every rank within its token cap; raised on all ranks.
+            ValueError: `index` is not of integers, or its shape is not that of `weight` and of the tokens.
             RuntimeError: the weights are on the meta device, or DistributedDataParallel would average their gradients.
         """
         self._require_memory()
@@ -107,12 +108,27 @@ class ExpertLayer(nn.Module, ABC):
             if self._compares:
                 self._require_own_gradients(weights)
         rows = hidden.reshape(-1, hidden.shape[-1])
+        if index.dtype.is_floating_point or index.shape != weight.shape or index.shape[:-1].numel() != len(rows):
+            raise ValueError(
+                f"{self.title}: index {index.dtype} {tuple(index.shape)} and weight {tuple(weight.shape)} of "
+                f"{len(rows)} tokens: must be integers [tokens, k] and weights [tokens, k]"
+            )
         index, weight = index.reshape(len(rows), index.shape[-1]), weight.reshape(len(rows), weight.shape[-1])
-        return self._run(rows, index, weight).view_as(hidden)
+        dtype = self._dtype()
+        if self.compute_dtype is None and dtype != weights.dtype:  # of autocast
+            rows = rows.to(dtype)
+        return self._run(rows, index.long(), weight, dtype).to(hidden.dtype).view_as(hidden)
+
+    def _dtype(self) -> torch.dtype:
+        """Type that weights travel and compute in."""
+        own, kind = self.weights.dtype, self.weights.device.type
+        if self.compute_dtype is not None:
+            return self.compute_dtype
+        return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) and own != torch.float64 else own
 
     @abstractmethod
-    def _run(self, rows: Tensor, index: Tensor, weight: Tensor) -> Tensor:
-        """`forward` of rows [tokens, hidden]."""
+    def _run(self, rows: Tensor, index: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        """`forward` of rows [tokens, hidden], with weights in `dtype`."""
 
     @abstractmethod
     def _take(self, first: int, flat: Tensor) -> list[int]:
@@ -236,6 +252,10 @@ class ExpertLayer(nn.Module, ABC):
                 return
         for expert in range(self.experts):  # one by one: never two copies of a layer
             self.load_experts(expert, join_weights(*(state_dict[name][expert, None].detach() for name in names)))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies: without what belongs to passes, to other modules and to training with the original."""
+        return self.__dict__ | {"traffic": Traffic(), "prepare": None, "_block": None}
 
     def extra_repr(self) -> str:
         return f"experts={self.experts}, {self.shape}, rank={self.group.rank}/{self.group.size}"

@@ -42,7 +42,7 @@ class ResidentExperts(ExpertLayer):
         group: The ranks.
         planner: Plans the spill, and says who owns which expert; by default no spare slots and contiguous homes.
         buffer: Memory for transient replicas; share one between layers that run one after another.
-        compute_dtype: Type that weights travel and compute in; that of the parameter by default.
+        compute_dtype: Type that weights travel and compute in; by default that of autocast, or else of the parameter.
         dtype: Type of the parameter.
         device: Device of the parameter.
 
@@ -83,11 +83,11 @@ class ResidentExperts(ExpertLayer):
             self.flat[row] = flat[expert - first]
         return list(taken)
 
-    def _run(self, rows: Tensor, index: Tensor, weight: Tensor) -> Tensor:
+    def _run(self, rows: Tensor, index: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
         group = self.group
         counts = self._gather_counts(index, weight)
         loan = Loan.of(self.planner.plan(counts).require_feasible(), self.homes, group.rank)
-        lending = _Lending(self, loan) if loan.total else None
+        lending = _Lending(self, loan, dtype) if loan.total else None
         home: Tensor = self.flat
         if lending is not None:
             lending.start("weights.forward")
@@ -98,7 +98,7 @@ class ResidentExperts(ExpertLayer):
         sizes = [sum(at_home)] if lending is None else [sum(at_home), sum(away)]
         arrived = dispatch(group, route, rows, self.traffic, sizes)
 
-        own = home if self.compute_dtype is None else home.to(self.compute_dtype)
+        own = home.to(dtype)
         if lending is not None:
             # Made before the experts at home run, so that its backward, which other ranks wait for, runs after theirs.
             lent: Tensor = _Lend.apply(home, lending)  # type: ignore[no-untyped-call]
@@ -118,12 +118,12 @@ class ResidentExperts(ExpertLayer):
 class _Lending:
     """The loan of one pass, and its repetition for the backward pass."""
 
-    def __init__(self, layer: ResidentExperts, loan: Loan) -> None:
+    def __init__(self, layer: ResidentExperts, loan: Loan, dtype: torch.dtype) -> None:
         self.layer = layer
         self.loan = loan
         self.contents = object()  # not the layer, which holds the buffer: process groups would live until a collection
         self.returning: Transfer | None = None
-        self.into = layer.buffer.view(loan.borrowed, layer.flat, layer.compute_dtype or layer.flat.dtype)
+        self.into = layer.buffer.view(loan.borrowed, layer.flat, dtype)
 
     def start(self, purpose: str) -> None:
         layer = self.layer

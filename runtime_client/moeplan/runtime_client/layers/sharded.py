@@ -39,7 +39,7 @@ class FullyShardedExperts(ExpertLayer):
         group: The ranks.
         layout: Layout to start with; contiguous by default.
         split: Rule that divides an expert's tokens among its replicas; optimal for equal devices by default.
-        compute_dtype: Type that weights travel and compute in; that of the parameter by default.
+        compute_dtype: Type that weights travel and compute in; by default that of autocast, or else of the parameter.
         reshard: Whether to free the gathered weights after the forward pass and gather them again for the backward.
             It saves their memory and costs a second gather.
         dtype: Type of the parameter.
@@ -74,7 +74,7 @@ class FullyShardedExperts(ExpertLayer):
         if layout is None:
             layout = Layout.contiguous(experts, np.full(group.size, math.ceil(experts / group.size), np.int32))
         self.layout = layout
-        self._order: list[FullyShardedExperts] = [self]
+        self._order: list[FullyShardedExperts] = []
         self._ahead: Gathering | None = None
         self._latest: _Pass | None = None
 
@@ -97,13 +97,13 @@ class FullyShardedExperts(ExpertLayer):
         rows[:, part.shape[1] :] = 0
         return list(range(first, first + len(flat)))
 
-    def _run(self, rows: Tensor, index: Tensor, weight: Tensor) -> Tensor:
+    def _run(self, rows: Tensor, index: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
         placement, group = self._placed(), self.group
         follower = self._follower()
         fingerprint = placement.fingerprint ^ (follower._placement.fingerprint << 1 if follower else 0)
         counts = self._gather_counts(index, weight, fingerprint & (2**62 - 1))
-        gathering = self._take_ahead() or self._start(placement, "weights.forward")
-        this = _Pass(self, placement)
+        gathering = self._take_ahead(dtype) or self._start(placement, dtype, "weights.forward")
+        this = _Pass(self, placement, dtype)
         landed: Tensor = _Land.apply(self.shard, this)  # type: ignore[no-untyped-call]
         slots = placement.layout.slots
         quota = self.split(slots, counts.sum(axis=0))
@@ -124,7 +124,7 @@ class FullyShardedExperts(ExpertLayer):
         """Start gathering the weights of the next forward pass. Every rank calls it at the same point, or none."""
         if self._ahead is not None:
             self._ahead.drop()
-        self._ahead = self._start(self._placed(), "weights.forward")
+        self._ahead = self._start(self._placed(), self._dtype(), "weights.forward")
 
     def _placed(self) -> Placement:
         """The layout, with its tables where the weights are now."""
@@ -132,13 +132,13 @@ class FullyShardedExperts(ExpertLayer):
             self._placement = Placement(self.layout, self.group, self.shard.device)
         return self._placement
 
-    def _start(self, placement: Placement, purpose: str) -> Gathering:
-        dtype = self.compute_dtype or self.shard.dtype
+    def _start(self, placement: Placement, dtype: torch.dtype, purpose: str) -> Gathering:
         return Gathering(self.shard, placement, self.group, dtype, self.traffic, purpose)
 
-    def _take_ahead(self) -> Gathering | None:
+    def _take_ahead(self, dtype: torch.dtype) -> Gathering | None:
         ahead, self._ahead = self._ahead, None
-        if ahead is None or (ahead.placement is self._placement and ahead.version == version_of(self.shard)):
+        now = self._placement, version_of(self.shard), dtype
+        if ahead is None or (ahead.placement, ahead.version, ahead.dtype) == now:
             return ahead
         # The layout or the weights have changed since, on every rank alike.
         ahead.drop()
@@ -146,8 +146,13 @@ class FullyShardedExperts(ExpertLayer):
 
     def _follower(self) -> FullyShardedExperts | None:
         """The layer to prefetch: none in a recomputation, which runs the layers in another order."""
-        place = self._order.index(self)
-        return None if place + 1 == len(self._order) or _in_backward() else self._order[place + 1]
+        if not self._order or self is self._order[-1] or _in_backward():
+            return None
+        return self._order[self._order.index(self) + 1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies, which are in no chain."""
+        return super().__getstate__() | {"_order": [], "_ahead": None, "_latest": None}
 
 
 def chain(layers: Sequence[FullyShardedExperts]) -> None:
@@ -164,15 +169,16 @@ def chain(layers: Sequence[FullyShardedExperts]) -> None:
 class _Pass:
     """One forward pass of a layer: frees its gathered weights, and brings them back for the backward pass."""
 
-    def __init__(self, layer: FullyShardedExperts, placement: Placement) -> None:
+    def __init__(self, layer: FullyShardedExperts, placement: Placement, dtype: torch.dtype) -> None:
         self.layer = layer
         self.placement = placement
+        self.dtype = dtype
         self.freed = False
         self.arriving: Gathering | None = None
         self.returning: Returning | None = None
         # Weak, because autograd alone decides how long the weights are wanted.
         self.storage: StorageWeakRef | None = None
-        place = layer._order.index(layer)
+        place = layer._order.index(layer) if layer._order else 0
         self.before = layer._order[place - 1]._latest if place else None
         layer._latest = self
 
@@ -194,7 +200,7 @@ class _Pass:
     def start(self) -> None:
         """Begin to gather the weights again, if they have been freed and are still wanted."""
         if self.freed and self.arriving is None and self.storage and not self.storage.expired():
-            self.arriving = self.layer._start(self.placement, "weights.backward")
+            self.arriving = self.layer._start(self.placement, self.dtype, "weights.backward")
 
     def restore(self, flat: Tensor) -> None:
         """Bring the weights back.
@@ -242,7 +248,7 @@ class _Gather(torch.autograd.Function):
         ctx.this, ctx.shape = this, shard.shape
         layer = this.layer
         slots, width = len(this.placement.experts), layer.group.size * shard.shape[1]
-        flat = torch.empty(slots, width, dtype=layer.compute_dtype or shard.dtype, device=shard.device)
+        flat = torch.empty(slots, width, dtype=this.dtype, device=shard.device)
         gathering.finish(flat)
         this.storage = StorageWeakRef(flat.untyped_storage())
         return flat

@@ -100,6 +100,7 @@ class Gathering:
     ) -> None:
         self.placement = placement
         self.version = version_of(shard)
+        self.dtype = dtype
         self._size = group.size
         with beside(shard.device):
             packed = shard.detach().to(dtype).index_select(0, placement.replicas)

@@ -161,7 +161,11 @@ class TrainingState(Stateful):
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """Weights and optimizer state in logical form, as views of what the rank holds."""
+        """Weights and optimizer state in logical form, as views of what the rank holds.
+
+        Raises:
+            ValueError: an optimizer keeps a tensor of an expert parameter that has not its shape.
+        """
         with state_in_parts():
             model, optimizer = cast(tuple[dict[str, Any], dict[str, Any]], get_state_dict(self.model, self.optimizers))
         for layer, own, logical in self._names():
@@ -169,6 +173,7 @@ class TrainingState(Stateful):
             model |= _renamed(logical, logical_experts(layer, held))
             if own in optimizer.get("state", {}):
                 entries = optimizer["state"].pop(own)
+                _require_like(own, held, entries)
                 for part, name in logical.items():
                     optimizer["state"][name] = {
                         key: logical_experts(layer, value)[part] if _like(value, held) else value
@@ -212,6 +217,16 @@ def _canonical(model: nn.Module, name: str) -> str:
 
 def _renamed(names: dict[str, str], parts: dict[str, Pieces]) -> dict[str, Pieces]:
     return {names[part]: pieces for part, pieces in parts.items()}
+
+
+def _require_like(own: str, held: Tensor, entries: Mapping[str, object]) -> None:
+    for key, value in entries.items():
+        if isinstance(value, Tensor) and value.numel() != 1 and not _like(value, held):
+            raise ValueError(
+                f"{own}: the optimizer's {key} of it is {tuple(value.shape)}, and the parameter {tuple(held.shape)}; "
+                "which of its numbers belongs to which expert is unknown. Train experts with an optimizer whose state "
+                "has the shape of the parameter, as that of AdamW or SGD"
+            )
 
 
 def _like(value: object, held: Tensor) -> bool:
