@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
+import time
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim.swa_utils import AveragedModel
 
+from moeplan.runtime_client.errors import MissedPassError
 from moeplan.runtime_client.group import ExpertGroup
 from moeplan.runtime_client.layers.feed_forward import ExpertShape, split_weights
 from moeplan.runtime_client.layers.resident import ResidentExperts
@@ -228,8 +233,9 @@ def copy_layers(kind: str) -> None:
     for layer in layers:
         layer.load_experts(0, 3 * flat)
     average.update_parameters(model)
-    check_exact(average.module[0], 2 * flat)
-    check_exact(average.module[1], 2 * flat)
+    for averaged in average.module.children():
+        assert isinstance(averaged, FullyShardedExperts | ResidentExperts)
+        check_exact(averaged, 2 * flat)
     single = copy.deepcopy(layers[1])
     assert single.group is group
     single.load_experts(0, flat)
@@ -254,3 +260,37 @@ def pickle_layer(kind: str) -> str:
 def test_a_whole_model_is_not_pickled(ranks: Launch, kind: str) -> None:
     for told in ranks(2, pickle_layer, kind):
         assert "TrainingState(model, optimizer)" in told
+
+
+def leave_out(kind: str, how: str) -> str:
+    """Ranks 0 and 1 call a layer twice, rank 2 once, and then comes to another, to none, or ends."""
+    group = ExpertGroup.create(timeout=timedelta(seconds=4))
+    assert group is not None
+    first, second = make_layer(kind, group), make_layer(kind, group)
+    first.name = "blocks.3.experts"
+    first(*make_batch(group.rank))
+    if group.rank == 2 and how == "comes to none":
+        time.sleep(10)
+        return "pass 2 of blocks.3.experts: ranks [2] have not come to it within 4 s"
+    if group.rank == 2 and how == "ends":
+        dist.destroy_process_group(group.tokens)
+        del group, first, second
+        gc.collect()  # the last reference closes the connections, as the end of a process does
+        return "pass 2 of blocks.3.experts: ranks [2] have gone"
+    if group.rank == 1:
+        time.sleep(1.5)
+    with pytest.raises(MissedPassError) as told:
+        (second if group.rank == 2 else first)(*make_batch(group.rank))
+    return str(told.value)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_pass_that_a_rank_leaves_out_is_told_at_once_if_it_comes_to_another(ranks: Launch, kind: str) -> None:
+    for told in ranks(3, leave_out, kind, "comes to another"):
+        assert "rank 1 in pass 2 of layer 0, rank 2 in pass 1 of layer 1" in told
+
+
+@pytest.mark.parametrize(("how", "words"), [("comes to none", "not come to it within 4 s"), ("ends", "gone")])
+def test_a_rank_that_does_not_come_is_told_with_layer_and_pass(ranks: Launch, how: str, words: str) -> None:
+    for told in ranks(3, leave_out, "sharded", how):
+        assert told.startswith(f"pass 2 of blocks.3.experts: ranks [2] have {words}")

@@ -191,7 +191,8 @@ class ExpertLayer(nn.Module, ABC):
             told = tell(
                 self._number, self._passes, layout, own, ~same.bool(), torch.stack(shared).sum() if shared else None
             )
-        return gather_counts(self.group, index, weight, self.experts, told, partial(compare_ranks, self.title))
+        what = f"pass {self._passes} of {self.title}"
+        return gather_counts(self.group, index, weight, self.experts, what, told, partial(compare_ranks, self.title))
 
     @property
     def _compares(self) -> bool:

@@ -25,6 +25,7 @@ def gather_counts(
     index: Tensor,
     weight: Tensor,
     experts: int,
+    what: str = "counts",
     told: Sequence[int | Tensor] = (),
     compare: Callable[[Int64], None] | None = None,
 ) -> Int64:
@@ -37,6 +38,7 @@ def gather_counts(
         index: int64[tokens, k], experts chosen for each token of this rank.
         weight: [tokens, k], weights of the choices.
         experts: Number of experts.
+        what: What errors call the pass.
         told: Numbers that travel with the counts, int64; tensors where the device has yet to compute them.
         compare: Called with what all ranks told, int64[size, len(told)]; raises if they do not go together.
 
@@ -45,6 +47,7 @@ def gather_counts(
 
     Raises:
         RouterError: a rank chose an expert out of range, or a weight is not finite.
+        MissedPassError: a rank has not come.
     """
     chosen = index.reshape(-1).clamp(-1, experts)  # what is out of range counts for one of the two ends
     row = torch.zeros(experts + 3 + len(told), dtype=torch.int64, device=index.device)
@@ -54,7 +57,7 @@ def gather_counts(
     for place, number in enumerate(told, experts + 3):
         if isinstance(number, Tensor) or number:
             row[place] = number
-    table: Int64 = group.gather_rows(row).cpu().numpy()
+    table: Int64 = group.gather_rows(row, what).cpu().numpy()
     if compare is not None:
         compare(table[:, experts + 3 :])
     for rank, (below, above, not_finite) in enumerate(table[:, [0, experts + 1, experts + 2]]):
