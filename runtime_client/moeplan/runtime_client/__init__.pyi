@@ -1,6 +1,6 @@
 """The public names, once: `__init__.py` reads them from here, and so do type checkers."""
 
-from .errors import AgreementError, LayoutMismatchError, RouterError
+from .errors import AgreementError, LayoutMismatchError, MissedPassError, RanksDifferError, RouterError
 from .group import ExpertGroup, Traffic
 from .layers.base_router import BaseRouter
 from .layers.dividing import Division, PlannedLayer
@@ -9,6 +9,7 @@ from .layers.lending import LoanBuffer
 from .layers.resident import ResidentExperts, SpillPlanner
 from .layers.sharded import FullyShardedExperts, chain
 from .models.checkpoint import TrainingState
+from .models.gradients import ExpertGradients, expert_parameters
 from .models.replacing import replace_experts
 from .planning.planner_stream import StreamStatus
 from .planning.session import PlannerSession
@@ -21,15 +22,18 @@ __all__ = [
     "AgreementError",
     "BaseRouter",
     "Division",
+    "ExpertGradients",
     "ExpertGroup",
     "ExpertShape",
     "Form",
     "FullyShardedExperts",
     "LayoutMismatchError",
     "LoanBuffer",
+    "MissedPassError",
     "PlannedLayer",
     "PlannerSession",
     "Probe",
+    "RanksDifferError",
     "Recorder",
     "ResidentExperts",
     "RouterError",
@@ -39,6 +43,7 @@ __all__ = [
     "Traffic",
     "TrainingState",
     "chain",
+    "expert_parameters",
     "record",
     "replace_experts",
 ]

@@ -3,12 +3,14 @@
 RuntimeError
 ├── RouterError            the router produced numbers that no expert can be chosen from
 ├── LayoutMismatchError    ranks are about to compute with different layouts
+├── RanksDifferError       ranks hold weights that do not go together
+├── MissedPassError        ranks are not in the same pass of the same layer
 └── AgreementError         ranks did not agree in time
 """
 
 from __future__ import annotations
 
-__all__ = ["AgreementError", "LayoutMismatchError", "RouterError"]
+__all__ = ["AgreementError", "LayoutMismatchError", "MissedPassError", "RanksDifferError", "RouterError"]
 
 
 class RouterError(RuntimeError):
@@ -20,6 +22,17 @@ class RouterError(RuntimeError):
 
 class LayoutMismatchError(RuntimeError):
     """Ranks hold different layouts for one layer; every rank of the group raises it in the same forward pass."""
+
+
+class RanksDifferError(RuntimeError):
+    """Ranks hold the same part of the experts, or other weights of what they share.
+
+    What happens to weights and gradients around the layers is wrong; every rank of the group raises it in one pass.
+    """
+
+
+class MissedPassError(RuntimeError):
+    """A rank has left out a pass of a layer, or has not come to it within the time limit of the group."""
 
 
 class AgreementError(RuntimeError):
