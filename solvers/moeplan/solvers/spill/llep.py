@@ -11,8 +11,9 @@ from moeplan.solvers.problem.arrays import Int64
 from moeplan.solvers.problem.errors import ProblemError
 from moeplan.solvers.problem.kernel import kernel
 from moeplan.solvers.spill.options import SpillOptions
-from moeplan.solvers.spill.sourcing import Places, Quotas, Scratch, source_tokens
+from moeplan.solvers.spill.sourcing import Places, Quotas, Scratch, source_spill
 from moeplan.solvers.spill.spill_plan import SpillPlan
+from moeplan.solvers.split.sources import Groups, sort_sources
 
 __all__ = ["LlepPlanner"]
 
@@ -60,16 +61,7 @@ class LlepPlanner:
         self.sources = sources
         self.alpha, self.min_tokens, self.threshold = alpha, min_tokens, threshold
         self.source_device = options.source_device(sources)
-        devices = np.arange(options.devices + 1)
-        node = options.node[self.source_device]
-        self._places = Places(
-            options.home.astype(np.int64),
-            options.node.astype(np.int64),
-            np.arange(sources),
-            np.searchsorted(self.source_device, devices),
-            np.argsort(node, kind="stable"),
-            np.searchsorted(np.sort(node), np.arange(int(options.node.max()) + 2)),
-        )
+        self._places = Places(options.home.astype(np.int64), sort_sources(self.source_device, options.node))
 
     def plan(self, counts: npt.NDArray[Any]) -> SpillPlan:
         """The plan of one layer.
@@ -108,12 +100,19 @@ class LlepPlanner:
         slots = len(expert)
         sent = np.zeros((slots, self.sources), counts.dtype)
         kept = counts.copy()
-        source_tokens(
+        workspace = np.zeros((5, slots + 1), np.int64)
+        source_spill(
             counts,
             slots,
             Quotas(expert, device, quota, home_quota),
             self._places,
-            Scratch(np.full(experts, -1), *(np.zeros(n, np.int64) for n in (slots, self.sources, slots))),
+            Scratch(
+                np.full(experts, -1),
+                Groups(*workspace[:3]),
+                workspace[3],
+                np.zeros(self.sources, np.int64),
+                workspace[4],
+            ),
             sent,
             kept,
         )

@@ -22,8 +22,9 @@ from moeplan.solvers.spill.filling import (
     go_home,
 )
 from moeplan.solvers.spill.options import MAX_TOTAL, SpillOptions
-from moeplan.solvers.spill.sourcing import Places, Quotas, Scratch, source_tokens
+from moeplan.solvers.spill.sourcing import Places, Quotas, Scratch, source_spill
 from moeplan.solvers.spill.spill_plan import SpillPlan
+from moeplan.solvers.split.sources import Groups, Sources
 
 __all__ = ["QuotaPlanner"]
 
@@ -31,8 +32,8 @@ __all__ = ["QuotaPlanner"]
 # 0.1 us of unpacking per call, so arrays of one length share a table.
 _FIRST, _SPARE, _CAP, _DEVICE, _NODE, _OF_DEVICE, _OF_NODE = range(7)
 _AT_HOME, _LOAD, _RECEIVED, _ROOM, _EXCESS = range(5)
-_TOKENS, _LEFT, _HEAD = range(3)
-_EXPERT, _HOST, _QUOTA, _FOLLOWING, _NEED = range(5)
+_TOKENS, _LEFT, _GROUP = range(3)
+_EXPERT, _HOST, _QUOTA, _GROUPED, _START, _ORDER, _CURSOR, _NEED = range(8)
 _OUT_LOAD, _OUT_SHORT = range(2)
 _REPLICAS, _TIMES = range(2)
 
@@ -77,7 +78,7 @@ class _Plans(NamedTuple):
     """The plans of all layers, a row per name above.
 
     Attributes:
-        replicas: int64[layers, 5, slots].
+        replicas: int64[layers, 8, slots + 1].
         home_quota: int64[layers, experts].
         devices: int64[layers, 2, devices].
         sent: `dtype`[layers, slots, sources].
@@ -136,7 +137,7 @@ class QuotaPlanner:
             np.zeros((2, 4, slots), np.int64),
         )
         self._plans = _Plans(
-            np.zeros((layers, 5, slots), np.int64),
+            np.zeros((layers, 8, slots + 1), np.int64),
             np.zeros((layers, experts), np.int64),
             np.zeros((layers, 2, devices), np.int64),
             np.zeros((layers, slots, sources), self.dtype),
@@ -304,14 +305,9 @@ def _plan_each(counts: npt.NDArray[Any], topology: _Topology, work: _Work, plans
     """Plan every layer; -1, or the first layer whose counts are invalid."""
     table, numbers = topology.table, topology.costs
     costs = Costs(numbers[0], int(numbers[1]), int(numbers[2]), numbers[3], numbers[4])
-    places = Places(
-        topology.experts[1],
-        table[_NODE],
-        topology.sources[0],
-        table[_OF_DEVICE],
-        topology.sources[1],
-        table[_OF_NODE, : int(numbers[5]) + 1],
-    )
+    by_device, by_node = topology.sources[0], topology.sources[1]
+    of_node = table[_OF_NODE, : int(numbers[5]) + 1]
+    places = Places(topology.experts[1], Sources(table[_NODE], by_device, table[_OF_DEVICE], by_node, of_node))
     for layer in range(len(counts)):
         replicas, home_quota = plans.replicas[layer], plans.home_quota[layer]
         summary, sent, kept = plans.summary[layer], plans.sent[layer], plans.kept[layer]
@@ -319,8 +315,9 @@ def _plan_each(counts: npt.NDArray[Any], topology: _Topology, work: _Work, plans
             return layer
         quotas = Quotas(replicas[_EXPERT], replicas[_HOST], replicas[_QUOTA], home_quota)
         _plan_quotas(topology, costs, work, quotas, plans.devices[layer], summary)
-        scratch = Scratch(work.experts[_HEAD], replicas[_FOLLOWING], work.supply, replicas[_NEED])
-        source_tokens(counts[layer], int(summary[_REPLICAS]), quotas, places, scratch, sent, kept)
+        groups = Groups(replicas[_GROUPED], replicas[_START], replicas[_ORDER])
+        scratch = Scratch(work.experts[_GROUP], groups, replicas[_CURSOR], work.supply, replicas[_NEED])
+        source_spill(counts[layer], int(summary[_REPLICAS]), quotas, places, scratch, sent, kept)
     return -1
 
 

@@ -291,7 +291,7 @@ def route(fabric: Fabric, layout: Layout, tokens: Int64, split: Split) -> Int64:
         return split.routes
     hosts = layout.hosts
     quota = np.ascontiguousarray(split.quota[:, hosts.device, hosts.slot])
-    return source_tokens(fabric.sources, tokens, quota, hosts.start, hosts.device)
+    return source_tokens(fabric.sources, tokens, quota, hosts.start, hosts.device).swapaxes(1, 2)
 
 
 def routes(problem: Problem, layout: Layout, split: Split) -> Int64:

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from moeplan.solvers.problem.arrays import Int32, Int64
 from moeplan.solvers.problem.kernel import kernel
 
-__all__ = ["Sources", "serve_replicas", "sort_sources", "source_tokens"]
+__all__ = ["Groups", "Sources", "serve_replicas", "sort_sources", "source_tokens"]
 
 
 class Sources(NamedTuple):
@@ -36,11 +36,11 @@ class Sources(NamedTuple):
     of_node: Int64
 
 
-def sort_sources(source_device: Int32, node: Int32) -> Sources:
+def sort_sources(source_device: Int32 | Int64, node: Int32) -> Sources:
     """The sources by where they are.
 
     Args:
-        source_device: int32[sources], device of each source.
+        source_device: int[sources], device of each source.
         node: int32[devices], node of each device.
     """
     device = np.asarray(source_device, np.int64)
@@ -55,8 +55,29 @@ def sort_sources(source_device: Int32, node: Int32) -> Sources:
     )
 
 
+class Groups(NamedTuple):
+    """Replicas by expert, for the experts that need a decision.
+
+    Attributes:
+        experts: int64[groups], the experts.
+        start: int64[groups + 1]; the replicas of group g are ``order[start[g]:start[g + 1]]``.
+        order: int64[replicas], in the order of service.
+    """
+
+    experts: Int64
+    start: Int64
+    order: Int64
+
+
 @kernel
-def _serve(replica: int, near: Int64, supply: Int64, need: Int64, sent: npt.NDArray[Any]) -> None:
+def _serve(
+    replica: int,
+    near: Int64,
+    supply: Int64,
+    need: Int64,
+    sent: npt.NDArray[Any],
+    left: npt.NDArray[Any],
+) -> None:
     """Send tokens of the sources `near` to a replica until either side has none left."""
     for s in near:
         if need[replica] == 0:
@@ -64,35 +85,77 @@ def _serve(replica: int, near: Int64, supply: Int64, need: Int64, sent: npt.NDAr
         tokens = min(supply[s], need[replica])
         supply[s] -= tokens
         need[replica] -= tokens
-        sent[s, replica] += tokens
+        sent[replica, s] += tokens
+        left[s] -= tokens
 
 
 @kernel
-def serve_replicas(sources: Sources, device: Int32, supply: Int64, need: Int64, sent: npt.NDArray[Any]) -> None:
-    """Serve the replicas of one expert: all from their own device first, then from their node, then from anywhere.
+def _keep(need: int, near: Int64, supply: Int64) -> int:
+    """Set tokens of the sources `near` aside for a home; what it still needs."""
+    for s in near:
+        if need == 0:
+            return 0
+        tokens = min(supply[s], need)
+        supply[s] -= tokens
+        need -= tokens
+    return need
+
+
+@kernel
+def serve_replicas(
+    sources: Sources,
+    groups: Groups,
+    device: npt.NDArray[Any],
+    home: Int64,
+    at_home: Int64,
+    counts: npt.NDArray[Any],
+    supply: Int64,
+    need: Int64,
+    sent: npt.NDArray[Any],
+    left: npt.NDArray[Any],
+) -> None:
+    """Serve the replicas of each expert: all from their own device first, then from their node, then from anywhere.
 
     Args:
         sources: Where the sources are.
-        device: int[replicas], device of each replica, in the order of service.
-        supply: int64[sources], the expert's tokens of each source; what nobody needed is left.
+        groups: The experts, and their replicas.
+        device: int[replicas], device of each replica.
+        home: int64[experts], a device that keeps `at_home` of the tokens before replicas as near, and is not served.
+        at_home: int64[experts], those tokens; 0 where there is no such device.
+        counts: int[sources, experts].
+        supply: int64[sources], scratch.
         need: int64[replicas], quota of each replica; 0 after, if there are enough tokens.
-        sent: int[sources, replicas], added to.
+        sent: int[replicas, sources], added to.
+        left: int[sources, experts], all counts before; what was not sent after.
     """
-    replicas = len(need)
-    for r in range(replicas):
-        d = device[r]
-        _serve(r, sources.by_device[sources.of_device[d] : sources.of_device[d + 1]], supply, need, sent)
-    if len(sources.of_node) > 2:
-        for r in range(replicas):
-            n = sources.node[device[r]]
-            _serve(r, sources.by_node[sources.of_node[n] : sources.of_node[n + 1]], supply, need, sent)
-    for r in range(replicas):
-        _serve(r, sources.by_device, supply, need, sent)
+    by_device, of_device, by_node, of_node, node = (
+        sources.by_device, sources.of_device, sources.by_node, sources.of_node, sources.node,
+    )  # fmt: skip
+    experts, start, order = groups.experts, groups.start, groups.order
+    several_nodes = len(of_node) > 2
+    for g in range(len(start) - 1):
+        e = experts[g]
+        column = left[:, e]
+        for s in range(len(supply)):
+            supply[s] = counts[s, e]
+        d = home[e]
+        rest = _keep(at_home[e], by_device[of_device[d] : of_device[d + 1]], supply)
+        for i in range(start[g], start[g + 1]):
+            d = device[order[i]]
+            _serve(order[i], by_device[of_device[d] : of_device[d + 1]], supply, need, sent, column)
+        if several_nodes:
+            n = node[home[e]]
+            _keep(rest, by_node[of_node[n] : of_node[n + 1]], supply)
+            for i in range(start[g], start[g + 1]):
+                n = node[device[order[i]]]
+                _serve(order[i], by_node[of_node[n] : of_node[n + 1]], supply, need, sent, column)
+        for i in range(start[g], start[g + 1]):
+            _serve(order[i], by_device, supply, need, sent, column)
 
 
 @kernel
 def source_tokens(sources: Sources, tokens: Int64, quota: Int64, start: Int32, device: Int32) -> Int64:
-    """int64[scenarios, sources, replicas]: tokens from each source to each replica of a layout.
+    """int64[scenarios, replicas, sources]: tokens that each replica of a layout gets from each source.
 
     Args:
         sources: Where the sources are.
@@ -102,16 +165,11 @@ def source_tokens(sources: Sources, tokens: Int64, quota: Int64, start: Int32, d
         device: int32[replicas], see `Hosts`.
     """
     scenarios, count, experts = tokens.shape
-    sent = np.zeros((scenarios, count, len(device)), np.int64)
+    sent = np.zeros((scenarios, len(device), count), np.int64)
     supply = np.empty(count, np.int64)
+    nowhere = np.zeros(experts, np.int64)
+    groups = Groups(np.arange(experts), start.astype(np.int64), np.arange(len(device)))
     for s in range(scenarios):
-        need = quota[s].copy()
-        for e in range(experts):
-            first, last = start[e], start[e + 1]
-            for i in range(count):
-                supply[i] = tokens[s, i, e]
-            if last - first == 1:
-                sent[s, :, first] = supply
-            else:
-                serve_replicas(sources, device[first:last], supply, need[first:last], sent[s, :, first:last])
+        need, left = quota[s].copy(), tokens[s].copy()
+        serve_replicas(sources, groups, device, nowhere, nowhere, tokens[s], supply, need, sent[s], left)
     return sent
