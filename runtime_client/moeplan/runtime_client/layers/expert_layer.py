@@ -77,6 +77,7 @@ class ExpertLayer(nn.Module, ABC):
         """Names of the weights as a fused experts module holds them, [experts, rows, columns] each."""
         return "gate_up_proj" if self.shape.gated else "up_proj", "down_proj"
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, hidden: Tensor, index: Tensor, weight: Tensor) -> Tensor:
         """Apply to each token its experts, weighted and summed.
 

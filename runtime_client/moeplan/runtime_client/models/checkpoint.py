@@ -49,6 +49,9 @@ class Pieces(Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
+        if function is torch.ops.aten.new_empty.default:  # of `async_save`, which then copies the attributes
+            dtype, device = kwargs.get("dtype") or args[0].dtype, kwargs.get("device") or args[0].device
+            return Tensor._make_wrapper_subclass(cls, args[1], dtype=dtype, device=device)
         raise NotImplementedError(f"{function}: a logical tensor of which this rank holds pieces can only be saved")
 
     def __repr__(self) -> str:  # type: ignore[override]
