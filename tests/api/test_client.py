@@ -70,7 +70,7 @@ def test_solve_gives_the_plan_that_the_library_gives(client: Client, policy: str
     if policy == "traffic":
         problem = Problem(problem.cluster, problem.demand, problem.expert)
     parameters = SolveParameters(work_limit=500)
-    (plan,) = client.solve([problem], policy, parameters)
+    (plan,) = client.solve([problem], policy=policy, parameters=parameters)
     assert_same(plan, solve(problem, policy=policy, parameters=parameters))
 
 
@@ -185,7 +185,7 @@ def test_the_asynchronous_client_gives_the_same(daemon: DaemonProcess) -> None:
 
 def test_what_the_server_refuses_names_the_field(client: Client) -> None:
     with pytest.raises(InvalidRequestError, match="policy = 'hyb': must be one of") as error:
-        client.solve([small_problem()], "hyb")
+        client.solve([small_problem()], policy="hyb")
     assert list(error.value.violations) == ["policy"]
 
 

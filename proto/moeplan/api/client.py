@@ -162,14 +162,14 @@ class Client(_Base):
         return call(request, timeout=self._timeout_s, metadata=self._security.metadata)
 
     def solve(
-        self, problems: Iterable[Problem], policy: str = "", parameters: SolveParameters = DEFAULTS
+        self, problems: Iterable[Problem], *, policy: str = "", parameters: SolveParameters = DEFAULTS
     ) -> list[Plan]:
         """Plan one or several layers."""
         layers = list(problems)
         return self._plans(self._call("solver", "Solve", self._solve(layers, policy, parameters)), layers)
 
     def solve_anytime(
-        self, problem: Problem, policy: str = "", parameters: SolveParameters = DEFAULTS
+        self, problem: Problem, *, policy: str = "", parameters: SolveParameters = DEFAULTS
     ) -> Iterator[Plan]:
         """Better and better plans of one layer; whoever stops asking ends the solve."""
         request = self._anytime(problem, policy, parameters)
@@ -292,7 +292,7 @@ class AsyncClient(_Base):
         return await call(request, timeout=self._timeout_s, metadata=self._security.metadata)
 
     async def solve(
-        self, problems: Iterable[Problem], policy: str = "", parameters: SolveParameters = DEFAULTS
+        self, problems: Iterable[Problem], *, policy: str = "", parameters: SolveParameters = DEFAULTS
     ) -> list[Plan]:
         """Plan one or several layers."""
         layers = list(problems)
@@ -300,7 +300,7 @@ class AsyncClient(_Base):
         return await asyncio.to_thread(self._plans, response, layers)
 
     async def solve_anytime(
-        self, problem: Problem, policy: str = "", parameters: SolveParameters = DEFAULTS
+        self, problem: Problem, *, policy: str = "", parameters: SolveParameters = DEFAULTS
     ) -> AsyncIterator[Plan]:
         """Better and better plans of one layer; whoever stops asking ends the solve."""
         request = self._anytime(problem, policy, parameters)

@@ -45,7 +45,7 @@ ENDLESS = SolveParameters(work_limit=2**31 - 1, target_gap=0.0)
 def test_solve_gives_what_the_library_gives(client: Client) -> None:
     problems = [small_problem(seed) for seed in range(3)]
     for policy in ("hybrid", "eplb"):
-        plans = client.solve(problems, policy)
+        plans = client.solve(problems, policy=policy)
         for problem, plan in zip(problems, plans, strict=True):
             expected = solve(problem, policy=policy)
             assert (plan.policy, plan.split.rule) == (policy, expected.split.rule)
@@ -90,10 +90,10 @@ def test_every_parameter_travels(client: Client) -> None:
     assert again == sent
     assert wire.read_parameters(problem_pb2.SolveParameters()) == SolveParameters()
     problem = small_problem(devices=2, experts=4)
-    (plan,) = client.solve([problem], "ilp", SolveParameters(solver="highs", threads=2, prove=True))
+    (plan,) = client.solve([problem], policy="ilp", parameters=SolveParameters(solver="highs", threads=2, prove=True))
     assert plan.mean_imbalance == solve(problem, policy="ilp").mean_imbalance
     with pytest.raises(InvalidRequestError, match="'nonsense'") as error:
-        client.solve([problem], "ilp", SolveParameters(solver="nonsense"))
+        client.solve([problem], policy="ilp", parameters=SolveParameters(solver="nonsense"))
     assert list(error.value.violations) == ["problems[0].parameters.solver"]
 
 
@@ -272,7 +272,7 @@ def test_too_much_memory_is_refused(client: Client) -> None:
     current = Layout.contiguous(30_000, cluster.slots)
     problem = Problem(cluster, Demand.of(np.ones(30_000, np.int64)), current=current)
     with pytest.raises(UnavailableError, match="worker") as error:
-        client.solve([problem], "static")
+        client.solve([problem], policy="static")
     assert error.value.reason == "WORKER_MEMORY"
     assert client.solve([small_problem()])
 

@@ -130,7 +130,7 @@ def plan(
                 if client is None:
                     plans[layer] = solve(problem, policy=policy, parameters=parameters)
                 else:
-                    (plans[layer],) = client.solve([problem], policy, parameters)
+                    (plans[layer],) = client.solve([problem], policy=policy, parameters=parameters)
                 advance()
     crossing = {}
     if nodes > 1 and opened.sources > 1:
