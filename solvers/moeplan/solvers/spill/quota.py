@@ -26,7 +26,7 @@ from moeplan.solvers.spill.sourcing import Places, Quotas, Scratch, source_spill
 from moeplan.solvers.spill.spill_plan import SpillPlan
 from moeplan.solvers.split.sources import Groups, Sources
 
-__all__ = ["QuotaPlanner"]
+__all__ = ["QuotaPlanner", "fill_plans"]
 
 # Rows of the tables that carry a planner's arrays into its kernel. Each argument of a compiled function costs about
 # 0.1 us of unpacking per call, so arrays of one length share a table.
@@ -110,6 +110,9 @@ class QuotaPlanner:
         layers: Layers of one `plan_layers` call; the workspace holds one plan for each.
         dtype: int32 or int64, type of the counts.
 
+    Attributes:
+        workspace: What `fill_plans` takes after the counts, for compiled callers; ends with what it fills.
+
     Raises:
         ProblemError: `sources`, `layers` or `dtype` is out of range.
     """
@@ -144,7 +147,7 @@ class QuotaPlanner:
             np.zeros((layers, sources, experts), self.dtype),
             np.zeros((layers, 4), np.float64),
         )
-        self._arrays: tuple[Any, ...] = (*_topology(options, self.source_device), *work, *self._plans)
+        self.workspace: tuple[Any, ...] = (*_topology(options, self.source_device), *work, *self._plans)
         self._views: list[dict[int, SpillPlan]] = [{} for _ in range(layers)]
         self.plan(np.zeros((sources, experts), self.dtype))  # compiles, or loads what is compiled
 
@@ -183,7 +186,7 @@ class QuotaPlanner:
             raise ProblemError("spill.counts", f"array of {counts.dtype}", f"must hold {self.dtype}; cast it first")
         if not counts.flags.c_contiguous:
             counts = np.ascontiguousarray(counts)
-        fault = _plan_layers(counts, *self._arrays)
+        fault = fill_plans(counts, *self.workspace)
         if fault >= 0:
             raise ProblemError(
                 "spill.counts",
@@ -268,7 +271,7 @@ def _loads_at_home(w: Int64, first: Int64, load: Int64) -> None:
 
 
 @kernel
-def _plan_layers(
+def fill_plans(
     counts: npt.NDArray[Any],
     experts: Int64,
     table: Int64,
