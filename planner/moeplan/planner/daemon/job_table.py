@@ -227,7 +227,7 @@ class JobTable:
             message = job_pb2.Job.FromString(row.spec)
             message.incarnation = row.incarnation
             try:
-                spec = wire.read_job_spec(message)
+                spec = wire.read_job_spec(message, checked=True)  # checking loads the compiler: longer than a lease
                 plan = wire.read_stored_plan(job_pb2.JobPlan.FromString(stored.plan), spec.experts)
             except ProblemError as error:
                 log.error("job not readable", job=f"jobs/{row.name}", error=str(error))

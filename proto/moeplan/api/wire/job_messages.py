@@ -55,8 +55,10 @@ _CODES = {
 _REASONS = {code: reason for reason, code in _CODES.items()}
 
 
-def read_job_spec(message: job_pb2.Job) -> JobSpec:
+def read_job_spec(message: job_pb2.Job, *, checked: bool = False) -> JobSpec:
     """What the owner of a job said; the fields that the server sets are ignored.
+
+    If `checked`, it comes from the daemon's own store, and its layouts were checked before.
 
     Raises:
         ProblemError: a field is out of range, or no layout can exist.
@@ -69,7 +71,8 @@ def read_job_spec(message: job_pb2.Job) -> JobSpec:
         raise ProblemError("job.incarnation", message.incarnation, "must be at least 0")
     initial: tuple[Layout, ...] = ()
     if message.HasField("initial_layouts"):
-        initial = read_layouts("job.initial_layouts", message.initial_layouts, message.layers, message.experts)
+        layers, experts = message.layers, message.experts
+        initial = read_layouts("job.initial_layouts", message.initial_layouts, layers, experts, checked=checked)
     return JobSpec(
         cluster=cluster,
         layers=message.layers,

@@ -133,8 +133,10 @@ def write_layout(layout: Layout) -> tensor_pb2.Tensor:
     return write_array(layout.slots)
 
 
-def read_layouts(name: str, tensor: tensor_pb2.Tensor, layers: int, experts: int) -> tuple[Layout, ...]:
-    """Layouts of all layers.
+def read_layouts(
+    name: str, tensor: tensor_pb2.Tensor, layers: int, experts: int, *, checked: bool = False
+) -> tuple[Layout, ...]:
+    """Layouts of all layers; if `checked`, which takes the compiler of kernels, they were so before they were stored.
 
     Raises:
         ProblemError: the tensor does not hold `layers` layouts of `experts` experts.
@@ -146,7 +148,7 @@ def read_layouts(name: str, tensor: tensor_pb2.Tensor, layers: int, experts: int
     layouts = []
     for index, table in enumerate(tables):
         with field(f"{name}[{index}]"):
-            layouts.append(Layout(table, experts))
+            layouts.append(Layout.trusted(table, experts) if checked else Layout(table, experts))
     return tuple(layouts)
 
 
