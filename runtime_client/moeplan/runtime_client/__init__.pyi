@@ -1,6 +1,7 @@
 """The public names, once: `__init__.py` reads them from here, and so do type checkers."""
 
-from .errors import AgreementError, LayoutMismatchError, RouterError
+from .device.exchange import DeviceExchange
+from .errors import AgreementError, LayoutMismatchError, PassError, RouterError
 from .group import ExpertGroup, Traffic
 from .layers.base_router import BaseRouter
 from .layers.feed_forward import ExpertShape
@@ -19,6 +20,7 @@ __all__ = [
     "PROBES",
     "AgreementError",
     "BaseRouter",
+    "DeviceExchange",
     "ExpertGroup",
     "ExpertShape",
     "Form",
@@ -26,6 +28,7 @@ __all__ = [
     "LayoutMismatchError",
     "LoanBuffer",
     "Login",
+    "PassError",
     "PlannerSession",
     "Probe",
     "Recorder",

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from moeplan.runtime_client.device.exchange import DeviceExchange
+from moeplan.runtime_client.device.passes import run_pass
 from moeplan.runtime_client.group import ExpertGroup, Traffic, Transfer, beside, join
 from moeplan.runtime_client.layers.feed_forward import ExpertShape, feed_forward
 from moeplan.runtime_client.layers.lending import Homes, Loan, LoanBuffer, add_loan
@@ -41,6 +43,9 @@ class ResidentExperts(nn.Module):
         group: The ranks.
         planner: Plans the spill, and says who owns which expert; by default no spare slots and contiguous homes.
         buffer: Memory for transient replicas; share one between layers that run one after another.
+        exchange: Runs passes on GPUs without the host, with its own planner of the same homes instead of `planner` and
+            its own memory instead of `buffer`; share one between layers that run one after another. Without it, passes
+            use the collectives of the group.
         compute_dtype: Type that weights travel and compute in; that of the parameter by default.
         dtype: Type of the parameter.
         device: Device of the parameter.
@@ -58,6 +63,7 @@ class ResidentExperts(nn.Module):
         *,
         planner: SpillPlanner | None = None,
         buffer: LoanBuffer | None = None,
+        exchange: DeviceExchange | None = None,
         compute_dtype: torch.dtype | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
@@ -75,6 +81,11 @@ class ResidentExperts(nn.Module):
         self.planner = planner
         self.homes = Homes(planner.options.home, group)
         self.buffer = buffer or LoanBuffer()
+        self.exchange = exchange
+        if exchange is not None:
+            own = dtype or torch.get_default_dtype()
+            exchange.require(shape, planner.options.home, own, compute_dtype or own)
+            self.number = exchange.join()
         self.compute_dtype = compute_dtype
         self.traffic = Traffic()
         self.flat = nn.Parameter(torch.zeros(len(self.homes.owned), shape.elements, dtype=dtype, device=device))
@@ -107,9 +118,12 @@ class ResidentExperts(nn.Module):
         Raises:
             RouterError: a choice is out of range or a weight not finite, on any rank.
             InfeasibleError: no plan keeps every rank within its token cap; raised on all ranks.
+            PassError: with an `exchange`, whose errors are those of earlier passes; see `DeviceExchange.check`.
         """
         rows = hidden.reshape(-1, hidden.shape[-1])
         index, weight = index.reshape(len(rows), index.shape[-1]), weight.reshape(len(rows), weight.shape[-1])
+        if self.exchange is not None:
+            return run_pass(self.exchange, self.number, self.flat, rows, index, weight).view_as(hidden)
         group = self.group
         counts = gather_counts(group, index, weight, self.experts)
         loan = Loan.of(self.planner.plan(counts).require_feasible(), self.homes, group.rank)

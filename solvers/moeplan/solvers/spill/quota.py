@@ -16,7 +16,7 @@ from moeplan.solvers.spill.options import MAX_TOTAL, SpillOptions
 from moeplan.solvers.spill.sourcing import source_tokens
 from moeplan.solvers.spill.spill_plan import SpillPlan
 
-__all__ = ["QuotaPlanner"]
+__all__ = ["QuotaPlanner", "fill_plans"]
 
 # Rows of the tables that carry a planner's arrays into its kernel. Each argument of a compiled function costs about
 # 0.1 us of unpacking per call, so arrays of one length share a table.
@@ -43,6 +43,9 @@ class QuotaPlanner:
         sources: Ranks whose tokens are routed; source i is on device ``i * devices // sources``.
         layers: Layers of one `plan_layers` call; the workspace holds one plan for each.
         dtype: int32 or int64, type of the counts.
+
+    Attributes:
+        workspace: What `fill_plans` takes after the counts, for compiled callers; ends with what it fills.
 
     Raises:
         ProblemError: `sources`, `layers` or `dtype` is out of range.
@@ -78,6 +81,16 @@ class QuotaPlanner:
         self._sent = np.zeros((layers, slots, sources), self.dtype)
         self._kept = np.zeros((layers, sources, experts), self.dtype)
         self._summary = np.zeros((layers, 4), np.float64)
+        self.workspace = (
+            *self._topology,
+            *self._scratch,
+            self._replicas,
+            self._home_quota,
+            self._devices,
+            self._sent,
+            self._kept,
+            self._summary,
+        )
         self._views: list[dict[int, SpillPlan]] = [{} for _ in range(layers)]
         self.plan(np.zeros((sources, experts), self.dtype))  # compiles, or loads what is compiled
 
@@ -116,17 +129,7 @@ class QuotaPlanner:
             raise ProblemError("spill.counts", f"array of {counts.dtype}", f"must hold {self.dtype}; cast it first")
         if not counts.flags.c_contiguous:
             counts = np.ascontiguousarray(counts)
-        fault = _plan_layers(
-            counts,
-            *self._topology,
-            *self._scratch,
-            self._replicas,
-            self._home_quota,
-            self._devices,
-            self._sent,
-            self._kept,
-            self._summary,
-        )
+        fault = fill_plans(counts, *self.workspace)
         if fault >= 0:
             raise ProblemError(
                 "spill.counts",
@@ -217,7 +220,7 @@ def _loads_at_home(w: Int64, first: Int64, load: Int64) -> None:
 
 
 @kernel
-def _plan_layers(
+def fill_plans(
     counts: npt.NDArray[Any],
     experts: Int64,
     table: Int64,
