@@ -26,7 +26,7 @@ class LayoutMismatchError(RuntimeError):
 class PassError(RuntimeError):
     """A pass that runs without the host was abandoned on all ranks; what it gave is not a number.
 
-    A rank had more tokens than there is room for, or did not take part in time.
+    A rank had more tokens than there is room for, ran another layer, or did not take part in time.
     """
 
 

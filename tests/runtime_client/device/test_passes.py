@@ -130,7 +130,7 @@ def repeated(folder: Path) -> None:
     for recompute in (True, False):
         for expected, found in zip(first, answers(own, one, recompute=recompute), strict=True):
             assert torch.equal(expected, found)
-    flats = []
+    flats: list[list[Tensor]] = []
     for layer in (gloo, own):  # two micro-batches in flight, whose gradients add up
         layer.flat.grad = None
         outputs = [layer(*parts[:3]) for parts in (one, other)]

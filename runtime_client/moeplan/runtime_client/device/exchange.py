@@ -17,7 +17,7 @@ from moeplan.runtime_client.device.mailbox import ABORTED, ANSWERED, LAYER, REQU
 from moeplan.runtime_client.device.memory import SymmetricMemory, places, symmetric_memory
 from moeplan.runtime_client.device.routes import BORROWED, LENT
 from moeplan.runtime_client.group import ExpertGroup
-from moeplan.solvers import QuotaPlanner
+from moeplan.solvers import QuotaPlanner, SpillOptions
 from moeplan.solvers.problem.arrays import Int32
 
 __all__ = ["DeviceExchange", "Route"]
@@ -77,7 +77,7 @@ class DeviceExchange:
 
     Args:
         group: The ranks.
-        planner: Options of the spill; its `token_cap` is lowered to `capacity`.
+        planner: Whose options count; a thread plans with a planner of its own, and a `token_cap` of at most `capacity`.
         shape: Dimensions of an expert.
         max_tokens: Most tokens of a rank in one pass; the same on all ranks.
         choices: Experts per token.
@@ -143,15 +143,7 @@ class DeviceExchange:
         self.limit_ns = int(time_limit.total_seconds() * 1e9)
         self.layers = 0
 
-        planner = QuotaPlanner(
-            replace(options, token_cap=options.token_cap.clip(max=self.capacity)), group.size, dtype=planner.dtype
-        )
-        self.mailbox = Mailbox(
-            planner,
-            group.rank,
-            MailboxSizes(self.rows, -1 if self.joined else self.capacity),
-            pinned=device.type == "cuda",
-        )
+        self.mailbox = self._open_mailbox(replace(options, token_cap=options.token_cap.clip(max=self.capacity)))
         item, hidden = dtype.itemsize, shape.hidden
         sizes = {
             "flags": 8 * group.size,
@@ -202,6 +194,19 @@ class DeviceExchange:
             if own != other:
                 raise ValueError(f"{name} = {other}: the exchange was made for {own}")
 
+    def charge(self, transfer_tokens: float) -> None:
+        """Plan from now on with this price of a loan, the same on all ranks; see `measure_transfer`.
+
+        Args:
+            transfer_tokens: As in `SpillOptions`.
+        """
+        self.mailbox.close()
+        self.mailbox = self._open_mailbox(replace(self.mailbox.options, transfer_tokens=transfer_tokens))
+
+    def _open_mailbox(self, options: SpillOptions) -> Mailbox:
+        sizes = MailboxSizes(self.rows, -1 if self.joined else self.capacity)
+        return Mailbox(options, self.group.rank, sizes, pinned=self.device.type == "cuda")
+
     def join(self) -> int:
         """The number of one more layer; all ranks number their layers alike."""
         self.layers += 1
@@ -213,7 +218,7 @@ class DeviceExchange:
         Raises:
             RouterError: a choice was out of range or a weight not finite, on any rank.
             InfeasibleError: no plan kept every rank within its token cap.
-            PassError: a rank had more tokens than there is room for, or did not take part in time.
+            PassError: a rank had more tokens than there is room for, ran another layer, or did not come in time.
         """
         self.mailbox.check()
 
@@ -239,7 +244,7 @@ class DeviceExchange:
         target = torch.empty(pairs, dtype=torch.int32, device=self.device)
         if pairs:
             launch.count((chunks, 1, 1), index, weight, order, tallies, pairs)
-        launch.total((-(-columns // 16), 1, 1), tallies, self.table, self.peers, self.group.rank, chunks, excess)
+        launch.total((-(-columns // 16), 1, 1), tallies, self.table, self.peers, self.group.rank, chunks, excess, layer)
         launch.plan((1, 1, 1), *self._signals, self.table, answer, mailbox.words, mailbox.table, mailbox.answer, layer)
         if pairs:
             launch.place((-(-pairs // 512), 1, 1), index, order, tallies, answer, target, pairs)

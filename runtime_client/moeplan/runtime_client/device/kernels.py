@@ -178,6 +178,7 @@ def total(
     rank: tl.tensor,
     chunks: tl.tensor,
     excess: tl.tensor,
+    layer: tl.tensor,
     RANKS: tl.constexpr,
     COLUMNS: tl.constexpr,
     ROW: tl.constexpr,
@@ -188,8 +189,8 @@ def total(
 
     Args:
         tallies: int32[chunks, COLUMNS], changed in place.
-        table: int32[ranks, ROW] in symmetric memory; this rank's row is written on every rank. Its last column in use
-            is `excess`.
+        table: int32[ranks, ROW] in symmetric memory; this rank's row is written on every rank. Behind the totals
+            it holds `excess` and `layer`.
     """
     column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = column < COLUMNS
@@ -207,6 +208,7 @@ def total(
         tl.store(row + column, carry, mask=inside)
         if tl.program_id(0) == 0:
             tl.store(row + COLUMNS, excess)
+            tl.store(row + COLUMNS + 1, layer)
 
 
 @program

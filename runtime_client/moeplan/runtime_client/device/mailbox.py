@@ -16,7 +16,7 @@ from numba.extending import intrinsic
 
 from moeplan.runtime_client.device.routes import FAULT, AnswerShape, Owners, write_answer
 from moeplan.runtime_client.errors import PassError, RouterError
-from moeplan.solvers import QuotaPlanner
+from moeplan.solvers import QuotaPlanner, SpillOptions
 from moeplan.solvers.problem.arrays import Int32, Int64
 from moeplan.solvers.problem.errors import InfeasibleError
 from moeplan.solvers.problem.kernel import kernel
@@ -28,7 +28,7 @@ __all__ = ["ABORTED", "ANSWERED", "LAYER", "REQUEST", "Mailbox", "MailboxSizes"]
 REQUEST, LAYER, ANSWERED, ABORTED, STOP, NOTED = range(0, 48, 8)
 _WORDS = 48
 # Kinds of fault, and what `note` holds: kind, layer, rank, and two numbers for the message.
-_ROUTER, _EXCESS, _SHORT, _INVALID = range(1, 5)
+_ROUTER, _EXCESS, _SHORT, _INVALID, _ELSEWHERE = range(1, 6)
 _KIND, _OF_LAYER, _RANK, _ONE, _TWO = range(5)
 
 _SPINS = 20_000
@@ -86,6 +86,9 @@ def _note(note: Int64, kind: int, layer: int, rank: int, one: int, two: int) -> 
 def _faults(note: Int64, layer: int, table: Int32, experts: int) -> bool:
     """Whether something is wrong with a row of counts; it is noted."""
     for s in range(len(table)):
+        if table[s, experts + 3] != layer:
+            _note(note, _ELSEWHERE, layer, s, table[s, experts + 3], 0)
+            return True
         if table[s, experts] or table[s, experts + 1]:
             _note(note, _ROUTER, layer, s, table[s, experts], table[s, experts + 1])
             return True
@@ -160,7 +163,7 @@ class Mailbox:
     passes it looks for a request without a pause for some milliseconds, and then every 20 us or so. It takes a core.
 
     Args:
-        planner: Whose options count; the thread has a planner of its own.
+        options: What the thread plans with.
         rank: This rank.
         sizes: Rows of a rank.
         pinned: Whether kernels of a CUDA device read and write the memory.
@@ -170,18 +173,17 @@ class Mailbox:
         columns: Columns of a row of `table`.
         words: int64[48], request, answered request and the like.
         table: int32[ranks, columns], counts of all ranks: of each expert, then choices out of range, weights that are
-            not finite, and tokens beyond what the pass has room for.
+            not finite, tokens beyond what the pass has room for, and the number of the layer.
         answer: int32[shape.words].
     """
 
-    def __init__(self, planner: QuotaPlanner, rank: int, sizes: MailboxSizes, *, pinned: bool) -> None:
-        options = planner.options
+    def __init__(self, options: SpillOptions, rank: int, sizes: MailboxSizes, *, pinned: bool) -> None:
         spare = np.minimum(options.spare, options.experts)
         owned = int((options.home == rank).sum())
         self.rank = rank
         self.options = options
         self.shape = AnswerShape(options.experts, int(spare.sum()), owned, int(spare[rank]))
-        self.columns = -(-(options.experts + 3) // 4) * 4
+        self.columns = -(-(options.experts + 4) // 4) * 4
         self.words = torch.zeros(_WORDS, dtype=torch.int64, pin_memory=pinned)
         self.table = torch.zeros(options.devices, self.columns, dtype=torch.int32, pin_memory=pinned)
         self.answer = torch.zeros(self.shape.words, dtype=torch.int32, pin_memory=pinned)
@@ -208,7 +210,7 @@ class Mailbox:
         self._words[STOP] = 0
         self._thread = threading.Thread(target=_serve, args=arguments, name="moeplan-mailbox", daemon=True)
         self._thread.start()
-        self.close = weakref.finalize(self, _stop, self._words, self._thread)
+        self.close = weakref.finalize(self, _stop, self._words, self._thread, pinned)
         """End the thread."""
 
     def check(self) -> None:
@@ -217,7 +219,7 @@ class Mailbox:
         Raises:
             RouterError: a choice was out of range or a weight not finite, on any rank.
             InfeasibleError: no plan kept every rank within its token cap.
-            PassError: a rank had more tokens than there is room for, or did not take part in time.
+            PassError: a rank had more tokens than there is room for, ran another layer, or did not come in time.
         """
         aborted = int(self._words[ABORTED])
         if aborted:
@@ -236,6 +238,8 @@ class Mailbox:
             )
         if kind == _EXCESS:
             raise PassError(f"{where}: {one} tokens more than max_tokens; raise it, or lower the micro-batch")
+        if kind == _ELSEWHERE:
+            raise PassError(f"rank {rank} runs layer {one} while rank {self.rank} runs layer {layer}")
         if kind == _SHORT:
             raise InfeasibleError(
                 f"spill.token_cap[{rank}]",
@@ -246,6 +250,8 @@ class Mailbox:
         raise PassError(f"{where}: counts that no plan can be made from; this is a fault of moeplan")
 
 
-def _stop(words: npt.NDArray[Any], thread: threading.Thread) -> None:
+def _stop(words: npt.NDArray[Any], thread: threading.Thread, pinned: bool) -> None:
+    if pinned:
+        torch.cuda.synchronize()  # a pass under way still asks
     words[STOP] = 1
     thread.join(timeout=1)

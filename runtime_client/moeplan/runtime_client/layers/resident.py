@@ -52,7 +52,7 @@ class ResidentExperts(nn.Module):
 
     Attributes:
         flat: Parameter [owned, elements], the flat experts of this rank in ascending order.
-        traffic: Bytes sent to other ranks since the counter was last cleared.
+        traffic: Bytes sent to other ranks since the counter was last cleared; passes of an `exchange` are not counted.
     """
 
     def __init__(
