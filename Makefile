@@ -26,6 +26,11 @@ compare: $(STAMP)  ## plan from a recorded trace and compare policies on steps t
 test: $(STAMP)  ## run the tests
 	@$(BIN)/python -m pytest
 
+# Not in .venv, whose torch has no CUDA: torch >= 2.11 for CUDA, Triton, numba and lazy-loader must be there.
+test-gpu:  ## check passes without the host on two GPUs of one host
+	@PYTHONPATH=solvers:proto:runtime_client:$$PYTHONPATH $(PYTHON) -m torch.distributed.run --nproc-per-node 2 \
+		tests/runtime_client/device/gpu_checks.py
+
 check: $(STAMP) check-proto  ## lint and type-check
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
@@ -44,4 +49,4 @@ fix: $(STAMP)  ## format, and mend what the linter can
 bench: $(STAMP)  ## measure layouts against SGLang's planners (downloads their wheel once)
 	@$(BIN)/python benchmarks/layouts.py
 
-.PHONY: help install demo compare test check proto check-proto fix bench
+.PHONY: help install demo compare test test-gpu check proto check-proto fix bench

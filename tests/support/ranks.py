@@ -30,7 +30,11 @@ class Ranks:
     def __call__(self, size: int, function: Callable[..., Any], *arguments: object, timeout_s: float = 90) -> list[Any]:
         """The answers of `function(*arguments)` from ranks 0..size-1; an error on any of them fails the test."""
         while len(self._workers) < max(size, WORKERS):
-            environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
+            environment = os.environ | {
+                "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+                "OMP_NUM_THREADS": "1",
+                "TRITON_INTERPRET": "1",  # kernels of GPUs run on CPUs
+            }
             self._workers.append(
                 subprocess.Popen(
                     [sys.executable, str(WORKER)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment

@@ -1,6 +1,7 @@
 """The public names, once: `__init__.py` reads them from here, and so do type checkers."""
 
-from .errors import AgreementError, LayoutMismatchError, MissedPassError, RanksDifferError, RouterError
+from .device.exchange import DeviceExchange
+from .errors import AgreementError, LayoutMismatchError, MissedPassError, PassError, RanksDifferError, RouterError
 from .group import ExpertGroup, Traffic
 from .layers.base_router import BaseRouter
 from .layers.dividing import Division, PlannedLayer
@@ -21,6 +22,7 @@ __all__ = [
     "PROBES",
     "AgreementError",
     "BaseRouter",
+    "DeviceExchange",
     "Division",
     "ExpertGradients",
     "ExpertGroup",
@@ -30,6 +32,7 @@ __all__ = [
     "LayoutMismatchError",
     "LoanBuffer",
     "MissedPassError",
+    "PassError",
     "PlannedLayer",
     "PlannerSession",
     "Probe",

@@ -5,12 +5,13 @@ RuntimeError
 ├── LayoutMismatchError    ranks are about to compute with different layouts
 ├── RanksDifferError       ranks hold weights that do not go together
 ├── MissedPassError        ranks are not in the same pass of the same layer
+├── PassError              a pass on GPUs was abandoned
 └── AgreementError         ranks did not agree in time
 """
 
 from __future__ import annotations
 
-__all__ = ["AgreementError", "LayoutMismatchError", "MissedPassError", "RanksDifferError", "RouterError"]
+__all__ = ["AgreementError", "LayoutMismatchError", "MissedPassError", "PassError", "RanksDifferError", "RouterError"]
 
 
 class RouterError(RuntimeError):
@@ -33,6 +34,13 @@ class RanksDifferError(RuntimeError):
 
 class MissedPassError(RuntimeError):
     """A rank has left out a pass of a layer, or has not come to it within the time limit of the group."""
+
+
+class PassError(RuntimeError):
+    """A pass that runs without the host was abandoned on all ranks; what it gave is not a number.
+
+    A rank had more tokens than there is room for, ran another layer, or did not take part in time.
+    """
 
 
 class AgreementError(RuntimeError):

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from moeplan.runtime_client.device.exchange import DeviceExchange
+from moeplan.runtime_client.device.passes import run_pass
 from moeplan.runtime_client.group import ExpertGroup, Transfer, beside, join
 from moeplan.runtime_client.layers.expert_layer import ExpertLayer
 from moeplan.runtime_client.layers.feed_forward import ExpertShape, feed_forward
@@ -42,13 +44,16 @@ class ResidentExperts(ExpertLayer):
         group: The ranks.
         planner: Plans the spill, and says who owns which expert; by default no spare slots and contiguous homes.
         buffer: Memory for transient replicas; share one between layers that run one after another.
+        exchange: Runs passes on GPUs without the host, with its own planner of the same homes instead of `planner` and
+            its own memory instead of `buffer`; share one between layers that run one after another. Without it, passes
+            use the collectives of the group.
         compute_dtype: Type that weights travel and compute in; by default that of autocast, or else of the parameter.
         dtype: Type of the parameter.
         device: Device of the parameter.
 
     Attributes:
         flat: Parameter [owned, elements], the flat experts of this rank in ascending order.
-        traffic: Bytes sent to other ranks since the counter was last cleared.
+        traffic: Bytes sent to other ranks since the counter was last cleared; passes of an `exchange` are not counted.
     """
 
     own: ClassVar[str] = "flat"
@@ -61,6 +66,7 @@ class ResidentExperts(ExpertLayer):
         *,
         planner: SpillPlanner | None = None,
         buffer: LoanBuffer | None = None,
+        exchange: DeviceExchange | None = None,
         compute_dtype: torch.dtype | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
@@ -75,6 +81,11 @@ class ResidentExperts(ExpertLayer):
         self.planner = planner
         self.homes = Homes(planner.options.home, group)
         self.buffer = buffer or LoanBuffer()
+        self.exchange = exchange
+        if exchange is not None:
+            own = dtype or torch.get_default_dtype()
+            exchange.require(shape, planner.options.home, own, compute_dtype or own)
+            self.number = exchange.join()
         self.flat = nn.Parameter(torch.zeros(len(self.homes.owned), shape.elements, dtype=dtype, device=device))
 
     def _take(self, first: int, flat: Tensor) -> list[int]:
@@ -84,6 +95,10 @@ class ResidentExperts(ExpertLayer):
         return list(taken)
 
     def _run(self, rows: Tensor, index: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        if self.exchange is not None:
+            if self._passes == 1:
+                self._gather_counts(index[:0], weight[:0])  # compares what ranks hold, while the host may still wait
+            return run_pass(self.exchange, self.number, self.flat, rows, index, weight)
         group = self.group
         counts = self._gather_counts(index, weight)
         loan = Loan.of(self.planner.plan(counts).require_feasible(), self.homes, group.rank)

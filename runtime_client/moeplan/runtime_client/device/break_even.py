@@ -1,0 +1,86 @@
+"""What a loan costs and what a token saves, measured where a layer will run."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from itertools import pairwise
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn import functional
+
+from moeplan.runtime_client.device.exchange import DeviceExchange, Expert, Route
+from moeplan.runtime_client.device.passes import split
+from moeplan.runtime_client.device.routes import LENT
+
+__all__ = ["measure_transfer"]
+
+_ROWS, _REPLICAS = 8192, 4
+"""Rows of the products that are timed, and the experts that they belong to."""
+
+
+def measure_transfer(exchange: DeviceExchange) -> float:
+    """Time of lending one expert in a forward and a backward pass, in tokens that a rank computes meanwhile.
+
+    For `transfer_tokens` of `SpillOptions`, so that planners lend only what earns its transfer. All ranks call it at
+    the same time, outside of passes, and get the same number: the largest time of a loan over the largest of a token.
+    It takes a few milliseconds after the first call, which compiles kernels.
+
+    Args:
+        exchange: With spare slots.
+
+    Raises:
+        ValueError: the exchange has no spare slots.
+    """
+    if not exchange.spare:
+        raise ValueError("exchange without spare slots: it lends nothing")
+    device, elements = exchange.device, exchange.shape.elements
+    shape = exchange.mailbox.shape
+    experts = torch.randn(1, elements, device=device).to(exchange.dtype)
+    gradient = torch.zeros(1, elements, device=device, dtype=exchange.weights)
+    answer = torch.zeros(shape.words, dtype=torch.int32, device=device)
+    none = Route(answer, answer[:0], answer[shape.home_ends : shape.loans])
+    one = Route(answer.clone(), none.target, none.ends)
+    one.answer[LENT], one.answer[shape.loans + 1] = 1, (exchange.group.rank + 1) % exchange.group.size
+    nothing = experts.new_empty(0, exchange.shape.hidden)
+    parts = [(nothing, exchange.label[:0], exchange.scale[:0], none.ends)]
+
+    def lend(route: Route) -> None:
+        exchange.hand_out(route, nothing, experts)
+        exchange.give_back(route, parts, gradient)
+
+    loan = _median_ms(lambda: lend(one)) - _median_ms(lambda: lend(none))
+    weights = torch.randn(_REPLICAS, elements, device=device).to(exchange.dtype)
+    rows = torch.randn(_ROWS, exchange.shape.hidden, device=device).to(exchange.dtype)
+    ends = torch.arange(1, _REPLICAS + 1, dtype=torch.int32, device=device) * (_ROWS // _REPLICAS)
+    products = _median_ms(lambda: _products(exchange.shape, weights, rows, ends))
+    times = torch.tensor([loan, products], dtype=torch.float64, device=device)
+    dist.all_reduce(times, dist.ReduceOp.MAX, group=exchange.group.tokens)
+    loan, products = times.tolist()
+    return max(loan, 0.0) * _ROWS / products
+
+
+def _products(shape: Expert, weights: Tensor, rows: Tensor, ends: Tensor) -> None:
+    """Those of a forward and a backward pass, without what is between them."""
+    inner, outer = split(shape, weights)
+    first = functional.grouped_mm(rows, inner.transpose(1, 2), offs=ends)
+    active = first[:, : shape.width].contiguous()
+    functional.grouped_mm(active, outer.transpose(1, 2), offs=ends)
+    functional.grouped_mm(rows, outer, offs=ends)
+    functional.grouped_mm(rows.T, active, offs=ends)
+    functional.grouped_mm(first.T, rows, offs=ends)
+    functional.grouped_mm(first, inner, offs=ends)
+
+
+def _median_ms(work: Callable[[], None], times: int = 9) -> float:
+    for _ in range(3):
+        work()
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(times + 1)]
+    marks[0].record()
+    for mark in marks[1:]:
+        work()
+        mark.record()
+    torch.cuda.synchronize()
+    return statistics.median(start.elapsed_time(end) for start, end in pairwise(marks))

@@ -1,0 +1,414 @@
+"""What all layers of a model share to run their passes without the host: memory, planner, and the kernels' launches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from types import ModuleType, SimpleNamespace
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from moeplan.runtime_client.device.launches import Launch
+from moeplan.runtime_client.device.mailbox import ABORTED, ANSWERED, LAYER, REQUEST, Mailbox, MailboxSizes
+from moeplan.runtime_client.device.memory import SymmetricMemory, places, symmetric_memory
+from moeplan.runtime_client.device.routes import BORROWED, LENT
+from moeplan.runtime_client.group import ExpertGroup
+from moeplan.solvers import QuotaPlanner, SpillOptions
+from moeplan.solvers.problem.arrays import Int32
+
+__all__ = ["DeviceExchange", "Route"]
+
+_LENDERS = 32
+"""Blocks that move lent experts beside the tokens."""
+
+_ELEMENTS = 8192
+"""Elements that a block moves at a time."""
+
+
+class Expert(Protocol):
+    """Dimensions of one expert, as `ExpertShape` has them."""
+
+    @property
+    def hidden(self) -> int: ...
+    @property
+    def width(self) -> int: ...
+    @property
+    def gated(self) -> bool: ...
+    @property
+    def activation(self) -> str: ...
+    @property
+    def elements(self) -> int: ...
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Route:
+    """A plan as the kernels of one pass and of its backward read it; all of it stays on the device.
+
+    Attributes:
+        answer: int32, see `AnswerShape`; its first word is not zero where there is no plan.
+        target: int32[pairs], the row of the group that each pair goes to.
+        ends: int32[owned + spare], see `AnswerShape`: end of each expert's rows, those at home first.
+    """
+
+    answer: Tensor
+    target: Tensor
+    ends: Tensor
+
+
+class DeviceExchange:
+    """Lets `ResidentExperts` run its passes on GPUs without the host: counts, plan, dispatch, products, combine.
+
+    One for all layers of the same dimensions that run one after another on one stream; pass it to each of them. The
+    ranks must reach each other's memory (one NVLink domain). A thread plans and takes a core of its own; see `Mailbox`.
+
+    All shapes are static: a pass has room for `max_tokens` of this rank and for `capacity` rows of its experts. The
+    planner keeps every rank within `capacity`. What goes wrong in a pass (a router's fault, no feasible plan, more than
+    `max_tokens`, a rank that does not come in time) makes its output not a number on all ranks, and that of every later
+    pass; the error is raised by the next pass that sees it, and by `check`. Nothing works after that.
+
+    Memory of a rank, in bytes, with b bytes per element, P = max_tokens * choices, K spare slots and C = capacity, or
+    2 * capacity where lent experts have rows of their own: symmetric ``b * (hidden * (C + P) + K * elements)`` and a
+    little more; and for each pass whose backward is to come ``b * C * (hidden + rows of the first matrix)`` and lent
+    experts.
+
+    Args:
+        group: The ranks.
+        planner: Whose options count; a thread plans with a planner of its own, and a `token_cap` of at most `capacity`.
+        shape: Dimensions of an expert.
+        max_tokens: Most tokens of a rank in one pass; the same on all ranks.
+        choices: Experts per token.
+        dtype: What tokens travel and experts compute in.
+        weights: Type of the layers' parameter. If it is another, a pass converts them all anyway, and lent experts join
+            the copy: one product does both. If it is the same, lent experts are computed apart, with rows of their own.
+        device: This rank's GPU.
+        capacity: Rows that a rank has room for; by default all of the group, so that no plan exceeds it.
+        time_limit: How long a pass waits for another rank.
+
+    Raises:
+        ValueError: the layer cannot run this way; the message says why.
+        RuntimeError: as `symmetric_memory`.
+    """
+
+    def __init__(
+        self,
+        group: ExpertGroup,
+        planner: QuotaPlanner,
+        shape: Expert,
+        *,
+        max_tokens: int,
+        choices: int,
+        device: torch.device,
+        dtype: torch.dtype = torch.bfloat16,
+        weights: torch.dtype = torch.float32,
+        capacity: int | None = None,
+        time_limit: timedelta = timedelta(minutes=10),
+        memory: Callable[[dist.ProcessGroup, int, torch.device], SymmetricMemory] = symmetric_memory,
+    ) -> None:
+        options = planner.options
+        if group.tokens is None:
+            raise ValueError("group of one rank: there is nothing to exchange; leave `exchange` out")
+        if not isinstance(planner, QuotaPlanner):
+            raise ValueError(f"planner = {type(planner).__name__}: without the host only QuotaPlanner plans")
+        for name, value in (("max_tokens", max_tokens), ("choices", choices)):
+            if value < 1:
+                raise ValueError(f"{name} = {value}: must be at least 1")
+        if device.type == "cuda" and dtype != torch.bfloat16:
+            raise ValueError(f"dtype = {dtype}: must be torch.bfloat16; leave `exchange` out for others")
+        for name in ("hidden", "width"):
+            if getattr(shape, name) % 8:
+                raise ValueError(f"expert.{name} = {getattr(shape, name)}: must be a multiple of 8")
+        if len(set(options.home.tolist())) < group.size:
+            raise ValueError("options.home: every rank must own an expert")
+        if len(set(options.spare.tolist())) > 1:
+            raise ValueError("options.spare: every rank must have as many spare slots")
+        if options.domain.any():
+            raise ValueError("options.domain: all ranks must be of one link domain; leave `exchange` out")
+        pairs = max_tokens * choices
+        self.capacity = group.size * pairs if capacity is None else capacity
+        if not pairs <= self.capacity <= group.size * pairs:
+            raise ValueError(f"capacity = {capacity}: must be {pairs} to {group.size * pairs} rows")
+        self.capacity = -(-self.capacity // 64) * 64
+        self.spare = min(int(options.spare[0]), options.experts)
+        self.joined = self.spare == 0 or weights != dtype
+        self.rows = self.capacity * (1 if self.joined else 2)
+        if group.size * self.rows >= 2**31:
+            raise ValueError(f"capacity = {self.capacity}: {group.size} ranks have room for 2**31 rows together")
+        self.group, self.shape, self.choices, self.device = group, shape, choices, device
+        self.dtype, self.weights = dtype, weights
+        self.max_tokens, self.pairs = max_tokens, pairs
+        self.limit_ns = int(time_limit.total_seconds() * 1e9)
+        self.layers = 0
+
+        self.mailbox = self._open_mailbox(replace(options, token_cap=options.token_cap.clip(max=self.capacity)))
+        item, hidden = dtype.itemsize, shape.hidden
+        sizes = {
+            "flags": 8 * group.size,
+            "abort": 8,
+            "table": 4 * self.mailbox.table.numel(),
+            "rows": item * self.rows * hidden,
+            "label": 4 * self.rows,
+            "scale": 4 * self.rows,
+            "returned": item * pairs * hidden,
+            "returned_weight": 4 * pairs,
+            "lent": item * self.spare * shape.elements,
+        }
+        begins, size = places(sizes)
+        self.memory = memory(group.tokens, size, device)
+        self.peers = self.memory.peers
+        view = self.memory.view
+        self.flags = view(begins["flags"], (group.size,), torch.int64)
+        self.abort = view(begins["abort"], (1,), torch.int64)
+        self.table = view(begins["table"], tuple(self.mailbox.table.shape), torch.int32)
+        self.arrived = view(begins["rows"], (self.rows, hidden), dtype)
+        self.label = view(begins["label"], (self.rows,), torch.int32)
+        self.scale = view(begins["scale"], (self.rows,), torch.float32)
+        self.returned = view(begins["returned"], (pairs, hidden), dtype)
+        self.returned_weight = view(begins["returned_weight"], (pairs,), torch.float32)
+        self.lent = view(begins["lent"], (self.spare, shape.elements), dtype)
+        self.state = torch.zeros(1, dtype=torch.int64, device=device)
+        self._signals = (self.state, self.flags, self.abort, self.peers, group.rank, self.limit_ns)
+        self._lenders = (_LENDERS if device.type == "cuda" else 1) if self.spare else 0
+        self._blocks = _kernels().processors(device)
+        self._wide, self._narrow = _tile(hidden, _ELEMENTS), _tile(hidden, _ELEMENTS // 2)
+        self._inner = _tile(shape.width, _ELEMENTS // 4)  # of several tensors at once
+        self._piece = min(_ELEMENTS, _kernels().power_of_2(shape.elements))
+        self._launches = self._make_launches()
+
+    def require(self, shape: Expert, home: Int32, weights: torch.dtype, compute: torch.dtype) -> None:
+        """Raise unless a layer of such experts can use this exchange.
+
+        Raises:
+            ValueError: it was made for other experts, homes or another type.
+        """
+        options = self.mailbox.options
+        for name, own, other in (
+            ("shape", self.shape, shape),
+            ("home", options.home.tolist(), home.tolist()),
+            ("compute_dtype", self.dtype, compute),
+            ("dtype", self.weights, weights),
+        ):
+            if own != other:
+                raise ValueError(f"{name} = {other}: the exchange was made for {own}")
+
+    def charge(self, transfer_tokens: float) -> None:
+        """Plan from now on with this price of a loan, the same on all ranks; see `measure_transfer`.
+
+        Args:
+            transfer_tokens: As in `SpillOptions`.
+        """
+        self.mailbox.close()
+        self.mailbox = self._open_mailbox(replace(self.mailbox.options, transfer_tokens=transfer_tokens))
+
+    def _open_mailbox(self, options: SpillOptions) -> Mailbox:
+        sizes = MailboxSizes(self.rows, -1 if self.joined else self.capacity)
+        return Mailbox(options, self.group.rank, sizes, pinned=self.device.type == "cuda")
+
+    def join(self) -> int:
+        """The number of one more layer; all ranks number their layers alike."""
+        self.layers += 1
+        return self.layers - 1
+
+    def check(self) -> None:
+        """Raise what has gone wrong in passes that are over; call it where the host waits for the device anyway.
+
+        Raises:
+            RouterError: a choice was out of range or a weight not finite, on any rank.
+            InfeasibleError: no plan kept every rank within its token cap.
+            PassError: a rank had more tokens than there is room for, ran another layer, or did not come in time.
+        """
+        self.mailbox.check()
+
+    def meet(self) -> None:
+        """All ranks: what their kernels wrote before, all kernels see after."""
+        self._launches.meet((1, 1, 1), *self._signals)
+
+    def plan(self, index: Tensor, weight: Tensor, excess: int, layer: int) -> Route:
+        """Count, agree, plan.
+
+        Args:
+            index: int64[tokens, choices].
+            weight: [tokens, choices].
+            excess: Tokens of this rank for which there is no room.
+            layer: Number of the layer, for messages.
+        """
+        launch, mailbox, shape = self._launches, self.mailbox, self.mailbox.shape
+        pairs = index.numel()
+        chunks, columns = -(-pairs // _kernels().CHUNK), shape.experts + 2
+        order = torch.empty(pairs, dtype=torch.int32, device=self.device)
+        tallies = torch.empty(chunks, columns, dtype=torch.int32, device=self.device)
+        answer = torch.empty(shape.words, dtype=torch.int32, device=self.device)
+        target = torch.empty(pairs, dtype=torch.int32, device=self.device)
+        if pairs:
+            launch.count((chunks, 1, 1), index, weight, order, tallies, pairs)
+        launch.total((-(-columns // 16), 1, 1), tallies, self.table, self.peers, self.group.rank, chunks, excess, layer)
+        launch.plan((1, 1, 1), *self._signals, self.table, answer, mailbox.words, mailbox.table, mailbox.answer, layer)
+        if pairs:
+            launch.place((-(-pairs // 512), 1, 1), index, order, tallies, answer, target, pairs)
+        return Route(answer, target, answer[shape.home_ends : shape.loans])
+
+    def hand_out(self, route: Route, source: Tensor, experts: Tensor, weight: Tensor | None = None) -> None:
+        """Rows to their places on all ranks; lent experts with them in the forward pass, weights in the backward."""
+        launch, lenders = (self._launches.hand_out, self._lenders) if weight is None else (self._launches.return_out, 0)
+        blocks = lenders + -(-len(route.target) // self._wide["BLOCK"])
+        if blocks:
+            launch(
+                (blocks, 1, 1), source, route.target, self.scale if weight is None else weight, self.arrived,
+                self.label, self.scale, self.peers, experts, self.lent, route.answer, len(route.target),
+                self.group.rank,
+            )  # fmt: skip
+        self.meet()
+
+    def keep(self, route: Route, lent: Tensor) -> tuple[Tensor, Tensor]:
+        """What has arrived, for the backward pass: copies of rows and labels, and of lent experts in `lent`."""
+        rows, label = torch.empty_like(self.arrived), torch.empty_like(self.label)
+        owned = self.mailbox.shape.owned
+        borrowed = route.answer[BORROWED:]
+        self._launches.keep(
+            (self._lenders + self._blocks, 1, 1), self.arrived, self.label, self.lent, rows, label, lent,
+            route.ends[-1:] if self.joined else route.ends[owned - 1 :],
+            borrowed if self.joined or self.spare == 0 else route.ends[-1:], borrowed,
+        )  # fmt: skip
+        return rows, label
+
+    def give_back(
+        self,
+        route: Route,
+        parts: Sequence[tuple[Tensor, Tensor, Tensor, Tensor]],
+        gradient: Tensor | None = None,
+    ) -> None:
+        """Results to their sources; in the backward pass also the gradients of weights and of lent experts.
+
+        Args:
+            route: Of the pass.
+            parts: Of experts at home and of lent ones: results [rows, hidden]; int32[rows] labels; float32[rows]
+                gradients of the weights, read in the backward pass; int32[replicas] ends.
+            gradient: [owned, elements], to which what borrowers left in `lent` is added.
+        """
+        launch, lenders = self._launches.give_back, 0
+        if gradient is not None:
+            launch = self._launches.give_gradients
+            if self.spare:
+                self.meet()  # borrowers have left what they found
+                launch, lenders = self._launches.give_all, self._lenders
+        for results, label, to_weight, ends in parts:
+            launch(
+                (lenders + self._blocks, 1, 1), results, label, to_weight, self.returned, self.returned_weight,
+                self.peers, ends[-1:], results if gradient is None else gradient, self.lent, route.answer,
+            )  # fmt: skip
+            if lenders:
+                launch, lenders = self._launches.give_gradients, 0
+        self.meet()
+
+    def collect(self, route: Route, out: Tensor, weight: Tensor | None = None) -> None:
+        """Fill ``out`` [tokens, hidden] with the sum over the choices of what has returned, weighted if so."""
+        launch = self._launches.add_up if weight is None else self._launches.weigh
+        grid = (-(-len(out) // self._narrow["BLOCK"]), -(-self.shape.hidden // self._narrow["COLUMNS"]), 1)
+        if len(out):
+            launch(
+                grid, self.returned, self.returned if weight is None else weight, out, route.answer, self.abort,
+                self.mailbox.words, len(out),
+            )  # fmt: skip
+
+    def activate(self, first: Tensor, end: Tensor) -> Tensor:
+        """The activations [rows, width] of the first product."""
+        out = first.new_empty(len(first), self.shape.width)
+        self._launches.activate((self._blocks, 1, 1), first, out, end)
+        return out
+
+    def activate_backward(
+        self, gradient: Tensor, first: Tensor, scale: Tensor, end: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of the first product; weighted activations; float32[rows] gradients of the weights."""
+        to_first, scaled, to_weight = torch.empty_like(first), torch.empty_like(gradient), torch.empty_like(scale)
+        self._launches.activate_backward((self._blocks, 1, 1), gradient, first, scale, to_first, scaled, to_weight, end)
+        return to_first, scaled, to_weight
+
+    def flatten(self, route: Route, inner: Tensor, outer: Tensor, out: Tensor, *, lent: bool) -> None:
+        """Gradients of matrices into ``out`` [replicas, elements]; of lent experts, only those that there are."""
+        launch = self._launches.flatten_lent if lent else self._launches.flatten
+        launch((len(out), -(-self.shape.elements // self._piece), 1), inner, outer, out, route.answer[BORROWED:])
+
+    def _make_launches(self) -> SimpleNamespace:
+        """Every kernel with its constants."""
+        kernels, shape, answer = _kernels(), self.shape, self.mailbox.shape
+        size, item = self.group.size, self.dtype.itemsize
+        lanes = {"RANKS": size, "LANES": kernels.lanes(size)}
+        experts, columns = answer.experts, answer.experts + 2
+        table = self.mailbox.table.numel()
+        way = {"WIDTH": shape.hidden, "EACH": 16 // item}
+        network = {"WIDTH": shape.width, "GATED": shape.gated, "NAME": shape.activation, **self._inner}
+
+        def loans(lenders: int) -> dict[str, int]:
+            return {"ELEMENTS": shape.elements, "LENDERS": lenders, "LENT": LENT, "LOANS": answer.loans}
+
+        def hand_out(lenders: int, backward: bool) -> Launch:
+            return Launch(
+                kernels.hand_out, 8, CHOICES=self.choices, **way, ROWS=self.rows, LABELS=self.pairs, **loans(lenders),
+                BACKWARD=backward, **self._wide, PIECE=self._piece,
+            )  # fmt: skip
+
+        def give_back(lenders: int, backward: bool) -> Launch:
+            return Launch(
+                kernels.give_back, 8, LABELS=self.pairs, **way, **loans(lenders), BACKWARD=backward, **self._wide,
+                PIECE=self._piece,
+            )  # fmt: skip
+
+        def collect(weighted: bool) -> Launch:
+            return Launch(
+                kernels.collect, 8, CHOICES=self.choices, WIDTH=shape.hidden, WEIGHTED=weighted, ABORTED=ABORTED,
+                **self._narrow,
+            )  # fmt: skip
+
+        def flatten(bounded: bool) -> Launch:
+            inner = shape.elements - shape.hidden * shape.width
+            return Launch(
+                kernels.flatten, 8, BOUNDED=bounded, INNER=inner, OUTER=shape.elements - inner, PIECE=self._piece
+            )
+
+        return SimpleNamespace(
+            meet=Launch(kernels.meet, 1, **lanes),
+            count=Launch(kernels.count, 4, EXPERTS=experts, COLUMNS=columns, BLOCK=32),
+            total=Launch(
+                kernels.total, 4, RANKS=size, COLUMNS=columns, ROW=self.mailbox.columns, BLOCK=16, CHUNKS=256
+            ),
+            plan=Launch(
+                kernels.plan, 8, **lanes, TABLE=table, ANSWER=answer.words, REQUEST=REQUEST, LAYER=LAYER,
+                ANSWERED=ANSWERED, ABORTED=ABORTED, BLOCK=1024,
+            ),
+            place=Launch(
+                kernels.place, 4, EXPERTS=experts, COLUMNS=columns, FIRST=answer.first, BEGIN=answer.begin,
+                TARGET=answer.target, BLOCK=512,
+            ),
+            hand_out=hand_out(self._lenders, backward=False),
+            return_out=hand_out(0, backward=True),
+            keep=Launch(
+                kernels.keep, 8, JOINED=self.joined, AWAY=self.capacity, WIDTH=shape.hidden, ELEMENTS=shape.elements,
+                LENDERS=self._lenders, **self._wide, PIECE=self._piece,
+            ),
+            give_back=give_back(0, backward=False),
+            give_gradients=give_back(0, backward=True),
+            give_all=give_back(self._lenders, backward=True),
+            weigh=collect(weighted=True),
+            add_up=collect(weighted=False),
+            activate=Launch(kernels.activate, 4, **network),
+            activate_backward=Launch(kernels.activate_backward, 4, **network),
+            flatten=flatten(bounded=False),
+            flatten_lent=flatten(bounded=True),
+        )  # fmt: skip
+
+
+def _tile(width: int, elements: int) -> dict[str, int]:
+    """Rows and columns that a block moves at a time."""
+    columns = min(_kernels().power_of_2(width), 1024)
+    return {"BLOCK": max(elements // columns, 1), "COLUMNS": columns}
+
+
+def _kernels() -> ModuleType:
+    """The module of kernels, which needs Triton."""
+    from moeplan.runtime_client.device import kernels
+
+    return kernels

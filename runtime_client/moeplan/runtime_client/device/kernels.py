@@ -1,0 +1,738 @@
+"""The Triton kernels of a pass. Only one-block kernels wait; kernels that move data never do.
+
+Symmetric memory is named by what this rank sees of it. ``peers`` is int64[ranks]: where each rank's memory begins as
+seen from the beginning of this rank's, in units of 16 bytes, so that compilers see what accesses are aligned.
+``EACH`` is the number of elements in 16 bytes. Rows of a rank's computation are numbered ``0..rows-1``, experts at
+home from 0 and lent ones from the place where their region begins; ``device * rows + row`` names a row of the group.
+
+With ``TRITON_INTERPRET=1`` the same kernels run on CPU memory that processes share.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+__all__ = [
+    "CHUNK",
+    "ON_GPU",
+    "activate",
+    "activate_backward",
+    "collect",
+    "count",
+    "flatten",
+    "give_back",
+    "hand_out",
+    "keep",
+    "lanes",
+    "meet",
+    "place",
+    "plan",
+    "power_of_2",
+    "processors",
+    "total",
+]
+
+CHUNK = 128
+"""Pairs whose order a block of `count` finds by comparing all with all."""
+
+ON_GPU = not triton.knobs.runtime.interpret
+_GPU = tl.constexpr(ON_GPU)
+_CHUNK = tl.constexpr(CHUNK)
+_UNFILLED = tl.constexpr(2**31 - 1)
+
+
+def program(function: Callable[..., Any]) -> Any:
+    """A Triton kernel, or a part of one, compiled once for all numbers and for all places of single words."""
+    numbers = ["rank", "layer", "tokens", "pairs", "chunks", "excess", "limit"]
+    return triton.jit(function, do_not_specialize=[*numbers, "end", "at_home", "away", "used", "number_borrowed"])
+
+
+# Signals
+
+
+@program
+def fence() -> tl.tensor:
+    """What this thread did and saw before, it did and saw before what follows, for all processors of the system."""
+    if _GPU:
+        tl.inline_asm_elementwise("fence.acq_rel.sys; mov.u32 $0, 0;", "=r", [], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@program
+def clock(waited: tl.tensor) -> tl.tensor:
+    """Nanoseconds; in the interpreter a microsecond for each question."""
+    now = waited * 1000
+    if _GPU:
+        now = tl.extra.cuda.globaltimer().to(tl.int64)
+    return now
+
+
+@program
+def meet_peers(
+    state: tl.tensor,
+    flags: tl.tensor,
+    abort: tl.tensor,
+    peers: tl.tensor,
+    rank: tl.tensor,
+    limit: tl.tensor,
+    RANKS: tl.constexpr,
+    LANES: tl.constexpr,
+) -> tl.tensor:
+    """Tell every rank that this one is here, and wait until all are. Returns the number of the meeting.
+
+    A rank that waits longer than `limit` nanoseconds tells all that it does not wait any more: ``abort`` holds 1 + the
+    rank that it missed, and no meeting waits from then on.
+    """
+    lanes = tl.arange(0, LANES)
+    here = lanes < RANKS
+    number = tl.load(state) + 1
+    fence()
+    tl.debug_barrier()
+    offsets = tl.load(peers + lanes, mask=here, other=0) * 2
+    tl.atomic_xchg(flags + offsets + rank, tl.zeros([LANES], tl.int64) + number, mask=here, sem="release", scope="sys")
+    waited = tl.zeros([], tl.int64)
+    start = clock(waited)
+    seen = tl.load(flags + lanes, mask=here, other=number, volatile=True)
+    stopped = tl.load(abort, volatile=True)
+    while (tl.min(seen) < number) & (stopped == 0):
+        waited += 1
+        if clock(waited) - start > limit:
+            missing = tl.min(tl.where(seen < number, lanes, RANKS)).to(tl.int64)
+            tl.atomic_xchg(abort + offsets, tl.zeros([LANES], tl.int64) + missing + 1, mask=here, scope="sys")
+        seen = tl.load(flags + lanes, mask=here, other=number, volatile=True)
+        stopped = tl.load(abort, volatile=True)
+    fence()
+    tl.debug_barrier()
+    tl.store(state, number)
+    return number
+
+
+@program
+def meet(
+    state: tl.tensor,
+    flags: tl.tensor,
+    abort: tl.tensor,
+    peers: tl.tensor,
+    rank: tl.tensor,
+    limit: tl.tensor,
+    RANKS: tl.constexpr,
+    LANES: tl.constexpr,
+) -> None:
+    """One block: a meeting of all ranks. What any rank's kernels wrote before it, all ranks' kernels after it see."""
+    meet_peers(state, flags, abort, peers, rank, limit, RANKS, LANES)
+
+
+# Counts and plan
+
+
+@program
+def count(
+    index: tl.tensor,
+    weight: tl.tensor,
+    order: tl.tensor,
+    tallies: tl.tensor,
+    pairs: tl.tensor,
+    EXPERTS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    """A block for each `CHUNK` pairs: how often each expert is chosen, and how often before by the same chunk.
+
+    Args:
+        index: int64[pairs].
+        weight: [pairs].
+        order: int32[pairs], out: choices of the same expert by earlier pairs of the chunk.
+        tallies: int32[chunks, COLUMNS], out: choices of each expert; choices out of range; weights not finite.
+        pairs: Number of pairs.
+    """
+    chunk = tl.program_id(0)
+    lanes = tl.arange(0, _CHUNK)
+    pair = chunk * _CHUNK + lanes
+    inside = pair < pairs
+    expert = tl.load(index + pair, mask=inside, other=0).to(tl.int32)
+    wide = tl.load(index + pair, mask=inside, other=0)
+    outside = (wide < 0) | (wide >= EXPERTS)
+    expert = tl.where(inside & ~outside, expert, EXPERTS)
+    share = tl.load(weight + pair, mask=inside, other=0.0).to(tl.float32)
+    # Infinite or not a number: the difference is not a number.
+    bad = (share - share) != 0.0
+    same = (expert[:, None] == expert[None, :]) & (lanes[None, :] < lanes[:, None])
+    tl.store(order + pair, tl.sum(same.to(tl.int32), axis=1), mask=inside)
+    for first in range(0, EXPERTS, BLOCK):
+        column = first + tl.arange(0, BLOCK)
+        chosen = tl.sum((expert[:, None] == column[None, :]).to(tl.int32), axis=0)
+        tl.store(tallies + chunk * COLUMNS + column, chosen, mask=column < EXPERTS)
+    tl.store(tallies + chunk * COLUMNS + EXPERTS, tl.sum((inside & outside).to(tl.int32)))
+    tl.store(tallies + chunk * COLUMNS + EXPERTS + 1, tl.sum(bad.to(tl.int32)))
+
+
+@program
+def total(
+    tallies: tl.tensor,
+    table: tl.tensor,
+    peers: tl.tensor,
+    rank: tl.tensor,
+    chunks: tl.tensor,
+    excess: tl.tensor,
+    layer: tl.tensor,
+    RANKS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    ROW: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CHUNKS: tl.constexpr,
+) -> None:
+    """A block for each `BLOCK` columns: tallies become those of earlier chunks, and totals go to all ranks.
+
+    Args:
+        tallies: int32[chunks, COLUMNS], changed in place.
+        table: int32[ranks, ROW] in symmetric memory; this rank's row is written on every rank. Behind the totals
+            it holds `excess` and `layer`.
+    """
+    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < COLUMNS
+    carry = tl.zeros([BLOCK], tl.int32)
+    for first in range(0, chunks, CHUNKS):
+        chunk = first + tl.arange(0, CHUNKS)
+        where = tallies + chunk[:, None] * COLUMNS + column[None, :]
+        mask = (chunk < chunks)[:, None] & inside[None, :]
+        values = tl.load(where, mask=mask, other=0)
+        sums = tl.cumsum(values, axis=0)
+        tl.store(where, carry[None, :] + sums - values, mask=mask)
+        carry += tl.sum(values, axis=0)
+    for peer in range(RANKS):
+        row = table + tl.load(peers + peer) * 4 + rank * ROW
+        tl.store(row + column, carry, mask=inside)
+        if tl.program_id(0) == 0:
+            tl.store(row + COLUMNS, excess)
+            tl.store(row + COLUMNS + 1, layer)
+
+
+@program
+def plan(
+    state: tl.tensor,
+    flags: tl.tensor,
+    abort: tl.tensor,
+    peers: tl.tensor,
+    rank: tl.tensor,
+    limit: tl.tensor,
+    table: tl.tensor,
+    answer: tl.tensor,
+    host_words: tl.tensor,
+    host_table: tl.tensor,
+    host_answer: tl.tensor,
+    layer: tl.tensor,
+    RANKS: tl.constexpr,
+    LANES: tl.constexpr,
+    TABLE: tl.constexpr,
+    ANSWER: tl.constexpr,
+    REQUEST: tl.constexpr,
+    LAYER: tl.constexpr,
+    ANSWERED: tl.constexpr,
+    ABORTED: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    """One block: meet, hand the counts of all ranks to the host's planner, and fetch its answer.
+
+    Args:
+        table: int32[TABLE], counts of all ranks.
+        answer: int32[ANSWER], out; its first word is not zero where there is no plan.
+        host_words: int64 words in host memory: the request, its layer, the last request answered, what was aborted.
+        host_table: int32[TABLE] in host memory.
+        host_answer: int32[ANSWER] in host memory.
+        layer: Number of the layer, for messages.
+    """
+    number = meet_peers(state, flags, abort, peers, rank, limit, RANKS, LANES)
+    for first in range(0, TABLE, BLOCK):
+        at = first + tl.arange(0, BLOCK)
+        tl.store(host_table + at, tl.load(table + at, mask=at < TABLE, other=0, volatile=True), mask=at < TABLE)
+    tl.store(host_words + LAYER, layer)
+    tl.debug_barrier()
+    fence()
+    stopped = tl.load(abort, volatile=True)
+    if stopped == 0:
+        tl.store(host_words + REQUEST, number)
+    waited = tl.zeros([], tl.int64)
+    start = clock(waited)
+    answered = tl.load(host_words + ANSWERED, volatile=True)
+    while (answered != number) & (stopped == 0):
+        waited += 1
+        if clock(waited) - start > limit:
+            lanes = tl.arange(0, LANES)
+            offsets = tl.load(peers + lanes, mask=lanes < RANKS, other=0) * 2
+            missing = tl.zeros([LANES], tl.int64) + rank + 1
+            tl.atomic_xchg(abort + offsets, missing, mask=lanes < RANKS, scope="sys")
+        answered = tl.load(host_words + ANSWERED, volatile=True)
+        stopped = tl.load(abort, volatile=True)
+    fence()
+    tl.debug_barrier()
+    # One answer for all warps, which may have left the loop for different reasons.
+    stopped = tl.max(tl.load(abort + tl.zeros([BLOCK], tl.int32), volatile=True))
+    if stopped == 0:
+        for first in range(0, ANSWER, BLOCK):
+            at = first + tl.arange(0, BLOCK)
+            tl.store(answer + at, tl.load(host_answer + at, mask=at < ANSWER, other=0, volatile=True), mask=at < ANSWER)
+    else:
+        for first in range(0, ANSWER, BLOCK):
+            at = first + tl.arange(0, BLOCK)
+            tl.store(answer + at, (at == 0).to(tl.int32), mask=at < ANSWER)
+        tl.store(host_words + ABORTED, stopped)
+
+
+@program
+def place(
+    index: tl.tensor,
+    order: tl.tensor,
+    before: tl.tensor,
+    answer: tl.tensor,
+    target: tl.tensor,
+    pairs: tl.tensor,
+    EXPERTS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    FIRST: tl.constexpr,
+    BEGIN: tl.constexpr,
+    TARGET: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    """The row of the group that each pair goes to, -1 where there is no plan.
+
+    The pairs of an expert, in their order, go to its replicas in the order of their devices, so many to each.
+
+    Args:
+        index: int64[pairs].
+        order: int32[pairs], as `count` left it.
+        before: int32[chunks, COLUMNS], as `total` left the tallies.
+        answer: The plan; see `routes`.
+        target: int32[pairs], out.
+    """
+    pair = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = pair < pairs
+    planned = tl.load(answer) == 0
+    wide = tl.load(index + pair, mask=inside, other=0)
+    inside = inside & (wide >= 0) & (wide < EXPERTS)
+    expert = tl.where(inside, wide, 0).to(tl.int32)
+    mine = tl.load(before + (pair // _CHUNK) * COLUMNS + expert, mask=inside, other=0)
+    mine += tl.load(order + pair, mask=inside, other=0)
+    first = tl.load(answer + FIRST + expert)
+    end = tl.load(answer + FIRST + expert + 1)
+    chosen = first
+    for step in range(1, tl.load(answer + 1)):
+        begin = tl.load(answer + BEGIN + first + step, mask=first + step < end, other=_UNFILLED)
+        chosen += (begin <= mine).to(tl.int32)
+    chosen = tl.where(planned, chosen, 0)
+    row = tl.load(answer + TARGET + chosen) + mine - tl.load(answer + BEGIN + chosen)
+    tl.store(target + pair, tl.where(planned & inside, row, -1), mask=pair < pairs)
+
+
+# Rows and weights on their way
+
+
+@program
+def hand_out(
+    source: tl.tensor,
+    target: tl.tensor,
+    weight: tl.tensor,
+    rows: tl.tensor,
+    label: tl.tensor,
+    scale: tl.tensor,
+    peers: tl.tensor,
+    experts: tl.tensor,
+    lent: tl.tensor,
+    answer: tl.tensor,
+    pairs: tl.tensor,
+    rank: tl.tensor,
+    CHOICES: tl.constexpr,
+    WIDTH: tl.constexpr,
+    EACH: tl.constexpr,
+    ROWS: tl.constexpr,
+    LABELS: tl.constexpr,
+    ELEMENTS: tl.constexpr,
+    LENDERS: tl.constexpr,
+    LENT: tl.constexpr,
+    LOANS: tl.constexpr,
+    BACKWARD: tl.constexpr,
+    BLOCK: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    PIECE: tl.constexpr,
+) -> None:
+    """Write rows to their places on all ranks, and lent experts into the borrowers' memory.
+
+    The first `LENDERS` blocks lend; each of the others moves the rows of `BLOCK` pairs.
+
+    Args:
+        source: [tokens, WIDTH].
+        target: int32[pairs].
+        weight: [pairs], read in the backward pass.
+        rows: [ROWS, WIDTH] in symmetric memory, out.
+        label: int32[ROWS] in symmetric memory, out in the forward pass: ``rank * LABELS + pair``.
+        scale: float32[ROWS] in symmetric memory, out in the backward pass: the weight.
+        experts: [owned, ELEMENTS], this rank's.
+        lent: [slots, ELEMENTS] in symmetric memory, out.
+        answer: The plan.
+    """
+    block = tl.program_id(0)
+    if block < LENDERS:
+        for loan in range(tl.load(answer + LENT)):
+            at = answer + LOANS + 3 * loan
+            mine, device, slot = tl.load(at).to(tl.int64), tl.load(at + 1), tl.load(at + 2).to(tl.int64)
+            away = tl.load(peers + device) * EACH
+            for first in range(block * PIECE, ELEMENTS, LENDERS * PIECE):
+                piece = first + tl.arange(0, PIECE)
+                value = tl.load(experts + mine * ELEMENTS + piece, mask=piece < ELEMENTS)
+                tl.store(lent + away + slot * ELEMENTS + piece, value.to(lent.dtype.element_ty), mask=piece < ELEMENTS)
+    else:
+        pair = (block - LENDERS) * BLOCK + tl.arange(0, BLOCK)
+        goal = tl.load(target + pair, mask=pair < pairs, other=-1)
+        there = goal >= 0
+        goal = tl.where(there, goal, 0)
+        units = tl.load(peers + goal // ROWS, mask=there, other=0)
+        row = (goal % ROWS).to(tl.int64)
+        if BACKWARD:
+            value = tl.load(weight + pair, mask=there, other=0.0).to(tl.float32)
+            tl.store(scale + units * 4 + row, value, mask=there)
+        else:
+            tl.store(label + units * 4 + row, rank * LABELS + pair, mask=there)
+        token = (pair // CHOICES).to(tl.int64)
+        for first in range(0, WIDTH, COLUMNS):
+            column = first + tl.arange(0, COLUMNS)
+            mask = there[:, None] & (column < WIDTH)[None, :]
+            values = tl.load(source + token[:, None] * WIDTH + column[None, :], mask=mask)
+            tl.store(rows + units[:, None] * EACH + row[:, None] * WIDTH + column[None, :], values, mask=mask)
+
+
+@program
+def keep(
+    rows: tl.tensor,
+    label: tl.tensor,
+    lent: tl.tensor,
+    kept_rows: tl.tensor,
+    kept_label: tl.tensor,
+    kept_lent: tl.tensor,
+    at_home: tl.tensor,
+    away: tl.tensor,
+    number_borrowed: tl.tensor,
+    JOINED: tl.constexpr,
+    AWAY: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ELEMENTS: tl.constexpr,
+    LENDERS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    PIECE: tl.constexpr,
+) -> None:
+    """Copy what has arrived out of symmetric memory: rows, labels, and experts that were lent to this rank.
+
+    Args:
+        at_home: int32, number of rows, or of experts at home if those of lent ones are apart and begin at `AWAY`.
+        away: int32, number of rows of lent experts if they are apart.
+        number_borrowed: int32, number of lent experts.
+    """
+    block = tl.program_id(0)
+    if block < LENDERS:
+        end = tl.load(number_borrowed).to(tl.int64) * ELEMENTS
+        for first in range(block * PIECE, end, LENDERS * PIECE):
+            piece = first + tl.arange(0, PIECE)
+            tl.store(kept_lent + piece, tl.load(lent + piece, mask=piece < end), mask=piece < end)
+    else:
+        home = tl.load(at_home)
+        count_rows = home
+        if not JOINED:
+            count_rows += tl.load(away)
+        step = (tl.num_programs(0) - LENDERS) * BLOCK
+        for start in range((block - LENDERS) * BLOCK, count_rows, step):
+            row = start + tl.arange(0, BLOCK)
+            used = row < count_rows
+            row = tl.where(row < home, row, row - home + AWAY).to(tl.int64)
+            tl.store(kept_label + row, tl.load(label + row, mask=used), mask=used)
+            for first in range(0, WIDTH, COLUMNS):
+                column = first + tl.arange(0, COLUMNS)
+                mask = used[:, None] & (column < WIDTH)[None, :]
+                at = row[:, None] * WIDTH + column[None, :]
+                tl.store(kept_rows + at, tl.load(rows + at, mask=mask), mask=mask)
+
+
+@program
+def give_back(
+    results: tl.tensor,
+    label: tl.tensor,
+    to_weight: tl.tensor,
+    returned: tl.tensor,
+    returned_weight: tl.tensor,
+    peers: tl.tensor,
+    end: tl.tensor,
+    gradient: tl.tensor,
+    borrowed: tl.tensor,
+    answer: tl.tensor,
+    LABELS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    EACH: tl.constexpr,
+    ELEMENTS: tl.constexpr,
+    LENDERS: tl.constexpr,
+    LENT: tl.constexpr,
+    LOANS: tl.constexpr,
+    BACKWARD: tl.constexpr,
+    BLOCK: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    PIECE: tl.constexpr,
+) -> None:
+    """Write results to their sources, and fetch the gradients of experts that this rank lent.
+
+    The first `LENDERS` blocks fetch: they add what borrowers found, in float32 and in the order of the list.
+
+    Args:
+        results: [rows, WIDTH].
+        label: int32[rows], where each comes from.
+        to_weight: float32[rows], gradients of the routers' weights, in the backward pass.
+        returned: [pairs, WIDTH] in symmetric memory, out.
+        returned_weight: float32[pairs] in symmetric memory, out in the backward pass.
+        end: int32, number of rows.
+        gradient: [owned, ELEMENTS], changed in place.
+        borrowed: [slots, ELEMENTS] in symmetric memory, what borrowers found.
+    """
+    block = tl.program_id(0)
+    if block < LENDERS:
+        lent = tl.load(answer + LENT)
+        for first in range(block * PIECE, ELEMENTS, LENDERS * PIECE):
+            piece = first + tl.arange(0, PIECE)
+            inside = piece < ELEMENTS
+            # Loans of one expert follow one another: it is read and written once.
+            before = tl.full([], -1, tl.int64)
+            sums = tl.zeros([PIECE], tl.float32)
+            for loan in range(lent):
+                at = answer + LOANS + 3 * loan
+                mine, device, slot = tl.load(at).to(tl.int64), tl.load(at + 1), tl.load(at + 2).to(tl.int64)
+                if mine != before:
+                    if before >= 0:
+                        tl.store(gradient + before * ELEMENTS + piece, sums, mask=inside)
+                    sums = tl.load(gradient + mine * ELEMENTS + piece, mask=inside, other=0.0).to(tl.float32)
+                    before = mine
+                away = tl.load(peers + device) * EACH
+                part = tl.load(borrowed + away + slot * ELEMENTS + piece, mask=inside, other=0.0)
+                sums += part.to(tl.float32)
+            if before >= 0:
+                tl.store(gradient + before * ELEMENTS + piece, sums, mask=inside)
+    else:
+        rows = tl.load(end)
+        step = (tl.num_programs(0) - LENDERS) * BLOCK
+        for start in range((block - LENDERS) * BLOCK, rows, step):
+            row = start + tl.arange(0, BLOCK)
+            used = row < rows
+            origin = tl.load(label + row, mask=used, other=0)
+            units = tl.load(peers + origin // LABELS, mask=used, other=0)
+            pair = (origin % LABELS).to(tl.int64)
+            if BACKWARD:
+                value = tl.load(to_weight + row, mask=used, other=0.0)
+                tl.store(returned_weight + units * 4 + pair, value, mask=used)
+            for first in range(0, WIDTH, COLUMNS):
+                column = first + tl.arange(0, COLUMNS)
+                mask = used[:, None] & (column < WIDTH)[None, :]
+                values = tl.load(results + row.to(tl.int64)[:, None] * WIDTH + column[None, :], mask=mask)
+                tl.store(returned + units[:, None] * EACH + pair[:, None] * WIDTH + column[None, :], values, mask=mask)
+
+
+@program
+def collect(
+    returned: tl.tensor,
+    weight: tl.tensor,
+    out: tl.tensor,
+    answer: tl.tensor,
+    abort: tl.tensor,
+    host_words: tl.tensor,
+    tokens: tl.tensor,
+    CHOICES: tl.constexpr,
+    WIDTH: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    ABORTED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    COLUMNS: tl.constexpr,
+) -> None:
+    """Sum each token's rows in float32, weighted in the forward pass; not a number where the pass has failed.
+
+    Args:
+        returned: [tokens, CHOICES, WIDTH].
+        weight: [tokens, CHOICES], read if `WEIGHTED`.
+        out: [tokens, WIDTH], out.
+    """
+    stopped = tl.load(abort, volatile=True)
+    failed = (tl.load(answer) != 0) | (stopped != 0)
+    if (stopped != 0) & (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
+        tl.store(host_words + ABORTED, stopped)
+    token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = token < tokens
+    mask = inside[:, None] & (column < WIDTH)[None, :]
+    token = token.to(tl.int64)
+    sums = tl.zeros([BLOCK, COLUMNS], tl.float32)
+    for choice in tl.static_range(CHOICES):
+        pair = token * CHOICES + choice
+        values = tl.load(returned + pair[:, None] * WIDTH + column[None, :], mask=mask, other=0.0).to(tl.float32)
+        if WEIGHTED:
+            values *= tl.load(weight + pair, mask=inside, other=0.0).to(tl.float32)[:, None]
+        sums += values
+    sums = tl.where(failed, float("nan"), sums)
+    tl.store(out + token[:, None] * WIDTH + column[None, :], sums.to(out.dtype.element_ty), mask=mask)
+
+
+# Activations
+
+
+@program
+def activation(x: tl.tensor, NAME: tl.constexpr) -> tl.tensor:
+    """The activation of float32 values."""
+    if NAME == "silu":
+        y = x * tl.sigmoid(x)
+    elif NAME == "gelu":
+        y = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+    else:
+        y = tl.maximum(x, 0.0)
+    return y
+
+
+@program
+def slope(x: tl.tensor, NAME: tl.constexpr) -> tl.tensor:
+    """The derivative of `activation`."""
+    if NAME == "silu":
+        gate = tl.sigmoid(x)
+        y = gate * (1.0 + x * (1.0 - gate))
+    elif NAME == "gelu":
+        y = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476)) + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)
+    else:
+        y = (x > 0.0).to(tl.float32)
+    return y
+
+
+@program
+def activate(
+    first: tl.tensor,
+    out: tl.tensor,
+    end: tl.tensor,
+    WIDTH: tl.constexpr,
+    GATED: tl.constexpr,
+    NAME: tl.constexpr,
+    BLOCK: tl.constexpr,
+    COLUMNS: tl.constexpr,
+) -> None:
+    """``act(gate) * up`` of the rows before `end`, or ``act(up)``.
+
+    Args:
+        first: [rows, WIDTH or 2 * WIDTH], gate before up.
+        out: [rows, WIDTH], out.
+        end: int32, number of rows.
+    """
+    rows = tl.load(end)
+    for start in range(tl.program_id(0) * BLOCK, rows, tl.num_programs(0) * BLOCK):
+        row = (start + tl.arange(0, BLOCK)).to(tl.int64)
+        for left in range(0, WIDTH, COLUMNS):
+            column = left + tl.arange(0, COLUMNS)
+            mask = (row < rows)[:, None] & (column < WIDTH)[None, :]
+            if GATED:
+                at = first + row[:, None] * (2 * WIDTH) + column[None, :]
+                value = activation(tl.load(at, mask=mask).to(tl.float32), NAME)
+                value *= tl.load(at + WIDTH, mask=mask).to(tl.float32)
+            else:
+                at = first + row[:, None] * WIDTH + column[None, :]
+                value = activation(tl.load(at, mask=mask).to(tl.float32), NAME)
+            tl.store(out + row[:, None] * WIDTH + column[None, :], value.to(out.dtype.element_ty), mask=mask)
+
+
+@program
+def activate_backward(
+    gradient: tl.tensor,
+    first: tl.tensor,
+    scale: tl.tensor,
+    to_first: tl.tensor,
+    scaled: tl.tensor,
+    to_weight: tl.tensor,
+    end: tl.tensor,
+    WIDTH: tl.constexpr,
+    GATED: tl.constexpr,
+    NAME: tl.constexpr,
+    BLOCK: tl.constexpr,
+    COLUMNS: tl.constexpr,
+) -> None:
+    """The backward of `activate` for results that are weighted afterwards, and the gradients of the weights.
+
+    With ``a`` the activations, ``w`` the weight of a row and ``g`` its gradient before weighting, `gradient` is that of
+    ``a`` for w = 1. The gradient of the weight is then ``gradient . a``, that of the activations ``w * gradient``, and
+    that of the second matrix needs ``w * a``.
+
+    Args:
+        gradient: [rows, WIDTH].
+        first: As in `activate`.
+        scale: float32[rows], the weights.
+        to_first: As `first`, out.
+        scaled: [rows, WIDTH], ``w * a``, out.
+        to_weight: float32[rows], out.
+        end: int32, number of rows.
+    """
+    rows = tl.load(end)
+    for start in range(tl.program_id(0) * BLOCK, rows, tl.num_programs(0) * BLOCK):
+        row = (start + tl.arange(0, BLOCK)).to(tl.int64)
+        used = row < rows
+        weight = tl.load(scale + row, mask=used, other=0.0)[:, None]
+        dots = tl.zeros([BLOCK, COLUMNS], tl.float32)
+        for left in range(0, WIDTH, COLUMNS):
+            column = left + tl.arange(0, COLUMNS)
+            mask = used[:, None] & (column < WIDTH)[None, :]
+            narrow = row[:, None] * WIDTH + column[None, :]
+            raw = tl.load(gradient + narrow, mask=mask, other=0.0).to(tl.float32)
+            wide = row[:, None] * (2 * WIDTH) + column[None, :] if GATED else narrow
+            gate = tl.load(first + wide, mask=mask, other=0.0).to(tl.float32)
+            active = activation(gate, NAME)
+            if GATED:
+                up = tl.load(first + wide + WIDTH, mask=mask, other=0.0).to(tl.float32)
+                tl.store(to_first + wide + WIDTH, (weight * raw * active).to(to_first.dtype.element_ty), mask=mask)
+                turn = weight * raw * up * slope(gate, NAME)
+                active *= up
+            else:
+                turn = weight * raw * slope(gate, NAME)
+            tl.store(to_first + wide, turn.to(to_first.dtype.element_ty), mask=mask)
+            tl.store(scaled + narrow, (weight * active).to(scaled.dtype.element_ty), mask=mask)
+            dots += raw * active
+        tl.store(to_weight + row, tl.sum(dots, axis=1), mask=used)
+
+
+@program
+def flatten(
+    inner: tl.tensor,
+    outer: tl.tensor,
+    out: tl.tensor,
+    used: tl.tensor,
+    BOUNDED: tl.constexpr,
+    INNER: tl.constexpr,
+    OUTER: tl.constexpr,
+    PIECE: tl.constexpr,
+) -> None:
+    """Gradients of both matrices of each expert into their flat form, in its type.
+
+    Args:
+        inner: [experts, INNER].
+        outer: [experts, OUTER].
+        out: [experts, INNER + OUTER], out.
+        used: int32, number of experts to do if `BOUNDED`.
+    """
+    expert = tl.program_id(0).to(tl.int64)
+    if BOUNDED and expert >= tl.load(used):
+        return
+    at = tl.program_id(1) * PIECE + tl.arange(0, PIECE)
+    value = tl.load(inner + expert * INNER + at, mask=at < INNER, other=0.0)
+    value += tl.load(outer + expert * OUTER + at - INNER, mask=(at >= INNER) & (at < INNER + OUTER), other=0.0)
+    tl.store(out + expert * (INNER + OUTER) + at, value.to(out.dtype.element_ty), mask=at < INNER + OUTER)
+
+
+def lanes(ranks: int) -> int:
+    """Lanes of a block that looks at all ranks at once."""
+    return max(power_of_2(ranks), 2)
+
+
+def power_of_2(size: int) -> int:
+    """The smallest power of two that is at least `size`."""
+    return int(triton.next_power_of_2(size))
+
+
+def processors(device: torch.device) -> int:
+    """Blocks that fill the device when each does many rows; one on CPUs."""
+    return 8 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2

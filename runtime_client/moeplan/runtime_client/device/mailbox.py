@@ -1,0 +1,257 @@
+"""A thread that plans: kernels leave the counts of a pass in host memory, it leaves the plan, and nobody else waits."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from moeplan.runtime_client.device.routes import FAULT, AnswerShape, Owners, write_answer
+from moeplan.runtime_client.errors import PassError, RouterError
+from moeplan.solvers import QuotaPlanner, SpillOptions
+from moeplan.solvers.problem.arrays import Int32, Int64
+from moeplan.solvers.problem.errors import InfeasibleError
+from moeplan.solvers.problem.kernel import kernel
+from moeplan.solvers.spill.quota import fill_plans
+
+__all__ = ["ABORTED", "ANSWERED", "LAYER", "REQUEST", "Mailbox", "MailboxSizes"]
+
+# Places in `words`, each in a cache line of its own.
+REQUEST, LAYER, ANSWERED, ABORTED, STOP, NOTED = range(0, 48, 8)
+_WORDS = 48
+# Kinds of fault, and what `note` holds: kind, layer, rank, and two numbers for the message.
+_ROUTER, _EXCESS, _SHORT, _INVALID, _ELSEWHERE = range(1, 6)
+_KIND, _OF_LAYER, _RANK, _ONE, _TWO = range(5)
+
+_SPINS = 20_000
+"""Looks at the request, a few milliseconds of them, before the thread sleeps between two looks."""
+
+_SLEEP_US = 20
+
+_yield = types.ExternalFunction("sched_yield", types.int32())
+_sleep = types.ExternalFunction("usleep", types.int32(types.uint32))
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _load(typing_context: Any, words: Any, place: Any) -> Any:
+    """``words[place]`` as others wrote it, and with it all that they wrote before."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.load_atomic(_pointer(context, builder, signature, arguments), ordering="acquire", align=8)
+
+    return types.int64(words, place), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _store(typing_context: Any, words: Any, place: Any, value: Any) -> Any:
+    """Write ``words[place]`` for others, after all that was written before."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        pointer = _pointer(context, builder, signature, arguments)
+        value = context.cast(builder, arguments[2], signature.args[2], types.int64)
+        builder.store_atomic(value, pointer, ordering="release", align=8)
+        return context.get_dummy_value()
+
+    return types.void(words, place, value), generate
+
+
+def _pointer(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+    array = context.make_array(signature.args[0])(context, builder, arguments[0])
+    place = context.cast(builder, arguments[1], signature.args[1], types.intp)
+    return cgutils.get_item_pointer(context, builder, signature.args[0], array, [place], wraparound=False)
+
+
+@dataclass(frozen=True, slots=True)
+class MailboxSizes:
+    """Rows of each rank, and the first of lent experts; see `write_answer`."""
+
+    rows: int
+    away: int
+
+
+@kernel
+def _note(note: Int64, kind: int, layer: int, rank: int, one: int, two: int) -> None:
+    note[_KIND], note[_OF_LAYER], note[_RANK], note[_ONE], note[_TWO] = kind, layer, rank, one, two
+
+
+@kernel
+def _faults(note: Int64, layer: int, table: Int32, experts: int) -> bool:
+    """Whether something is wrong with a row of counts; it is noted."""
+    for s in range(len(table)):
+        if table[s, experts + 3] != layer:
+            _note(note, _ELSEWHERE, layer, s, table[s, experts + 3], 0)
+            return True
+        if table[s, experts] or table[s, experts + 1]:
+            _note(note, _ROUTER, layer, s, table[s, experts], table[s, experts + 1])
+            return True
+        if table[s, experts + 2]:
+            _note(note, _EXCESS, layer, s, table[s, experts + 2], 0)
+            return True
+    return False
+
+
+@kernel
+def _serve(
+    workspace: Any,
+    words: Int64,
+    table: Int32,
+    answer: Int32,
+    note: Int64,
+    counts: Int32,
+    places: Int64,
+    rank: int,
+    rows: int,
+    away: int,
+    owners: Any,
+    scratch: Any,
+) -> None:
+    """Answer requests until told to stop."""
+    experts = counts.shape[2]
+    replicas, _, devices, sent, kept, summary = workspace[-6:]
+    answered, idle = 0, 0
+    while True:
+        request = _load(words, REQUEST)
+        if request == answered:
+            if _load(words, STOP):
+                return
+            idle += 1
+            if idle > _SPINS:
+                _sleep(_SLEEP_US)
+            else:
+                _yield()
+            continue
+        idle = 0
+        answered = request
+        layer = words[LAYER]
+        failed = _load(words, NOTED) != 0
+        if not failed and _faults(note, layer, table, experts):
+            failed = True
+        if not failed:
+            counts[0] = table[:, :experts]
+            if fill_plans(counts, *workspace) >= 0:
+                _note(note, _INVALID, layer, 0, 0, 0)
+                failed = True
+            for d in range(devices.shape[2]):
+                if not failed and devices[0, 1, d]:
+                    _note(note, _SHORT, layer, d, devices[0, 0, d], devices[0, 1, d])
+                    failed = True
+        if failed:
+            answer[:] = 0
+            answer[FAULT] = 1
+            _store(words, NOTED, 1)
+        else:
+            write_answer(
+                answer, places, rank, rows, away,
+                int(summary[0, 0]), replicas[0, 0], replicas[0, 1], sent[0], kept[0],
+                *owners, *scratch,
+            )  # fmt: skip
+        _store(words, ANSWERED, request)
+
+
+class Mailbox:
+    """Host memory that kernels and a planning thread share, and the thread.
+
+    The thread runs one compiled function that never takes the interpreter's lock, allocates, or calls CUDA; between
+    passes it looks for a request without a pause for some milliseconds, and then every 20 us or so. It takes a core.
+
+    Args:
+        options: What the thread plans with.
+        rank: This rank.
+        sizes: Rows of a rank.
+        pinned: Whether kernels of a CUDA device read and write the memory.
+
+    Attributes:
+        shape: Places in the answer.
+        columns: Columns of a row of `table`.
+        words: int64[48], request, answered request and the like.
+        table: int32[ranks, columns], counts of all ranks: of each expert, then choices out of range, weights that are
+            not finite, tokens beyond what the pass has room for, and the number of the layer.
+        answer: int32[shape.words].
+    """
+
+    def __init__(self, options: SpillOptions, rank: int, sizes: MailboxSizes, *, pinned: bool) -> None:
+        spare = np.minimum(options.spare, options.experts)
+        owned = int((options.home == rank).sum())
+        self.rank = rank
+        self.options = options
+        self.shape = AnswerShape(options.experts, int(spare.sum()), owned, int(spare[rank]))
+        self.columns = -(-(options.experts + 4) // 4) * 4
+        self.words = torch.zeros(_WORDS, dtype=torch.int64, pin_memory=pinned)
+        self.table = torch.zeros(options.devices, self.columns, dtype=torch.int32, pin_memory=pinned)
+        self.answer = torch.zeros(self.shape.words, dtype=torch.int32, pin_memory=pinned)
+        self._words: Int64 = self.words.numpy()
+        self._note = np.zeros(5, np.int64)
+        own = QuotaPlanner(options, options.devices, dtype=np.int32)
+        owners = Owners.of(options)
+        arguments = (
+            own.workspace,
+            self._words,
+            self.table.numpy(),
+            self.answer.numpy(),
+            self._note,
+            np.zeros((1, options.devices, options.experts), np.int32),
+            self.shape.places(),
+            rank,
+            sizes.rows,
+            sizes.away,
+            (owners.home, owners.row, owners.order, owners.first),
+            (np.zeros((5, max(options.experts, options.devices)), np.int64), np.zeros((3, self.shape.slots), np.int64)),
+        )
+        self._words[STOP] = 1
+        _serve(*arguments)  # compiles
+        self._words[STOP] = 0
+        self._thread = threading.Thread(target=_serve, args=arguments, name="moeplan-mailbox", daemon=True)
+        self._thread.start()
+        self.close = weakref.finalize(self, _stop, self._words, self._thread, pinned)
+        """End the thread."""
+
+    def check(self) -> None:
+        """Raise what a pass has noted, if any.
+
+        Raises:
+            RouterError: a choice was out of range or a weight not finite, on any rank.
+            InfeasibleError: no plan kept every rank within its token cap.
+            PassError: a rank had more tokens than there is room for, ran another layer, or did not come in time.
+        """
+        aborted = int(self._words[ABORTED])
+        if aborted:
+            raise PassError(
+                f"rank {aborted - 1} did not take part in a pass in time (rank {self.rank} saw it last in layer "
+                f"{self._words[LAYER]}); the pass was abandoned on all ranks"
+            )
+        if not self._words[NOTED]:
+            return
+        kind, layer, rank, one, two = self._note.tolist()
+        where = f"layer {layer}, rank {rank}"
+        if kind == _ROUTER:
+            raise RouterError(
+                f"router output of {where}: {one} choices outside 0..{self.options.experts - 1} and {two} weights that "
+                "are not finite; the model has diverged or its inputs are wrong"
+            )
+        if kind == _EXCESS:
+            raise PassError(f"{where}: {one} tokens more than max_tokens; raise it, or lower the micro-batch")
+        if kind == _ELSEWHERE:
+            raise PassError(f"rank {rank} runs layer {one} while rank {self.rank} runs layer {layer}")
+        if kind == _SHORT:
+            raise InfeasibleError(
+                f"spill.token_cap[{rank}]",
+                f"{one} tokens planned in layer {layer}",
+                f"exceeds the cap by {two} tokens; raise the cap or the capacity, add spare slots, or lower the "
+                "micro-batch",
+            )
+        raise PassError(f"{where}: counts that no plan can be made from; this is a fault of moeplan")
+
+
+def _stop(words: npt.NDArray[Any], thread: threading.Thread, pinned: bool) -> None:
+    if pinned:
+        torch.cuda.synchronize()  # a pass under way still asks
+    words[STOP] = 1
+    thread.join(timeout=1)

@@ -1,0 +1,149 @@
+"""A pass of resident experts without the host, and its backward."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+
+from moeplan.runtime_client.device.exchange import DeviceExchange, Expert, Route
+
+__all__ = ["run_pass"]
+
+
+def run_pass(
+    exchange: DeviceExchange, layer: int, flat: Tensor, hidden: Tensor, index: Tensor, weight: Tensor
+) -> Tensor:
+    """Apply to each token its experts, weighted and summed, without waiting for the device.
+
+    Args:
+        exchange: What the layers share.
+        layer: Number of the layer.
+        flat: [owned, elements], this rank's experts.
+        hidden: [tokens, hidden].
+        index: int64[tokens, k].
+        weight: [tokens, k].
+
+    Returns:
+        As `hidden`; not a number if the pass fails on any rank.
+
+    Raises:
+        ValueError: the tokens have another number of choices than the exchange.
+        RouterError, InfeasibleError, PassError: an earlier pass has failed; see `DeviceExchange.check`.
+    """
+    if index.shape[1] != exchange.choices:
+        raise ValueError(f"index of {index.shape[1]} choices: the exchange was made for {exchange.choices}")
+    exchange.check()
+    repeated = torch.is_grad_enabled() and any(part.requires_grad for part in (flat, hidden, weight))
+    output: Tensor = _Pass.apply(flat, hidden, weight, index, exchange, layer, repeated)  # type: ignore[no-untyped-call]
+    return output
+
+
+class _Pass(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        flat: Tensor,
+        hidden: Tensor,
+        weight: Tensor,
+        index: Tensor,
+        exchange: DeviceExchange,
+        layer: int,
+        repeated: bool,
+    ) -> Tensor:
+        # What there is no room for takes no part; the pass fails on all ranks.
+        excess = max(len(hidden) - exchange.max_tokens, 0)
+        some, chosen, shares = (_aligned(part[: exchange.max_tokens]) for part in (hidden, index, weight))
+        owned, spare = len(flat), exchange.spare
+        if exchange.joined:
+            experts = flat.new_empty(owned + spare, flat.shape[1], dtype=exchange.dtype)
+            own, lent = experts.split([owned, spare])
+            own.copy_(flat)
+        else:
+            own, lent = _aligned(flat), flat.new_empty(spare, flat.shape[1])
+        route = exchange.plan(chosen, shares, excess, layer)
+        exchange.hand_out(route, some.to(exchange.dtype), own)
+        if repeated:
+            rows, label = exchange.keep(route, lent)
+        else:
+            rows, label = exchange.arrived, exchange.label
+            lent.copy_(exchange.lent)
+        weights = [experts] if exchange.joined else [own, lent]
+        firsts, parts = [], []
+        with torch.autocast(hidden.device.type, enabled=False):
+            for region, ends, matrices in zip(*_regions(exchange, route), weights, strict=True):
+                inner, outer = split(exchange.shape, matrices)
+                first = functional.grouped_mm(rows[region], inner.transpose(1, 2), offs=ends)
+                active = exchange.activate(first, ends[-1:])
+                results = functional.grouped_mm(active, outer.transpose(1, 2), offs=ends)
+                firsts.append(first)
+                parts.append((results, label[region], exchange.scale[region], ends))
+        exchange.give_back(route, parts)
+        output = torch.full_like(hidden, float("nan")) if excess else torch.empty_like(hidden)
+        exchange.collect(route, output[: len(some)], shares)
+        ctx.exchange, ctx.route, ctx.regions = exchange, route, len(weights)
+        ctx.save_for_backward(flat, shares, rows, label, *weights, *firsts)
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        exchange, route = ctx.exchange, ctx.route
+        flat, weight, rows, label, *rest = ctx.saved_tensors
+        weights, firsts = rest[: ctx.regions], rest[ctx.regions :]
+        exchange.meet()  # all ranks are done with what arrived in earlier passes
+        some = _aligned(gradient[: exchange.max_tokens].to(exchange.dtype))
+        exchange.hand_out(route, some, weights[0], weight)
+        to_flat = torch.empty_like(flat)
+        to_inner: list[Tensor] = []
+        to_outer: list[Tensor] = []
+        parts = []
+        with torch.autocast(gradient.device.type, enabled=False):
+            for region, ends, matrices, first in zip(*_regions(exchange, route), weights, firsts, strict=True):
+                inner, outer = split(exchange.shape, matrices)
+                arrived = exchange.arrived[region]
+                raw = functional.grouped_mm(arrived, outer, offs=ends)
+                to_first, scaled, to_weight = exchange.activate_backward(raw, first, exchange.scale[region], ends[-1:])
+                to_outer += _replicas(exchange, functional.grouped_mm(arrived.T, scaled, offs=ends))
+                to_inner += _replicas(exchange, functional.grouped_mm(to_first.T, rows[region], offs=ends))
+                parts.append((functional.grouped_mm(to_first, inner, offs=ends), label[region], to_weight, ends))
+        exchange.flatten(route, to_inner[0], to_outer[0], to_flat, lent=False)
+        if exchange.spare:
+            exchange.flatten(route, to_inner[1], to_outer[1], exchange.lent, lent=True)
+        exchange.give_back(route, parts, to_flat)
+        to_hidden = torch.full_like(gradient, float("nan"))
+        exchange.collect(route, to_hidden[: len(some)])
+        to_choices = weight.new_zeros(len(gradient), exchange.choices)
+        to_choices[: len(some)] = exchange.returned_weight[: weight.numel()].view_as(weight)
+        return to_flat, to_hidden, to_choices, None, None, None, None
+
+
+def _regions(exchange: DeviceExchange, route: Route) -> tuple[list[slice], list[Tensor]]:
+    """Rows that one product computes, and the ends of its experts: all, or those at home and lent ones apart."""
+    if exchange.joined:
+        return [slice(0, exchange.rows)], [route.ends]
+    owned = exchange.mailbox.shape.owned
+    regions = [slice(0, exchange.capacity), slice(exchange.capacity, exchange.rows)]
+    return regions, [route.ends[:owned], route.ends[owned:]]
+
+
+def _replicas(exchange: DeviceExchange, gradients: Tensor) -> Sequence[Tensor]:
+    """Gradients of one product's experts, those at home apart from lent ones."""
+    return gradients.split([exchange.mailbox.shape.owned, exchange.spare]) if exchange.joined else [gradients]
+
+
+def _aligned(part: Tensor) -> Tensor:
+    """The same numbers one after the other, from an address that kernels can read 16 bytes at a time from."""
+    part = part.contiguous()
+    return part.clone() if part.data_ptr() % 16 else part
+
+
+def split(shape: Expert, flat: Tensor) -> tuple[Tensor, Tensor]:
+    """The matrices [replicas, width or 2 * width, hidden] and [replicas, hidden, width], views of their flat form."""
+    inner_rows = shape.width * (2 if shape.gated else 1)
+    inner, outer = flat.split([inner_rows * shape.hidden, shape.hidden * shape.width], dim=1)
+    return inner.unflatten(1, (inner_rows, shape.hidden)), outer.unflatten(1, (shape.hidden, shape.width))

@@ -1,0 +1,248 @@
+"""From a plan to what the kernels of one rank read: where its rows go, and which experts it lends."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from moeplan.solvers import SpillOptions
+from moeplan.solvers.problem.arrays import Int32, Int64
+from moeplan.solvers.problem.kernel import kernel
+
+__all__ = ["AnswerShape", "Owners", "write_answer"]
+
+FAULT, MOST, LENT, BORROWED = range(4)
+"""First words of an answer: why there is no plan, or 0; most replicas of an expert; experts lent, and borrowed."""
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerShape:
+    """Places in the int32 array that tells the kernels of one rank what the plan is.
+
+    Attributes:
+        experts: Number of experts.
+        slots: Spare slots of all ranks together.
+        owned: Experts of this rank.
+        spare: Its spare slots.
+        first: Place of int32[experts + 1]: each expert's first replica in the following two.
+        begin: Place of int32[experts + slots]: pairs of this rank, of the same expert, before those of the replica.
+        target: Place of int32[experts + slots]: the row of the group that the first of them goes to.
+        home_ends: Place of int32[owned]: end of each expert's rows among those of experts at home.
+        lent_ends: Place of int32[spare], right behind: end of each spare slot's rows, counted from their first, or
+            from the first of experts at home if they follow those.
+        loans: Place of int32[slots, 3], what this rank lends: its own row of the expert, the borrower, the slot
+            there; by row, then borrower.
+        words: Length.
+    """
+
+    experts: int
+    slots: int
+    owned: int
+    spare: int
+
+    @property
+    def first(self) -> int:
+        return 4
+
+    @property
+    def begin(self) -> int:
+        return self.first + self.experts + 1
+
+    @property
+    def target(self) -> int:
+        return self.begin + self.experts + self.slots
+
+    @property
+    def home_ends(self) -> int:
+        return self.target + self.experts + self.slots
+
+    @property
+    def lent_ends(self) -> int:
+        return self.home_ends + self.owned
+
+    @property
+    def loans(self) -> int:
+        return self.lent_ends + self.spare
+
+    @property
+    def words(self) -> int:
+        return self.loans + 3 * self.slots
+
+    def places(self) -> Int64:
+        """int64[8]: the places, in the order in which `write_answer` wants them, and the length."""
+        return np.array(
+            [
+                self.experts,
+                self.first,
+                self.begin,
+                self.target,
+                self.home_ends,
+                self.lent_ends,
+                self.loans,
+                self.words,
+            ]
+        )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Owners:
+    """Who owns which expert.
+
+    Attributes:
+        home: int64[experts], the owner.
+        row: int64[experts], place among the experts of its owner.
+        order: int64[experts], experts by owner and row.
+        first: int64[devices + 1], of each owner in `order`.
+    """
+
+    home: Int64
+    row: Int64
+    order: Int64
+    first: Int64
+
+    @classmethod
+    def of(cls, options: SpillOptions) -> Owners:
+        """The owners of the experts of `options`."""
+        home = options.home.astype(np.int64)
+        order = np.argsort(home, kind="stable")
+        first = np.searchsorted(home[order], np.arange(options.devices + 1))
+        row = np.empty_like(home)
+        row[order] = np.arange(len(home)) - first[home[order]]
+        return cls(home, row, order, first)
+
+
+@kernel
+def write_answer(
+    answer: Int32,
+    places: Int64,
+    rank: int,
+    rows: int,
+    away: int,
+    replicas: int,
+    expert: Int64,
+    device: Int64,
+    sent: npt.NDArray[Any],
+    kept: npt.NDArray[Any],
+    home: Int64,
+    row: Int64,
+    order: Int64,
+    first: Int64,
+    sums: Int64,
+    ranked: Int64,
+) -> None:
+    """Fill `answer` from a plan, for one rank.
+
+    A rank's rows are ordered by slot and then by source: experts at home from row 0, lent ones from row `away` or
+    behind them, in the order of their owners and experts.
+
+    Args:
+        answer: int32[words], out; see `AnswerShape`.
+        places: Its `places`.
+        rank: Whose answer.
+        rows: Rows of each rank: the row ``r`` of rank ``d`` is ``d * rows + r``.
+        away: First row of lent experts; -1 for the row behind those of experts at home.
+        replicas: Number of transient replicas.
+        expert: int64[slots], their experts.
+        device: int64[slots], who holds them.
+        sent: int[slots, sources], tokens of each source to each.
+        kept: int[sources, experts], tokens to the experts at home.
+        home: As in `Owners`; so are `row`, `order` and `first`.
+        sums: Scratch int64[5, experts or devices, whichever are more].
+        ranked: Scratch int64[3, slots].
+    """
+    experts, at_first, at_begin, at_target = places[0], places[1], places[2], places[3]
+    at_home, at_lent, at_loans = places[4], places[5], places[6]
+    all_of, earlier, fill, begun = sums[0], sums[1], sums[2], sums[3]
+    held = sums[4]
+    by_device, slot, goal = ranked[0], ranked[1], ranked[2]
+    borrowed = 0
+    sources, devices = len(kept), len(first) - 1
+    for e in range(experts):
+        all_of[e] = 0
+        earlier[e] = 0
+        fill[e] = 1
+        begun[e] = 0
+    for s in range(sources):
+        for e in range(experts):
+            if s == rank:
+                earlier[e] = all_of[e]
+            all_of[e] += kept[s, e]
+
+    # Replicas by borrower, owner and expert.
+    for r in range(replicas):
+        position = r
+        while position > 0:
+            other = by_device[position - 1]
+            if (device[other], home[expert[other]], expert[other]) < (device[r], home[expert[r]], expert[r]):
+                break
+            by_device[position] = other
+            position -= 1
+        by_device[position] = r
+        fill[expert[r]] += 1
+    most = 1
+    answer[at_first] = 0
+    for e in range(experts):
+        most = max(most, fill[e])
+        answer[at_first + e + 1] = answer[at_first + e] + fill[e]
+        fill[e] = answer[at_first + e]
+
+    for d in range(devices):
+        held[d] = 0
+        for i in range(first[d], first[d + 1]):
+            held[d] += all_of[order[i]]
+
+    # Lent rows of each device follow one another in that order.
+    used, end = 0, 0
+    for position in range(replicas):
+        r = by_device[position]
+        if position == 0 or device[r] != device[by_device[position - 1]]:
+            used, end = 0, held[device[r]] if away < 0 else away
+        before = 0
+        for s in range(sources):
+            if s == rank:
+                before = end
+            end += sent[r, s]
+        goal[r] = device[r] * rows + before
+        if device[r] == rank:
+            answer[at_lent + used] = end if away < 0 else end - away
+            borrowed = used + 1
+        slot[r] = used
+        used += 1
+    for spare in range(borrowed, at_loans - at_lent):
+        answer[at_lent + spare] = answer[at_lent + borrowed - 1] if borrowed else (held[rank] if away < 0 else 0)
+
+    # An expert's pairs go to its replicas in the order of their devices: to some before its home, home, to the others.
+    lent = 0
+    for behind in range(2):
+        for position in range(replicas):
+            r = by_device[position]
+            e = expert[r]
+            if (device[r] > home[e]) == (behind == 1):
+                answer[at_begin + fill[e]] = begun[e]
+                answer[at_target + fill[e]] = goal[r]
+                begun[e] += sent[r, rank]
+                fill[e] += 1
+        if behind == 0:
+            for d in range(devices):
+                end = 0
+                for i in range(first[d], first[d + 1]):
+                    e = order[i]
+                    answer[at_begin + fill[e]] = begun[e]
+                    answer[at_target + fill[e]] = d * rows + end + earlier[e]
+                    begun[e] += kept[rank, e]
+                    fill[e] += 1
+                    end += all_of[e]
+                    if d == rank:
+                        answer[at_home + row[e]] = end
+    for i in range(first[rank], first[rank + 1]):
+        for position in range(replicas):
+            r = by_device[position]
+            if expert[r] == order[i]:
+                answer[at_loans + 3 * lent] = row[order[i]]
+                answer[at_loans + 3 * lent + 1] = device[r]
+                answer[at_loans + 3 * lent + 2] = slot[r]
+                lent += 1
+    answer[FAULT], answer[MOST], answer[LENT], answer[BORROWED] = 0, most, lent, borrowed

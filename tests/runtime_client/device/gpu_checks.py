@@ -1,0 +1,356 @@
+"""Passes without the host on real GPUs, against the same layer on NCCL. One process for each GPU:
+
+torchrun --nproc-per-node 2 tests/runtime_client/device/gpu_checks.py
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from moeplan.runtime_client.device.break_even import measure_transfer
+from moeplan.runtime_client.device.exchange import DeviceExchange
+from moeplan.runtime_client.errors import PassError, RouterError
+from moeplan.runtime_client.group import ExpertGroup
+from moeplan.runtime_client.layers.feed_forward import ExpertShape
+from moeplan.runtime_client.layers.resident import ResidentExperts
+from moeplan.solvers import QuotaPlanner, SpillOptions
+from moeplan.solvers.problem.errors import InfeasibleError
+
+SHAPE, EXPERTS, CHOICES, TOKENS = ExpertShape(256, 384), 12, 2, 1000
+ROUNDING = 2**-8  # of bfloat16
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This rank, and what all make their layers of."""
+
+    group: ExpertGroup
+    device: torch.device
+
+    def layers(
+        self, *, dtype: torch.dtype = torch.float32, spare: int = 2, count: int = 1, **limits: object
+    ) -> tuple[list[ResidentExperts], list[ResidentExperts], DeviceExchange]:
+        """Layers on NCCL, and without the host, with equal weights."""
+        group = self.group
+        planner = QuotaPlanner(SpillOptions.uniform(EXPERTS, group.size, spare), group.size)
+        arguments = {"max_tokens": TOKENS, "choices": CHOICES, "device": self.device, "weights": dtype} | limits
+        exchange = DeviceExchange(group, planner, SHAPE, **arguments)  # type: ignore[arg-type]
+        kinds = []
+        for own in (None, exchange):
+            layers = [
+                ResidentExperts(
+                    SHAPE, EXPERTS, group, planner=planner, exchange=own, compute_dtype=torch.bfloat16, dtype=dtype,
+                    device=self.device,
+                )
+                for _ in range(count)
+            ]  # fmt: skip
+            for number, layer in enumerate(layers):
+                random = torch.Generator(self.device).manual_seed(number)
+                flat = torch.randn(EXPERTS, SHAPE.elements, generator=random, device=self.device)
+                layer.load_experts(0, flat / SHAPE.hidden**0.5)
+            kinds.append(layers)
+        return kinds[0], kinds[1], exchange
+
+    def exact(self, layers: list[ResidentExperts]) -> list[ResidentExperts]:
+        """The same layers in double precision, on NCCL."""
+        doubles = []
+        for layer in layers:
+            double = ResidentExperts(
+                SHAPE, EXPERTS, self.group, planner=layer.planner, dtype=torch.float64, device=self.device
+            )
+            double.flat.data.copy_(layer.flat.data)
+            doubles.append(double)
+        return doubles
+
+    def batch(self, seed: int, tokens: int = TOKENS, skew: float = 3.0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Tokens, choices, weights and a gradient; the larger the skew, the more go to the first experts."""
+        random = torch.Generator(self.device).manual_seed(1000 * seed + self.group.rank)
+        hidden, gradient = torch.randn(2, tokens, SHAPE.hidden, generator=random, device=self.device).bfloat16()
+        weight, place = torch.rand(2, tokens, CHOICES, generator=random, device=self.device)
+        return hidden, (place**skew * EXPERTS).long().clamp_(max=EXPERTS - 1), weight.bfloat16(), gradient
+
+
+def answers(layers: list[ResidentExperts], batch: tuple[Tensor, ...], *, again: bool = False) -> list[Tensor]:
+    """Output and gradients of layers one after the other."""
+    hidden, index, weight, gradient = batch
+    hidden, weight = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+    output = hidden
+    for layer in layers:
+        step = (
+            layer(output, index, weight) if not again else checkpoint(layer, output, index, weight, use_reentrant=False)
+        )
+        output = output + step
+    output.backward(gradient)
+    found = [output.detach(), hidden.grad, weight.grad, *(layer.flat.grad for layer in layers)]
+    for layer in layers:
+        layer.flat.grad = None
+    return [part for part in found if part is not None]
+
+
+def error(exact: Tensor, found: Tensor) -> float:
+    """Largest difference over the largest value."""
+    return float((exact - found).abs().max() / exact.abs().max().clamp(min=1e-6)) if exact.numel() else 0.0
+
+
+def compare(exact: list[Tensor], nccl: list[Tensor], own: list[Tensor]) -> tuple[float, float]:
+    """Largest errors of both, of which ours may be larger by one rounding to bfloat16."""
+    worst = [0.0, 0.0]
+    for one, theirs, ours in zip(exact, nccl, own, strict=True):
+        errors = error(one, theirs), error(one, ours)
+        assert errors[1] <= errors[0] + ROUNDING, errors
+        worst = [max(pair) for pair in zip(worst, errors, strict=True)]
+    return worst[0], worst[1]
+
+
+def equals_nccl(ranks: Ranks) -> str:
+    told = []
+    for dtype in (torch.float32, torch.bfloat16):
+        for spare in (0, 2):
+            nccl, own, exchange = ranks.layers(dtype=dtype, spare=spare)
+            exact = ranks.exact(nccl)
+            for seed in range(4):
+                tokens = (TOKENS, 7, 0)[(seed + ranks.group.rank) % 3]
+                batch = ranks.batch(seed, tokens, skew=(1, 3, 10, 1000)[seed])
+                doubles = tuple(part.double() if part.is_floating_point() else part for part in batch)
+                told.append(compare(answers(exact, doubles), answers(nccl, batch), answers(own, batch)))
+            exchange.check()
+            exchange.mailbox.close()
+    theirs, ours = (max(errors) for errors in zip(*told, strict=True))
+    return f"largest error on NCCL {theirs:.1e}, without the host {ours:.1e}"
+
+
+def deterministic(ranks: Ranks) -> str:
+    _, own, exchange = ranks.layers(count=3)
+    batch = ranks.batch(5)
+    first = answers(own, batch)
+    for again in (False, True, False):
+        for one, other in zip(first, answers(own, batch, again=again), strict=True):
+            assert torch.equal(one, other), again
+    exchange.check()
+    exchange.mailbox.close()
+    return "the same bits each time, and under activation checkpointing"
+
+
+def in_flight(ranks: Ranks) -> str:
+    nccl, own, exchange = ranks.layers(count=2)
+    found = []
+    for layers in (nccl, own):
+        outputs = []
+        for seed in range(3):
+            hidden, index, weight, _ = ranks.batch(seed)
+            for layer in layers:
+                hidden = hidden + layer(hidden, index, weight)
+            outputs.append(hidden)
+        for seed in (1, 0, 2):
+            outputs[seed].backward(ranks.batch(seed)[3])
+        found.append([part for layer in layers if (part := layer.flat.grad) is not None])
+    worst = max(error(one, other) for one, other in zip(*found, strict=True))
+    assert worst <= 8 * ROUNDING, worst
+    exchange.check()
+    exchange.mailbox.close()
+    return f"three micro-batches through two layers, gradients added up: {worst:.1e} from those on NCCL"
+
+
+def host_is_free(ranks: Ranks) -> str:
+    _, own, exchange = ranks.layers(count=6)
+    batch = ranks.batch(0)
+    for _ in range(2):
+        answers(own, batch)
+    torch.cuda.synchronize()
+    dist.barrier()
+    start = time.perf_counter()
+    torch.cuda._sleep(4_000_000_000)  # two seconds
+    answers(own, batch)
+    launched = time.perf_counter() - start
+    torch.cuda.synchronize()
+    slept = time.perf_counter() - start
+    assert launched < 0.5 * slept, (launched, slept)
+    exchange.check()
+    exchange.mailbox.close()
+    return f"six layers launched in {1e3 * launched:.0f} ms while the device slept {slept:.1f} s"
+
+
+def replays(ranks: Ranks) -> str:
+    _, own, exchange = ranks.layers(count=2)
+    hidden, index, weight, gradient = ranks.batch(0)
+    for _ in range(3):
+        answers(own, (hidden, index, weight, gradient))
+    for layer in own:
+        layer.flat.grad = torch.zeros_like(layer.flat)
+    still = hidden.clone().requires_grad_()
+
+    def step() -> Tensor:
+        output = still
+        for layer in own:
+            output = output + layer(output, index, weight)
+        output.backward(gradient)
+        return output.detach()
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    torch.cuda.synchronize()
+    dist.barrier()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = step()
+    for seed in range(1, 6):
+        batch = ranks.batch(seed, skew=seed)
+        for into, value in zip((still, index, weight, gradient), batch, strict=True):
+            into.data.copy_(value)
+        still.grad = None if still.grad is None else still.grad.zero_()
+        for layer in own:
+            assert layer.flat.grad is not None
+            layer.flat.grad.zero_()
+        graph.replay()
+        torch.cuda.synchronize()
+        gradients = [layer.flat.grad for layer in own]
+        found = [part.clone() for part in (output, *gradients) if part is not None]
+        for layer in own:
+            layer.flat.grad = None
+        expected = answers(own, batch)
+        for layer, gradient_of_graph in zip(own, gradients, strict=True):
+            layer.flat.grad = gradient_of_graph
+        for one, other in zip([expected[0], *expected[3:]], found, strict=True):
+            assert torch.equal(one, other), seed
+    exchange.check()
+    exchange.mailbox.close()
+    return "a replayed graph with other routing gives the bits of an eager pass"
+
+
+def fails(ranks: Ranks, kind: type[Exception], act: Callable[[ResidentExperts], Tensor], **limits: object) -> str:
+    """All ranks get numbers that are none, and the same error."""
+    _, own, exchange = ranks.layers(**limits)  # type: ignore[arg-type]
+    output = act(own[0])
+    torch.cuda.synchronize()
+    assert output.isnan().all(), output
+    try:
+        exchange.check()
+    except kind as error:
+        return str(error)
+    finally:
+        exchange.mailbox.close()
+    raise AssertionError(f"no {kind.__name__}")
+
+
+def bad_router(ranks: Ranks) -> str:
+    hidden, index, weight, _ = ranks.batch(0)
+    if ranks.group.rank == 1:
+        index[3, 0], weight[5, 1] = EXPERTS, float("inf")
+    return fails(ranks, RouterError, lambda layer: layer(hidden, index, weight))
+
+
+def too_many_tokens(ranks: Ranks) -> str:
+    hidden, index, weight, _ = ranks.batch(0, TOKENS + 5 * ranks.group.rank)
+    return fails(ranks, PassError, lambda layer: layer(hidden, index, weight))
+
+
+def too_little_room(ranks: Ranks) -> str:
+    hidden, index, weight, _ = ranks.batch(0, skew=1000)
+    return fails(ranks, InfeasibleError, lambda layer: layer(hidden, index, weight), spare=0, capacity=TOKENS * CHOICES)
+
+
+def other_layer(ranks: Ranks) -> str:
+    _, own, exchange = ranks.layers(count=2)
+    hidden, index, weight, _ = ranks.batch(0)
+    assert own[ranks.group.rank % 2](hidden, index, weight).isnan().all()
+    try:
+        exchange.check()
+    except PassError as error:
+        return str(error)
+    finally:
+        exchange.mailbox.close()
+    raise AssertionError("no PassError")
+
+
+def rank_missing(ranks: Ranks) -> str:
+    hidden, index, weight, _ = ranks.batch(0)
+
+    def act(layer: ResidentExperts) -> Tensor:
+        if ranks.group.rank == 0:
+            return layer(hidden, index, weight)
+        time.sleep(2)
+        return layer(hidden, index, weight)
+
+    return fails(ranks, PassError, act, time_limit=timedelta(seconds=0.5))
+
+
+def beside_an_all_reduce(ranks: Ranks) -> str:
+    _, own, exchange = ranks.layers(count=2)
+    batch = ranks.batch(0)
+    expected = answers(own, batch)
+    large = torch.ones(2**26, device=ranks.device)
+    works = [dist.all_reduce(large, async_op=True) for _ in range(4)]
+    found = answers(own, batch)
+    for work in works:
+        assert work is not None
+        work.wait()
+    for one, other in zip(expected, found, strict=True):
+        assert torch.equal(one, other)
+    exchange.check()
+    exchange.mailbox.close()
+    return "the same bits as without"
+
+
+def loan_has_a_price(ranks: Ranks) -> str:
+    _, own, exchange = ranks.layers()
+    price = measure_transfer(exchange)
+    prices = torch.zeros(ranks.group.size, dtype=torch.float64, device=ranks.device)
+    dist.all_gather_into_tensor(prices, torch.tensor([price], dtype=torch.float64, device=ranks.device))
+    assert price > 0
+    assert bool((prices == price).all())
+    batch = ranks.batch(0, skew=1)  # nearly even
+    lent = []
+    for cost in (1e-6, TOKENS):
+        exchange.charge(cost)
+        answers(own, batch)
+        torch.cuda.synchronize()
+        lent.append(int(exchange.mailbox.answer[2:4].sum()))
+    assert lent[0] > 0
+    assert lent[1] == 0
+    exchange.check()
+    exchange.mailbox.close()
+    return f"a loan costs {price:.0f} tokens; nearly even loads lend {lent[0]} experts for nothing, none for its price"
+
+
+CHECKS = (
+    equals_nccl, deterministic, in_flight, host_is_free, beside_an_all_reduce, replays, loan_has_a_price, bad_router,
+    too_many_tokens, too_little_room, other_layer, rank_missing,
+)  # fmt: skip
+
+
+def main() -> None:
+    """Run all checks, or those named; the first rank tells."""
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    torch.cuda.set_device(device)
+    dist.init_process_group("nccl", device_id=device, timeout=timedelta(minutes=2))
+    group = ExpertGroup.create()
+    assert group is not None
+    ranks = Ranks(group, device)
+    names = sys.argv[1:]
+    for check in CHECKS:
+        if not names or check.__name__ in names:
+            torch.manual_seed(0)
+            start = time.perf_counter()
+            told = check(ranks)
+            torch.cuda.synchronize()
+            dist.barrier()
+            if group.rank == 0:
+                print(f"{check.__name__}: {told} ({time.perf_counter() - start:.1f} s)", flush=True)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

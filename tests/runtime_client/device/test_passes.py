@@ -1,0 +1,267 @@
+"""Passes without the host on CPUs: real processes and signals, kernels in Triton's interpreter."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from tests.runtime_client.device.shared_memory import shared_memory
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from moeplan.runtime_client.device.exchange import DeviceExchange
+from moeplan.runtime_client.device.memory import symmetric_memory
+from moeplan.runtime_client.errors import PassError, RouterError
+from moeplan.runtime_client.group import ExpertGroup
+from moeplan.runtime_client.layers.feed_forward import ExpertShape
+from moeplan.runtime_client.layers.resident import ResidentExperts
+from moeplan.solvers import LlepPlanner, QuotaPlanner, SpillOptions
+from moeplan.solvers.problem.errors import InfeasibleError
+
+pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="Triton has wheels for Linux only")
+
+Launch = Callable[..., list[Any]]
+SHAPE, EXPERTS, CHOICES, TOKENS = ExpertShape(16, 24), 6, 2, 20
+CPU = torch.device("cpu")
+TOLERANCE = 1e-5
+
+
+def make_group() -> ExpertGroup:
+    group = ExpertGroup.create()
+    assert group is not None
+    return group
+
+
+def make_layers(
+    folder: Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    spare: int = 2,
+    shape: ExpertShape = SHAPE,
+    limit: timedelta = timedelta(hours=1),
+    capacity: int | None = None,
+) -> tuple[ResidentExperts, ResidentExperts, DeviceExchange]:
+    """A layer on gloo and one without the host, with equal weights of this type, computing in float32."""
+    group = make_group()
+    planner = QuotaPlanner(SpillOptions.uniform(EXPERTS, group.size, spare), group.size)
+    exchange = DeviceExchange(
+        group, planner, shape, max_tokens=TOKENS, choices=CHOICES, device=CPU, dtype=torch.float32, weights=dtype,
+        capacity=capacity, time_limit=limit, memory=shared_memory(folder),
+    )  # fmt: skip
+    layers = [
+        ResidentExperts(
+            shape, EXPERTS, group, planner=planner, exchange=own, dtype=dtype, compute_dtype=torch.float32
+        )
+        for own in (None, exchange)
+    ]  # fmt: skip
+    flat = torch.randn(EXPERTS, shape.elements, generator=torch.Generator().manual_seed(0)) / 4
+    for layer in layers:
+        layer.load_experts(0, flat)
+    return layers[0], layers[1], exchange
+
+
+def batch(seed: int, tokens: int = TOKENS, skew: float = 3.0) -> list[Tensor]:
+    random = torch.Generator().manual_seed(100 * seed + dist.get_rank())
+    hidden, gradient = torch.randn(2, tokens, SHAPE.hidden, generator=random)
+    weight, place = torch.rand(2, tokens, CHOICES, generator=random)
+    return [hidden, (place**skew * EXPERTS).long().clamp(max=EXPERTS - 1), weight, gradient]
+
+
+def answers(layer: ResidentExperts, parts: Sequence[Tensor], *, recompute: bool = False) -> list[Tensor]:
+    hidden, index, weight, gradient = parts
+    hidden, weight = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+    layer.flat.grad = None
+    parts = (hidden, index, weight)
+    output: Tensor = checkpoint(layer, *parts, use_reentrant=False) if recompute else layer(*parts)
+    output.backward(gradient)
+    found = [output.detach(), hidden.grad, weight.grad, layer.flat.grad]
+    return [part.clone() for part in found if part is not None]
+
+
+def assert_close(expected: Sequence[Tensor], found: Sequence[Tensor]) -> None:
+    for one, other in zip(expected, found, strict=True):
+        if one.numel():
+            assert float((one - other).abs().max()) <= TOLERANCE * max(1.0, float(one.abs().max()))
+
+
+def equals_gloo(folder: Path, dtype: torch.dtype, spare: int, shape: ExpertShape) -> list[int]:
+    gloo, own, exchange = make_layers(folder, dtype=dtype, spare=spare, shape=shape)
+    lent = []
+    for seed, skew in enumerate((1.0, 4.0, 1000.0)):  # even, uneven, all on one expert
+        parts = batch(seed, (TOKENS, 0, 13)[(seed + dist.get_rank()) % 3], skew)
+        assert_close(answers(gloo, parts), answers(own, parts))
+        lent.append(int(exchange.mailbox.answer[2]))
+    with torch.no_grad():
+        assert_close([gloo(*parts[:3])], [own(*parts[:3])])
+    exchange.check()
+    exchange.mailbox.close()
+    return lent
+
+
+@pytest.mark.parametrize(
+    ("size", "dtype", "spare", "shape"),
+    [
+        (2, torch.float32, 2, SHAPE),
+        (2, torch.float64, 2, SHAPE),
+        (2, torch.float32, 0, ExpertShape(16, 8, gated=False, activation="relu")),
+        (3, torch.float64, 1, ExpertShape(16, 24, activation="gelu")),
+    ],
+)
+def test_a_pass_equals_that_on_collectives(
+    ranks: Launch, tmp_path: Path, size: int, dtype: torch.dtype, spare: int, shape: ExpertShape
+) -> None:
+    lent = ranks(size, equals_gloo, tmp_path, dtype, spare, shape, timeout_s=200)
+    assert (sum(map(sum, lent)) > 0) == (spare > 0)
+
+
+def repeated(folder: Path) -> None:
+    gloo, own, exchange = make_layers(folder)
+    one, other = batch(1), batch(2)
+    first = answers(own, one)
+    for recompute in (True, False):
+        for expected, found in zip(first, answers(own, one, recompute=recompute), strict=True):
+            assert torch.equal(expected, found)
+    flats: list[list[Tensor]] = []
+    for layer in (gloo, own):  # two micro-batches in flight, whose gradients add up
+        layer.flat.grad = None
+        outputs = [layer(*parts[:3]) for parts in (one, other)]
+        for output, parts in zip(outputs, (one, other), strict=True):
+            output.backward(parts[3])
+        assert layer.flat.grad is not None
+        flats.append([layer.flat.grad])
+    assert_close(*flats)
+    exchange.mailbox.close()
+
+
+def test_passes_repeat_bit_for_bit_and_may_overlap(ranks: Launch, tmp_path: Path) -> None:
+    ranks(2, repeated, tmp_path, timeout_s=200)
+
+
+def failure(folder: Path, kind: str) -> tuple[str, str, str]:
+    """The name of the error that `check` raises, its message, and that of the next pass."""
+    rank = dist.get_rank()
+    short = kind == "capacity"
+    limit = timedelta(milliseconds=0.2 if kind == "missing" else 1e6)
+    _, own, exchange = make_layers(
+        folder, spare=0 if short else 2, limit=limit, capacity=TOKENS * CHOICES if short else None
+    )
+    hidden, index, weight, _ = batch(0, TOKENS + 3 * rank if kind == "tokens" else TOKENS, 1000.0 if short else 3.0)
+    if kind == "router" and rank == 1:
+        index[3, 1], weight[4, 0] = -1, float("nan")
+    if kind == "missing":
+        own._passes = 1  # without the first pass, in which ranks compare weights and the host waits
+    if kind == "missing" and rank == 1:
+        dist.barrier()  # comes when the other has given up
+    output = own(hidden, index, weight)
+    if kind == "missing" and rank == 0:
+        dist.barrier()
+    assert output.isnan().all()
+    assert output.shape == hidden.shape
+    said = []
+    for again in (exchange.check, lambda: own(*batch(0)[:3])):
+        with pytest.raises(Exception) as caught:
+            again()
+        said.append(str(caught.value))
+    exchange.mailbox.close()
+    return type(caught.value).__name__, said[0], said[1]
+
+
+@pytest.mark.parametrize(
+    ("kind", "error", "message"),
+    [
+        ("router", RouterError, "layer 0, rank 1: 1 choices outside 0..5 and 1 weights that are not finite"),
+        ("tokens", PassError, "layer 0, rank 1: 3 tokens more than max_tokens"),
+        ("capacity", InfeasibleError, "raise the cap or the capacity"),
+        ("missing", PassError, "rank 1 did not take part in a pass in time"),
+    ],
+)
+def test_all_ranks_fail_alike(ranks: Launch, tmp_path: Path, kind: str, error: type[Exception], message: str) -> None:
+    for name, first, second in ranks(2, failure, tmp_path, kind, timeout_s=200):
+        assert name == error.__name__
+        assert message in first
+        assert second == first
+
+
+def meetings(folder: Path) -> None:
+    _, _, exchange = make_layers(folder)
+    rank, size = exchange.group.rank, exchange.group.size
+    for number in range(6):
+        time.sleep(0.05 * ((number + rank) % size))
+        exchange.scale.fill_(10 * number + rank)
+        exchange.meet()
+        for peer in range(size):
+            # Seen through the addresses that kernels use.
+            theirs = exchange.memory.held[peer]  # type: ignore[index]
+            place = exchange.scale.data_ptr() - exchange.memory.own.data_ptr()
+            assert theirs[place : place + 4].view(torch.float32).item() == 10 * number + peer
+        exchange.meet()
+    assert exchange.state.item() == 12
+    exchange.mailbox.close()
+
+
+def test_after_a_meeting_all_ranks_see_what_was_written_before(ranks: Launch, tmp_path: Path) -> None:
+    ranks(3, meetings, tmp_path, timeout_s=200)
+
+
+def refusals(folder: Path) -> list[str]:
+    group = make_group()
+    quota = QuotaPlanner(SpillOptions.uniform(EXPERTS, 2, 1), 2)
+    llep = LlepPlanner(SpillOptions.uniform(EXPERTS, 2, 1), 2)
+    apart = QuotaPlanner(SpillOptions.uniform(EXPERTS, 2, 1, domain=1), 2)
+    idle = QuotaPlanner(SpillOptions.uniform(EXPERTS, 2, 1, home=[0] * EXPERTS), 2)
+    make: dict[str, Any] = {"max_tokens": 4, "choices": 2, "device": CPU, "memory": shared_memory(folder)}
+    said = []
+    for planner, shape, changes in (
+        (llep, SHAPE, {}),
+        (apart, SHAPE, {}),
+        (idle, SHAPE, {}),
+        (quota, ExpertShape(12, 8), {}),
+        (quota, SHAPE, {"capacity": 7}),
+        (quota, SHAPE, {"max_tokens": 0}),
+        (quota, SHAPE, {"device": torch.device("cuda"), "dtype": torch.float32}),
+    ):
+        with pytest.raises(ValueError) as caught:
+            DeviceExchange(group, planner, shape, **make | changes)  # type: ignore[arg-type]
+        said.append(str(caught.value))
+    return said
+
+
+def test_what_cannot_run_without_the_host_is_refused_by_name(ranks: Launch, tmp_path: Path) -> None:
+    said, _ = ranks(2, refusals, tmp_path)
+    expected = (
+        "LlepPlanner",
+        "one link domain",
+        "must own",
+        "expert.hidden = 12",
+        "capacity = 7",
+        "max_tokens",
+        "dtype",
+    )
+    for message, word in zip(said, expected, strict=True):
+        assert word in message
+    with pytest.raises(ValueError, match="group of one rank"):
+        DeviceExchange(
+            ExpertGroup(), QuotaPlanner(SpillOptions.uniform(4, 1, 0), 1), SHAPE, max_tokens=1, choices=1, device=CPU
+        )
+
+
+def test_an_old_torch_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "__version__", "2.10.1+cu130")
+    with pytest.raises(RuntimeError, match=r"torch 2\.10\.1\+cu130: .* 2\.11 or later"):
+        symmetric_memory(None, 8, CPU)  # type: ignore[arg-type]
+
+
+def test_layers_need_no_triton() -> None:
+    program = (
+        "import sys; sys.modules['triton'] = None; from moeplan.runtime_client import DeviceExchange, ResidentExperts"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)

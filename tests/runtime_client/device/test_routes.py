@@ -1,0 +1,85 @@
+"""What the kernels of one rank read of a plan, against the plan."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from moeplan.runtime_client.device.routes import BORROWED, FAULT, LENT, MOST, AnswerShape, Owners, write_answer
+from moeplan.solvers import QuotaPlanner, SpillOptions, SpillPlan
+from moeplan.solvers.problem.arrays import Int32, Int64
+
+
+def answer_of(plan: SpillPlan, options: SpillOptions, rank: int, rows: int, away: int) -> tuple[Int32, AnswerShape]:
+    owners = Owners.of(options)
+    owned = int((options.home == rank).sum())
+    shape = AnswerShape(options.experts, int(options.spare.sum()), owned, int(options.spare[rank]))
+    answer = np.full(shape.words, -7, np.int32)
+    write_answer(
+        answer, shape.places(), rank, rows, away, plan.replicas, plan.expert, plan.device,
+        np.ascontiguousarray(plan.sent.T), plan.kept, owners.home, owners.row, owners.order, owners.first,
+        np.zeros((5, max(options.experts, options.devices)), np.int64), np.zeros((3, shape.slots), np.int64),
+    )  # fmt: skip
+    return answer, shape
+
+
+def slots_of(plan: SpillPlan, options: SpillOptions, device: int) -> list[int]:
+    """Experts of a device's slots: those at home, then lent ones by owner and expert."""
+    lent = sorted((int(options.home[e]), int(e)) for e, d in zip(plan.expert, plan.device, strict=True) if d == device)
+    return [*np.flatnonzero(options.home == device).tolist(), *(e for _, e in lent)]
+
+
+@pytest.mark.parametrize("away", [-1, 4000])
+@pytest.mark.parametrize("seed", range(12))
+def test_every_pair_goes_to_a_row_of_its_own_in_the_order_of_slots_and_sources(seed: int, away: int) -> None:
+    rng = np.random.default_rng(seed)
+    devices, spare = int(rng.integers(2, 7)), int(rng.integers(0, 4))
+    home = rng.permutation(np.append(np.arange(devices), rng.integers(0, devices, 9)))
+    options = SpillOptions.uniform(devices + 9, devices, spare, home=home)
+    counts = rng.integers(0, 40, (devices, devices + 9)) * (rng.random(devices + 9) < 0.6)
+    counts[:, rng.integers(devices + 9)] += 200
+    plan = QuotaPlanner(options, devices).plan(counts)
+    rows = 9000
+
+    found: dict[tuple[int, int], tuple[int, int]] = {}  # (device, row) -> (source, expert)
+    for source in range(devices):
+        answer, shape = answer_of(plan, options, source, rows, away)
+        first = answer[shape.first : shape.begin]
+        assert answer[FAULT] == 0
+        assert answer[MOST] == np.diff(first).max()
+        for expert in range(options.experts):
+            begins = [*answer[shape.begin + first[expert] : shape.begin + first[expert + 1]], counts[source, expert]]
+            targets = answer[shape.target + first[expert] : shape.target + first[expert + 1]]
+            for begin, end, target in zip(begins, begins[1:], targets, strict=False):
+                for pair in range(begin, end):
+                    place = divmod(int(target) + pair - int(begin), rows)
+                    assert place not in found
+                    found[place] = source, expert
+    assert len(found) == counts.sum()
+
+    for device in range(devices):
+        answer, shape = answer_of(plan, options, device, rows, away)
+        here = {row: pair for (d, row), pair in found.items() if d == device}
+        slots, owned = slots_of(plan, options, device), shape.owned
+        ends: Int64 = answer[shape.home_ends : shape.loans].astype(np.int64)
+        if away >= 0:
+            ends[owned:] += away
+        starts = np.append(0, ends[:-1])
+        if away >= 0 and spare:
+            starts[owned] = away
+        for slot, (begin, end) in enumerate(zip(starts, ends, strict=True)):
+            pairs = [here.pop(row) for row in range(begin, end)]
+            assert pairs == sorted(pairs)
+            assert {expert for _, expert in pairs} <= ({slots[slot]} if slot < len(slots) else set())
+        assert not here
+        assert answer[BORROWED] == len(slots) - owned
+
+        loans = answer[shape.loans :].reshape(-1, 3)[: answer[LENT]].tolist()
+        mine = np.flatnonzero(options.home == device).tolist()
+        expected = sorted(
+            (mine.index(e), int(d)) for e, d in zip(plan.expert, plan.device, strict=True) if options.home[e] == device
+        )
+        assert [(row, d) for row, d, _ in loans] == expected
+        for row, borrower, slot in loans:
+            width = int((options.home == borrower).sum())
+            assert slots_of(plan, options, borrower)[width + slot] == mine[row]
