@@ -176,5 +176,4 @@ class Window:
                 np.int64
             )
         elif self._last is not None:
-            layers, ranks = np.nonzero(~step.seen)
-            step.tokens[layers, ranks] = self._last[layers, ranks]
+            np.copyto(step.tokens, self._last, where=~step.seen[:, :, np.newaxis])

@@ -16,6 +16,7 @@ from moeplan.api.jobs import (
     Payback,
     Replan,
     StatisticsCount,
+    check_size,
 )
 from moeplan.api.wire.problem_messages import (
     read_cluster,
@@ -69,6 +70,7 @@ def read_job_spec(message: job_pb2.Job) -> JobSpec:
         raise ProblemError("job.incarnation", message.incarnation, "must be at least 0")
     initial: tuple[Layout, ...] = ()
     if message.HasField("initial_layouts"):
+        check_size(cluster, message.layers, message.experts, message.ranks)
         initial = read_layouts("job.initial_layouts", message.initial_layouts, message.layers, message.experts)
     return JobSpec(
         cluster=cluster,
