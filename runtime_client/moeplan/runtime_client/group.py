@@ -95,7 +95,9 @@ class ExpertGroup:
             The group, or None on a rank outside of it.
         """
         members = list(range(dist.get_world_size())) if ranks is None else list(ranks)
-        limit = 2 * max(timeout, timedelta(minutes=5))  # that of NCCL's watchdog, which knows no layers
+        # Gloo cannot give up a collective before its own limit, so a process could not end sooner. NCCL's watchdog ends
+        # the process, without a word of layers, so it must be later.
+        limit = 2 * timeout if dist.get_backend() == "gloo" else 2 * max(timeout, timedelta(minutes=5))
         tokens = dist.new_group(members, timeout=limit)
         weights = dist.new_group(members, timeout=limit)
         if dist.get_rank() not in members:
