@@ -55,10 +55,10 @@ def explain(error: ProblemError, flags: Mapping[str, str]) -> str:
     field = re.sub(r"^(problem|job)\.", "", field)
     path, _, index = field.partition("[")
     name = PARAMETERS.get(".".join(path.split(".")[-2:]), path.split(".")[-1])
-    if name in flags:
+    if field.startswith("constraints.") and "constraints" in flags:
+        place = f"{flags['constraints']}: {field.removeprefix('constraints.')}"
+    elif name in flags:
         place = flags[name] + (f"[{index}" if index else "")
-    elif path.split(".")[0] in ("constraints", "expert", "cluster") and "constraints" in flags:
-        place = f"{flags['constraints']}: {field.removeprefix('constraints.').removeprefix('cluster.')}"
     else:
         place = field
     of = f"layer {layer}: " if layer else ""
@@ -68,7 +68,7 @@ def explain(error: ProblemError, flags: Mapping[str, str]) -> str:
 class Command(TyperCommand):
     """A command that ends with a line and an exit code where it cannot do what was asked."""
 
-    def invoke(self, ctx: typer.Context) -> Any:
+    def invoke(self, ctx: Any) -> Any:
         """Run it."""
         try:
             answer = super().invoke(ctx)

@@ -1,4 +1,4 @@
-"""How commands reach a daemon: the options that say which, and a client of it."""
+"""The way to a daemon: the options that say which, and a client of it."""
 
 from __future__ import annotations
 

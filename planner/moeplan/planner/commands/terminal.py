@@ -90,7 +90,7 @@ def compiling() -> Iterator[None]:
     console = Console(stderr=True)
     shown = console.status("loading kernels")
 
-    class Compilations(event.Listener):
+    class Compilations(event.Listener):  # type: ignore[misc]
         """Hears of every kernel that is not in the cache."""
 
         count = 0

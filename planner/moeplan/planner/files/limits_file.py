@@ -26,7 +26,7 @@ LARGEST = 2**53
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LimitsFile:
-    """What such a file says.
+    """Contents of a limits file.
 
     Attributes:
         constraints: The limits proper.
@@ -50,7 +50,8 @@ class LimitsFile:
         }
         for name, values in given.items():
             if len(values) != uniform.devices:
-                raise ProblemError(name, f"{len(values)} values", f"must be one, or one per device ({uniform.devices})")
+                reason = f"must be one, or one per device ({uniform.devices})"
+                raise ProblemError(f"constraints.{name}", f"{len(values)} values", reason)
         return replace(uniform, **given)
 
 
@@ -115,7 +116,7 @@ def _numbers(value: Any) -> list[Any]:
 
 
 def _fault(name: str, number: Any) -> str:
-    """What is wrong with a number of a limit; empty where nothing is."""
+    """Fault of a number of a limit; empty where there is none."""
     is_number = isinstance(number, (int, float)) and not isinstance(number, bool)
     if name in FRACTIONS:
         return "" if is_number and 0 < number < float("inf") else "must be a finite number above 0"

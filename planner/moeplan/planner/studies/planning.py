@@ -38,7 +38,7 @@ __all__ = ["Gain", "PlanRequest", "PlannedLayer", "plan_trace"]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PlanRequest:
-    """What to plan.
+    """Layers of a trace to plan, and for what.
 
     Attributes:
         trace: Recorded steps.

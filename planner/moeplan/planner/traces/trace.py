@@ -127,10 +127,11 @@ class Trace:
                         reason = f"should have {self.steps} steps"
                         raise TraceError(self.path, reason, "counts", f"ends in step {step}")
                     counts = np.frombuffer(data, self.dtype).reshape(shape)
-                    if self.dtype.kind == "i" and counts.min() < 0:
-                        raise TraceError(self.path, "must be at least 0", f"counts[{step}]", counts.min())
-                    if counts.max() > MAX_TOKENS:
-                        raise TraceError(self.path, "must be at most 2**53", f"counts[{step}]", counts.max())
+                    for extreme in (counts.min(), counts.max()):
+                        if not 0 <= extreme <= MAX_TOKENS:
+                            while file.read(1 << 20):  # to the end, where a damaged file shows
+                                pass
+                            raise TraceError(self.path, "must be 0 to 2**53", f"counts[{step}]", extreme)
                     yield counts.astype(np.int64)
         except (OSError, zipfile.BadZipFile, EOFError, zlib.error) as error:
             raise TraceError(self.path, f"is damaged ({error})") from None
@@ -173,7 +174,7 @@ class Trace:
             history.append(counts)
 
     def window_count(self, length: int, every: int) -> int:
-        """How many windows `windows` yields."""
+        """Number of windows that `windows` yields."""
         return max(0, -(-(self.steps - length) // every))
 
 
