@@ -26,6 +26,12 @@ compare: $(STAMP)  ## plan from a recorded trace and compare policies on steps t
 test: $(STAMP)  ## run the tests
 	@$(BIN)/python -m pytest
 
+test-all: $(STAMP) docs  ## run the tests, those that take minutes too, and build the documentation
+	@$(BIN)/python -m pytest -m "slow or not slow"
+
+docs: $(STAMP)  ## build the documentation site into build/site, without network
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
 check: $(STAMP) check-proto  ## lint and type-check
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
@@ -44,4 +50,4 @@ fix: $(STAMP)  ## format, and mend what the linter can
 bench: $(STAMP)  ## measure layouts against SGLang's planners (downloads their wheel once)
 	@$(BIN)/python benchmarks/layouts.py
 
-.PHONY: help install demo compare test check proto check-proto fix bench
+.PHONY: help install demo compare test test-all docs check proto check-proto fix bench

@@ -58,6 +58,7 @@ class Advance:
         self._task = bar.add_task("", total=total)
 
     def __call__(self) -> None:
+        """One more is done."""
         self._bar.advance(self._task)
 
 
@@ -96,6 +97,7 @@ def compiling() -> Iterator[None]:
         count = 0
 
         def on_start(self, event: Any) -> None:
+            """A kernel is compiled."""
             self.count += 1
             name = event.data["dispatcher"].py_func.__name__
             shown.update(f"compiling kernels, once after an installation: {name}, {self.count} so far")
@@ -103,7 +105,7 @@ def compiling() -> Iterator[None]:
                 print("compiling kernels, once after an installation: about a minute", file=sys.stderr, flush=True)
 
         def on_end(self, event: Any) -> None:
-            pass
+            """It is done."""
 
     with event.install_listener("numba:compile", Compilations()):
         if not console.is_terminal:
