@@ -1,6 +1,6 @@
 """Next step: what a limit of moves costs in balance, beside EPLB and the floor.
 
-    python benchmarks/next_step.py TRACE:DEVICES:SLOTS ... [--offsets 0,10] [--plot FILE.svg]
+    python benchmarks/next_step.py TRACE:DEVICES:SLOTS ... [--offsets 0,10] [--plot FILE.svg] [--out FILE.json]
 
 As `moeplan compare` does, a plan is made from ten steps and judged on the one after them, every 20 steps, from each of
 the start offsets, with the best split. The floor is the layout planned from the very step that it is judged on, where
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -22,6 +23,7 @@ from moeplan.planner.pages.line_chart import lines_svg
 from moeplan.planner.studies.policies import Row, Setting, compare
 from moeplan.planner.traces.trace import Trace, Window
 from moeplan.solvers import Cluster
+from result_file import write_result
 
 LIMITS = (0, 4, 8, 16, 28, 48, None)
 WINDOW, EVERY = 10, 20
@@ -32,22 +34,30 @@ def main() -> None:
     parser.add_argument("traces", nargs="+", metavar="TRACE:DEVICES:SLOTS")
     parser.add_argument("--offsets", default="0,10", help="first steps, comma-separated")
     parser.add_argument("--plot", type=Path, help="SVG file for the curve of moves against imbalance")
+    parser.add_argument("--out", type=Path, help="file for the results, as JSON")
     arguments = parser.parse_args()
     offsets = [int(offset) for offset in arguments.offsets.split(",")]
-    lines = []
+    lines: list[tuple[str, list[tuple[float, float]]]] = []
+    measured: list[dict[str, Any]] = []
     for text in arguments.traces:
         path, devices, slots = text.rsplit(":", 2)
         trace, cluster = Trace.open(path), Cluster.uniform(int(devices), int(slots))
         table = Table("policy", "max moves", "moved", "mean", "p95", "max", "ms/layer", title=f"{text}, from {offsets}")
-        show(table, "eplb", "-", rows(trace, cluster, "eplb", None, offsets))
+        figures = [figures_of("eplb", "-", rows(trace, cluster, "eplb", None, offsets))]
         points = []
         for limit in track(LIMITS, path, transient=True):
             found = rows(trace, cluster, "hybrid", limit, offsets)
-            show(table, "hybrid", "no limit" if limit is None else str(limit), found)
+            figures.append(figures_of("hybrid", "no limit" if limit is None else str(limit), found))
             points.append((100 * moved(found), mean(found, "mean")))
-        show(table, "hybrid", "foresight", rows(trace, cluster, "hybrid", None, offsets, foresight=True))
+        foreseen = rows(trace, cluster, "hybrid", None, offsets, foresight=True)
+        figures.append(figures_of("hybrid", "foresight", foreseen))
+        for row in figures:
+            show(table, row)
+        measured.extend({"trace": text, "offsets": offsets, **row} for row in figures)
         Console().print(table)
         lines.append((f"{Path(path).stem}, {devices} x {slots}", sorted(points)))
+    if arguments.out:
+        write_result(arguments.out, measured)
     if arguments.plot:
         arguments.plot.write_text(
             lines_svg("Moves against imbalance", "slots moved per re-plan, %", "next step, max/mean", lines)
@@ -68,11 +78,22 @@ def rows(
     return found
 
 
-def show(table: Table, policy: str, limit: str, found: Sequence[Row]) -> None:
-    milliseconds = np.median([row["plan_ms_per_layer"]["p50"] for row in found])
-    imbalances = [f"{mean(found, figure):.4f}" for figure in ("mean", "p95")]
-    worst = max(row["next_step"]["optimal"]["max"] for row in found)
-    table.add_row(policy, limit, f"{moved(found):.1%}", *imbalances, f"{worst:.3f}", f"{milliseconds:.0f}")
+def figures_of(policy: str, limit: str, found: Sequence[Row]) -> dict[str, Any]:
+    """A row of the table, as numbers."""
+    return {
+        "policy": policy,
+        "max_moves": limit,
+        "moved": moved(found),
+        "mean": mean(found, "mean"),
+        "p95": mean(found, "p95"),
+        "max": max(row["next_step"]["optimal"]["max"] for row in found),
+        "ms_per_layer": float(np.median([row["plan_ms_per_layer"]["p50"] for row in found])),
+    }
+
+
+def show(table: Table, row: dict[str, Any]) -> None:
+    imbalances = [f"{row['mean']:.4f}", f"{row['p95']:.4f}", f"{row['max']:.3f}"]
+    table.add_row(row["policy"], row["max_moves"], f"{row['moved']:.1%}", *imbalances, f"{row['ms_per_layer']:.0f}")
 
 
 def mean(found: Sequence[Row], figure: str) -> float:

@@ -35,13 +35,6 @@ def save(path: Path, **arrays: Any) -> Path:
     return path
 
 
-def test_help_teaches() -> None:
-    text = moeplan("--help").stdout
-    for command in ("plan", "compare", "policies", "trace"):
-        assert command in text
-    assert "max/mean" in moeplan("compare", "--help").stdout or "over the mean" in moeplan("compare", "--help").stdout
-
-
 def test_policies_lists_all() -> None:
     names = [entry["policy"] for entry in json.loads(moeplan("policies", "--format", "json").stdout)["policies"]]
     assert {"eplb", "flexmoe", "hybrid", "laer", "static", "symi"} <= set(names)
@@ -66,6 +59,7 @@ def test_plan_then_plan_again_with_few_moves(tmp_path: Path) -> None:
     )
     document = json.loads(second.read_text())
     assert document == json.loads(again.stdout)
+    assert document["layers"][0]["imbalance_before"] >= document["layers"][0]["imbalance"]
     (layer,) = document["layers"]
     assert len(layer["moves"]) <= 4
     assert 1 <= layer["bound"] <= layer["imbalance"]
@@ -81,7 +75,7 @@ def test_traffic_sends_less_between_nodes(tmp_path: Path) -> None:
         parts[policy] = [float(word.rstrip("%")) for word in text.split() if word.endswith("%")][1]
     assert parts["traffic"] < parts["hybrid"]
     text = moeplan("plan", TRACE, *sizes, "--traffic-tolerance", -1, "-o", tmp_path / "plan.json", code=2).stderr
-    assert "parameters.traffic_tolerance" in text
+    assert "--traffic-tolerance = -1.0" in text
 
 
 def test_compare_answers_as_documented() -> None:
@@ -119,7 +113,7 @@ COUNTS = np.ones((12, 2, 4, 8), np.int32)
     [
         ({"counts": COUNTS[0]}, "must be [step, layer, source, expert]"),
         ({"counts": COUNTS.astype(np.float32)}, "must hold integers"),
-        ({"counts": -COUNTS}, "must be at least 0"),
+        ({"counts": -COUNTS}, "must be 0 to 2**53"),
         ({"other": COUNTS}, "has no array named `counts`"),
         ({"counts": COUNTS[:0]}, "is empty"),
         ({"counts": np.asfortranarray(COUNTS)}, "must be in C order"),
@@ -140,7 +134,7 @@ def test_truncated_files_are_explained(tmp_path: Path, keep: float) -> None:
     path = tmp_path / "cut.npz"
     path.write_bytes(whole[: int(keep if keep >= 1 else keep * len(whole))])
     for arguments in (("trace", "info", path), ("compare", path, "--devices", 4, "--slots", 3)):
-        assert "error: " in moeplan(*arguments, code=2).stderr
+        assert f"moeplan: {path}" in moeplan(*arguments, code=2).stderr
 
 
 def test_damaged_data_is_explained(tmp_path: Path) -> None:
@@ -150,33 +144,6 @@ def test_damaged_data_is_explained(tmp_path: Path) -> None:
     data[middle : middle + 64] = bytes(64)
     path.write_bytes(bytes(data))
     assert "is damaged" in moeplan("trace", "info", path, code=2).stderr
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (("--devices", 4, "--slots", 1), "8 experts need 4 more"),
-        (("--devices", 0, "--slots", 1), "cluster.devices = 0"),
-        (("--devices", 4, "--slots", 3, "--nodes", 9), "cluster.nodes = 9"),
-        (("--devices", 4, "--slots", 3, "--layers", "1-7"), "must be within 0-1"),
-        (("--devices", 4, "--slots", 3, "--layers", "x"), "must look like 0,3-5"),
-        (("--devices", 4, "--slots", 3, "--policies", "magic"), "must be one of"),
-        (("--devices", 4, "--slots", 3, "--window", 0), "--window = 0"),
-        (("--devices", 4, "--slots", 3, "--deadline-ms", -1), "parameters.deadline_s"),
-    ],
-)
-def test_mistakes_are_explained(tmp_path: Path, arguments: tuple[object, ...], message: str) -> None:
-    path = save(tmp_path / "small.npz", counts=COUNTS)
-    assert message in moeplan("compare", path, *arguments, code=2).stderr
-
-
-def test_missing_files_are_explained(tmp_path: Path) -> None:
-    assert "no such file" in moeplan("trace", "info", tmp_path / "none.npz", code=2).stderr
-    path = save(tmp_path / "small.npz", counts=COUNTS)
-    (tmp_path / "plan.json").write_text("{}")
-    for current in ("none.json", "plan.json"):
-        done = moeplan("plan", path, "--devices", 4, "--slots", 3, "--current", tmp_path / current, code=2)
-        assert "moeplan plan" in done.stderr
 
 
 def test_compare_with_known_counts_answers_as_documented() -> None:
@@ -214,25 +181,6 @@ def test_plan_honours_a_file_of_limits(tmp_path: Path) -> None:
     after = json.loads(again.read_text())["layers"][0]["slots"]
     assert all(set(after[d]) == {-1} for d in (3, 7, 8))
     assert {e for row in after for e in row} - {-1} == set(range(64))
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("[1]", "must be a JSON object"),
-        ("{", "no JSON"),
-        ('{"pined": []}', "pined = []: is not known"),
-        ('{"expert": {"size": 3}}', "must be an object with some of weight_bytes"),
-        ('{"forbidden": [[64, 0]]}', "expert 64, device 0"),
-        ('{"min_tokens": "many"}', "wrong type"),
-        ('{"slots": [4, 4]}', "2 values"),
-    ],
-)
-def test_broken_limits_are_explained(tmp_path: Path, text: str, message: str) -> None:
-    limits = tmp_path / "limits.json"
-    limits.write_text(text)
-    options = ("--devices", 16, "--slots", 5, "-o", tmp_path / "plan.json", "--constraints", limits)
-    assert message in moeplan("plan", TRACE, *options, code=2).stderr
 
 
 def test_slots_are_shared_over_layers(tmp_path: Path) -> None:

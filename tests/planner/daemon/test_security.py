@@ -11,6 +11,7 @@ import urllib.request
 from dataclasses import dataclass
 from ipaddress import ip_address
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -116,12 +117,12 @@ def test_nothing_is_read_before_the_token(start: Start, tmp_path: Path) -> None:
 
     before = memory()
     with grpc.insecure_channel(daemon.address, [("grpc.max_send_message_length", -1)]) as channel:
-        method = channel.unary_unary("/moeplan.v1.SolverService/Solve", request_serializer=None)
+        method: Any = channel.unary_unary("/moeplan.v1.SolverService/Solve", request_serializer=None)
         for compression in (grpc.Compression.NoCompression, grpc.Compression.Gzip):
             calls = [method.future(body, timeout=WAIT_S, compression=compression) for _ in range(2)]
             assert [call.exception().code() for call in calls] == [grpc.StatusCode.UNAUTHENTICATED] * 2
         assert memory() < before + 60
-        silent = channel.stream_unary("/grpc.health.v1.Health/Check", request_serializer=None)
+        silent: Any = channel.stream_unary("/grpc.health.v1.Health/Check", request_serializer=None)
         waiting = [silent.future(iter(threading.Event().wait, None), timeout=WAIT_S) for _ in range(20)]
         health = health_pb2_grpc.HealthStub(channel)
         assert health.Check(health_pb2.HealthCheckRequest(), timeout=WAIT_S).status

@@ -7,14 +7,29 @@ from typing import Annotated
 
 import typer
 
-from moeplan.planner.commands.options import Devices, Format, Nodes, Output, Seed, TraceFile, positive, print_json
+from moeplan.planner.commands.explained import Command
+from moeplan.planner.commands.options import (
+    OUTPUT,
+    PROBLEM,
+    SEARCH,
+    Devices,
+    Format,
+    Nodes,
+    Output,
+    Seed,
+    TraceFile,
+    WindowSteps,
+    positive,
+    print_json,
+    writable,
+)
 
 __all__ = ["register"]
 
 
 def register(app: typer.Typer) -> None:
     """Add the command to the program."""
-    app.command()(affinity)
+    app.command(cls=Command)(affinity)
 
 
 def affinity(
@@ -22,12 +37,20 @@ def affinity(
     devices: Devices,
     nodes: Nodes = 1,
     tolerance: Annotated[
-        float, typer.Option(help="How far a node's load may exceed its share of a layer, as a fraction.")
+        float,
+        typer.Option(
+            help="How far a node's load may exceed its share of a layer, as a fraction.", rich_help_panel=PROBLEM
+        ),
     ] = 0.05,
-    ilp_seconds: Annotated[float, typer.Option(help="Time for the exact solver, which small models are given.")] = 10.0,
-    window: Annotated[int, typer.Option(help="Newest steps of the trace to take loads from.")] = 10,
-    out: Annotated[Path, typer.Option("--output", "-o", help="Plan file to write (JSON).")] = Path("plan.json"),
+    window: WindowSteps = 10,
+    ilp_seconds: Annotated[
+        float,
+        typer.Option(help="Time for the exact solver, which small models are given.", rich_help_panel=SEARCH),
+    ] = 10.0,
     seed: Seed = 0,
+    out: Annotated[
+        Path, typer.Option("--output", "-o", help="Plan file to write (JSON).", rich_help_panel=OUTPUT)
+    ] = Path("plan.json"),
     output: Output = Format.TABLE,
 ) -> None:
     """Place all layers so that tokens find their next expert on the node where they are.
@@ -45,10 +68,11 @@ def affinity(
     from moeplan.solvers import Cluster, Demand, Layout, Problem, evaluate
     from moeplan.solvers.affinity.placement import crossings, place_by_affinity
 
+    writable("--output", out)
     opened = Trace.open(trace)
     pairs = opened.pairs()
     if pairs is None:
-        raise TraceError(str(trace), "no array `pairs`", "affinity needs pairs[layer, expert, next_expert]")
+        raise TraceError(trace, "has no array `pairs`; affinity needs pairs[layer, expert, next_expert]")
     steps = np.stack(list(opened.read(max(0, opened.steps - positive("--window", window)))))
     cluster = Cluster.uniform(devices, -(-opened.experts // max(1, devices)), nodes=nodes)
     with status("placing"):
@@ -77,4 +101,5 @@ def affinity(
             ["placed by affinity", f"{placed.crossing / total:.1%}"],
             ["at least, by proof", f"{placed.bound / total:.1%}"],
         ],
+        output,
     )

@@ -7,7 +7,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from moeplan.planner.commands.explained import Command
 from moeplan.planner.commands.options import (
+    CLUSTER,
+    PROBLEM,
+    SEARCH,
     Deadline,
     Devices,
     ForecastBy,
@@ -20,6 +24,7 @@ from moeplan.planner.commands.options import (
     Seed,
     Split,
     TraceFile,
+    WindowSteps,
     Work,
     layer_numbers,
     positive,
@@ -36,38 +41,51 @@ if TYPE_CHECKING:
 __all__ = ["register"]
 
 LAYOUT_POLICIES = "static,eplb,laer,symi,flexmoe,hybrid"
+KNOWN = "Known counts, with --known-counts"
 
 
 def register(app: typer.Typer) -> None:
     """Add the command to the program."""
-    app.command()(compare)
+    app.command(cls=Command)(compare)
 
 
 def compare(
     trace: TraceFile,
     devices: Devices,
-    slots: Annotated[int | None, typer.Option(help="Expert slots per device (not with --known-counts).")] = None,
+    slots: Annotated[
+        int | None, typer.Option(help="Expert slots per device (not with --known-counts).", rich_help_panel=CLUSTER)
+    ] = None,
     nodes: Nodes = 1,
-    policies: Annotated[str | None, typer.Option(help="Policies to compare, comma-separated; all by default.")] = None,
-    window: Annotated[int, typer.Option(help="Steps to plan from.")] = 10,
-    every: Annotated[int, typer.Option(help="Steps from one plan to the next.")] = 20,
+    window: WindowSteps = 10,
+    every: Annotated[int, typer.Option(help="Steps from one plan to the next.", rich_help_panel=PROBLEM)] = 20,
+    forecast: ForecastBy = ForecastMethod.SCENARIOS,
+    split_rule: Split = None,
     layers: Layers = None,
     groups: Groups = 1,
     max_moves: MaxMoves = None,
+    policies: Annotated[
+        str | None,
+        typer.Option(help="Policies to compare, comma-separated; those of layouts by default.", rich_help_panel=SEARCH),
+    ] = None,
     deadline_ms: Deadline = None,
     work_limit: Work = None,
     seed: Seed = 0,
-    forecast: ForecastBy = ForecastMethod.SCENARIOS,
-    split_rule: Split = None,
     known_counts: Annotated[
-        bool, typer.Option("--known-counts", help="Plan each step from its own counts, by spilling to spare slots.")
+        bool,
+        typer.Option(
+            "--known-counts",
+            help="Plan each step from its own counts, by spilling to spare slots.",
+            rich_help_panel=KNOWN,
+        ),
     ] = False,
-    spare: Annotated[int, typer.Option(help="With --known-counts: spare slots per device for transient replicas.")] = 1,
+    spare: Annotated[
+        int, typer.Option(help="Spare slots per device for transient replicas.", rich_help_panel=KNOWN)
+    ] = 1,
     domain: Annotated[
-        int | None, typer.Option(help="With --known-counts: devices per link domain; all by default.")
+        int | None, typer.Option(help="Devices per link domain; all by default.", rich_help_panel=KNOWN)
     ] = None,
     tolerance: Annotated[
-        float, typer.Option(help="With --known-counts: accepted distance from the lower bound.")
+        float, typer.Option(help="Accepted distance from the lower bound.", rich_help_panel=KNOWN)
     ] = 5e-4,
     output: Output = Format.TABLE,
 ) -> None:
@@ -80,15 +98,14 @@ def compare(
     With --known-counts nothing is predicted: static, llep and quota split the very counts that they are judged on,
     over homes in order and --spare transient replicas per device, as a rank does in every micro-batch.
     """
-    from dataclasses import replace
-
     from moeplan.planner.commands.tables import show_comparison
-    from moeplan.planner.commands.terminal import progress, status
+    from moeplan.planner.commands.terminal import compiling, progress
     from moeplan.planner.studies.policies import Setting
     from moeplan.planner.studies.policies import compare as judge
     from moeplan.planner.studies.spilling import KNOWN_COUNTS_POLICIES
+    from moeplan.planner.studies.warming import load_kernels
     from moeplan.planner.traces.trace import Trace
-    from moeplan.solvers import Cluster, Forecast, SolveParameters, SpillOptions
+    from moeplan.solvers import Cluster, Forecast, SpillOptions
     from moeplan.solvers.policies.registry import find
 
     opened = Trace.open(trace)
@@ -100,7 +117,7 @@ def compare(
         _compare_known_counts(opened, chosen, options, names, every, output)
         return
     if slots is None:
-        raise ProblemError("--slots", slots, "is needed: expert slots per device")
+        raise ProblemError("--slots", "none", "give the expert slots per device; only --known-counts does without")
     names = [find(name.strip()).name for name in (policies or LAYOUT_POLICIES).split(",")]
     setting = Setting(
         Cluster.uniform(devices, slots, nodes=nodes),
@@ -112,9 +129,8 @@ def compare(
         split_rule=split_rule,
     )
     windows = opened.windows(window, every)
-    with status("compiling kernels (the first time only)"):
-        first = next(iter(opened.windows(window, every)))
-        judge([first, first], names, replace(setting, layers=chosen[:1], parameters=SolveParameters(work_limit=1)))
+    with compiling():
+        load_kernels(*names)
     plans = opened.window_count(window, every) * len(setting.layers) * len(names)
     with progress("planning", plans) as advance:
         result = judge(windows, names, setting, advance)
@@ -125,6 +141,7 @@ def compare(
         f"{trace.name}: plan from {window} steps, judge on the next, every {every} steps "
         f"({opened.experts} experts, {devices} devices, {slots} slots each)",
         result,
+        output,
     )
 
 
@@ -147,4 +164,5 @@ def _compare_known_counts(
         f"{trace.path.name}: every {every} steps planned from its own counts "
         f"({trace.experts} experts at home on {options.devices} devices, {options.spare[0]} spare slots each)",
         result,
+        output,
     )

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from moeplan.planner.commands.options import Format, Output, print_json
+from moeplan.planner.commands.explained import Command
+from moeplan.planner.commands.options import OUTPUT, Format, Output, print_json
 from moeplan.planner.commands.remote import with_client
 
 if TYPE_CHECKING:
@@ -18,16 +19,20 @@ if TYPE_CHECKING:
 
 __all__ = ["register"]
 
+TextOrJson = Annotated[
+    Literal[Format.TABLE, Format.JSON],
+    typer.Option("--format", help="Text to read, or JSON on standard output.", rich_help_panel=OUTPUT),
+]
 Name = Annotated[str, typer.Argument(help="The job, with or without jobs/.")]
 
 
 def register(app: typer.Typer) -> None:
     """Add the commands to the application."""
     jobs = typer.Typer(help="Look at the jobs of a daemon, and delete them.", no_args_is_help=True)
-    jobs.command("list")(list_jobs)
-    jobs.command()(show)
-    jobs.command()(watch)
-    jobs.command()(delete)
+    jobs.command("list", cls=Command)(list_jobs)
+    jobs.command(cls=Command)(show)
+    jobs.command(cls=Command)(watch)
+    jobs.command(cls=Command)(delete)
     app.add_typer(jobs, name="jobs")
 
 
@@ -56,11 +61,11 @@ def list_jobs(client: Client, output: Output = Format.TABLE) -> None:
                 status.owner or "-",
             ]
         )
-    show_table(f"{len(jobs)} jobs at {client.address}", columns, rows)
+    show_table(f"{len(jobs)} jobs at {client.address}", columns, rows, output)
 
 
 @with_client
-def show(client: Client, job: Name, output: Output = Format.TABLE) -> None:
+def show(client: Client, job: Name, output: TextOrJson = Format.TABLE) -> None:
     """Show a job, its newest decision and its plan."""
     found = client.job(_name(job))
     plan = client.plan(f"{found.name}/plans/-")
@@ -78,8 +83,10 @@ def show(client: Client, job: Name, output: Output = Format.TABLE) -> None:
 def watch(
     client: Client,
     job: Name,
-    count: Annotated[int, typer.Option(help="End after so many plans; 0 for never.", min=0)] = 0,
-    output: Output = Format.TABLE,
+    count: Annotated[
+        int, typer.Option(help="End after so many plans; 0 for never.", min=0, rich_help_panel=OUTPUT)
+    ] = 0,
+    output: TextOrJson = Format.TABLE,
 ) -> None:
     """Print every new plan of a job as it is made."""
     name = _name(job)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import sys
+from importlib.metadata import version
+from typing import Annotated
 
 import typer
 
 from moeplan.planner.commands import affinity, compare, jobs, plan, policies, replay, serve, trace
-from moeplan.solvers.problem.errors import ProblemError
+from moeplan.planner.commands.explained import EXIT_FAILED
 
 __all__ = ["app", "main"]
 
@@ -15,23 +17,45 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="Plan where the expert replicas of a Mixture-of-Experts model live, and prove how good the plan is.",
+    rich_markup_mode="markdown",  # which leaves [brackets] alone
 )
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"moeplan {version('moeplan')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _program(
+    show_version: Annotated[
+        bool, typer.Option("--version", help="Print the version, and end.", is_eager=True, callback=_print_version)
+    ] = False,
+) -> None:
+    """Plan where the expert replicas of a Mixture-of-Experts model live, and prove how good the plan is.
+
+    Exit codes: 0 done, 1 something outside failed (a daemon, a disk), 2 the call was wrong.
+    """
+
+
 for command in (trace, plan, policies, compare, affinity, replay, serve, jobs):
     command.register(app)
 
-BAD_INPUT = 2
-
 
 def main() -> None:
-    """Run the command line; a mistake of the user's ends with a message and exit code 2."""
+    """Run the command line; what cannot be done ends with a line on standard error."""
     try:
-        app()
-    except ProblemError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(BAD_INPUT)
-    except BrokenPipeError:
-        sys.exit(0)
+        code = app(prog_name="moeplan", standalone_mode=False)
+    except typer.TyperException as error:  # the call cannot be read
+        if text := error.format_message():
+            context = getattr(error, "ctx", None)
+            where = f" (see `{context.command_path} --help`)" if context else ""
+            print(f"moeplan: {text}{where}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except typer.Abort:
+        sys.exit(EXIT_FAILED)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

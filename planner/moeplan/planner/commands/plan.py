@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from moeplan.planner.commands.explained import Command
 from moeplan.planner.commands.options import (
+    CLUSTER,
+    DAEMON,
+    OUTPUT,
+    PROBLEM,
+    SEARCH,
     Deadline,
     Devices,
+    ForecastBy,
     Format,
     Groups,
     Layers,
@@ -20,52 +28,86 @@ from moeplan.planner.commands.options import (
     Seed,
     Slots,
     Solver,
+    Split,
     TraceFile,
+    WindowSteps,
     Work,
     layer_numbers,
     numbers,
     positive,
     print_json,
     solve_parameters,
+    writable,
 )
-from moeplan.planner.commands.remote import Ca, Token, connect
+from moeplan.planner.commands.remote import Ca, Certificate, Key, Token, connect
 from moeplan.solvers.problem.errors import ProblemError
+from moeplan.solvers.problem.forecast_spec import Forecast, ForecastMethod
+
+if TYPE_CHECKING:
+    from moeplan.api.client import Client
+    from moeplan.planner.studies.planning import PlannedLayer, PlanRequest
 
 __all__ = ["register"]
 
-RemoteServer = Annotated[str | None, typer.Option(help="Solve in the daemon at this address.", envvar="MOEPLAN_SERVER")]
+RemoteServer = Annotated[
+    str | None,
+    typer.Option(help="Solve in the daemon at this address.", envvar="MOEPLAN_SERVER", rich_help_panel=DAEMON),
+]
 
 
 def register(app: typer.Typer) -> None:
     """Add the command to the program."""
-    app.command()(plan)
+    app.command(cls=Command)(plan)
 
 
 def plan(
     trace: TraceFile,
     devices: Devices,
     slots: Slots,
-    out: Annotated[Path, typer.Option("--output", "-o", help="Plan file to write (JSON).")] = Path("plan.json"),
     nodes: Nodes = 1,
-    policy: Annotated[str, typer.Option(help="Policy; see `moeplan policies`.")] = "hybrid",
-    window: Annotated[int, typer.Option(help="Newest steps of the trace to plan from.")] = 10,
+    failed: Annotated[
+        str | None,
+        typer.Option(help="Devices that failed, such as 3,7: plan for those that remain.", rich_help_panel=CLUSTER),
+    ] = None,
+    window: WindowSteps = 10,
+    until: Annotated[
+        int | None,
+        typer.Option(
+            help="Step of the trace, from 0, that the window ends before and that judges the plan; by default the "
+            "window is the end of the trace.",
+            rich_help_panel=PROBLEM,
+        ),
+    ] = None,
+    forecast: ForecastBy = ForecastMethod.SCENARIOS,
+    split_rule: Split = None,
     layers: Layers = None,
     groups: Groups = 1,
-    current: Annotated[Path | None, typer.Option(help="Plan file in force, from which moves are counted.")] = None,
+    current: Annotated[
+        Path | None,
+        typer.Option(help="Plan file in force, from which moves are counted.", rich_help_panel=PROBLEM),
+    ] = None,
     max_moves: MaxMoves = None,
     constraints: Annotated[
-        Path | None, typer.Option(help="JSON file with limits on where replicas may be; see docs/constraints.md.")
-    ] = None,
-    failed: Annotated[
-        str | None, typer.Option(help="Devices that failed, such as 3,7: plan for those that remain.")
+        Path | None,
+        typer.Option(
+            help="JSON file with limits on where replicas may be; see docs/constraints.md.", rich_help_panel=PROBLEM
+        ),
     ] = None,
     share_slots: Annotated[
-        bool, typer.Option("--share-slots", help="Divide slots x layers over the layers by what each gains.")
+        bool,
+        typer.Option(
+            "--share-slots", help="Divide slots x layers over the layers by what each gains.", rich_help_panel=PROBLEM
+        ),
     ] = False,
+    policy: Annotated[str, typer.Option(help="Policy; see `moeplan policies`.", rich_help_panel=SEARCH)] = "hybrid",
     deadline_ms: Deadline = None,
     work_limit: Work = None,
     traffic_tolerance: Annotated[
-        float, typer.Option(help="With --policy traffic: how much larger the largest load may become, as a fraction.")
+        float,
+        typer.Option(
+            help="With --policy traffic: how much larger the largest load may become, as a fraction.",
+            rich_help_panel=SEARCH,
+        ),
     ] = 0.01,
     seed: Seed = 0,
     solver: Solver = "cpsat",
@@ -73,88 +115,95 @@ def plan(
     server: RemoteServer = None,
     token: Token = None,
     ca: Ca = None,
+    certificate: Certificate = None,
+    key: Key = None,
+    out: Annotated[
+        Path, typer.Option("--output", "-o", help="Plan file to write (JSON).", rich_help_panel=OUTPUT)
+    ] = Path("plan.json"),
     output: Output = Format.TABLE,
 ) -> None:
-    """Plan layouts from the last steps of a trace.
+    """Plan layouts from steps of a trace.
 
-    With several nodes the table says which part of the tokens another node computes than the one they come from.
+    The table says what each layer gains: imbalance (largest load of a device over the mean: 1.0 is perfect) before,
+    under the layout of --current or else with experts in order, and after, on what the window forecasts and, where the
+    trace goes on, on the step after it. With several nodes it also says what share of the tokens is computed on a
+    different node from their source.
     """
-    from contextlib import ExitStack
     from dataclasses import replace
 
-    import numpy as np
-
-    from moeplan.planner.commands.terminal import progress, show_table, status
+    from moeplan.planner.commands.tables import show_plans
     from moeplan.planner.files.limits_file import read_limits
     from moeplan.planner.files.plan_file import plan_document, read_layouts, write
+    from moeplan.planner.studies.planning import PlanRequest
     from moeplan.planner.traces.trace import Trace
-    from moeplan.solvers import Cluster, Demand, Problem, solve
-    from moeplan.solvers import share_slots as divide_slots
-    from moeplan.solvers.plan.cost import between_nodes
+    from moeplan.solvers import Cluster
 
-    opened = Trace.open(trace)
-    chosen = layer_numbers(layers, opened.layers)
-    steps = np.stack(list(opened.read(max(0, opened.steps - positive("--window", window)))))
-    in_force = {} if current is None else read_layouts(current)
-    limits = read_limits(constraints)
-    cluster = limits.cluster(Cluster.uniform(devices, slots, nodes=nodes))
-    gone = [] if failed is None else numbers("--failed", failed, devices)
-    parameters = replace(
-        solve_parameters(deadline_ms, work_limit, seed, solver, prove), traffic_tolerance=traffic_tolerance
-    )
-    if share_slots and server is not None:
-        raise ProblemError("--share-slots", True, "plans in this process only; drop --server")
-    problems = {}
-    for layer in chosen:
-        problem = Problem(
-            cluster,
-            Demand.of(steps[:, layer]),
-            limits.expert,
-            current=in_force.get(layer),
-            max_moves=max_moves,
-            groups=groups,
-            constraints=limits.constraints,
-        )
-        problems[layer] = problem.without(gone) if gone else problem
+    _check_output(writable("--output", out), current)
+    if max_moves is not None and current is None:
+        raise ProblemError("--max-moves", max_moves, "needs --current, the plan file that moves start from")
     if share_slots:
-        with status(f"planning {len(chosen)} layers with {policy}, with more and more slots"):
-            shares = divide_slots(list(problems.values()), slots * len(chosen), policy=policy, parameters=parameters)
-        plans = dict(zip(chosen, shares.plans, strict=True))
-    else:
-        plans = {}
-        with ExitStack() as stack:
-            client = None if server is None else stack.enter_context(connect(server, token, ca))
-            advance = stack.enter_context(progress(f"planning with {policy}", len(chosen)))
-            for layer, problem in problems.items():
-                if client is None:
-                    plans[layer] = solve(problem, policy=policy, parameters=parameters)
-                else:
-                    (plans[layer],) = client.solve([problem], policy=policy, parameters=parameters)
-                advance()
-    crossing = {}
-    if nodes > 1 and opened.sources > 1:
-        for layer, made in plans.items():
-            part = between_nodes(problems[layer], made.layout, made.split)
-            crossing[layer] = float(problems[layer].demand.weights @ part)
-    document = plan_document(plans)
+        _check_sharing(server, current, failed)
+    opened = Trace.open(trace)
+    limits = read_limits(constraints)
+    request = PlanRequest(
+        opened,
+        layer_numbers(layers, opened.layers),
+        limits.cluster(Cluster.uniform(devices, slots, nodes=nodes)),
+        policy=policy,
+        parameters=replace(
+            solve_parameters(deadline_ms, work_limit, seed, solver, prove), traffic_tolerance=traffic_tolerance
+        ),
+        forecast=Forecast(forecast, window_steps=positive("--window", window)),
+        until=until,
+        expert=limits.expert,
+        constraints=limits.constraints,
+        split_rule=split_rule,
+        groups=groups,
+        current={} if current is None else read_layouts(current),
+        max_moves=max_moves,
+        failed=[] if failed is None else numbers("--failed", failed, devices),
+    )
+    with ExitStack() as stack:
+        client = None if server is None else stack.enter_context(connect(server, token, ca, certificate, key))
+        planned = _run(request, client, slots * len(request.layers) if share_slots else None)
+    document = plan_document({layer.layer: layer.plan for layer in planned}, {p.layer: _gains(p) for p in planned})
     write(out, document)
     if output is Format.JSON:
         print_json(document)
         return
-    show_table(
-        f"{policy}: {len(plans)} layers planned from {len(steps)} steps, written to {out}",
-        ["layer", "slots", "imbalance", "bound", "at most above optimum", "between nodes", "replicas to copy", "ms"],
-        [
-            [
-                str(layer),
-                str(int((p.layout.slots >= 0).sum(axis=1).max())),
-                f"{p.mean_imbalance:.4f}",
-                f"{p.bound:.4f}",
-                f"{p.gap:.2%}",
-                f"{crossing[layer]:.1%}" if layer in crossing else "-",
-                "-" if p.moves is None else str(len(p.moves)),
-                f"{p.seconds * 1e3:.1f}",
-            ]
-            for layer, p in plans.items()
-        ],
-    )
+    steps = min(window, request.end)
+    title = f"{policy}: {len(planned)} layers planned from {steps} steps ({forecast}), written to {out}"
+    show_plans(title, planned, output)
+
+
+def _run(request: PlanRequest, client: Client | None, shared_slots: int | None) -> list[PlannedLayer]:
+    from moeplan.planner.commands.terminal import compiling, progress
+    from moeplan.planner.studies.planning import plan_trace
+    from moeplan.planner.studies.warming import load_kernels
+
+    if client is None:
+        with compiling():
+            load_kernels(request.policy)
+    with progress(f"planning with {request.policy}", len(request.layers)) as advance:
+        return plan_trace(request, client=client, shared_slots=shared_slots, on_plan=advance)
+
+
+def _check_output(out: Path, current: Path | None) -> None:
+    if current is not None and out.resolve() == current.resolve():
+        raise ProblemError("--output", out, "is --current too; give another file, so that both can be compared")
+
+
+def _check_sharing(server: str | None, current: Path | None, failed: str | None) -> None:
+    for flag, value in (("--server", server), ("--current", current), ("--failed", failed)):
+        if value is not None:
+            raise ProblemError("--share-slots", "on", f"plans anew, in this process, on all devices; drop {flag}")
+
+
+def _gains(planned: PlannedLayer) -> dict[str, object]:
+    after = planned.next_step
+    return {
+        "imbalance_before": planned.window.before,
+        "next_step": None if after is None else {"imbalance_before": after.before, "imbalance": after.after},
+        "between_nodes": planned.between_nodes,
+        "move_bytes": planned.move_bytes,
+    }

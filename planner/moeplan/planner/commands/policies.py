@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import typer
 
+from moeplan.planner.commands.explained import Command
 from moeplan.planner.commands.options import Format, Output, print_json
 
 __all__ = ["register"]
@@ -11,7 +12,7 @@ __all__ = ["register"]
 
 def register(app: typer.Typer) -> None:
     """Add the command to the program."""
-    app.command()(policies)
+    app.command(cls=Command)(policies)
 
 
 def policies(output: Output = Format.TABLE) -> None:
@@ -30,5 +31,8 @@ def policies(output: Output = Format.TABLE) -> None:
         )
         return
     show_table(
-        "Policies", ["policy", "from", "split", "what it does"], [[p.name, p.source, p.split, p.summary] for p in known]
+        "Policies",
+        ["policy", "from", "split", "what it does"],
+        [[p.name, p.source, p.split, p.summary] for p in known],
+        output,
     )

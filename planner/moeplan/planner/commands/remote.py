@@ -1,4 +1,4 @@
-"""How commands reach a daemon: the options that say which, and a client of it."""
+"""The way to a daemon: the options that say which, and a client of it."""
 
 from __future__ import annotations
 
@@ -11,42 +11,55 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from moeplan.planner.commands.explained import EXIT_FAILED, EXIT_USAGE, fail
+from moeplan.planner.commands.options import DAEMON
+
 if TYPE_CHECKING:
     from moeplan.api.client import Client
 
 __all__ = ["Ca", "Token", "connect", "with_client"]
 
-EXIT_FAILED = 1
 LOCAL = "127.0.0.1:7433"
 
-Server = Annotated[str, typer.Option(help="Address of the daemon.", envvar="MOEPLAN_SERVER")]
-Token = Annotated[Path | None, typer.Option(help="File with the bearer token.", envvar="MOEPLAN_TOKEN_FILE")]
+Server = Annotated[str, typer.Option(help="Address of the daemon.", envvar="MOEPLAN_SERVER", rich_help_panel=DAEMON)]
+Token = Annotated[
+    Path | None,
+    typer.Option(help="File with the bearer token.", envvar="MOEPLAN_TOKEN_FILE", rich_help_panel=DAEMON),
+]
 Ca = Annotated[
     Path | None,
-    typer.Option(help="PEM file of the authorities that sign the server's certificate.", envvar="MOEPLAN_CA"),
+    typer.Option(help="CA bundle (PEM) that verifies the server.", envvar="MOEPLAN_CA", rich_help_panel=DAEMON),
 ]
-Certificate = Annotated[Path | None, typer.Option(help="PEM file of your certificate.", envvar="MOEPLAN_CERTIFICATE")]
-Key = Annotated[Path | None, typer.Option(help="PEM file of its key.", envvar="MOEPLAN_KEY")]
+Certificate = Annotated[
+    Path | None,
+    typer.Option(help="PEM file of your certificate.", envvar="MOEPLAN_CERTIFICATE", rich_help_panel=DAEMON),
+]
+Key = Annotated[Path | None, typer.Option(help="PEM file of its key.", envvar="MOEPLAN_KEY", rich_help_panel=DAEMON)]
 
 
 @contextmanager
 def connect(
     server: Server = LOCAL, token: Token = None, ca: Ca = None, certificate: Certificate = None, key: Key = None
 ) -> Iterator[Client]:
-    """A client; what the server refuses becomes a message and exit status 1."""
+    """A client; what the server refuses becomes a line and exit code 2, where it has no answer, 1."""
     from moeplan.api.client import Client
     from moeplan.api.connection import Security
-    from moeplan.api.errors import ServiceError
+    from moeplan.api.errors import InvalidRequestError, PreconditionError, ServiceError
 
     try:
-        with Client(server, Security.from_files(token, ca, certificate, key)) as client:
-            yield client
-    except ServiceError as error:
-        typer.echo(f"moeplan: {error.code.name}: {error.message}", err=True)
-        raise typer.Exit(EXIT_FAILED) from None
+        security = Security.from_files(token, ca, certificate, key)
+        client = Client(server, security)
     except OSError as error:
-        typer.echo(f"moeplan: {error}", err=True)
-        raise typer.Exit(EXIT_FAILED) from None
+        reason = (
+            "give a file that can be read with --token, --ca, --certificate or --key, or in MOEPLAN_TOKEN_FILE etc."
+        )
+        raise fail(f"{error.filename}: {error.strerror}; {reason}", EXIT_USAGE) from None
+    with client:
+        try:
+            yield client
+        except ServiceError as error:
+            wrong = isinstance(error, (InvalidRequestError, PreconditionError))
+            raise fail(f"{error.code.name}: {error.message}", EXIT_USAGE if wrong else EXIT_FAILED) from None
 
 
 def with_client(command: Callable[..., None]) -> Callable[..., None]:

@@ -8,7 +8,10 @@ from typing import Annotated
 
 import typer
 
+from moeplan.planner.commands.explained import Command
 from moeplan.planner.commands.options import (
+    OUTPUT,
+    PROBLEM,
     Devices,
     ForecastBy,
     Format,
@@ -20,13 +23,14 @@ from moeplan.planner.commands.options import (
     Slots,
     Split,
     TraceFile,
+    WindowSteps,
     Work,
     layer_numbers,
     positive,
     print_json,
     solve_parameters,
+    writable,
 )
-from moeplan.planner.commands.terminal import progress
 from moeplan.solvers.problem.errors import ProblemError
 from moeplan.solvers.problem.forecast_spec import ForecastMethod
 
@@ -36,13 +40,14 @@ QUICK = 2_000
 """Candidates per plan: a replay makes many."""
 
 BYTES_PER_VALUE = 2
+MODEL = "Model of time"
 MATRICES = 3
 """Of a gated expert: gate, up and down projection, each hidden x intermediate."""
 
 
 def register(app: typer.Typer) -> None:
     """Add the command to the program."""
-    app.command()(replay)
+    app.command(cls=Command)(replay)
 
 
 def replay(
@@ -50,24 +55,46 @@ def replay(
     devices: Devices,
     slots: Slots,
     nodes: Nodes = 1,
-    window: Annotated[int, typer.Option(help="Newest steps to plan from.")] = 10,
-    every: Annotated[int, typer.Option(help="Steps between plans of the strategies that plan every so often.")] = 20,
-    look: Annotated[int, typer.Option(help="Steps between looks of the strategy that moves when it pays.")] = 1,
-    horizon: Annotated[int, typer.Option(help="Steps over which a gain counts against the time to move.")] = 20,
-    caution: Annotated[float, typer.Option(help="How many times over the predicted gain must pay the move.")] = 1.0,
-    max_moves: MaxMoves = None,
-    hidden: Annotated[int, typer.Option(help="Width of a token's vector (bf16).")] = 7168,
-    intermediate: Annotated[int, typer.Option(help="Width of an expert (gated, bf16).")] = 2048,
-    tflops: Annotated[float, typer.Option(help="What a device sustains on experts, in TFLOP/s.")] = 400.0,
-    intra_gbps: Annotated[float, typer.Option(help="Gigabytes per second inside a node, each way.")] = 400.0,
-    inter_gbps: Annotated[float, typer.Option(help="Gigabytes per second between nodes, per device.")] = 50.0,
-    layers: Layers = None,
-    work_limit: Work = QUICK,
-    seed: Seed = 0,
+    hidden: Annotated[int, typer.Option(help="Width of a token's vector (bf16).", rich_help_panel=MODEL)] = 7168,
+    intermediate: Annotated[int, typer.Option(help="Width of an expert (gated, bf16).", rich_help_panel=MODEL)] = 2048,
+    tflops: Annotated[
+        float, typer.Option(help="What a device sustains on experts, in TFLOP/s.", rich_help_panel=MODEL)
+    ] = 400.0,
+    intra_gbps: Annotated[
+        float, typer.Option(help="Gigabytes per second inside a node, each way.", rich_help_panel=MODEL)
+    ] = 400.0,
+    inter_gbps: Annotated[
+        float, typer.Option(help="Gigabytes per second between nodes, per device.", rich_help_panel=MODEL)
+    ] = 50.0,
+    window: WindowSteps = 10,
+    every: Annotated[
+        int,
+        typer.Option(help="Steps between plans of the strategies that plan every so often.", rich_help_panel=PROBLEM),
+    ] = 20,
+    look: Annotated[
+        int,
+        typer.Option(help="Steps between looks of the strategy that moves when it pays.", rich_help_panel=PROBLEM),
+    ] = 1,
+    horizon: Annotated[
+        int, typer.Option(help="Steps over which a gain counts against the time to move.", rich_help_panel=PROBLEM)
+    ] = 20,
+    caution: Annotated[
+        float,
+        typer.Option(help="How many times over the predicted gain must pay the move.", rich_help_panel=PROBLEM),
+    ] = 1.0,
     forecast: ForecastBy = ForecastMethod.SCENARIOS,
     split_rule: Split = None,
-    plot: Annotated[Path | None, typer.Option(help="SVG file to draw the cumulative time in.")] = None,
-    log: Annotated[Path | None, typer.Option(help="File for every decision and why, one JSON object a line.")] = None,
+    layers: Layers = None,
+    max_moves: MaxMoves = None,
+    work_limit: Work = QUICK,
+    seed: Seed = 0,
+    plot: Annotated[
+        Path | None, typer.Option(help="SVG file to draw the cumulative time in.", rich_help_panel=OUTPUT)
+    ] = None,
+    log: Annotated[
+        Path | None,
+        typer.Option(help="File for every decision and why, one JSON object a line.", rich_help_panel=OUTPUT),
+    ] = None,
     output: Output = Format.TABLE,
 ) -> None:
     """Replay a trace as a job: what each rule of when to re-plan would have cost.
@@ -79,21 +106,24 @@ def replay(
     """
     from moeplan.api.jobs import Forecast, JobSpec
     from moeplan.planner.commands.tables import show_replay
+    from moeplan.planner.commands.terminal import compiling, progress
     from moeplan.planner.pages.replay_chart import chart
     from moeplan.planner.studies.replay import replay as run
     from moeplan.planner.studies.replay import usual_strategies
     from moeplan.planner.studies.replay_summary import decision_lines, summary
+    from moeplan.planner.studies.warming import load_kernels
     from moeplan.planner.traces.trace import Trace
     from moeplan.solvers import Cluster, ExpertSpec, Layout, Link
 
     for name, path in (("--plot", plot), ("--log", log)):
-        if path is not None and not path.parent.is_dir():
-            raise ProblemError(name, path, f"needs the folder {path.parent}; make it first")
+        if path is not None:
+            writable(name, path)
     opened = Trace.open(trace)
     chosen = layer_numbers(layers, opened.layers)
     weights = MATRICES * positive("--hidden", hidden) * positive("--intermediate", intermediate)
-    if not tflops > 0:
-        raise ProblemError("--tflops", tflops, "must be above 0")
+    for name, value in (("--tflops", tflops), ("--intra-gbps", intra_gbps), ("--inter-gbps", inter_gbps)):
+        if not 0 < value < float("inf"):
+            raise ProblemError(name, value, "must be finite and above 0")
     cluster = Cluster.uniform(
         devices, slots, nodes=nodes, intra_node=Link(intra_gbps * 1e9), inter_node=Link(inter_gbps * 1e9)
     )
@@ -120,6 +150,8 @@ def replay(
         horizon=positive("--horizon", horizon),
         caution=caution,
     )
+    with compiling():
+        load_kernels("eplb", "hybrid")
     with progress("replaying", opened.steps * len(strategies)) as advance:
         outcomes = run((step[chosen] for step in opened.read()), strategies, advance)
     if log is not None:
@@ -130,5 +162,8 @@ def replay(
         print_json({"strategies": [summary(outcome, spec.expert.weight_bytes) for outcome in outcomes]})
         return
     show_replay(
-        f"{trace.name}: {opened.steps} steps of {len(chosen)} layers, modelled", outcomes, spec.expert.weight_bytes
+        f"{trace.name}: {opened.steps} steps of {len(chosen)} layers, modelled",
+        outcomes,
+        spec.expert.weight_bytes,
+        output,
     )

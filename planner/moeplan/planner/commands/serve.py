@@ -10,32 +10,82 @@ from typing import Annotated, Any
 
 import typer
 
+from moeplan.planner.commands.explained import EXIT_FAILED, EXIT_USAGE, Command, fail
+from moeplan.planner.commands.options import DAEMON, OUTPUT
+from moeplan.solvers.problem.errors import ProblemError
+
 __all__ = ["register"]
 
-EXIT_FAILED, EXIT_USAGE = 1, 2
+SECURITY = "Security"
 
 
 def register(app: typer.Typer) -> None:
     """Add the command to the application."""
-    app.command()(serve)
+    app.command(cls=Command)(serve)
 
 
 def serve(
-    config: Annotated[Path | None, typer.Option(help="TOML file of settings.", envvar="MOEPLAN_CONFIG")] = None,
-    listen: Annotated[str | None, typer.Option(help="host:port or unix:path. [127.0.0.1:7433]")] = None,
-    advertise: Annotated[str | None, typer.Option(help="Address by which others reach this daemon.")] = None,
-    metrics: Annotated[str | None, typer.Option(help="host:port of Prometheus metrics. [127.0.0.1:7434]")] = None,
-    store: Annotated[str | None, typer.Option(help="URL of a shared store, postgresql://... [SQLite]")] = None,
-    data: Annotated[Path | None, typer.Option(help="Folder of the embedded store.")] = None,
-    workers: Annotated[int | None, typer.Option(help="Processes that solve. [cores - 1]")] = None,
-    certificate: Annotated[Path | None, typer.Option(help="PEM file of the server's certificate.")] = None,
-    key: Annotated[Path | None, typer.Option(help="PEM file of the server's private key.")] = None,
-    client_ca: Annotated[Path | None, typer.Option(help="PEM file: ask clients for a certificate of these.")] = None,
-    tokens: Annotated[Path | None, typer.Option(help="File of bearer tokens, one a line.")] = None,
-    insecure: Annotated[bool | None, typer.Option("--insecure", help="Allow anyone, on any address.")] = None,
-    log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error. [info]")] = None,
-    limit: Annotated[list[str] | None, typer.Option(help="A limit, NAME=VALUE; repeatable. See --show.")] = None,
-    show: Annotated[bool, typer.Option("--show", help="Print the settings with their meaning, and end.")] = False,
+    config: Annotated[
+        Path | None, typer.Option(help="TOML file of settings.", envvar="MOEPLAN_CONFIG", rich_help_panel=DAEMON)
+    ] = None,
+    listen: Annotated[
+        str | None,
+        typer.Option(help="host:port or unix:path.", show_default="127.0.0.1:7433", rich_help_panel=DAEMON),
+    ] = None,
+    advertise: Annotated[
+        str | None, typer.Option(help="Address by which others reach this daemon.", rich_help_panel=DAEMON)
+    ] = None,
+    metrics: Annotated[
+        str | None,
+        typer.Option(help="host:port of Prometheus metrics.", show_default="127.0.0.1:7434", rich_help_panel=DAEMON),
+    ] = None,
+    store: Annotated[
+        str | None,
+        typer.Option(
+            help="URL of a shared store, postgresql://...", show_default="SQLite in --data", rich_help_panel=DAEMON
+        ),
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of the embedded store.", show_default="the user's data folder", rich_help_panel=DAEMON
+        ),
+    ] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(help="Processes that solve.", show_default="cores - 1", rich_help_panel=DAEMON),
+    ] = None,
+    limit: Annotated[
+        list[str] | None,
+        typer.Option(help="A limit, NAME=VALUE; repeatable. See --show.", rich_help_panel=DAEMON),
+    ] = None,
+    certificate: Annotated[
+        Path | None, typer.Option(help="PEM file of the server's certificate.", rich_help_panel=SECURITY)
+    ] = None,
+    key: Annotated[
+        Path | None, typer.Option(help="PEM file of the server's private key.", rich_help_panel=SECURITY)
+    ] = None,
+    client_ca: Annotated[
+        Path | None,
+        typer.Option(
+            help="CA bundle (PEM) that verifies clients; they must show a certificate if it is set.",
+            rich_help_panel=SECURITY,
+        ),
+    ] = None,
+    tokens: Annotated[
+        Path | None, typer.Option(help="File of bearer tokens, one a line.", rich_help_panel=SECURITY)
+    ] = None,
+    insecure: Annotated[
+        bool | None, typer.Option("--insecure", help="Allow anyone, on any address.", rich_help_panel=SECURITY)
+    ] = None,
+    log_level: Annotated[
+        str | None,
+        typer.Option(help="debug, info, warning or error.", show_default="info", rich_help_panel=OUTPUT),
+    ] = None,
+    show: Annotated[
+        bool,
+        typer.Option("--show", help="Print the settings with their meaning, and end.", rich_help_panel=OUTPUT),
+    ] = False,
 ) -> None:
     """Run the planner daemon until SIGTERM; without options on localhost with an embedded store.
 
@@ -64,11 +114,11 @@ def serve(
     except ValidationError as error:
         for problem in error.errors(include_url=False, include_input=False):
             place = ".".join(str(part) for part in problem["loc"])
-            typer.echo(f"moeplan serve: {place + ': ' if place else ''}{problem['msg']}", err=True)
+            reason = problem["msg"].removeprefix("Value error, ")
+            typer.echo(f"moeplan: {place + ': ' if place else ''}{reason}", err=True)
         raise typer.Exit(EXIT_USAGE) from None
     except (OSError, tomllib.TOMLDecodeError) as error:
-        typer.echo(f"moeplan serve: --config {config}: {error}", err=True)
-        raise typer.Exit(EXIT_USAGE) from None
+        raise fail(f"--config = {config}: {getattr(error, 'strerror', None) or error}", EXIT_USAGE) from None
     if show:
         _show(settings)
         return
@@ -80,8 +130,7 @@ def serve(
     try:
         asyncio.run(serve(settings))
     except (StartError, StoreError) as error:
-        typer.echo(f"moeplan serve: {error}", err=True)
-        raise typer.Exit(EXIT_FAILED) from None
+        raise fail(str(error), EXIT_FAILED) from None
 
 
 def _given(**values: Any) -> dict[str, Any]:
@@ -93,7 +142,7 @@ def _limits(pairs: list[str]) -> dict[str, str]:
     for pair in pairs:
         name, equals, value = pair.partition("=")
         if not equals:
-            raise typer.BadParameter(f"{pair}: must be NAME=VALUE, for instance jobs=10", param_hint="--limit")
+            raise ProblemError("--limit", pair, "must be NAME=VALUE, for instance jobs=10")
         limits[name] = value
     return limits
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+from moeplan.planner.commands.options import Format
 from moeplan.planner.commands.terminal import show_table
+from moeplan.planner.studies.planning import PlannedLayer
 from moeplan.planner.studies.policies import Comparison
 from moeplan.planner.studies.replay import Outcome
 from moeplan.planner.studies.replay_summary import summary
 from moeplan.planner.studies.spilling import KnownCountsComparison
 
-__all__ = ["show_comparison", "show_known_counts", "show_replay"]
+__all__ = ["show_comparison", "show_known_counts", "show_plans", "show_replay"]
 
 COLUMNS = (
     "imbalance",
@@ -24,7 +26,33 @@ COLUMNS = (
 )
 
 
-def show_comparison(title: str, comparison: Comparison) -> None:
+def show_plans(title: str, planned: Sequence[PlannedLayer], output: Format) -> None:
+    """Print one row per layer; columns that say nothing of any layer are left out."""
+    columns: dict[str, Callable[[PlannedLayer], str | None]] = {
+        "layer": lambda p: str(p.layer),
+        "slots": lambda p: str(int((p.plan.layout.slots >= 0).sum(axis=1).max())),
+        "imbalance before": lambda p: _number(p.window.before),
+        "after": lambda p: _number(p.window.after),
+        "bound": lambda p: _number(p.plan.bound),
+        "at most above optimum": lambda p: f"{p.plan.gap:.2%}",
+        "next step before": lambda p: None if p.next_step is None else _number(p.next_step.before),
+        "next step after": lambda p: None if p.next_step is None else _number(p.next_step.after),
+        "between nodes": lambda p: None if p.between_nodes is None else f"{p.between_nodes:.1%}",
+        "replicas to copy": lambda p: None if p.plan.moves is None else str(len(p.plan.moves)),
+        "GB to copy": lambda p: None if p.move_bytes is None else f"{p.move_bytes / 1e9:.3f}",
+        "ended by": lambda p: p.plan.termination,
+        "ms": lambda p: f"{p.plan.seconds * 1e3:.1f}",
+    }
+    cells = {name: [cell(layer) for layer in planned] for name, cell in columns.items()}
+    shown = {name: [cell or "-" for cell in column] for name, column in cells.items() if any(column)}
+    show_table(title, list(shown), list(zip(*shown.values(), strict=True)), output)
+
+
+def _number(value: float | None) -> str | None:
+    return None if value is None else f"{value:.4f}"
+
+
+def show_comparison(title: str, comparison: Comparison, output: Format) -> None:
     """Print one row per policy."""
     show_table(
         title,
@@ -42,10 +70,11 @@ def show_comparison(title: str, comparison: Comparison) -> None:
             ]
             for row in comparison["policies"]
         ],
+        output,
     )
 
 
-def show_known_counts(title: str, comparison: KnownCountsComparison) -> None:
+def show_known_counts(title: str, comparison: KnownCountsComparison, output: Format) -> None:
     """Print one row per policy under known counts."""
     show_table(
         title,
@@ -63,10 +92,11 @@ def show_known_counts(title: str, comparison: KnownCountsComparison) -> None:
             ]
             for row in comparison["policies"]
         ],
+        output,
     )
 
 
-def show_replay(title: str, outcomes: Sequence[Outcome], weight_bytes: int) -> None:
+def show_replay(title: str, outcomes: Sequence[Outcome], weight_bytes: int, output: Format) -> None:
     """Print one row per strategy."""
     rows = []
     best = min(outcome.total_s for outcome in outcomes)
@@ -76,7 +106,7 @@ def show_replay(title: str, outcomes: Sequence[Outcome], weight_bytes: int) -> N
             [
                 outcome.name,
                 f"{found['total_s']:.3f}",
-                f"{found['total_s'] / best - 1:+.1%}",
+                f"{found['total_s'] / best - 1:+.1%}" if best else "-",
                 f"{found['compute_s']:.3f}",
                 f"{found['traffic_s']:.3f}",
                 f"{found['moves_s']:.3f}",
@@ -86,4 +116,4 @@ def show_replay(title: str, outcomes: Sequence[Outcome], weight_bytes: int) -> N
             ]
         )
     columns = ("seconds", "total", "over best", "compute", "traffic", "moves", "imbalance", "plans taken", "GB moved")
-    show_table(title, columns, rows)
+    show_table(title, columns, rows, output)

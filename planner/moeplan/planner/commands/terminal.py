@@ -1,10 +1,12 @@
-"""What people see: tables on a terminal, plain columns when piped, progress for anything over two seconds."""
+"""The terminal: tables, plain columns when piped, progress for anything over two seconds, what is being compiled."""
 
 from __future__ import annotations
 
+import csv
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from rich.console import Console
 from rich.progress import (
@@ -17,12 +19,19 @@ from rich.progress import (
 )
 from rich.table import Table
 
-__all__ = ["Advance", "progress", "show_table", "status"]
+from moeplan.planner.commands.options import Format
+
+__all__ = ["Advance", "compiling", "progress", "show_table", "status"]
 
 
-def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+def show_table(
+    title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], output: Format = Format.TABLE
+) -> None:
     """Print a table to standard output; the first column is text, the others are numbers."""
-    console = Console()
+    if output is Format.CSV:
+        csv.writer(sys.stdout, lineterminator="\n").writerows([columns, *rows])
+        return
+    console = Console(markup=False)
     if console.is_terminal:
         table = Table(title=title, title_justify="left")
         for i, column in enumerate(columns):
@@ -49,6 +58,7 @@ class Advance:
         self._task = bar.add_task("", total=total)
 
     def __call__(self) -> None:
+        """One more is done."""
         self._bar.advance(self._task)
 
 
@@ -71,3 +81,35 @@ def status(what: str) -> Iterator[None]:
     else:
         print(what, file=sys.stderr, flush=True)
         yield
+
+
+@contextmanager
+def compiling() -> Iterator[None]:
+    """Say what is compiled, on standard error; nothing where all kernels are in the cache, as after the first time."""
+    from numba.core import event
+
+    console = Console(stderr=True)
+    shown = console.status("loading kernels")
+
+    class Compilations(event.Listener):  # type: ignore[misc]
+        """Hears of every kernel that is not in the cache."""
+
+        count = 0
+
+        def on_start(self, event: Any) -> None:
+            """A kernel is compiled."""
+            self.count += 1
+            name = event.data["dispatcher"].py_func.__name__
+            shown.update(f"compiling kernels, once after an installation: {name}, {self.count} so far")
+            if self.count == 1 and not console.is_terminal:
+                print("compiling kernels, once after an installation: about a minute", file=sys.stderr, flush=True)
+
+        def on_end(self, event: Any) -> None:
+            """It is done."""
+
+    with event.install_listener("numba:compile", Compilations()):
+        if not console.is_terminal:
+            yield
+            return
+        with shown:
+            yield

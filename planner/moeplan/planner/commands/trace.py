@@ -7,34 +7,51 @@ from typing import Annotated
 
 import typer
 
-from moeplan.planner.commands.options import Format, Output, Seed, TraceFile, print_json
+from moeplan.planner.commands.explained import Command
+from moeplan.planner.commands.options import Format, Output, Seed, TraceFile, print_json, writable
 
 __all__ = ["register"]
+
+ROUTING = "Routing"
 
 
 def register(app: typer.Typer) -> None:
     """Add the commands to the program."""
     trace = typer.Typer(no_args_is_help=True, help="Look at recorded routing, or make some.")
-    trace.command()(generate)
-    trace.command()(info)
+    trace.command(cls=Command)(generate)
+    trace.command(cls=Command)(info)
     app.add_typer(trace, name="trace")
 
 
 def generate(
     out: Annotated[Path, typer.Argument(metavar="TRACE", help="The .npz file to write.")],
-    steps: Annotated[int, typer.Option(help="Training steps.")] = 100,
-    layers: Annotated[int, typer.Option(help="MoE layers.")] = 4,
-    sources: Annotated[int, typer.Option(help="Ranks whose tokens are routed.")] = 16,
-    experts: Annotated[int, typer.Option(help="Experts per layer.")] = 64,
-    top_k: Annotated[int, typer.Option(help="Experts per token.")] = 4,
-    tokens_per_rank: Annotated[int, typer.Option(help="Tokens that each rank routes per step.")] = 4096,
-    skew: Annotated[float, typer.Option(help="Zipf exponent of the experts' popularity; 0 for equal.")] = 0.6,
-    drift: Annotated[float, typer.Option(help="How far log popularity wanders per step (standard deviation).")] = 0.02,
-    locality: Annotated[float, typer.Option(help="Part of a rank's tokens that are of its own topic, 0 to 1.")] = 0.0,
+    steps: Annotated[int, typer.Option(help="Training steps.", rich_help_panel=ROUTING)] = 100,
+    layers: Annotated[int, typer.Option(help="MoE layers.", rich_help_panel=ROUTING)] = 4,
+    sources: Annotated[int, typer.Option(help="Ranks whose tokens are routed.", rich_help_panel=ROUTING)] = 16,
+    experts: Annotated[int, typer.Option(help="Experts per layer.", rich_help_panel=ROUTING)] = 64,
+    top_k: Annotated[int, typer.Option(help="Experts per token.", rich_help_panel=ROUTING)] = 4,
+    tokens_per_rank: Annotated[
+        int, typer.Option(help="Tokens that each rank routes per step.", rich_help_panel=ROUTING)
+    ] = 4096,
+    skew: Annotated[
+        float, typer.Option(help="Zipf exponent of the experts' popularity; 0 for equal.", rich_help_panel=ROUTING)
+    ] = 0.6,
+    drift: Annotated[
+        float,
+        typer.Option(help="Standard deviation of the change of log popularity per step.", rich_help_panel=ROUTING),
+    ] = 0.02,
+    locality: Annotated[
+        float,
+        typer.Option(help="Share of a rank's tokens that are of its own topic, 0 to 1.", rich_help_panel=ROUTING),
+    ] = 0.0,
     affinity: Annotated[
-        float, typer.Option(help="How strongly topics prefer experts (log, standard deviation).")
+        float,
+        typer.Option(
+            help="Standard deviation of a topic's log preference for an expert; 0 for topics that agree.",
+            rich_help_panel=ROUTING,
+        ),
     ] = 1.0,
-    topics: Annotated[int, typer.Option(help="Topics; consecutive ranks share one.")] = 8,
+    topics: Annotated[int, typer.Option(help="Topics; consecutive ranks share one.", rich_help_panel=ROUTING)] = 8,
     seed: Seed = 0,
 ) -> None:
     """Make a synthetic trace of known skew, drift, locality and affinity.
@@ -46,6 +63,7 @@ def generate(
     from moeplan.planner.traces.synthetic import generate as make
     from moeplan.planner.traces.writer import write_trace
 
+    writable("TRACE", out)
     wanted = SyntheticTrace(
         steps=steps,
         layers=layers,
@@ -78,8 +96,9 @@ def info(trace: TraceFile, output: Output = Format.TABLE) -> None:
     if output is Format.JSON:
         print_json(description)
         return
-    facts = [[name, str(value)] for name, value in description.items() if name != "per_layer" and value is not None]
-    show_table(str(trace), ["trace", ""], facts)
+    if output is Format.TABLE:  # CSV is one table, that of the layers
+        facts = [[name, str(value)] for name, value in description.items() if name != "per_layer" and value is not None]
+        show_table(str(trace), ["trace", ""], facts)
     show_table(
         "Per layer, mean over steps",
         ["layer", "tokens per step", "hottest expert / mean", "idle experts", "change per step"],
@@ -93,4 +112,5 @@ def info(trace: TraceFile, output: Output = Format.TABLE) -> None:
             ]
             for row in description["per_layer"]
         ],
+        output,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -9,17 +10,23 @@ from typing import Any
 
 import numpy as np
 
+from moeplan.planner.errors import FileError
 from moeplan.solvers import Cluster, Constraints, ExpertSpec, ProblemError
 
 __all__ = ["LimitsFile", "read_limits"]
 
-DEVICES = {"slots": np.int32, "speed": np.float64, "memory_bytes": np.int64}
+DEVICES = {"slots": np.int64, "speed": np.float64, "memory_bytes": np.int64}
 """Properties of devices that a file may give, one value for all or one per device."""
+
+FLAGS = ("groups_on_node",)
+FRACTIONS = ("speed", "seconds_per_token")
+LARGEST = 2**53
+"""Of whole numbers; every limit is at most this."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LimitsFile:
-    """What such a file says.
+    """Contents of a limits file.
 
     Attributes:
         constraints: The limits proper.
@@ -43,7 +50,8 @@ class LimitsFile:
         }
         for name, values in given.items():
             if len(values) != uniform.devices:
-                raise ProblemError(name, f"{len(values)} values", f"must be one, or one per device ({uniform.devices})")
+                reason = f"must be one, or one per device ({uniform.devices})"
+                raise ProblemError(f"constraints.{name}", f"{len(values)} values", reason)
         return replace(uniform, **given)
 
 
@@ -51,35 +59,69 @@ def read_limits(path: Path | None) -> LimitsFile:
     """The limits of a file; none where there is no file.
 
     Raises:
-        ProblemError: the file is missing or says what it cannot.
+        FileError: the file is missing or says what it cannot.
     """
     if path is None:
         return LimitsFile()
     try:
         document = json.loads(path.read_text())
     except OSError as error:
-        raise ProblemError(str(path), error.strerror, "give a JSON file; docs/constraints.md has an example") from None
+        reason = f"{error.strerror}; give a JSON file, docs/constraints.md has an example"
+        raise FileError(path, reason) from None
     except ValueError as error:
-        raise ProblemError(str(path), "no JSON", str(error)) from None
+        raise FileError(path, f"is not JSON ({error})") from None
     if not isinstance(document, dict):
-        raise ProblemError(str(path), type(document).__name__, "must be a JSON object")
-    names = {limit.name for limit in fields(Constraints)}
-    unknown = sorted(set(document) - names - set(DEVICES) - {"expert"})
-    if unknown:
-        known = ", ".join(sorted(names | set(DEVICES) | {"expert"}))
-        raise ProblemError(f"{path}: {unknown[0]}", document[unknown[0]], f"is not known; {known} are")
+        raise FileError(path, f"holds a {type(document).__name__}; must be a JSON object")
+    limits = {limit.name for limit in fields(Constraints)}
+    _check(path, "", document, {*limits, *DEVICES, "expert"})
     spec = document.get("expert", {})
-    wrong = sorted(set(spec) - {f.name for f in fields(ExpertSpec)}) if isinstance(spec, dict) else ["not an object"]
-    if wrong:
-        known = ", ".join(f.name for f in fields(ExpertSpec))
-        raise ProblemError(f"{path}: expert", wrong[0], f"must be an object with some of {known}")
+    if not isinstance(spec, dict):
+        raise FileError(path, 'must be an object, such as {"weight_bytes": 50000000}', "expert", spec)
+    _check(path, "expert.", spec, {field.name for field in fields(ExpertSpec)})
     try:
         return LimitsFile(
-            Constraints(**{name: document[name] for name in names & set(document)}),
+            Constraints(**{name: document[name] for name in limits & set(document)}),
             ExpertSpec(**spec),
             {name: np.asarray(document[name], dtype) for name, dtype in DEVICES.items() if name in document},
         )
-    except (TypeError, ValueError) as error:
-        if isinstance(error, ProblemError):
-            raise
-        raise ProblemError(str(path), "a value of the wrong type", str(error)) from None
+    except ProblemError as error:
+        raise FileError(path, error.reason, error.field.removeprefix("constraints."), error.value) from None
+    except (TypeError, ValueError) as error:  # lists of unequal lengths
+        raise FileError(path, f"holds a list of the wrong shape ({error})") from None
+
+
+def _check(path: Path, of: str, given: dict[str, Any], known: set[str]) -> None:
+    """Refuse names that are not known, and values of another type than their names ask for."""
+    for name, value in given.items():
+        part = f"{of}{name}"
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            meant = f"did you mean {close[0]}? " if close else ""
+            raise FileError(path, f"is not known; {meant}There are {', '.join(sorted(known))}", part, value)
+        if name == "expert":
+            continue
+        if name in FLAGS:
+            if not isinstance(value, bool):
+                raise FileError(path, "must be true or false", part, json.dumps(value))
+            continue
+        for number in _numbers(value):
+            fault = _fault(name, number)
+            if fault:
+                raise FileError(path, fault, part, json.dumps(number))
+
+
+def _numbers(value: Any) -> list[Any]:
+    """Everything in a list of lists."""
+    return [number for entry in value for number in _numbers(entry)] if isinstance(value, list) else [value]
+
+
+def _fault(name: str, number: Any) -> str:
+    """Fault of a number of a limit; empty where there is none."""
+    is_number = isinstance(number, (int, float)) and not isinstance(number, bool)
+    if name in FRACTIONS:
+        return "" if is_number and 0 < number < float("inf") else "must be a finite number above 0"
+    if isinstance(number, float) and number.is_integer() and abs(number) <= LARGEST:
+        return f"must be a whole number; write {int(number)}"
+    if not is_number or isinstance(number, float):
+        return "must be a whole number, at most 2**53"
+    return "" if 0 <= number <= LARGEST else "must be 0 to 2**53"

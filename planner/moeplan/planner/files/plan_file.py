@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 
+from moeplan.planner.errors import FileError
 from moeplan.solvers import Layout, Plan, ProblemError
 
 __all__ = ["FORMAT", "plan_document", "read_layouts", "write"]
@@ -15,11 +17,18 @@ __all__ = ["FORMAT", "plan_document", "read_layouts", "write"]
 FORMAT = "moeplan.plan/1"
 
 
-def plan_document(plans: Mapping[int, Plan]) -> dict[str, object]:
+def plan_document(
+    plans: Mapping[int, Plan], gains: Mapping[int, Mapping[str, object]] = MappingProxyType({})
+) -> dict[str, object]:
     """A JSON-ready document of plans by layer.
 
     Per layer: ``slots[device][slot]`` (expert, -1 for empty), ``quota[device][slot]`` (tokens of the slot, averaged
-    over the window), imbalance, bound, gap, and the replicas to copy as ``[expert, from, to]``.
+    over the scenarios), imbalance, bound, gap, why the search ended, and the replicas to copy as
+    ``[expert, from, to]``.
+
+    Args:
+        plans: By layer.
+        gains: What else is to be said of a layer, by layer.
     """
     first = next(iter(plans.values()))
     return {
@@ -40,6 +49,7 @@ def plan_document(plans: Mapping[int, Plan]) -> dict[str, object]:
                 "moves": None
                 if plan.moves is None
                 else np.stack([plan.moves.expert, plan.moves.source, plan.moves.device], axis=1).tolist(),
+                **gains.get(layer, {}),
             }
             for layer, plan in plans.items()
         ],
@@ -57,21 +67,20 @@ def read_layouts(path: Path) -> dict[int, Layout]:
     """The layouts of a plan file, by layer.
 
     Raises:
-        ProblemError: the file is missing or not a plan.
+        FileError: the file is missing or not a plan.
     """
     try:
         document = json.loads(path.read_text())
         if document["format"] != FORMAT:
-            raise ProblemError(f"{path}: format", document["format"], f"must be {FORMAT}")
+            raise FileError(path, f"must be {FORMAT}", "format", document["format"])
         experts = int(document["experts"])
         return {
             int(entry["layer"]): Layout(np.array(entry["slots"], np.int32), experts) for entry in document["layers"]
         }
-    except ProblemError:
+    except FileError:
         raise
     except OSError as error:
-        raise ProblemError(str(path), error.strerror, "give a file that `moeplan plan` wrote") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise ProblemError(
-            str(path), type(error).__name__, f"is not a plan that `moeplan plan` wrote ({error})"
-        ) from None
+        raise FileError(path, f"{error.strerror}; give a file that `moeplan plan` wrote") from None
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
+        cause = str(error) if isinstance(error, ProblemError) else f"{type(error).__name__}: {error}"
+        raise FileError(path, f"is not a plan that `moeplan plan` wrote ({cause})") from None

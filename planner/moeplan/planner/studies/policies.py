@@ -36,7 +36,7 @@ class NextStep(TypedDict):
 
 
 class Row(TypedDict):
-    """What was measured of one policy; see `compare`."""
+    """Measurements of one policy; see `compare`."""
 
     policy: str
     fitted: Summary
@@ -54,7 +54,7 @@ class Comparison(TypedDict):
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """What all policies are given alike.
+    """Conditions that all policies are given alike.
 
     Attributes:
         cluster: Devices and slots.

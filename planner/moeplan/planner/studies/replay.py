@@ -1,4 +1,4 @@
-"""What a job would have cost: a trace run step by step through the daemon's own planning, under the cost model.
+"""Cost that a job would have had: a trace run step by step through the daemon's own planning, under the cost model.
 
 A replay reports each step to a `PlanningJob` as the ranks would, plans what it asks for with `plan_layers` as a worker
 would, and lets it decide. The layouts decided on hold from the next step on, which waits for their weights. Each step
@@ -91,7 +91,7 @@ class StepCost:
 
 @dataclass(slots=True)
 class Outcome:
-    """What became of a strategy.
+    """Costs and decisions of a strategy over a trace.
 
     Attributes:
         name: Name of the strategy.

@@ -1,4 +1,4 @@
-"""What a replay found, in figures."""
+"""Results of a replay, in figures."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ KNOWN_COUNTS_POLICIES = ("static", "llep", "quota")
 
 
 class KnownCountsRow(TypedDict):
-    """What was measured of one policy; see `compare_known_counts`."""
+    """Measurements of one policy; see `compare_known_counts`."""
 
     policy: str
     imbalance: dict[str, float]

@@ -1,4 +1,4 @@
-"""What a trace holds, in numbers."""
+"""Contents of a trace, in numbers."""
 
 from __future__ import annotations
 

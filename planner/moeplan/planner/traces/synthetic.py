@@ -23,7 +23,7 @@ __all__ = ["SyntheticTrace", "generate"]
 
 @dataclass(frozen=True, slots=True)
 class SyntheticTrace:
-    """What to generate.
+    """Description of a trace to generate.
 
     Attributes:
         steps: Training steps.

@@ -20,13 +20,13 @@ from typing import IO, Any
 import numpy as np
 import numpy.typing as npt
 
-from moeplan.solvers.problem.arrays import Int64
-from moeplan.solvers.problem.errors import ProblemError
+from moeplan.planner.errors import FileError
+from moeplan.solvers.problem.arrays import MAX_TOKENS, Int64
 
 __all__ = ["Trace", "TraceError", "Window"]
 
 
-class TraceError(ProblemError):
+class TraceError(FileError):
     """A trace file cannot be used; says which file, what it holds, and what it should."""
 
 
@@ -82,7 +82,8 @@ class Trace:
         try:
             with zipfile.ZipFile(path) as archive:
                 if "counts.npy" not in archive.namelist():
-                    raise TraceError(str(path), archive.namelist(), "has no array named `counts`")
+                    arrays = ", ".join(name.removesuffix(".npy") for name in archive.namelist()) or "nothing"
+                    raise TraceError(path, f"has no array named `counts`; holds {arrays}")
                 with archive.open("counts.npy") as file:
                     shape, fortran, dtype = _header(file)
                 scalars = {
@@ -91,28 +92,27 @@ class Trace:
                     if f"{name}.npy" in archive.namelist()
                 }
         except FileNotFoundError:
-            raise TraceError(str(path), "no such file", "give the path of an .npz trace") from None
+            raise TraceError(path, "no such file; give the path of an .npz trace") from None
         except (OSError, zipfile.BadZipFile, EOFError, ValueError, zlib.error) as error:
-            if isinstance(error, ProblemError):
+            if isinstance(error, FileError):
                 raise
-            raise TraceError(str(path), type(error).__name__, f"is not a readable .npz file ({error})") from None
+            cause = error.strerror if isinstance(error, OSError) else error
+            raise TraceError(path, f"is not a readable .npz file ({cause})") from None
         if dtype.kind not in "iu":
-            raise TraceError(f"{path}: counts", f"array of {dtype}", "must hold integers")
+            raise TraceError(path, "must hold integers", "counts", f"array of {dtype}")
         if len(shape) != 4:
-            raise TraceError(f"{path}: counts", f"array of shape {shape}", "must be [step, layer, source, expert]")
+            raise TraceError(path, "must be [step, layer, source, expert]", "counts", f"array of shape {shape}")
         if 0 in shape:
-            raise TraceError(f"{path}: counts", f"array of shape {shape}", "is empty")
+            raise TraceError(path, "is empty", "counts", f"array of shape {shape}")
         if fortran:
-            raise TraceError(
-                f"{path}: counts", "Fortran order", "must be in C order; save np.ascontiguousarray(counts)"
-            )
+            raise TraceError(path, "must be in C order; save np.ascontiguousarray(counts)", "counts", "Fortran order")
         return cls(path, *shape, dtype=dtype, **scalars)
 
     def read(self, start: int = 0, stop: int | None = None) -> Iterator[Int64]:
         """Steps `start` to `stop`, each int64[layers, sources, experts].
 
         Raises:
-            TraceError: the file ends early, is corrupt, or holds a negative count.
+            TraceError: the file ends early, is corrupt, or holds a count that is negative or above 2**53.
         """
         stop = self.steps if stop is None else min(stop, self.steps)
         shape = (self.layers, self.sources, self.experts)
@@ -124,15 +124,17 @@ class Trace:
                 for step in range(start, stop):
                     data = file.read(size)
                     if len(data) < size:
-                        raise TraceError(
-                            f"{self.path}: counts", f"ends in step {step}", f"should have {self.steps} steps"
-                        )
+                        reason = f"should have {self.steps} steps"
+                        raise TraceError(self.path, reason, "counts", f"ends in step {step}")
                     counts = np.frombuffer(data, self.dtype).reshape(shape)
-                    if self.dtype.kind == "i" and counts.min() < 0:
-                        raise TraceError(f"{self.path}: counts[{step}]", counts.min(), "must be at least 0")
+                    for extreme in (counts.min(), counts.max()):
+                        if not 0 <= extreme <= MAX_TOKENS:
+                            while file.read(1 << 20):  # to the end, where a damaged file shows
+                                pass
+                            raise TraceError(self.path, "must be 0 to 2**53", f"counts[{step}]", extreme)
                     yield counts.astype(np.int64)
         except (OSError, zipfile.BadZipFile, EOFError, zlib.error) as error:
-            raise TraceError(str(self.path), type(error).__name__, f"is damaged ({error})") from None
+            raise TraceError(self.path, f"is damaged ({error})") from None
 
     def pairs(self) -> Int64 | None:
         """int64[layers - 1, experts, experts] transitions between consecutive layers; None where none were recorded.
@@ -147,14 +149,13 @@ class Trace:
                 with archive.open("pairs.npy") as file:
                     pairs: npt.NDArray[Any] = np.lib.format.read_array(file, allow_pickle=False)
         except (OSError, zipfile.BadZipFile, EOFError, ValueError, zlib.error) as error:
-            raise TraceError(str(self.path), type(error).__name__, f"is damaged ({error})") from None
+            raise TraceError(self.path, f"is damaged ({error})") from None
         wanted = (self.layers - 1, self.experts, self.experts)
         if pairs.dtype.kind not in "iu" or pairs.shape != wanted:
-            raise TraceError(
-                f"{self.path}: pairs", f"array of {pairs.dtype}, shape {pairs.shape}", f"must hold integers {wanted}"
-            )
+            found = f"array of {pairs.dtype}, shape {pairs.shape}"
+            raise TraceError(self.path, f"must hold integers {wanted}", "pairs", found)
         if pairs.size and pairs.min() < 0:
-            raise TraceError(f"{self.path}: pairs", pairs.min(), "must be at least 0")
+            raise TraceError(self.path, "must be at least 0", "pairs", pairs.min())
         return pairs.astype(np.int64)
 
     def windows(self, length: int, every: int, first: int = 0) -> Iterator[Window]:
@@ -164,9 +165,8 @@ class Trace:
             TraceError: the trace is shorter than a window and one step.
         """
         if self.steps <= length:
-            raise TraceError(
-                str(self.path), f"{self.steps} steps", f"a window of {length} and the step after it need {length + 1}"
-            )
+            reason = f"has {self.steps} steps; a window of {length} and the step after it need {length + 1}"
+            raise TraceError(self.path, reason)
         history: deque[Int64] = deque(maxlen=length)
         for step, counts in enumerate(self.read()):
             if step >= first + length and (step - first - length) % every == 0:
@@ -174,7 +174,7 @@ class Trace:
             history.append(counts)
 
     def window_count(self, length: int, every: int) -> int:
-        """How many windows `windows` yields."""
+        """Number of windows that `windows` yields."""
         return max(0, -(-(self.steps - length) // every))
 
 
@@ -189,7 +189,7 @@ def _scalar(archive: zipfile.ZipFile, path: Path, name: str) -> int:
     with archive.open(f"{name}.npy") as file:
         value: npt.NDArray[Any] = np.lib.format.read_array(file, allow_pickle=False)
     if value.size != 1 or value.dtype.kind not in "iu":
-        raise TraceError(f"{path}: {name}", f"array of {value.dtype}, shape {value.shape}", "must be one integer")
+        raise TraceError(path, "must be one integer", name, f"array of {value.dtype}, shape {value.shape}")
     return int(value.reshape(-1)[0])
 
 

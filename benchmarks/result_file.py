@@ -1,0 +1,53 @@
+"""Results of benchmarks as JSON: with the machine, the date and the commit, so that no figure stands without them."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+__all__ = ["write_result"]
+
+HERE = Path(__file__).parent
+
+
+def write_result(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Write what was measured.
+
+    Args:
+        path: File to write.
+        rows: Figures by name, as a table of the documents shows them.
+    """
+    result = {"commit": _commit(), "date": f"{datetime.now(UTC):%Y-%m-%d}", "machine": _machine()}
+    path.write_text(json.dumps({**result, "command": sys.argv, "rows": list(rows)}, indent=1) + "\n")
+
+
+def _commit() -> str:
+    """The commit of this checkout; with a plus where files have changed since."""
+    described = subprocess.run(
+        ["git", "describe", "--always", "--dirty=+", "--exclude=*"],
+        cwd=HERE,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return described.stdout.strip()
+
+
+def _machine() -> dict[str, Any]:
+    libraries = {name: version(name) for name in ("numpy", "numba", "ortools")}
+    return {"cpu": _cpu(), "cores": os.cpu_count(), "python": platform.python_version(), **libraries}
+
+
+def _cpu() -> str:
+    """The processor's name, where the system tells it."""
+    facts = Path("/proc/cpuinfo")
+    names = [line.partition(": ")[2] for line in facts.read_text().splitlines() if line.startswith("model name")]
+    return names[0] if names else platform.processor()

@@ -1,0 +1,237 @@
+"""Planning layouts from a trace: the window's forecast, all layers together, and what they gain."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from moeplan.planner.traces.trace import Trace
+from moeplan.solvers import (
+    Cluster,
+    Constraints,
+    Demand,
+    ExpertSpec,
+    Forecast,
+    Layout,
+    Plan,
+    Problem,
+    ProblemError,
+    SolveParameters,
+    SplitRule,
+    evaluate,
+    forecast,
+    share_slots,
+    solve_layers,
+)
+from moeplan.solvers.plan.cost import between_nodes
+from moeplan.solvers.problem.arrays import Int64
+
+if TYPE_CHECKING:
+    from moeplan.api.client import Client
+
+__all__ = ["Gain", "PlanRequest", "PlannedLayer", "plan_trace"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PlanRequest:
+    """Layers of a trace to plan, and for what.
+
+    Attributes:
+        trace: Recorded steps.
+        layers: Layers to plan.
+        cluster: Devices and links.
+        policy: Name of the policy.
+        parameters: How hard to try, per layer.
+        forecast: How the demand to plan for follows from the window, and how many steps that has.
+        until: Step of the trace that the window ends before; None for the end of the trace.
+        expert: Costs of an expert and of a token.
+        constraints: Limits on where replicas may be.
+        split_rule: How the system that will run the layouts divides tokens; None for the policy's own.
+        groups: Groups of consecutive experts.
+        current: Layouts in force, by layer.
+        max_moves: Most replicas that a re-plan of a layer may copy; None for no limit.
+        failed: Devices that are gone.
+    """
+
+    trace: Trace
+    layers: Sequence[int]
+    cluster: Cluster
+    policy: str = "hybrid"
+    parameters: SolveParameters = field(default=SolveParameters())
+    forecast: Forecast = field(default=Forecast())
+    until: int | None = None
+    expert: ExpertSpec = field(default=ExpertSpec())
+    constraints: Constraints = field(default=Constraints())
+    split_rule: SplitRule | None = None
+    groups: int = 1
+    current: Mapping[int, Layout] = field(default_factory=dict)
+    max_moves: int | None = None
+    failed: Sequence[int] = ()
+
+    @property
+    def end(self) -> int:
+        """Number of steps of the trace that come before the window ends."""
+        return self.trace.steps if self.until is None else self.until
+
+
+@dataclass(frozen=True, slots=True)
+class Gain:
+    """Imbalance under the layout in force, or the static one where there is none, and under the plan.
+
+    Attributes:
+        before: Of the old layout; None where it does not hold every expert, because devices failed.
+        after: Of the new layout.
+    """
+
+    before: float | None
+    after: float
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PlannedLayer:
+    """One layer's plan and what it gains.
+
+    Attributes:
+        layer: Index of the layer in the trace.
+        plan: The plan.
+        window: Gain on what the window forecasts.
+        next_step: Gain on the step after the window; None where the trace ends with it.
+        between_nodes: Share of the tokens computed on a different node from their source; None where the trace does
+            not tell sources apart, or there is one node.
+        move_bytes: Weights to copy; None where nothing is in force, or the size of an expert is not known.
+    """
+
+    layer: int
+    plan: Plan
+    window: Gain
+    next_step: Gain | None
+    between_nodes: float | None
+    move_bytes: int | None
+
+
+def plan_trace(
+    request: PlanRequest,
+    *,
+    client: Client | None = None,
+    shared_slots: int | None = None,
+    on_plan: Callable[[], None] = lambda: None,
+) -> list[PlannedLayer]:
+    """Plan layers from the forecast that `compare`, `replay` and the daemon use too.
+
+    Args:
+        request: What to plan.
+        client: Daemon to solve in; None for this process.
+        shared_slots: Slots per device over all layers, to be divided by what each layer gains, in this process; None
+            for those of the cluster in each layer.
+        on_plan: Called whenever a layer is planned, for progress.
+
+    Raises:
+        TraceError: the trace is damaged.
+        ProblemError: `until` is no step of the trace, or a layer cannot be planned; then the error's field may begin
+            with ``layers[number].``.
+        ServiceError: the daemon has no answer.
+    """
+    steps, after = _read(request)
+    problems = [_problem(request, layer, steps[:, layer]) for layer in request.layers]
+    with _numbered(request.layers):
+        plans = _solve(problems, request, client, shared_slots, on_plan)
+    return [
+        _judge(layer, problem, plan, None if after is None else after[layer])
+        for layer, problem, plan in zip(request.layers, problems, plans, strict=True)
+    ]
+
+
+def _read(request: PlanRequest) -> tuple[Int64, Int64 | None]:
+    """The window, int64[steps, layers, sources, experts], and the step after it, where there is one."""
+    trace, end = request.trace, request.end
+    if not 1 <= end <= trace.steps:
+        raise ProblemError("until", end, f"must be 1 to {trace.steps}, the number of steps of the trace")
+    first = max(0, end - request.forecast.window_steps)
+    steps = list(trace.read(first, min(end + 1, trace.steps)))
+    return np.stack(steps[: end - first]), (steps[-1] if end < trace.steps else None)
+
+
+def _problem(request: PlanRequest, layer: int, window: Int64) -> Problem:
+    problem = Problem(
+        request.cluster,
+        forecast(window, request.forecast),
+        request.expert,
+        current=request.current.get(layer),
+        max_moves=request.max_moves,
+        groups=request.groups,
+        constraints=request.constraints,
+        split_rule=request.split_rule,
+    )
+    return problem.without(request.failed) if request.failed else problem
+
+
+def _solve(
+    problems: Sequence[Problem],
+    request: PlanRequest,
+    client: Client | None,
+    shared_slots: int | None,
+    on_plan: Callable[[], None],
+) -> list[Plan]:
+    policy, parameters = request.policy, request.parameters
+    if shared_slots is not None:
+        return share_slots(problems, shared_slots, policy=policy, parameters=parameters).plans
+    if client is not None:  # one call for each, so that no call takes long
+        plans = []
+        for problem in problems:
+            plans += client.solve([problem], policy=policy, parameters=parameters)
+            on_plan()
+        return plans
+    if parameters.deadline_s is not None:
+        parameters = replace(parameters, deadline_s=parameters.deadline_s * len(problems))
+    return solve_layers(problems, policy=policy, parameters=parameters, on_plan=on_plan)
+
+
+@contextmanager
+def _numbered(layers: Sequence[int]) -> Iterator[None]:
+    """Errors of ``problems[index]`` raised inside name the layer of the trace instead."""
+    try:
+        yield
+    except ProblemError as error:
+        head, bracket, rest = error.field.partition("].")
+        if not bracket or not head.startswith("problems["):
+            raise
+        layer = layers[int(head.removeprefix("problems["))]
+        raise type(error)(f"layers[{layer}].{rest}", error.value, error.reason) from None
+
+
+def _judge(layer: int, problem: Problem, plan: Plan, after: Int64 | None) -> PlannedLayer:
+    rule = plan.split.rule
+    before = problem.current or Layout.contiguous(problem.experts, problem.capacity)
+    # Judged without limits: a layout in force need not keep those that the plan does, and layers may share slots.
+    room = np.where(problem.cluster.slots > 0, problem.experts, 0)
+    free = Problem(replace(problem.cluster, slots=room, memory_bytes=None), problem.demand)
+    window = Gain(_imbalance(free, before, rule), plan.mean_imbalance)
+    next_step = None
+    if after is not None:
+        demand = replace(free, demand=Demand.of(after))
+        planned = _imbalance(demand, plan.layout, rule)
+        assert planned is not None, "a plan holds every expert"
+        next_step = Gain(_imbalance(demand, before, rule), planned)
+    crossing = None
+    if problem.cluster.nodes > 1 and problem.demand.sources > 1:
+        crossing = float(problem.demand.weights @ between_nodes(problem, plan.layout, plan.split))
+    weights = problem.expert.weight_bytes
+    return PlannedLayer(
+        layer=layer,
+        plan=plan,
+        window=window,
+        next_step=next_step,
+        between_nodes=crossing,
+        move_bytes=len(plan.moves) * weights if plan.moves is not None and weights else None,
+    )
+
+
+def _imbalance(problem: Problem, layout: Layout, rule: SplitRule) -> float | None:
+    """Mean imbalance of a layout; None where an expert has no replica."""
+    if not layout.placed.any(axis=0).all():
+        return None
+    return evaluate(problem, layout, rule).mean_imbalance

@@ -1,0 +1,48 @@
+"""The README's commands, run as they stand there."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tests.support.daemon import Start
+from tests.support.repository import ROOT, TRACE
+
+STEPS = 24
+
+
+def commands() -> list[list[str]]:
+    """Every `moeplan` command of the README's blocks but the one that serves for ever, split into words."""
+    blocks = re.findall(r"^```\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
+    lines = [line for block in blocks for line in block.splitlines() if line.startswith("moeplan ")]
+    found = [shlex.split(line, comments=True)[1:] for line in lines]
+    return [words for words in found if words[0] != "serve"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_commands_of_the_readme_run(tmp_path: Path, start: Start) -> None:
+    with np.load(TRACE) as whole:
+        np.savez(tmp_path / "trace.npz", counts=whole["counts"][:STEPS, :1])
+    (tmp_path / "limits.json").write_text(json.dumps({"forbidden": [[0, 1]]}))
+    daemon = start().serving()
+    words_of_the_page = {"TRACE": "trace.npz", "127.0.0.1:7433": daemon.address}
+    for words in commands():
+        arguments = [words_of_the_page.get(word, word) for word in words]
+        if words[0] == "jobs":  # the page's daemon is where commands look by default
+            arguments += ["--server", daemon.address]
+        done = subprocess.run(
+            [sys.executable, "-m", "moeplan.planner.commands.main", *arguments],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=280,
+            check=False,
+        )
+        assert done.returncode == 0, (words, done.stderr)
