@@ -11,7 +11,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.support.instances import optimum, random_layout, small_problems
 
-from moeplan.solvers import Cluster, Demand, Layout, Problem, SolveParameters, Termination, evaluate, solve
+from moeplan.solvers import (
+    Cluster,
+    Constraints,
+    Demand,
+    ExpertSpec,
+    InfeasibleError,
+    Layout,
+    Problem,
+    SolveParameters,
+    Termination,
+    available_policies,
+    evaluate,
+    share_slots,
+    solve,
+)
+from moeplan.solvers.problem.limits import broken
 
 TRACE = Path(__file__).parents[3] / "examples" / "traces" / "moe-e64-cut.npz"
 
@@ -39,7 +54,7 @@ def test_moves_into_empty_slots_are_made_one_by_one() -> None:
 
 
 def test_the_smallest_problems_reach_the_exact_model() -> None:
-    current = Layout.partial([[0], [0], [-1], [-1]], 1)
+    current = Layout.partial(np.array([[0], [0], [-1], [-1]]), 1)
     tiny = Problem(Cluster.uniform(4, 1), Demand.of([[[60]]] * 3), current=current, max_moves=1)
     assert solve(tiny).objective == pytest.approx(4 / 3)
     cluster = Cluster(np.array([1, 1, 3, 1]), np.zeros(4, int), np.array([1, 3.7, 2, 1]))
@@ -68,3 +83,82 @@ def test_time_alone_ends_a_search_with_a_deadline_and_no_work_limit() -> None:
     assert solve(hard, parameters=both).termination is Termination.WORK_LIMIT
     guarded = SolveParameters().within(60)
     assert solve(hard, parameters=guarded).layout == solve(hard).layout
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_a_failed_device_is_planned_around_whatever_else_is_limited(data: st.DataObject) -> None:
+    problem = data.draw(small_problems(scenarios=2))
+    current = random_layout(problem, data.draw(st.integers(0, 999)))
+    domain = (np.arange(problem.devices) // 2).astype(np.int32) if data.draw(st.booleans()) else None
+    moves = data.draw(st.sampled_from([None, 2, 4]))
+    memory = ExpertSpec(weight_bytes=1) if data.draw(st.booleans()) else ExpertSpec()
+    try:
+        # Memory for two replicas where there may be three in force.
+        cluster = replace(problem.cluster, memory_bytes=np.full(problem.devices, 2))
+        limits = Constraints(domain=domain)
+        whole = Problem(cluster, problem.demand, memory, current=current, max_moves=moves, constraints=limits)
+        left = whole.without([data.draw(st.integers(0, problem.devices - 1))])
+        best = optimum(left)
+    except InfeasibleError:
+        return
+    if not np.isfinite(best):
+        with pytest.raises(InfeasibleError):
+            solve(left)
+        return
+    plan = solve(left)
+    placed = plan.layout.placed
+    assert broken(left.limits, placed) is None
+    assert (placed.sum(axis=1) <= left.capacity).all()
+    assert plan.objective <= best * (1 + 2e-4)
+    free = replace(left, constraints=Constraints(), max_moves=None)
+    for policy in available_policies():
+        if policy != "traffic":
+            assert (solve(free, policy=policy).layout.placed.sum(axis=1) <= left.capacity).all(), policy
+
+
+def test_the_last_replica_of_a_failed_device_finds_another_in_its_domain() -> None:
+    current = Layout(np.array([[0, -1], [1, -1], [2, -1], [3, -1]], np.int32), 4)
+    limits = Constraints(domain=np.array([0, 0, 1, 1], np.int32))
+    problem = Problem(Cluster.uniform(4, 2), Demand.of([9] * 4), current=current, constraints=limits)
+    plan = solve(problem.without([0]))
+    assert plan.layout.replicas.min() == 1
+    assert (plan.layout.slots[0] == -1).all()
+
+
+def test_a_layout_in_force_may_need_more_memory_than_there_is_now() -> None:
+    current = Layout(np.array([[0, 1], [1, -1]], np.int32), 2)
+    problem = Problem(
+        Cluster.uniform(2, 2, memory_bytes=10), Demand.of([60, 40]), ExpertSpec(weight_bytes=10), current=current
+    )
+    for policy in ("hybrid", "flexmoe", "ilp"):
+        assert solve(problem, policy=policy).layout.replicas.tolist() == [1, 1]
+
+
+def test_shared_slots_leave_failed_devices_empty() -> None:
+    current = Layout(np.array([[0, 1, 2], [3, 0, -1], [1, 2, -1], [3, -1, -1]], np.int32), 4)
+    problem = Problem(Cluster.uniform(4, 4), Demand.of([9, 8, 7, 6]), current=current).without([3])
+    shares = share_slots([problem, problem], 7)
+    for plan in shares.plans:
+        assert (plan.layout.slots[3] == -1).all()
+    assert shares.slots.min() >= 3  # device 0 holds three replicas now
+    with pytest.raises(InfeasibleError, match="what is in force, needs 6 slots per device over 2 layers"):
+        share_slots([problem, problem], 5)
+
+
+def test_expert_groups_stay_on_a_node_where_that_is_possible() -> None:
+    tokens = np.random.default_rng(0).integers(1, 100, 64)
+    problem = Problem(Cluster.uniform(16, 5, nodes=2), Demand.of(tokens), groups=8)
+    plan = solve(problem)
+    on_node = plan.layout.placed.reshape(2, 8, 8, 8).any(axis=(1, 3))  # [nodes, groups]
+    assert (on_node.sum(axis=0) == 1).all()
+    assert plan.objective <= solve(problem, policy="eplb").objective
+    crowded = Problem(Cluster.uniform(3, 5, nodes=3), Demand.of(tokens[:12]), groups=2)  # six do not fit on a node
+    assert solve(crowded).objective == pytest.approx(solve(replace(crowded, groups=1)).objective)
+
+
+def test_what_cannot_fit_into_memory_is_refused_at_once() -> None:
+    cluster = Cluster.uniform(4, 2, memory_bytes=100)
+    problem = Problem(cluster, Demand.of([[50] * 8]), ExpertSpec(weight_bytes=10, activation_bytes=1))
+    with pytest.raises(InfeasibleError, match="one replica of each expert and the activations of 400 tokens need 480"):
+        solve(problem, parameters=SolveParameters(deadline_s=0.01))

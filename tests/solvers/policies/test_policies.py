@@ -238,3 +238,10 @@ def test_slots_are_kept_in_place() -> None:
     slots = np.array([[3, 1, 0], [2, 4, 5]], np.int32)
     keep_slots(np.array([[0, 1, 2], [5, 4, 3]], np.int32), slots)
     assert slots.tolist() == [[0, 1, 3], [5, 4, 2]]
+
+
+def test_laer_queue_goes_in_steps_of_the_nodes_as_the_artefact_does() -> None:
+    # 20 experts on 2 nodes of 16 slots: too few for one each per node; from 1 replica up to 2, 4, 6.
+    tokens = np.tile([50, 40, 30, 20] + [5] * 16, (16, 1))
+    problem = Problem(Cluster.uniform(16, 2, nodes=2), Demand.of(tokens))
+    assert solve(problem, policy="laer").layout.replicas.tolist() == [6, 4, 4, 2] + [1] * 16

@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 
 import numpy as np
@@ -110,8 +111,11 @@ def _add(placed: Bool, turns: Bool, order: Int64, loads: Float64, capacity: Int3
                     again = True
 
 
-def narrowings(problem: Problem, wanted: Bool) -> Iterator[Limits]:
-    """The limits with a region for every unit: near a wanted layout, bool[devices, experts], then balanced."""
+def narrowings(problem: Problem, wanted: Bool, deadline: float | None = None) -> Iterator[Limits]:
+    """The limits with a region for every unit: near a wanted layout, bool[devices, experts], then balanced.
+
+    Balancing ends at the deadline, a time on `time.perf_counter`.
+    """
     limits = problem.limits
     if limits.regions == 1:
         yield limits
@@ -137,63 +141,93 @@ def narrowings(problem: Problem, wanted: Bool) -> Iterator[Limits]:
     yield limits.narrowed(region)
     loads: Float64 = (problem.loads @ of_unit.T).astype(np.float64)  # [scenarios, units]
     loads /= np.maximum(loads.sum(axis=1, keepdims=True) / speed.sum(), 1e-300)
-    balanced = _balance(region.astype(np.int64), loads, speed, room, able, problem.demand.weights)
+    balanced = region.astype(np.int64)
+    load: Float64 = loads @ (balanced[:, None] == np.arange(limits.regions))
+    used = np.bincount(balanced, minlength=limits.regions).astype(np.int64)
+    for _ in range(4 * units):
+        late = deadline is not None and time.perf_counter() >= deadline
+        if late or not _balance(balanced, load, used, loads, speed, room, able, problem.demand.weights):
+            break
     if not np.array_equal(balanced, region):
         yield limits.narrowed(balanced.astype(np.int32))
 
 
 @kernel
-def _balance(region: Int64, loads: Float64, speed: Float64, room: Int64, able: Bool, weights: Float64) -> Int64:
-    """Move and exchange units between regions while that lowers the mean over scenarios of the largest load per speed.
+def _balance(
+    region: Int64, load: Float64, used: Int64, loads: Float64, speed: Float64, room: Int64, able: Bool, weights: Float64
+) -> bool:
+    """Take the best step that relieves the hottest region for which there is one; whether there was any.
 
-    Steps that leave the largest as it is must lower the sum of squares, so plateaus are crossed and the search ends.
+    A step moves a unit of that region to another, or exchanges it with one there, and lowers the mean over scenarios of
+    the largest load per speed. What leaves the largest as it is must lower the sum of squares, so plateaus are crossed
+    and the steps come to an end.
+
+    Args:
+        region: int64[units], changed.
+        load: float64[scenarios, regions], changed with it.
+        used: int64[regions], units of each; changed with it.
+        loads: float64[scenarios, units].
+        speed: float64[regions].
+        room: int64[regions], units that fit.
+        able: bool[units, regions].
+        weights: float64[scenarios].
     """
-    region = region.copy()
     scenarios, units = loads.shape
     regions = len(speed)
-    load = np.zeros((scenarios, regions))
-    used = np.zeros(regions, np.int64)
-    for u in range(units):
-        used[region[u]] += 1
-        load[:, region[u]] += loads[:, u]
-    trial = np.empty(regions)
-    for _ in range(4 * units):
-        best, best_u, best_v, best_r = 1e300, -1, -1, -1
-        now = 0.0
-        for s in range(scenarios):
-            level = load[s] / speed
-            now += weights[s] * (level.max() + 1e-3 * (level * level).sum() / regions)
+    heat = np.zeros(regions)
+    squares = np.zeros(scenarios)
+    top = np.zeros((scenarios, 3), np.int64)  # the hottest regions of each scenario: a step touches two
+    now = 0.0
+    for s in range(scenarios):
+        level = load[s] / speed
+        order = np.argsort(-level, kind="mergesort")
+        for i in range(3):
+            top[s, i] = order[min(i, regions - 1)]
+        heat[order[0]] += weights[s] * level[order[0]]
+        squares[s] = (level * level).sum()
+        now += weights[s] * (level[order[0]] + 1e-3 * squares[s] / regions)
+    for r in np.argsort(-heat, kind="mergesort"):
+        if heat[r] == 0:
+            return False
+        best, best_u, best_v, best_to = now * (1 - 1e-12), -1, -1, -1
         for u in range(units):
+            if region[u] != r:
+                continue
             for other in range(units + regions):  # an exchange with a unit, or a move to a region
                 if other < units:
-                    r = region[other]
-                    if other <= u or r == region[u] or not able[u, r] or not able[other, region[u]]:
+                    to = region[other]
+                    if to == r or not able[u, to] or not able[other, r]:
                         continue
                 else:
-                    r = other - units
-                    if r == region[u] or used[r] == room[r] or not able[u, r]:
+                    to = other - units
+                    if to == r or used[to] == room[to] or not able[u, to]:
                         continue
                 value = 0.0
                 for s in range(scenarios):
                     change = loads[s, u] - (loads[s, other] if other < units else 0.0)
-                    trial[:] = load[s]
-                    trial[region[u]] -= change
-                    trial[r] += change
-                    trial /= speed
-                    value += weights[s] * (trial.max() + 1e-3 * (trial * trial).sum() / regions)
+                    here, there = (load[s, r] - change) / speed[r], (load[s, to] + change) / speed[to]
+                    level = max(here, there)
+                    for t in top[s]:
+                        if t != r and t != to:
+                            level = max(level, load[s, t] / speed[t])
+                            break
+                    before = (load[s, r] / speed[r]) ** 2 + (load[s, to] / speed[to]) ** 2
+                    value += weights[s] * (level + 1e-3 * (squares[s] - before + here**2 + there**2) / regions)
+                    if value >= best:
+                        break
                 if value < best:
-                    best, best_u, best_v, best_r = value, u, other, r
-        if best >= now * (1 - 1e-12) or best_u < 0:
-            break
-        old = region[best_u]
-        load[:, old] -= loads[:, best_u]
-        load[:, best_r] += loads[:, best_u]
-        region[best_u] = best_r
+                    best, best_u, best_v, best_to = value, u, other, to
+        if best_u < 0:
+            continue
+        region[best_u] = best_to
+        load[:, r] -= loads[:, best_u]
+        load[:, best_to] += loads[:, best_u]
         if best_v < units:
-            load[:, best_r] -= loads[:, best_v]
-            load[:, old] += loads[:, best_v]
-            region[best_v] = old
+            region[best_v] = r
+            load[:, best_to] -= loads[:, best_v]
+            load[:, r] += loads[:, best_v]
         else:
-            used[old] -= 1
-            used[best_r] += 1
-    return region
+            used[r] -= 1
+            used[best_to] += 1
+        return True
+    return False

@@ -41,6 +41,7 @@ def any_layout(problem: Problem, solver: str, deadline: float | None) -> Int32:
     """
     from moeplan.solvers.construct.repair import table
 
+    _check_memory(problem)
     answer = run(whole(problem, None), solver, Effort(deadline, SEARCH))
     if answer.placed is not None:
         return table(problem, answer.placed)
@@ -52,3 +53,23 @@ def any_layout(problem: Problem, solver: str, deadline: float | None) -> Int32:
     if answer.status == "infeasible":
         raise InfeasibleError("constraints", ", ".join(limits), "no layout satisfies them together; relax one of them")
     raise ProblemError("constraints", ", ".join(limits), "no layout was found in time; allow more time, or relax one")
+
+
+def _check_memory(problem: Problem) -> None:
+    """Refuse what memory cannot hold however replicas and tokens are spread.
+
+    Raises:
+        InfeasibleError: one replica of each expert and the activations need more than all devices have together.
+    """
+    memory, expert = problem.cluster.memory_bytes, problem.expert
+    if memory is None:
+        return
+    has = int(memory[problem.capacity > 0].sum())
+    needs = problem.experts * expert.replica_bytes + int(problem.loads.sum(axis=1).max()) * expert.activation_bytes
+    if needs > has:
+        raise InfeasibleError(
+            "cluster.memory_bytes",
+            f"{has} bytes on all devices",
+            f"one replica of each expert and the activations of {problem.loads.sum(axis=1).max()} tokens need {needs}; "
+            "add memory or devices, or plan for fewer tokens",
+        )

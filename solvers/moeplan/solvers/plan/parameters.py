@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from moeplan.solvers.problem.arrays import integer, number
 from moeplan.solvers.problem.errors import ProblemError
 
 __all__ = ["DEFAULT_WORK", "UNLIMITED_WORK", "SolveParameters"]
@@ -46,22 +47,20 @@ class SolveParameters:
     prove: bool = False
 
     def __post_init__(self) -> None:
-        if self.deadline_s is not None and not self.deadline_s > 0:
+        if self.deadline_s is not None and not number("parameters.deadline_s", self.deadline_s) > 0:
             raise ProblemError("parameters.deadline_s", self.deadline_s, "must be above 0, or None")
-        if self.work_limit is not None and self.work_limit < 0:
-            raise ProblemError("parameters.work_limit", self.work_limit, "must be at least 0, or None")
-        if not 0 <= self.target_gap < float("inf"):
+        if self.work_limit is not None:
+            integer("parameters.work_limit", self.work_limit, 0)
+        if not 0 <= number("parameters.target_gap", self.target_gap) < float("inf"):
             raise ProblemError("parameters.target_gap", self.target_gap, "must be finite and at least 0")
-        if not 0 <= self.traffic_tolerance < float("inf"):
+        if not 0 <= number("parameters.traffic_tolerance", self.traffic_tolerance) < float("inf"):
             raise ProblemError("parameters.traffic_tolerance", self.traffic_tolerance, "must be finite and at least 0")
-        if not 0 <= self.seed < 2**32:
-            raise ProblemError("parameters.seed", self.seed, "must be 0 to 2**32 - 1")
-        if not self.solver:
+        integer("parameters.seed", self.seed, 0, 2**32 - 1)
+        if not self.solver or not isinstance(self.solver, str):
             raise ProblemError(
                 "parameters.solver", repr(self.solver), "must be cpsat, highs, cbc, or a solver of PuLP's"
             )
-        if not 1 <= self.threads <= 1024:
-            raise ProblemError("parameters.threads", self.threads, "must be 1 to 1024")
+        integer("parameters.threads", self.threads, 1, 1024)
 
     @property
     def candidates(self) -> int:

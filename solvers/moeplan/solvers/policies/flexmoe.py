@@ -8,6 +8,8 @@ fastest. A proposal stands if the slowest device gets faster.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from moeplan.solvers.construct.fill import fill
@@ -16,6 +18,7 @@ from moeplan.solvers.construct.repair import repair
 from moeplan.solvers.plan.parameters import SolveParameters
 from moeplan.solvers.policies.registry import policy
 from moeplan.solvers.problem.arrays import Float64, Int32
+from moeplan.solvers.problem.constraints import Constraints
 from moeplan.solvers.problem.kernel import kernel
 from moeplan.solvers.problem.layout import EMPTY, Layout
 from moeplan.solvers.problem.problem import Problem
@@ -29,9 +32,11 @@ TRIGGER = 1.05
 def flexmoe(problem: Problem, parameters: SolveParameters) -> Layout:
     """From the current layout: expand, shrink and migrate single replicas while the slowest device gets faster."""
     start = problem.current or Layout.contiguous(problem.experts, problem.capacity)
-    if not start.placed.any(axis=0).all():  # some experts were lost with their devices
-        kept = repair(problem, problem.limits, start.slots, stay=True)
-        assert kept is not None  # without other limits it always finds one
+    lost = not start.placed.any(axis=0).all()  # experts that were only on devices that failed
+    if lost or (start.placed.sum(axis=1) > problem.capacity).any():
+        unlimited = replace(problem, constraints=Constraints(), max_moves=None)
+        kept = repair(unlimited, unlimited.limits, start.slots, stay=True)
+        assert kept is not None  # without limits it always finds one
         start = Layout(kept, problem.experts)
     width = max(start.slots.shape[1], problem.cluster.max_slots)
     slots = np.full((problem.devices, width), EMPTY, np.int32)

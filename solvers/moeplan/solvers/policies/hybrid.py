@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import chain
 
 import numpy as np
@@ -72,6 +73,9 @@ NEIGHBOURHOODS = 8
 WORK_PER_NEIGHBOURHOOD = 100
 """Candidates that a neighbourhood counts as."""
 
+LAST_RESORT_S = 0.01
+"""Time past a deadline that the search for any valid layout still gets."""
+
 SHORTEST_S = 0.05
 """Time below which a neighbourhood is not begun."""
 
@@ -84,7 +88,7 @@ WORK_PER_SECOND = 1_000
 WORK_PER_BURST = 2_000_000
 """Scenario x slot visits between two looks at the clock: a few milliseconds."""
 
-LONGEST_BURST = 1_000
+LONGEST_BURST = 2_000
 """Candidates of a burst at most, so that small problems, too, get through several bursts and to the exact model."""
 
 
@@ -93,6 +97,7 @@ def hybrid(problem: Problem, parameters: SolveParameters) -> Iterator[Progress]:
     """Bounds, constructions, local search guided by the min cut, large neighbourhoods, few moves; the default."""
     start = time.perf_counter()
     deadline = None if parameters.deadline_s is None else start + parameters.deadline_s
+    problem = _with_groups(problem)
     bounds = scores.bound(problem)
     if problem.demand.scenarios == 1 and problem.current is None and _perfect(problem) and _window_applies(problem):
         yield Progress(Layout(_window(problem), problem.experts), float(bounds[0]))  # perfect, by the theorem
@@ -101,6 +106,7 @@ def hybrid(problem: Problem, parameters: SolveParameters) -> Iterator[Progress]:
     yield from state.construct()
     if _rule(problem) is SplitRule.OPTIMAL:  # the search knows no other; its constructions are judged by any
         yield from state.search()
+    yield state.progress()  # which knows why the search ended
 
 
 class _Search:
@@ -210,19 +216,20 @@ class _Search:
         problem = self.problem
         current = [] if problem.current is None else [problem.current.slots]
         for wanted in chain(current, _constructions(problem, self.parameters)):
-            for slots, limits in _repairs(problem, wanted):
+            for slots, limits in _repairs(problem, wanted, self.deadline):
                 if self.take(slots):
                     self.limits = limits
                     yield self.progress()
-            if self.best is not None and (self.late or self.score <= self.target):
-                return
+                if self.best is not None and (self.late or self.score <= self.target):
+                    return
         if self.best is None:
             self._take_any()
             yield self.progress()
 
     def _take_any(self) -> None:
         """Take any valid layout, which exists by the model's split even where ours does not fit the memory."""
-        slots = any_layout(self.problem, self.parameters.solver, None)
+        deadline = None if self.deadline is None else max(self.deadline, time.perf_counter() + LAST_RESORT_S)
+        slots = any_layout(self.problem, self.parameters.solver, deadline)
         if not self.take(slots):
             self.best = slots
         self.limits = next(narrowings(self.problem, placed_in(slots, self.problem.experts)), self.problem.limits)
@@ -286,7 +293,7 @@ class _Search:
         answer = run(whole(problem, self.best), parameters.solver, Effort(self.deadline, work, gap=0.0))
         if answer.placed is not None:
             self.take(table(problem, answer.placed))
-        if answer.status != "optimal":
+        if answer.status != "optimal" or problem.tail < 1:  # the model rounds the mean of a tail
             return False
         self.proven = self.score
         return True
@@ -322,16 +329,17 @@ def _proofs(problem: Problem, reached: Float64, deadline: float | None) -> Itera
             yield scores.relative(problem, low)
 
 
-def _repairs(problem: Problem, wanted: Int32) -> Iterator[tuple[Int32, Limits]]:
+def _repairs(problem: Problem, wanted: Int32, deadline: float | None) -> Iterator[tuple[Int32, Limits]]:
     """A layout, int32[devices, width], repaired under each narrowing of the limits that allows it.
 
     A repair uses every slot, so where a further replica may hurt, the layout comes first as it is, if it may.
     """
     placed = placed_in(wanted, problem.experts)
-    if _rule(problem) is not SplitRule.OPTIMAL and placed.any(axis=0).all() and broken(problem.limits, placed) is None:
+    valid = bool(placed.any(axis=0).all() and (placed.sum(axis=1) <= problem.capacity).all())
+    if _rule(problem) is not SplitRule.OPTIMAL and valid and broken(problem.limits, placed) is None:
         yield wanted, problem.limits
     in_force = problem.current is not None and wanted is problem.current.slots
-    for limits in narrowings(problem, placed_in(wanted, problem.experts)):
+    for limits in narrowings(problem, placed, deadline):
         stay = problem.current is not None and (in_force or limits.moves_limited)
         slots = repair(problem, limits, wanted, stay=stay)
         if slots is not None:
@@ -363,7 +371,14 @@ def _constructions(problem: Problem, parameters: SolveParameters) -> Iterator[In
     swap(slots, loads / replicas, speed, ROUNDS)
     fill(slots, loads, capacity)
     yield _widen(slots, problem)
-    for published in (eplb, base, laer, flexmoe, symi, static):
+    if problem.demand.scenarios > 1:  # what may be hot deserves replicas, too
+        peak: Float64 = problem.loads.max(axis=0).astype(np.float64)
+        replicas = adams_replicas(peak, int(capacity.sum()), problem.devices)
+        slots = pack(peak, replicas, capacity, speed)
+        swap(slots, loads / replicas, speed, ROUNDS)
+        fill(slots, loads, capacity)
+        yield _widen(slots, problem)
+    for published in (eplb, flexmoe, laer, symi, static, base):  # the one that takes longest comes last
         try:
             slots = _widen(published(problem, parameters).slots.copy(), problem)
         except ProblemError:  # EPLB's groups may not fit its nodes
@@ -372,6 +387,18 @@ def _constructions(problem: Problem, parameters: SolveParameters) -> Iterator[In
             yield slots.copy()  # a further replica may hurt where its tokens are not divided for the best
         fill(slots, loads, capacity)
         yield slots
+
+
+def _with_groups(problem: Problem) -> Problem:
+    """The problem with its expert groups kept on a node each, where nodes and the other limits leave room for that."""
+    if problem.groups == 1 or problem.cluster.nodes == 1 or problem.constraints.groups_on_node:
+        return problem
+    try:
+        kept = replace(problem, constraints=replace(problem.constraints, groups_on_node=True))
+    except ProblemError:  # groups do not fit, or contradict a domain or a pin
+        return problem
+    start = problem.current or Layout.contiguous(problem.experts, problem.capacity)
+    return problem if next(_repairs(kept, start.slots, None), None) is None else kept
 
 
 def _crowded(problem: Problem) -> bool:
@@ -391,9 +418,9 @@ def _perfect(problem: Problem) -> bool:
 
 
 def _small(problem: Problem) -> bool:
-    """Whether an exact model of the whole problem is small enough to be solved, and its objective is ours."""
+    """Whether an exact model of the whole problem is small enough to be solved."""
     variables = problem.demand.scenarios * problem.devices * problem.experts
-    return problem.tail == 1 and problem.devices <= SMALL_DEVICES and variables <= SMALL_VARIABLES
+    return problem.devices <= SMALL_DEVICES and variables <= SMALL_VARIABLES
 
 
 def _window_applies(problem: Problem) -> bool:

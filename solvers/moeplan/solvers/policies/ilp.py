@@ -25,7 +25,7 @@ WORK_PER_SECOND = 1_000
 """Candidates of `work_limit` that a deterministic second of a solver counts as."""
 
 
-SLACK_S = 0.02
+SLACK_S = 0.05
 """A solver that ends so shortly before the deadline has ended for it."""
 
 

@@ -1,7 +1,7 @@
 """LAER-MoE: two sets of replica counts, placed node by node, judged by modelled time (arXiv 2602.11686).
 
-1. Replica counts: the same for every expert; and a priority queue that starts with one replica per node and keeps
-   giving one per node to the expert with the largest load per replica.
+1. Replica counts: the same for every expert; and a priority queue that starts with one replica per node, or one in all
+   where slots are too few, and keeps filling the expert of the largest load per replica up to a multiple of the nodes.
 2. Placement: heaviest share first, onto the nodes that hold the fewest replicas of the expert, there onto the device
    with the least load.
 3. Keep the candidate with the least ``4 * sum_i comm_i + 3 * max_i comp_i`` under lite routing.
@@ -51,11 +51,11 @@ def _replica_counts(problem: Problem) -> list[Int32]:
 
 @kernel
 def _queue(loads: Float64, slots: int, nodes: int, most: int) -> Int32:
-    """Replica counts by priority queue, in steps of one per node where that fits."""
+    """Replica counts by priority queue: one per node at first, where that fits, then up to one more per node."""
     experts = len(loads)
-    step = nodes if experts * nodes <= slots else 1
-    replicas = np.full(experts, step, np.int32)
-    left = slots - experts * step
+    first = nodes if experts * nodes <= slots else 1
+    replicas = np.full(experts, first, np.int32)
+    left = slots - experts * first
     while left > 0:
         best = -1
         for e in range(experts):
@@ -63,7 +63,7 @@ def _queue(loads: Float64, slots: int, nodes: int, most: int) -> Int32:
                 best = e
         if best < 0:
             break
-        grant = min(step, left, most - replicas[best])
+        grant = min(nodes - replicas[best] % nodes, left, most - replicas[best])
         replicas[best] += grant
         left -= grant
     return replicas

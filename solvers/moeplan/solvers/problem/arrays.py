@@ -1,7 +1,8 @@
-"""Checking and freezing the arrays that cross the library's edge."""
+"""Checking and freezing the arrays and numbers that cross the library's edge."""
 
 from __future__ import annotations
 
+from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ import numpy.typing as npt
 
 from moeplan.solvers.problem.errors import ProblemError
 
-__all__ = ["Bool", "Float64", "Int32", "Int64", "floats", "integers"]
+__all__ = ["Bool", "Float64", "Int32", "Int64", "any_array", "floats", "integer", "integers", "number"]
 
 Bool = npt.NDArray[np.bool_]
 Int32 = npt.NDArray[np.int32]
@@ -20,6 +21,59 @@ MAX_TOKENS = 2**53
 """Largest count held: beyond it, float64 no longer represents every integer and costs would be inexact."""
 
 _LIMITS = {kind: (int(np.iinfo(kind).min), int(np.iinfo(kind).max)) for kind in (np.int32, np.int64)}
+
+
+def any_array(field: str, values: npt.ArrayLike) -> npt.NDArray[Any]:
+    """`values` as an array.
+
+    Raises:
+        ProblemError: the lists have no common shape, or entries are masked.
+    """
+    if isinstance(values, np.ma.MaskedArray):
+        if np.ma.getmaskarray(values).any():
+            raise ProblemError(field, "array with masked entries", "must have a value everywhere; fill them first")
+        values = values.data
+    try:
+        array = np.asarray(values)
+    except (TypeError, ValueError):
+        raise ProblemError(
+            field, _short(values), "must be an array of numbers whose lists have equal lengths"
+        ) from None
+    if array.dtype.kind not in "biuf":
+        raise ProblemError(field, _short(values), "must hold numbers, of lists of equal lengths")
+    return array
+
+
+def integer(field: str, value: object, low: int, high: int | None = None) -> int:
+    """A whole number as an int.
+
+    Raises:
+        ProblemError: `value` is not an integer within [low, high].
+    """
+    if isinstance(value, bool | np.bool_) or not isinstance(value, Integral):
+        raise ProblemError(field, _short(value), "must be an integer; round or cast it first")
+    whole = int(value)
+    if whole < low or (high is not None and whole > high):
+        limit = f"at least {low}" if high is None else f"{low} to {high if high < 2**53 else '2**53'}"
+        raise ProblemError(field, whole, f"must be {limit}")
+    return whole
+
+
+def number(field: str, value: object) -> float:
+    """A number as a float; its range is for the caller to check.
+
+    Raises:
+        ProblemError: `value` is not a number.
+    """
+    if isinstance(value, bool | np.bool_) or not isinstance(value, Real):
+        raise ProblemError(field, _short(value), "must be a number")
+    return float(value)
+
+
+def _short(value: object) -> str:
+    """A value for an error message, cut where it is long."""
+    text = repr(value)
+    return text if len(text) <= 64 else f"{text[:61]}..."
 
 
 def integers(
@@ -36,7 +90,7 @@ def integers(
     Raises:
         ProblemError: `values` is not an integer array of `ndim` dimensions within [low, high].
     """
-    array = np.asarray(values)
+    array = any_array(field, values)
     if array.dtype.kind not in "iu":
         raise ProblemError(field, f"array of {array.dtype}", "must hold integers; round or cast it first")
     if array.ndim != ndim:
@@ -61,10 +115,7 @@ def floats(field: str, values: npt.ArrayLike, *, ndim: int, positive: bool = Fal
     Raises:
         ProblemError: a value is not a finite number, or is negative (or zero, if `positive`).
     """
-    try:
-        frozen = np.array(values, dtype=np.float64, order="C")
-    except (TypeError, ValueError):
-        raise ProblemError(field, values, "must hold numbers") from None
+    frozen = np.array(any_array(field, values), dtype=np.float64, order="C")
     if frozen.ndim != ndim:
         raise ProblemError(field, f"array of shape {frozen.shape}", f"must have {ndim} dimension(s)")
     bad = ~np.isfinite(frozen) | (frozen <= 0 if positive else frozen < 0)

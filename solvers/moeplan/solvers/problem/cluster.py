@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from moeplan.solvers.problem.arrays import Float64, Int32, Int64, floats, integers
+from moeplan.solvers.problem.arrays import Float64, Int32, Int64, any_array, floats, integer, integers, number
 from moeplan.solvers.problem.errors import ProblemError
 
 __all__ = ["Cluster", "Link", "source_devices"]
@@ -29,9 +29,9 @@ class Link:
     latency_s: float = 0.0
 
     def __post_init__(self) -> None:
-        if not self.bytes_per_s > 0:
+        if not number("link.bytes_per_s", self.bytes_per_s) > 0:
             raise ProblemError("link.bytes_per_s", self.bytes_per_s, "must be above 0 (infinity is allowed)")
-        if not 0 <= self.latency_s < float("inf"):
+        if not 0 <= number("link.latency_s", self.latency_s) < float("inf"):
             raise ProblemError("link.latency_s", self.latency_s, "must be finite and at least 0")
 
 
@@ -107,17 +107,18 @@ class Cluster:
         Raises:
             ProblemError: a value is out of range.
         """
-        if not 1 <= devices <= MAX_DEVICES:
-            raise ProblemError("cluster.devices", devices, f"must be 1 to {MAX_DEVICES}")
-        if not 1 <= nodes <= devices:
+        devices = integer("cluster.devices", devices, 1, MAX_DEVICES)
+        slots = integer("cluster.slots", slots, 0, MAX_SLOTS)
+        if integer("cluster.nodes", nodes, 1) > devices:
             raise ProblemError("cluster.nodes", nodes, f"must be 1 to the number of devices ({devices})")
-        if not 0 <= slots <= MAX_SLOTS:
-            raise ProblemError("cluster.slots", slots, f"must be 0 to {MAX_SLOTS}")
+        memory = None if memory_bytes is None else any_array("cluster.memory_bytes", memory_bytes)
+        if memory is not None and memory.ndim == 0:
+            memory = np.repeat(memory, devices)
         return cls(
             slots=np.full(devices, slots, np.int32),
             node=np.arange(devices, dtype=np.int64).astype(np.int32) * nodes // devices,
-            speed=np.ones(devices) if speed is None else np.asarray(speed, np.float64),
-            memory_bytes=None if memory_bytes is None else np.broadcast_to(np.asarray(memory_bytes), (devices,)),
+            speed=floats("cluster.speed", np.ones(devices) if speed is None else speed, ndim=1),
+            memory_bytes=memory,
             intra_node=intra_node,
             inter_node=inter_node,
         )

@@ -7,7 +7,7 @@ from functools import cached_property
 
 import numpy as np
 
-from moeplan.solvers.problem.arrays import Int32, integers
+from moeplan.solvers.problem.arrays import Int32, any_array, integer, integers
 from moeplan.solvers.problem.errors import ProblemError
 
 __all__ = ["Constraints"]
@@ -48,7 +48,7 @@ class Constraints:
 
     def __post_init__(self) -> None:
         for name in ("forbidden", "pinned"):
-            pairs = np.asarray(getattr(self, name))
+            pairs = any_array(f"constraints.{name}", getattr(self, name))
             pairs = _no_pairs() if pairs.size == 0 else integers(f"constraints.{name}", pairs, ndim=2, dtype=np.int32)
             if pairs.shape[1] != 2:
                 raise ProblemError(
@@ -60,8 +60,10 @@ class Constraints:
             object.__setattr__(self, "domain", domain)
         for name in ("min_tokens", "device_move_bytes", "node_move_bytes"):
             value = getattr(self, name)
-            if value is not None and not 0 <= value <= 2**53:
-                raise ProblemError(f"constraints.{name}", value, "must be 0 to 2**53")
+            if value is not None or name == "min_tokens":
+                object.__setattr__(self, name, integer(f"constraints.{name}", value, 0, 2**53))
+        if not isinstance(self.groups_on_node, bool | np.bool_):
+            raise ProblemError("constraints.groups_on_node", repr(self.groups_on_node), "must be True or False")
 
     @cached_property
     def names(self) -> tuple[str, ...]:

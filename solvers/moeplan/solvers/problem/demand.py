@@ -7,10 +7,13 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from moeplan.solvers.problem.arrays import MAX_TOKENS, Float64, Int64, floats, integers
+from moeplan.solvers.problem.arrays import MAX_TOKENS, Float64, Int64, any_array, floats, integers
 from moeplan.solvers.problem.errors import ProblemError
 
 __all__ = ["Demand"]
+
+LARGE = 1e300
+"""Weights beyond it might have no finite sum."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -42,9 +45,11 @@ class Demand:
             raise ProblemError(
                 "demand.weights", f"{len(weights)} values", f"must have one per scenario ({self.scenarios})"
             )
-        total = weights.sum()
-        if total <= 0:
+        if not weights.any():
             raise ProblemError("demand.weights", weights.tolist(), "at least one must be above 0")
+        if weights.max() > LARGE:
+            weights = weights / weights.max()
+        total = weights.sum()
         if abs(total - 1) > len(weights) * np.finfo(np.float64).eps:
             weights = weights / total  # and once only: a demand made of another's weights has the same to the last bit
         weights.flags.writeable = False
@@ -61,11 +66,11 @@ class Demand:
         Raises:
             ProblemError: the counts are invalid.
         """
-        array = np.asarray(tokens)
+        array = any_array("demand.tokens", tokens)
         if not 1 <= array.ndim <= 3:
             raise ProblemError("demand.tokens", f"array of shape {array.shape}", "must have 1, 2 or 3 dimensions")
         array = array[(np.newaxis,) * (3 - array.ndim)]
-        return cls(array, np.ones(len(array)) if weights is None else np.asarray(weights, np.float64))
+        return cls(array, floats("demand.weights", np.ones(len(array)) if weights is None else weights, ndim=1))
 
     @property
     def scenarios(self) -> int:

@@ -8,7 +8,7 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from moeplan.solvers.problem.arrays import Bool, Int32, integers
+from moeplan.solvers.problem.arrays import Bool, Int32, integer, integers
 from moeplan.solvers.problem.errors import ProblemError
 
 __all__ = ["EMPTY", "Hosts", "Layout", "check_layout", "placed_in"]
@@ -50,6 +50,7 @@ class Layout:
     def __post_init__(self) -> None:
         slots = integers("layout.slots", self.slots, ndim=2, dtype=np.int32)
         object.__setattr__(self, "slots", slots)
+        object.__setattr__(self, "experts", integer("layout.experts", self.experts, 0))
         if self.experts > slots.size:  # said before memory is taken for each: a wrong number may be huge
             raise ProblemError("layout.experts", self.experts, f"must be at most the number of slots ({slots.size})")
         missing = _check_table(slots, self.experts)
@@ -70,6 +71,7 @@ class Layout:
             ProblemError: there are fewer slots than experts.
         """
         capacity = integers("cluster.slots", slots, ndim=1, dtype=np.int32, low=0)
+        experts = integer("layout.experts", experts, 0)
         if experts > capacity.sum():
             raise ProblemError("layout.experts", experts, f"must be at most the number of slots ({capacity.sum()})")
         shares = even_shares(experts, capacity)
@@ -93,6 +95,7 @@ class Layout:
             ProblemError: an id is out of range, or a device holds two replicas of one expert.
         """
         table = integers("layout.slots", slots, ndim=2, dtype=np.int32)
+        experts = integer("layout.experts", experts, 0)
         _check_table(table, experts)
         return cls.trusted(table, experts)
 

@@ -8,7 +8,7 @@ from functools import cached_property, lru_cache
 
 import numpy as np
 
-from moeplan.solvers.problem.arrays import Float64, Int32, Int64, integers
+from moeplan.solvers.problem.arrays import Float64, Int32, Int64, integer, integers, number
 from moeplan.solvers.problem.cluster import Cluster, source_devices
 from moeplan.solvers.problem.compile_limits import compile_limits
 from moeplan.solvers.problem.constraints import Constraints
@@ -41,10 +41,8 @@ class ExpertSpec:
 
     def __post_init__(self) -> None:
         for name in ("weight_bytes", "state_bytes", "token_bytes", "activation_bytes"):
-            value = getattr(self, name)
-            if not 0 <= value <= 2**53:
-                raise ProblemError(f"expert.{name}", value, "must be 0 to 2**53")
-        if not 0 < self.seconds_per_token < float("inf"):
+            object.__setattr__(self, name, integer(f"expert.{name}", getattr(self, name), 0, 2**53))
+        if not 0 < number("expert.seconds_per_token", self.seconds_per_token) < float("inf"):
             raise ProblemError("expert.seconds_per_token", self.seconds_per_token, "must be finite and above 0")
 
     @property
@@ -93,15 +91,14 @@ class Problem:
             if rule.needs_sources and self.demand.sources == 1 and self.devices > 1:
                 raise ProblemError("split_rule", rule, "needs the demand of each source; give tokens[sources, experts]")
         check_experts(self.cluster, self.experts, self.expert, self.groups)
-        if not 0 < self.tail <= 1:
+        if not 0 < number("tail", self.tail) <= 1:
             raise ProblemError("tail", self.tail, "must be above 0 and at most 1")
         if self.current is not None:
             check_layout("current", self.current, self.experts, self.cluster.slots)
         if self.max_moves is not None:
             if self.current is None:
                 raise ProblemError("max_moves", self.max_moves, "needs `current`, the layout that moves start from")
-            if self.max_moves < 0:
-                raise ProblemError("max_moves", self.max_moves, "must be at least 0")
+            integer("max_moves", self.max_moves, 0)
         _ = self.limits  # contradictions show here
 
     def without(self, failed: Sequence[int]) -> Problem:
@@ -118,8 +115,7 @@ class Problem:
             InfeasibleError: the experts do not fit on the devices that remain.
         """
         for i, device in enumerate(failed):
-            if not 0 <= device < self.devices:
-                raise ProblemError(f"failed[{i}]", device, f"must be 0..{self.devices - 1}")
+            integer(f"failed[{i}]", device, 0, self.devices - 1)
         gone = np.array(failed, np.int64)
         slots = self.cluster.slots.copy()
         slots[gone] = 0
@@ -228,7 +224,7 @@ def check_experts(cluster: Cluster, experts: int, expert: ExpertSpec, groups: in
             f"{experts} experts need {experts - room} more; "
             "add memory or devices, or shrink expert.weight_bytes + expert.state_bytes",
         )
-    if not 1 <= groups <= experts or experts % groups:
+    if not 1 <= integer("groups", groups, 0) <= experts or experts % groups:
         raise ProblemError("groups", groups, f"must divide the number of experts ({experts})")
 
 

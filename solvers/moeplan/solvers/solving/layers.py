@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
+from moeplan.solvers.exact.run import require
 from moeplan.solvers.objective.score import score
 from moeplan.solvers.plan.cost import STEP
 from moeplan.solvers.plan.parameters import SolveParameters
@@ -50,6 +51,7 @@ def solve_layers(
         ProblemError: see `solve`.
     """
     chosen = find(policy)
+    require(parameters.solver)
     start = time.perf_counter()
     deadline = float("inf") if parameters.deadline_s is None else start + parameters.deadline_s
     layers = []

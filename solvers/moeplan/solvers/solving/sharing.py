@@ -54,7 +54,8 @@ def share_slots(
     """Divide a budget of slots per device over layers for the least sum of largest loads.
 
     Args:
-        problems: One per layer, on clusters of equal slots per device, which are replaced.
+        problems: One per layer, on clusters of equal slots per device, which are replaced; devices of none, such as
+            those that failed, stay without. A layer keeps at least the slots that its layout in force uses.
         budget: Slots per device, over all layers together.
         policy: Name of a policy.
         parameters: How hard to try, for every layer and number of slots.
@@ -65,12 +66,13 @@ def share_slots(
     """
     if not problems:
         raise ProblemError("problems", "none", "give at least one layer")
-    fewest = np.array([-(-p.experts // p.devices) for p in problems])
+    fewest = np.array([_fewest(p) for p in problems])
     if budget < fewest.sum():
         raise InfeasibleError(
             "budget",
             budget,
-            f"one replica of each expert needs {fewest.sum()} slots per device over {len(problems)} layers",
+            f"one replica of each expert, or what is in force, needs {fewest.sum()} slots per device over "
+            f"{len(problems)} layers",
         )
     spare = budget - int(fewest.sum())
     curves = [_curve(p, int(least), spare, policy, parameters) for p, least in zip(problems, fewest, strict=True)]
@@ -99,13 +101,20 @@ def share_slots(
     )
 
 
+def _fewest(problem: Problem) -> int:
+    """Slots per device that a layer cannot do without."""
+    devices = int((problem.cluster.slots > 0).sum())
+    in_use = 0 if problem.current is None else int(problem.current.placed.sum(axis=1).max())
+    return max(-(-problem.experts // devices), in_use)
+
+
 def _curve(
     problem: Problem, fewest: int, spare: int, policy: str, parameters: SolveParameters
 ) -> list[tuple[float, Plan]]:
     """Level and plan of a layer with 0, 1, .. further slots per device, until more do not help."""
     curve: list[tuple[float, Plan]] = []
     for slots in range(fewest, fewest + spare + 1):
-        cluster = replace(problem.cluster, slots=np.full(problem.devices, slots, np.int32))
+        cluster = replace(problem.cluster, slots=np.where(problem.cluster.slots > 0, slots, 0).astype(np.int32))
         plan = solve(replace(problem, cluster=cluster), policy=policy, parameters=parameters)
         mean: Float64 = problem.mean_level
         level = float(problem.demand.weights @ (plan.imbalance * mean))

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 
+from moeplan.solvers.exact.run import require
 from moeplan.solvers.objective import score
 from moeplan.solvers.plan.cost import STEP, CostModel, check_memory, cost
 from moeplan.solvers.plan.parameters import SolveParameters
@@ -42,11 +43,12 @@ def solve(
         model: What the layer's time is made of.
 
     Raises:
-        ProblemError: the policy does not exist, cannot honour a constraint that the problem sets, or cannot plan for
-            its split rule.
+        ProblemError: the policy or the solver does not exist, or the policy cannot honour a constraint that the problem
+            sets, or cannot plan for its split rule.
         InfeasibleError: the plan needs more memory than a device has.
     """
     chosen = check_asked(problem, find(policy))
+    require(parameters.solver)
     start = time.perf_counter()
     *_, last = chosen.search(problem, parameters)
     return plan_of(problem, chosen, last, time.perf_counter() - start, parameters, model)
@@ -65,6 +67,7 @@ def solve_anytime(
     others are `Termination.UNFINISHED`. See `solve` for the arguments and errors.
     """
     chosen = check_asked(problem, find(policy))
+    require(parameters.solver)
     start = time.perf_counter()
     best: Plan | None = None
     last: Progress | None = None
