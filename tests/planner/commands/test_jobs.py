@@ -50,7 +50,7 @@ def test_options_of_the_daemon_are_those_of_every_command(
         assert away.stderr == "moeplan: UNAVAILABLE: no daemon answers at 127.0.0.1:1; start one with `moeplan serve`\n"
     monkeypatch.setenv("MOEPLAN_TOKEN_FILE", str(tmp_path / "missing"))
     missing = run("jobs", "list")
-    assert missing.returncode == 1
+    assert missing.returncode == 2
     assert "missing" in missing.stderr
     assert "Traceback" not in missing.stderr
 
@@ -59,7 +59,8 @@ def test_plan_in_the_daemon_is_plan_here(daemon: DaemonProcess, tmp_path: Path) 
     counts = np.random.default_rng(0).integers(0, 100, (6, 2, 4, 8)) ** 2
     np.savez(tmp_path / "trace.npz", counts=counts)
     here, there = tmp_path / "here.json", tmp_path / "there.json"
-    base = ("plan", str(tmp_path / "trace.npz"), "--devices", "4", "--slots", "3")
+    sizes = ("--devices", "4", "--slots", "3", "--work-limit", "300")
+    base = ("plan", str(tmp_path / "trace.npz"), *sizes)
     assert run(*base, "-o", str(here)).returncode == 0
     assert run(*base, "-o", str(there), "--server", daemon.address).returncode == 0
     assert json.loads(here.read_text()) == json.loads(there.read_text())

@@ -83,7 +83,7 @@ def test_the_program_prints_a_table_and_refuses_bad_input(trace: Path) -> None:
     ]
     assert "--look" in run(trace, "--look", "0", code=2)
     assert "--tflops" in run(trace, "--tflops", "0", code=2)
-    assert "bytes_per_s" in run(trace, "--inter-gbps", "0", code=2)
+    assert "--inter-gbps = 0.0" in run(trace, "--inter-gbps", "0", code=2)
 
 
 def job(*, bytes_per_s: float = 50e9, horizon: int = 20, factor: float = 1.0) -> JobSpec:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from moeplan.planner.commands.explained import Command
+from moeplan.planner.commands.explained import Command, refuse_typed
 from moeplan.planner.commands.options import (
     CLUSTER,
     PROBLEM,
@@ -42,6 +42,11 @@ __all__ = ["register"]
 
 LAYOUT_POLICIES = "static,eplb,laer,symi,flexmoe,hybrid"
 KNOWN = "Known counts, with --known-counts"
+KNOWN_ONLY = ("spare", "domain", "tolerance")
+LAYOUTS_ONLY = (
+    *("slots", "nodes", "window", "forecast", "split_rule", "groups", "max_moves"),
+    *("deadline_ms", "work_limit", "seed"),
+)
 
 
 def register(app: typer.Typer) -> None:
@@ -50,6 +55,7 @@ def register(app: typer.Typer) -> None:
 
 
 def compare(
+    context: typer.Context,
     trace: TraceFile,
     devices: Devices,
     slots: Annotated[
@@ -112,10 +118,12 @@ def compare(
     positive("--every", every)
     chosen = layer_numbers(layers, opened.layers)
     if known_counts:
+        refuse_typed(context, LAYOUTS_ONLY, "means nothing with --known-counts, which plans no layouts; drop it")
         options = SpillOptions.uniform(opened.experts, devices, spare, domain=domain, tolerance=tolerance)
         names = (policies or ",".join(KNOWN_COUNTS_POLICIES)).split(",")
         _compare_known_counts(opened, chosen, options, names, every, output)
         return
+    refuse_typed(context, KNOWN_ONLY, "is for --known-counts; add that, or drop this")
     if slots is None:
         raise ProblemError("--slots", "none", "give the expert slots per device; only --known-counts does without")
     names = [find(name.strip()).name for name in (policies or LAYOUT_POLICIES).split(",")]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import typer
@@ -19,7 +19,7 @@ from typer.core import TyperCommand
 from moeplan.planner.errors import FileError
 from moeplan.solvers.problem.errors import ProblemError
 
-__all__ = ["EXIT_FAILED", "EXIT_USAGE", "Command", "explain", "fail"]
+__all__ = ["EXIT_FAILED", "EXIT_USAGE", "Command", "explain", "fail", "refuse_typed"]
 
 EXIT_FAILED, EXIT_USAGE = 1, 2
 
@@ -40,6 +40,19 @@ def fail(text: str, code: int) -> typer.Exit:
     """Say why the command ends; the exit to raise."""
     typer.echo(f"moeplan: {text}", err=True)
     return typer.Exit(code)
+
+
+def refuse_typed(context: typer.Context, names: Iterable[str], reason: str) -> None:
+    """Refuse parameters that the user typed although they would change nothing.
+
+    Raises:
+        ProblemError: one of them was typed.
+    """
+    for option in context.command.params:
+        if option.name in names:
+            source = context.get_parameter_source(option.name)
+            if source is not None and source.name == "COMMANDLINE":
+                raise ProblemError(max(option.opts, key=len), context.params[option.name], reason)
 
 
 def explain(error: ProblemError, flags: Mapping[str, str]) -> str:

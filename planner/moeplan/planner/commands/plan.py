@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from moeplan.planner.commands.explained import Command
+from moeplan.planner.commands.explained import Command, refuse_typed
 from moeplan.planner.commands.options import (
     CLUSTER,
     DAEMON,
@@ -61,6 +61,7 @@ def register(app: typer.Typer) -> None:
 
 
 def plan(
+    context: typer.Context,
     trace: TraceFile,
     devices: Devices,
     slots: Slots,
@@ -137,12 +138,18 @@ def plan(
     from moeplan.planner.studies.planning import PlanRequest
     from moeplan.planner.traces.trace import Trace
     from moeplan.solvers import Cluster
+    from moeplan.solvers.exact.run import require
 
     _check_output(writable("--output", out), current)
     if max_moves is not None and current is None:
         raise ProblemError("--max-moves", max_moves, "needs --current, the plan file that moves start from")
     if share_slots:
         _check_sharing(server, current, failed)
+    if policy != "traffic":
+        refuse_typed(context, ["traffic_tolerance"], "is for --policy traffic; drop it")
+    if server is None:
+        refuse_typed(context, ["token", "ca", "certificate", "key"], "is for a daemon; give --server, or drop it")
+        require(solver)
     opened = Trace.open(trace)
     limits = read_limits(constraints)
     request = PlanRequest(
