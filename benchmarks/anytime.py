@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from moeplan.planner.commands.terminal import show_table
 from moeplan.planner.traces.trace import Trace
-from moeplan.solvers import Cluster, Demand, Layout, Problem, SolveParameters, evaluate, solve, warm_up
+from moeplan.solvers import Cluster, Demand, Layout, Problem, SolveParameters, SplitRule, evaluate, solve, warm_up
 from moeplan.solvers.exact.model import Effort, Model
 from moeplan.solvers.exact.run import run
 from moeplan.solvers.problem.arrays import Int64
@@ -67,12 +67,12 @@ def quality(way: str, problem: Problem, seconds: float) -> tuple[float | None, f
     """Imbalance within a deadline, and the seconds that it took."""
     start = time.perf_counter()
     if way == "eplb":
-        plan = solve(problem, "eplb", rule="optimal")
+        plan = solve(replace(problem, split_rule=SplitRule.OPTIMAL), policy="eplb")
         took = time.perf_counter() - start
         return (plan.mean_imbalance if took <= seconds + 0.02 else None), took
     parameters = SolveParameters(deadline_s=seconds, work_limit=10**9, target_gap=0)
     if way in ("hybrid", "cpsat hinted"):
-        plan = solve(problem, "hybrid" if way == "hybrid" else "ilp", parameters)
+        plan = solve(problem, policy="hybrid" if way == "hybrid" else "ilp", parameters=parameters)
         return plan.mean_imbalance, time.perf_counter() - start
     # Cold: only the trivial placement is known, and it is not handed to the judge.
     trivial = Layout.contiguous(problem.experts, problem.capacity)

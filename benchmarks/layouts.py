@@ -125,9 +125,11 @@ def benchmark(size: Size, kind: str, loads: Int64) -> list[list[str]]:
     hybrid = find("hybrid")
 
     def ours() -> Int64:
-        return np.stack(
-            [hybrid.make(Problem(cluster, Demand.of(load)), SolveParameters(deadline_s=0.02)).slots for load in loads]
-        )
+        layouts = []
+        for load in loads:
+            *_, last = hybrid.search(Problem(cluster, Demand.of(load)), SolveParameters(deadline_s=0.02))
+            layouts.append(last.layout.slots)
+        return np.stack(layouts)
 
     def deepseek() -> Int64:
         planner = sglang_planner("deepseek")

@@ -47,7 +47,6 @@ from moeplan.runtime_client.layers.lending import Loan
 from moeplan.runtime_client.layers.resident import ResidentExperts
 from moeplan.runtime_client.layers.routing import gather_counts
 from moeplan.runtime_client.layers.sharded import FullyShardedExperts
-from moeplan.runtime_client.layers.split import rank_flow
 from moeplan.solvers import (
     Cluster,
     Demand,
@@ -510,10 +509,8 @@ def plan_again(bench: Bench, layer: Layer, index: Tensor, weight: Tensor) -> tup
         plan = layer.planner.plan(counts)
         Loan.of(plan, layer.homes, group.rank)
         return bench.largest(perf_counter() - start), plan.load.copy()
-    slots = layer.layout.slots
-    quota = layer.split(slots, counts.sum(axis=0))
-    rank_flow(slots, quota, counts, group.rank)
-    return bench.largest(perf_counter() - start), quota.sum(axis=1)
+    layer.route(counts)
+    return bench.largest(perf_counter() - start), layer.device_loads(counts)
 
 
 def calibrate(bench: Bench, size: Size, dtype: torch.dtype) -> tuple[float, float]:

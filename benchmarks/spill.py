@@ -1,4 +1,4 @@
-"""Exact-load spilling: balance, replicas and time of `quota` and LLEP, CP-SAT's answer, and how it all scales.
+"""Spilling by known counts: balance, replicas and time of `quota` and LLEP, CP-SAT's answer, and how it all scales.
 
     python benchmarks/spill.py [TRACE:DEVICES ...] [--exact N] [--seconds S] [--hint]
 

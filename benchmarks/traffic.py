@@ -27,7 +27,7 @@ POLICIES = ("static", "eplb", "hybrid", "traffic")
 
 def least(problem: Problem) -> float:
     """No layout with all slots in use sends a smaller part of the tokens between nodes, averaged over scenarios."""
-    tokens = tokens_by_domain(problem)
+    tokens = tokens_by_domain(problem.cluster, problem.demand.tokens, problem.source_device)
     part = np.tensordot(problem.demand.weights / tokens.sum(axis=(1, 2)), tokens, axes=1)
     return 1.0 - coverable(part, int(problem.capacity.sum()))
 
@@ -65,7 +65,7 @@ def main() -> None:
                     floor.append(least(problem))
                     for policy in POLICIES:
                         rule = {"traffic": "home", "eplb": "even"}.get(policy, "optimal")
-                        plan = solve(problem, policy, parameters, rule=rule)
+                        plan = solve(problem, policy=policy, parameters=parameters)
                         now, then = judged(problem, plan.layout, rule), judged(after, plan.layout, rule)
                         scores[policy].append((*now, *then, plan.seconds))
                         advance()

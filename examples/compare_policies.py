@@ -9,39 +9,56 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
+import sysconfig
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from moeplan.planner.commands.tables import show_comparison
-from moeplan.planner.studies.policies import Comparison
-
+MOEPLAN = Path(sysconfig.get_path("scripts")) / "moeplan"
 TRACE = Path(__file__).parent / "traces" / "moe-e64-cut.npz"
 OPTIONS = ["--devices", "16", "--slots", "5", "--max-moves", "8"]
+COLUMNS = (
+    "imbalance",
+    "on the window",
+    "next step, even split",
+    "next step, best split",
+    "(p95)",
+    "proven gap",
+    "moved",
+    "ms/layer",
+)
 
 
 def main() -> None:
     """Compare as a user would, show the table, and explain it in three sentences."""
     print(f"$ moeplan compare {TRACE.relative_to(TRACE.parents[2])} {' '.join(OPTIONS)}\n", flush=True)
-    command = [
-        sys.executable,
-        "-m",
-        "moeplan.planner.commands.main",
-        "compare",
-        str(TRACE),
-        *OPTIONS,
-        "--format",
-        "json",
-    ]
-    comparison: Comparison = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
-    show_comparison(
-        "64 experts on 16 ranks with 5 slots each: plan from 10 steps, judge on the next, every 20 steps", comparison
-    )
-    explain(comparison)
+    command = [str(MOEPLAN), "compare", str(TRACE), *OPTIONS, "--format", "json"]
+    rows = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)["policies"]
+    print("64 experts on 16 ranks with 5 slots each: plan from 10 steps, judge on the next, every 20 steps")
+    show(rows)
+    explain({row["policy"]: row for row in rows})
 
 
-def explain(comparison: Comparison) -> None:
+def show(rows: Sequence[dict[str, Any]]) -> None:
+    """One line per policy, as wide as the titles."""
+    first, *others = map(len, COLUMNS)
+    print("  ".join(COLUMNS))
+    for row in rows:
+        even, best = row["next_step"]["even"], row["next_step"]["optimal"]
+        cells = (
+            f"{row['fitted']['mean']:.4f}",
+            f"{even['mean']:.4f}",
+            f"{best['mean']:.4f}",
+            f"{best['p95']:.4f}",
+            f"{row['gap_to_bound']['mean']:.2%}",
+            f"{row['moved_fraction']['mean']:.1%}",
+            f"{row['plan_ms_per_layer']['p50']:.1f}",
+        )
+        print("  ".join((row["policy"].ljust(first), *map(str.rjust, cells, others))))
+
+
+def explain(rows: dict[str, dict[str, Any]]) -> None:
     """What the table means."""
-    rows = {row["policy"]: row for row in comparison["policies"]}
     static, eplb, hybrid = (rows[name]["next_step"] for name in ("static", "eplb", "hybrid"))
     moved = {name: f"{row['moved_fraction']['mean']:.0%}" for name, row in rows.items()}
     print(

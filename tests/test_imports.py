@@ -12,15 +12,8 @@ from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
-from tests.support.repository import ROOT
+from tests.support.repository import ROOTS
 
-ROOTS = {
-    "solvers": ROOT / "solvers/moeplan/solvers",
-    "v1": ROOT / "proto/moeplan/v1",
-    "api": ROOT / "proto/moeplan/api",
-    "planner": ROOT / "planner/moeplan/planner",
-    "runtime_client": ROOT / "runtime_client/moeplan/runtime_client",
-}
 MAY_IMPORT = {
     "solvers": {"lazy_loader", "numpy", "numba", "scipy", "ortools", "pulp", "highspy"},
     "v1": {"google", "grpc"},

@@ -23,8 +23,9 @@ import numpy as np
 from moeplan.api import wire
 from moeplan.api.client import Client
 from moeplan.api.errors import ServiceError, error_of
+from moeplan.api.jobs import JobSpec
 from moeplan.solvers import Cluster, Demand, Problem
-from moeplan.v1 import job_pb2, planner_pb2
+from moeplan.v1 import planner_pb2
 
 WAIT_S = 90.0
 """Longest wait for anything; the first start on a machine compiles the kernels."""
@@ -142,10 +143,9 @@ def small_problem(seed: int = 0, devices: int = 4, experts: int = 8) -> Problem:
     return Problem(Cluster.uniform(devices, 2 * experts // devices), Demand.of(tokens))
 
 
-def small_job(layers: int = 2, experts: int = 8, devices: int = 2, slots: int = 6, **fields: Any) -> job_pb2.Job:
+def small_job(layers: int = 2, experts: int = 8, devices: int = 2, slots: int = 6, **fields: Any) -> JobSpec:
     """A job of two ranks."""
-    cluster = wire.write_cluster(Cluster.uniform(devices, slots))
-    return job_pb2.Job(cluster=cluster, layers=layers, experts=experts, **fields)
+    return JobSpec(Cluster.uniform(devices, slots), layers, experts, **fields)
 
 
 class Rank:

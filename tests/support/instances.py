@@ -9,8 +9,9 @@ import highspy
 import numpy as np
 from hypothesis import strategies as st
 
-from moeplan.solvers import Cluster, Demand, Layout, Problem
+from moeplan.solvers import Cluster, Demand, InfeasibleError, Layout, Problem, evaluate
 from moeplan.solvers.problem.arrays import Float64, Int32, Int64
+from moeplan.solvers.problem.limits import broken
 
 
 @st.composite
@@ -41,6 +42,21 @@ def problems(draw: st.DrawFn, max_devices: int = 6, max_experts: int = 10, speed
         speed=np.array(speed),
     )
     return Problem(cluster, Demand.of(tokens.reshape(scenarios, sources, experts)))
+
+
+@st.composite
+def small_problems(draw: st.DrawFn, scenarios: int = 1) -> Problem:
+    """Problems of which every layout can be looked at, of up to so many scenarios."""
+    devices, experts = draw(st.sampled_from([(2, 3), (2, 4), (2, 5), (2, 6), (3, 3), (3, 4), (3, 5), (4, 5)]))
+    capacity = draw(st.lists(st.integers(1, 2 if devices == 4 else 3), min_size=devices, max_size=devices))
+    while sum(min(c, experts) for c in capacity) < experts:
+        capacity = [c + 1 for c in capacity]
+    speed = draw(st.sampled_from([[1.0] * devices, [1.0, 2.0, 1.5, 0.5][:devices]]))
+    count = draw(st.integers(1, scenarios))
+    size = count * experts
+    tokens = draw(st.lists(st.sampled_from([0, 1, 3, 10, 100, 101, 997]), min_size=size, max_size=size))
+    cluster = Cluster(np.array(capacity), np.zeros(devices, int), np.array(speed))
+    return Problem(cluster, Demand.of(np.array(tokens).reshape(count, 1, experts)))
 
 
 def random_layout(problem: Problem, seed: int) -> Layout:
@@ -91,3 +107,33 @@ def all_layouts(experts: int, capacity: Int32) -> Iterator[Layout]:
             for device, content in enumerate(choice):
                 slots[device, : len(content)] = content
             yield Layout(slots, experts)
+
+
+def allowed_layouts(problem: Problem) -> list[Layout]:
+    """Every layout with full or partly empty devices that respects the constraints, by enumeration."""
+    fill = [range(c + 1) for c in problem.capacity] if not _full_is_enough(problem) else None
+    if fill is None:
+        tables = list(all_layouts(problem.experts, problem.capacity))
+    else:
+        tables = [
+            layout
+            for capacity in itertools.product(*fill)
+            if sum(capacity) >= problem.experts
+            for layout in all_layouts(problem.experts, np.array(capacity, np.int32))
+        ]
+    return [layout for layout in tables if broken(problem.limits, layout.placed) is None]
+
+
+def _full_is_enough(problem: Problem) -> bool:
+    return problem.limits.simple and problem.max_moves is None and not problem.expert.activation_bytes
+
+
+def optimum(problem: Problem) -> float:
+    """Least mean imbalance by brute force; infinite if nothing fits."""
+    best = np.inf
+    for layout in allowed_layouts(problem):
+        try:
+            best = min(best, evaluate(problem, layout).mean_imbalance)
+        except InfeasibleError:  # memory
+            continue
+    return best

@@ -22,13 +22,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional
 
+from moeplan.api.jobs import Forecast, Replan
 from moeplan.runtime_client.group import ExpertGroup
+from moeplan.runtime_client.layers.dividing import PlannedLayer
 from moeplan.runtime_client.layers.feed_forward import ExpertShape
 from moeplan.runtime_client.layers.sharded import FullyShardedExperts, chain
 from moeplan.runtime_client.planning.session import PlannerSession
 from moeplan.runtime_client.recording.recorder import record
 from moeplan.solvers.problem.layout import Layout
-from moeplan.v1 import job_pb2
 
 LAYERS, EXPERTS, TOP_K, SLOTS = 2, 8, 2, 6
 HIDDEN, WIDTH, WORDS, TOKENS, SHIFT = 16, 8, 24, 64, 8
@@ -118,29 +119,27 @@ def train(
     recorder = record(model)
     session = None
 
-    def apply(layouts: Sequence[Layout]) -> None:
-        for layer, layout in zip(layers, layouts, strict=True):
-            layer.layout = layout
+    def apply(plan: Sequence[PlannedLayer]) -> None:
+        for layer, planned in zip(layers, plan, strict=True):
+            layer.plan = planned
 
     if address is not None:
-        described = job_pb2.Job(
-            forecast=job_pb2.Forecast(window_steps=4),
-            replan=job_pb2.Replan(every_steps=5),
-        )
         session = PlannerSession(
             address,
             job,
             [layer.layout for layer in layers],
             apply,
             slots=SLOTS,
-            job=described,
+            forecast=Forecast(window_steps=4),
+            replan=Replan(every_steps=5),
             timeout=timedelta(seconds=30),
         )
     step, end, over = 0, time.monotonic() + LIMIT_S, False
     with (Path(folder) / f"{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}-{rank}.jsonl").open("w") as lines:
         while not over:
             if replay and step in replay:
-                apply([Layout(np.array(slots, np.int32), EXPERTS) for slots in replay[step]])
+                for layer, slots in zip(layers, replay[step], strict=True):
+                    layer.layout = Layout(np.array(slots, np.int32), EXPERTS)
             loss = model(*make_batch(rank, step))
             loss.backward()
             for weight in shared:

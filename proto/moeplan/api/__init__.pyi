@@ -1,6 +1,6 @@
 """The public names, once: `__init__.py` reads them from here, and so do type checkers."""
 
-from .client import AsyncClient, Client
+from .client import AsyncClient, Client, PolicyInfo
 from .connection import Security
 from .errors import (
     AlreadyExistsError,
@@ -12,7 +12,18 @@ from .errors import (
     UnauthenticatedError,
     UnavailableError,
 )
-from .jobs import Closing, Forecast, ForecastMethod, JobSpec, Payback, Replan
+from .job_plans import Decision, JobPlan, LayerPlan, Reason
+from .jobs import (
+    Closing,
+    Forecast,
+    ForecastMethod,
+    Job,
+    JobSpec,
+    JobStatus,
+    Payback,
+    Replan,
+    StatisticsCount,
+)
 
 __all__ = [
     "AlreadyExistsError",
@@ -20,16 +31,24 @@ __all__ = [
     "Client",
     "Closing",
     "DeadlineError",
+    "Decision",
     "Forecast",
     "ForecastMethod",
     "InvalidRequestError",
+    "Job",
+    "JobPlan",
     "JobSpec",
+    "JobStatus",
+    "LayerPlan",
     "NotFoundError",
     "Payback",
+    "PolicyInfo",
     "PreconditionError",
+    "Reason",
     "Replan",
     "Security",
     "ServiceError",
+    "StatisticsCount",
     "UnauthenticatedError",
     "UnavailableError",
 ]

@@ -1,38 +1,73 @@
 """A client of the daemon, synchronous and asynchronous; its errors are in `errors`.
 
 with Client("127.0.0.1:7433") as client:
-    plans = client.solve([problem])
-    for plan in client.watch_plans("jobs/my-job"):
+    (plan,) = client.solve([problem])
+    job = client.create_job("my-job", JobSpec(cluster, layers=4, experts=64))
+    for plan in client.watch_plans(job.name):
         ...
+
+What it returns are our own types, so that a plan from a daemon is used as one made here: it is judged here again. Every
+method raises ServiceError where there is no answer, and ProblemError where the answer is no valid one. The asynchronous
+one judges in threads, so that its event loop goes on.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterable, Iterator
-from typing import Any, Self
+import asyncio
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Self
 
 import grpc
 
 from moeplan.api import wire
-from moeplan.api.connection import Security, channel_options
-from moeplan.api.errors import error_of
+from moeplan.api.connection import Security, open_aio_channel, open_channel
+from moeplan.api.errors import ServiceError, error_of
+from moeplan.api.job_plans import JobPlan
+from moeplan.api.jobs import Job, JobSpec
 from moeplan.solvers.plan.parameters import SolveParameters
 from moeplan.solvers.problem.layout import Layout
 from moeplan.solvers.problem.problem import Problem
-from moeplan.v1 import job_pb2, planner_pb2, planner_pb2_grpc, problem_pb2, solver_pb2, solver_pb2_grpc
+from moeplan.v1 import planner_pb2, planner_pb2_grpc, solver_pb2, solver_pb2_grpc
 
-__all__ = ["AsyncClient", "Client"]
+if TYPE_CHECKING:
+    from moeplan.solvers import Plan
+
+__all__ = ["AsyncClient", "Client", "PolicyInfo"]
 
 TIMEOUT_S = 30.0
 DEFAULTS = SolveParameters()
 
 
+@dataclass(frozen=True, slots=True)
+class PolicyInfo:
+    """A policy that a server knows.
+
+    Attributes:
+        name: Name by which requests choose it.
+        source: Where it was published.
+        split_rule: Split rule that its plans use.
+        summary: What it does.
+    """
+
+    name: str
+    source: str
+    split_rule: str
+    summary: str
+
+
 class _Base:
     def __init__(self, address: str, security: Security | None = None, timeout_s: float = TIMEOUT_S) -> None:
-        self._address, self._security, self._timeout_s = address, security or Security(), timeout_s
+        self._address, self._timeout_s = address, timeout_s
+        self._security = Security.from_files() if security is None else security
+
+    @property
+    def address(self) -> str:
+        """The daemon that answers: the one given, or the one that owns the job that was asked for."""
+        return self._address
 
     @staticmethod
-    def _solve(problems: Iterable[Problem], policy: str, parameters: SolveParameters) -> solver_pb2.SolveRequest:
+    def _solve(problems: Sequence[Problem], policy: str, parameters: SolveParameters) -> solver_pb2.SolveRequest:
         return solver_pb2.SolveRequest(
             problems=[wire.write_problem(problem) for problem in problems],
             policy=policy,
@@ -48,12 +83,29 @@ class _Base:
     @staticmethod
     def _evaluate(problem: Problem, layout: Layout, split_rule: str) -> solver_pb2.EvaluateRequest:
         return solver_pb2.EvaluateRequest(
-            problem=wire.write_problem(problem), layout=wire.write_array(layout.slots), split_rule=split_rule
+            problem=wire.write_problem(problem), layout=wire.write_layout(layout), split_rule=split_rule
         )
+
+    @staticmethod
+    def _plans(response: solver_pb2.SolveResponse, problems: Sequence[Problem]) -> list[Plan]:
+        return [wire.read_plan(plan, problem) for plan, problem in zip(response.plans, problems, strict=True)]
+
+    @staticmethod
+    def _policies(response: solver_pb2.ListPoliciesResponse) -> list[PolicyInfo]:
+        return [
+            PolicyInfo(policy.name, policy.title, policy.split_rule, policy.description) for policy in response.policies
+        ]
+
+    @staticmethod
+    def _create(job_id: str, spec: JobSpec, incarnation: int) -> planner_pb2.CreateJobRequest:
+        return planner_pb2.CreateJobRequest(job_id=job_id, job=wire.write_job_spec(spec, incarnation))
+
+    def _error(self, error: grpc.RpcError) -> ServiceError:
+        return error_of(error, self._address)
 
     def _elsewhere(self, error: grpc.RpcError) -> str:
         """Address of the daemon that owns the job; raises if that is not what the error is about."""
-        known = error_of(error)
+        known = self._error(error)
         owner = known.metadata.get("owner", "")
         if not owner or owner == self._address:
             raise known from None
@@ -65,8 +117,11 @@ class Client(_Base):
 
     Args:
         address: host:port or unix:path.
-        security: Token and certificates.
+        security: Token and certificates; by default what the environment names, see `Security.from_files`.
         timeout_s: Time for one call.
+
+    Raises:
+        OSError: a token or certificate cannot be read.
     """
 
     def __init__(self, address: str, security: Security | None = None, timeout_s: float = TIMEOUT_S) -> None:
@@ -75,11 +130,7 @@ class Client(_Base):
         self._connect(address)
 
     def _connect(self, address: str) -> None:
-        credentials = self._security.credentials()
-        if credentials is None:
-            channel = grpc.insecure_channel(address, channel_options())
-        else:
-            channel = grpc.secure_channel(address, credentials, channel_options())
+        channel = open_channel(address, self._security)
         self._channels.append(channel)
         self._address = address
         self.planner = planner_pb2_grpc.PlannerServiceStub(channel)
@@ -104,84 +155,91 @@ class Client(_Base):
         try:
             return self._send(service, method, request)
         except grpc.RpcError as error:
-            raise error_of(error) from None
+            raise self._error(error) from None
 
     def _send(self, service: str, method: str, request: Any) -> Any:
         call = getattr(getattr(self, service), method)
         return call(request, timeout=self._timeout_s, metadata=self._security.metadata)
 
     def solve(
-        self, problems: Iterable[Problem], policy: str = "", parameters: SolveParameters = DEFAULTS
-    ) -> list[problem_pb2.Plan]:
-        """Plan one or several layers; raises ServiceError."""
-        response: solver_pb2.SolveResponse = self._call("solver", "Solve", self._solve(problems, policy, parameters))
-        return list(response.plans)
+        self, problems: Iterable[Problem], *, policy: str = "", parameters: SolveParameters = DEFAULTS
+    ) -> list[Plan]:
+        """Plan one or several layers."""
+        layers = list(problems)
+        return self._plans(self._call("solver", "Solve", self._solve(layers, policy, parameters)), layers)
 
     def solve_anytime(
-        self, problem: Problem, policy: str = "", parameters: SolveParameters = DEFAULTS
-    ) -> Iterator[problem_pb2.Plan]:
-        """Better and better plans of one layer; raises ServiceError."""
+        self, problem: Problem, *, policy: str = "", parameters: SolveParameters = DEFAULTS
+    ) -> Iterator[Plan]:
+        """Better and better plans of one layer; whoever stops asking ends the solve."""
         request = self._anytime(problem, policy, parameters)
+        call = self.solver.SolveAnytime(request, timeout=self._timeout_s, metadata=self._security.metadata)
         try:
-            for response in self.solver.SolveAnytime(
-                request, timeout=self._timeout_s, metadata=self._security.metadata
-            ):
-                yield response.plan
+            for response in call:
+                yield wire.read_plan(response.plan, problem)
         except grpc.RpcError as error:
-            raise error_of(error) from None
+            raise self._error(error) from None
+        finally:
+            call.cancel()
 
-    def evaluate(self, problem: Problem, layout: Layout, split_rule: str = "") -> problem_pb2.Plan:
-        """Judge a layout; raises ServiceError."""
+    def evaluate(self, problem: Problem, layout: Layout, split_rule: str = "") -> Plan:
+        """Judge a layout."""
         request = self._evaluate(problem, layout, split_rule)
         response: solver_pb2.EvaluateResponse = self._call("solver", "Evaluate", request)
-        return response.plan
+        return wire.read_plan(response.plan, problem)
 
-    def policies(self) -> list[solver_pb2.Policy]:
-        """The policies that the server knows; raises ServiceError."""
-        response: solver_pb2.ListPoliciesResponse = self._call(
-            "solver", "ListPolicies", solver_pb2.ListPoliciesRequest()
-        )
-        return list(response.policies)
+    def policies(self) -> list[PolicyInfo]:
+        """The policies that the server knows."""
+        return self._policies(self._call("solver", "ListPolicies", solver_pb2.ListPoliciesRequest()))
 
-    def create_job(self, job_id: str, job: job_pb2.Job) -> job_pb2.Job:
-        """Create a job; repeating it is harmless; raises ServiceError."""
-        request = planner_pb2.CreateJobRequest(job_id=job_id, job=job)
+    def create_job(self, job_id: str, spec: JobSpec, incarnation: int = 0) -> Job:
+        """Create a job; repeating it is harmless.
+
+        Args:
+            job_id: 1 to 63 of a-z, 0-9 and -, beginning with a letter.
+            spec: What it is.
+            incarnation: Which start of the training this is; a later one takes an existing job over.
+        """
+        request = self._create(job_id, spec, incarnation)
         response: planner_pb2.CreateJobResponse = self._call("planner", "CreateJob", request)
-        return response.job
+        return wire.read_job(response.job)
 
-    def job(self, name: str) -> job_pb2.Job:
-        """Read a job; raises ServiceError."""
+    def job(self, name: str) -> Job:
+        """Read a job."""
         response: planner_pb2.GetJobResponse = self._call("planner", "GetJob", planner_pb2.GetJobRequest(name=name))
-        return response.job
+        return wire.read_job(response.job)
 
-    def jobs(self) -> Iterator[job_pb2.Job]:
-        """All jobs, page by page; raises ServiceError."""
+    def jobs(self) -> Iterator[Job]:
+        """All jobs, page by page."""
         token = ""
         while True:
             request = planner_pb2.ListJobsRequest(page_token=token)
             response: planner_pb2.ListJobsResponse = self._call("planner", "ListJobs", request)
-            yield from response.jobs
+            yield from map(wire.read_job, response.jobs)
             token = response.next_page_token
             if not token:
                 return
 
     def delete_job(self, name: str) -> None:
-        """Delete a job; raises ServiceError."""
+        """Delete a job."""
         self._call("planner", "DeleteJob", planner_pb2.DeleteJobRequest(name=name))
 
-    def plan(self, name: str) -> job_pb2.JobPlan:
-        """Read a plan, ``jobs/{job}/plans/{version}`` or ``jobs/{job}/plans/-``; raises ServiceError."""
+    def plan(self, name: str) -> JobPlan:
+        """Read a plan, ``jobs/{job}/plans/{version}`` or ``jobs/{job}/plans/-``."""
         response: planner_pb2.GetPlanResponse = self._call("planner", "GetPlan", planner_pb2.GetPlanRequest(name=name))
-        return response.plan
+        return wire.read_job_plan(response.plan)
 
-    def watch_plans(self, job: str, after_version: int = 0) -> Iterator[job_pb2.JobPlan]:
-        """The plan whenever there is a newer one, for ever; raises ServiceError."""
+    def watch_plans(self, job: str, after_version: int = 0) -> Iterator[JobPlan]:
+        """The plan whenever there is a newer one, for ever, with the layers that are newer than the one before."""
         request = planner_pb2.WatchPlansRequest(job=job, after_version=after_version)
+        call = self.planner.WatchPlans(request, metadata=self._security.metadata)
         try:
-            for response in self.planner.WatchPlans(request, metadata=self._security.metadata):
-                yield response.plan
+            for response in call:
+                yield wire.read_job_plan(response.plan)
         except grpc.RpcError as error:
-            raise error_of(error) from None
+            raise self._error(error) from None
+        finally:
+            call.cancel()
 
 
 class AsyncClient(_Base):
@@ -189,8 +247,11 @@ class AsyncClient(_Base):
 
     Args:
         address: host:port or unix:path.
-        security: Token and certificates.
+        security: Token and certificates; by default what the environment names, see `Security.from_files`.
         timeout_s: Time for one call.
+
+    Raises:
+        OSError: a token or certificate cannot be read.
     """
 
     def __init__(self, address: str, security: Security | None = None, timeout_s: float = TIMEOUT_S) -> None:
@@ -199,11 +260,7 @@ class AsyncClient(_Base):
         self._connect(address)
 
     def _connect(self, address: str) -> None:
-        credentials = self._security.credentials()
-        if credentials is None:
-            channel = grpc.aio.insecure_channel(address, channel_options())
-        else:
-            channel = grpc.aio.secure_channel(address, credentials, channel_options())
+        channel = open_aio_channel(address, self._security)
         self._channels.append(channel)
         self._address = address
         self.planner = planner_pb2_grpc.PlannerServiceStub(channel)
@@ -228,88 +285,86 @@ class AsyncClient(_Base):
         try:
             return await self._send(service, method, request)
         except grpc.RpcError as error:
-            raise error_of(error) from None
+            raise self._error(error) from None
 
     async def _send(self, service: str, method: str, request: Any) -> Any:
         call = getattr(getattr(self, service), method)
         return await call(request, timeout=self._timeout_s, metadata=self._security.metadata)
 
     async def solve(
-        self, problems: Iterable[Problem], policy: str = "", parameters: SolveParameters = DEFAULTS
-    ) -> list[problem_pb2.Plan]:
-        """Plan one or several layers; raises ServiceError."""
-        request = self._solve(problems, policy, parameters)
-        response: solver_pb2.SolveResponse = await self._call("solver", "Solve", request)
-        return list(response.plans)
+        self, problems: Iterable[Problem], *, policy: str = "", parameters: SolveParameters = DEFAULTS
+    ) -> list[Plan]:
+        """Plan one or several layers."""
+        layers = list(problems)
+        response = await self._call("solver", "Solve", self._solve(layers, policy, parameters))
+        return await asyncio.to_thread(self._plans, response, layers)
 
     async def solve_anytime(
-        self, problem: Problem, policy: str = "", parameters: SolveParameters = DEFAULTS
-    ) -> AsyncIterator[problem_pb2.Plan]:
-        """Better and better plans of one layer; raises ServiceError."""
+        self, problem: Problem, *, policy: str = "", parameters: SolveParameters = DEFAULTS
+    ) -> AsyncIterator[Plan]:
+        """Better and better plans of one layer; whoever stops asking ends the solve."""
         request = self._anytime(problem, policy, parameters)
         call = self.solver.SolveAnytime(request, timeout=self._timeout_s, metadata=self._security.metadata)
         try:
             async for response in call:
-                yield response.plan
+                yield await asyncio.to_thread(wire.read_plan, response.plan, problem)
         except grpc.RpcError as error:
-            raise error_of(error) from None
+            raise self._error(error) from None
         finally:
             call.cancel()
 
-    async def evaluate(self, problem: Problem, layout: Layout, split_rule: str = "") -> problem_pb2.Plan:
-        """Judge a layout; raises ServiceError."""
+    async def evaluate(self, problem: Problem, layout: Layout, split_rule: str = "") -> Plan:
+        """Judge a layout."""
         request = self._evaluate(problem, layout, split_rule)
         response: solver_pb2.EvaluateResponse = await self._call("solver", "Evaluate", request)
-        return response.plan
+        return await asyncio.to_thread(wire.read_plan, response.plan, problem)
 
-    async def policies(self) -> list[solver_pb2.Policy]:
-        """The policies that the server knows; raises ServiceError."""
-        request = solver_pb2.ListPoliciesRequest()
-        response: solver_pb2.ListPoliciesResponse = await self._call("solver", "ListPolicies", request)
-        return list(response.policies)
+    async def policies(self) -> list[PolicyInfo]:
+        """The policies that the server knows."""
+        return self._policies(await self._call("solver", "ListPolicies", solver_pb2.ListPoliciesRequest()))
 
-    async def create_job(self, job_id: str, job: job_pb2.Job) -> job_pb2.Job:
-        """Create a job; repeating it is harmless; raises ServiceError."""
-        request = planner_pb2.CreateJobRequest(job_id=job_id, job=job)
+    async def create_job(self, job_id: str, spec: JobSpec, incarnation: int = 0) -> Job:
+        """Create a job; see `Client.create_job`."""
+        request = self._create(job_id, spec, incarnation)
         response: planner_pb2.CreateJobResponse = await self._call("planner", "CreateJob", request)
-        return response.job
+        return await asyncio.to_thread(wire.read_job, response.job)
 
-    async def job(self, name: str) -> job_pb2.Job:
-        """Read a job; raises ServiceError."""
+    async def job(self, name: str) -> Job:
+        """Read a job."""
         request = planner_pb2.GetJobRequest(name=name)
         response: planner_pb2.GetJobResponse = await self._call("planner", "GetJob", request)
-        return response.job
+        return await asyncio.to_thread(wire.read_job, response.job)
 
-    async def jobs(self) -> AsyncIterator[job_pb2.Job]:
-        """All jobs, page by page; raises ServiceError."""
+    async def jobs(self) -> AsyncIterator[Job]:
+        """All jobs, page by page."""
         token = ""
         while True:
             request = planner_pb2.ListJobsRequest(page_token=token)
             response: planner_pb2.ListJobsResponse = await self._call("planner", "ListJobs", request)
             for job in response.jobs:
-                yield job
+                yield await asyncio.to_thread(wire.read_job, job)
             token = response.next_page_token
             if not token:
                 return
 
     async def delete_job(self, name: str) -> None:
-        """Delete a job; raises ServiceError."""
+        """Delete a job."""
         await self._call("planner", "DeleteJob", planner_pb2.DeleteJobRequest(name=name))
 
-    async def plan(self, name: str) -> job_pb2.JobPlan:
-        """Read a plan, ``jobs/{job}/plans/{version}`` or ``jobs/{job}/plans/-``; raises ServiceError."""
+    async def plan(self, name: str) -> JobPlan:
+        """Read a plan, ``jobs/{job}/plans/{version}`` or ``jobs/{job}/plans/-``."""
         request = planner_pb2.GetPlanRequest(name=name)
         response: planner_pb2.GetPlanResponse = await self._call("planner", "GetPlan", request)
-        return response.plan
+        return await asyncio.to_thread(wire.read_job_plan, response.plan)
 
-    async def watch_plans(self, job: str, after_version: int = 0) -> AsyncIterator[job_pb2.JobPlan]:
-        """The plan whenever there is a newer one, for ever; raises ServiceError."""
+    async def watch_plans(self, job: str, after_version: int = 0) -> AsyncIterator[JobPlan]:
+        """The plan whenever there is a newer one, for ever, with the layers that are newer than the one before."""
         request = planner_pb2.WatchPlansRequest(job=job, after_version=after_version)
         call = self.planner.WatchPlans(request, metadata=self._security.metadata)
         try:
             async for response in call:
-                yield response.plan
+                yield await asyncio.to_thread(wire.read_job_plan, response.plan)
         except grpc.RpcError as error:
-            raise error_of(error) from None
+            raise self._error(error) from None
         finally:
             call.cancel()

@@ -97,8 +97,8 @@ _ERRORS: dict[grpc.StatusCode, type[ServiceError]] = {
 }
 
 
-def error_of(error: grpc.RpcError) -> ServiceError:
-    """The error of a failed call, with the details that the server sent."""
+def error_of(error: grpc.RpcError, address: str = "") -> ServiceError:
+    """The error of a failed call, with the details that the server at `address` sent."""
     assert isinstance(error, (grpc.Call, grpc.aio.AioRpcError))
     code, reason, metadata, violations, retry_s = error.code(), "", {}, {}, None
     for key, value in error.trailing_metadata() or ():
@@ -121,5 +121,22 @@ def error_of(error: grpc.RpcError) -> ServiceError:
                 reason, metadata = info.reason, dict(info.metadata)
             elif detail.Unpack(retry):
                 retry_s = retry.retry_delay.ToTimedelta().total_seconds()
+    message = error.details() or code.name
+    if code is grpc.StatusCode.UNAVAILABLE and not reason:  # gRPC says so itself: a server gives a reason
+        message = _no_answer(message, f" at {address}" if address else "")
     kind = _ERRORS.get(code, ServiceError)
-    return kind(code, error.details() or code.name, reason, metadata, violations, retry_s)
+    return kind(code, message, reason, metadata, violations, retry_s)
+
+
+def _no_answer(cause: str, where: str) -> str:
+    """What gRPC means by `cause`, and what to do."""
+    if not cause.startswith(("failed to connect", "errors resolving")):
+        return f"the connection to the daemon{where} was lost: {cause}"
+    cause = cause.rpartition("last error: ")[2]
+    if "handshake" in cause:
+        return f"no agreement on TLS with the daemon{where}; check ca, certificate and key ({cause})"
+    if "closed" in cause or "reset" in cause:
+        return (
+            f"the daemon{where} hangs up; it may want TLS or a certificate that it knows: give ca, certificate and key"
+        )
+    return f"no daemon answers{where}; start one with `moeplan serve`"

@@ -1,58 +1,41 @@
-"""What a job is: its machines, its layers, and how it wants to be planned."""
+"""What a job is: its machines, its layers, how it wants to be planned, and where it stands."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from enum import Enum
+from datetime import datetime
 
+from moeplan.api.job_plans import Decision
 from moeplan.solvers.plan.parameters import SolveParameters
 from moeplan.solvers.problem.cluster import Cluster
 from moeplan.solvers.problem.demand import Demand
 from moeplan.solvers.problem.errors import ProblemError
-from moeplan.solvers.problem.layout import Layout
-from moeplan.solvers.problem.problem import ExpertSpec, Problem
+from moeplan.solvers.problem.forecast_spec import Forecast, ForecastMethod
+from moeplan.solvers.problem.layout import Layout, check_layout
+from moeplan.solvers.problem.problem import ExpertSpec, Problem, check_experts
+from moeplan.solvers.problem.split_rules import RANK_RULES, SplitRule, split_rule
 
-__all__ = ["Closing", "Forecast", "ForecastMethod", "JobSpec", "Payback", "Replan"]
+__all__ = [
+    "Closing",
+    "Forecast",
+    "ForecastMethod",
+    "Job",
+    "JobSpec",
+    "JobStatus",
+    "Payback",
+    "Replan",
+    "StatisticsCount",
+]
 
 MAX_LAYERS = 4_096
 MAX_EXPERTS = 65_536
 MAX_RANKS = 65_536
-MAX_WINDOW_STEPS = 4_096
 MAX_LAG_STEPS = 1_024
 
 
 def _within(field_name: str, value: int, low: int, high: int) -> None:
     if not low <= value <= high:
         raise ProblemError(field_name, value, f"must be {low} to {high}")
-
-
-class ForecastMethod(Enum):
-    """How the demand of the coming steps follows from the window."""
-
-    LAST = "last"
-    MEAN = "mean"
-    EMA = "ema"
-    SCENARIOS = "scenarios"
-
-
-@dataclass(frozen=True, slots=True)
-class Forecast:
-    """How demand is forecast.
-
-    Attributes:
-        method: What to make of the window.
-        window_steps: Closed steps in the window.
-        smoothing: Weight of the newest step in the moving average.
-    """
-
-    method: ForecastMethod = ForecastMethod.SCENARIOS
-    window_steps: int = 8
-    smoothing: float = 0.3
-
-    def __post_init__(self) -> None:
-        _within("job.forecast.window_steps", self.window_steps, 1, MAX_WINDOW_STEPS)
-        if not 0 < self.smoothing <= 1:
-            raise ProblemError("job.forecast.smoothing", self.smoothing, "must be above 0 and at most 1")
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,8 +102,8 @@ class JobSpec:
         cluster: Devices and links.
         layers: MoE layers.
         experts: Experts of each layer.
-        ranks: Ranks whose tokens are counted.
-        initial: Layout of each layer before the first plan.
+        ranks: Ranks whose tokens are counted; as many as devices if 0.
+        initial: Layout of each layer before the first plan; contiguous if empty.
         expert: Costs of an expert and of a token.
         policy: Name of the policy.
         parameters: Limits of one re-plan of all layers.
@@ -130,6 +113,7 @@ class JobSpec:
         max_moves: Most replicas that one re-plan of one layer may move; None for no limit.
         groups: Groups of consecutive experts.
         merge_sources: Forget which rank tokens come from.
+        split_rule: How ranks divide tokens among replicas, one of `RANK_RULES`; None for the policy's own.
 
     Raises:
         ProblemError: a field is out of range, or no layout can exist.
@@ -138,8 +122,8 @@ class JobSpec:
     cluster: Cluster
     layers: int
     experts: int
-    ranks: int
-    initial: tuple[Layout, ...]
+    ranks: int = 0
+    initial: tuple[Layout, ...] = ()
     expert: ExpertSpec = field(default=ExpertSpec())
     policy: str = "hybrid"
     parameters: SolveParameters = field(default=SolveParameters())
@@ -149,20 +133,30 @@ class JobSpec:
     max_moves: int | None = None
     groups: int = 1
     merge_sources: bool = False
+    split_rule: SplitRule | None = None
 
     def __post_init__(self) -> None:
         _within("job.layers", self.layers, 1, MAX_LAYERS)
         _within("job.experts", self.experts, 1, MAX_EXPERTS)
-        _within("job.ranks", self.ranks, 1, MAX_RANKS)
+        _within("job.ranks", self.ranks, 0, MAX_RANKS)
+        check_experts(self.cluster, self.experts, self.expert, self.groups)
+        if not self.ranks:
+            object.__setattr__(self, "ranks", self.cluster.devices)
+        if not self.initial:
+            contiguous = Layout.contiguous(self.experts, self.cluster.slots)
+            object.__setattr__(self, "initial", (contiguous,) * self.layers)
         if len(self.initial) != self.layers:
             raise ProblemError("job.initial_layouts", f"{len(self.initial)} layouts", f"must be {self.layers}")
+        if self.max_moves is not None and self.max_moves < 0:
+            raise ProblemError("job.max_moves", self.max_moves, "must be at least 0, or None")
         if self.merge_sources and self.expert.token_bytes:
             raise ProblemError(
                 "job.merge_sources", True, "hides where tokens come from; set expert.token_bytes = 0 or keep sources"
             )
-        one_token = Demand.of([[1] * self.experts])
-        for layout in self.initial:
-            self.problem(one_token, layout)
+        if self.split_rule is not None:
+            object.__setattr__(self, "split_rule", split_rule("job.split_rule", self.split_rule, RANK_RULES))
+        for index, layout in enumerate(self.initial):
+            check_layout(f"job.initial_layouts[{index}]", layout, self.experts, self.cluster.slots)
 
     @property
     def sources(self) -> int:
@@ -193,4 +187,66 @@ class JobSpec:
             current=current,
             max_moves=self.max_moves,
             groups=self.groups,
+            split_rule=self.split_rule,
         )
+
+
+@dataclass(slots=True)
+class StatisticsCount:
+    """What became of statistics, in cells: one layer of one step of one rank.
+
+    Attributes:
+        accepted: Counted.
+        duplicate: Seen before: the first one counts.
+        late: Came after their step closed, or from before the first step of a window.
+        missing: Missing in the steps that closed incomplete.
+        early: Further ahead than the window holds.
+    """
+
+    accepted: int = 0
+    duplicate: int = 0
+    late: int = 0
+    missing: int = 0
+    early: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class JobStatus:
+    """What the server knows about a job.
+
+    Attributes:
+        plan_version: Version of the newest plan.
+        connected_ranks: Ranks that a stream reports for now.
+        closed_step: Newest step whose statistics are closed; None before the first.
+        applied_version: Newest version that a rank reported as applied; 0 before the first.
+        decision: The newest decision, also where it was to stay; None from a server that does not own the job.
+        statistics: Statistics counted since the owner took the job over.
+        owner: Address of the server that owns the job; empty if none does.
+    """
+
+    plan_version: int
+    connected_ranks: int = 0
+    closed_step: int | None = None
+    applied_version: int = 0
+    decision: Decision | None = None
+    statistics: StatisticsCount = field(default_factory=StatisticsCount)
+    owner: str = ""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Job:
+    """A job of a server.
+
+    Attributes:
+        name: Resource name, ``jobs/{job}``.
+        incarnation: Newest start of the training that was seen.
+        spec: What its owner said.
+        created: When it was created, in UTC.
+        status: Where it stands.
+    """
+
+    name: str
+    incarnation: int
+    spec: JobSpec
+    created: datetime
+    status: JobStatus

@@ -49,6 +49,7 @@ class Job(_message.Message):
     MERGE_SOURCES_FIELD_NUMBER: _builtins.int
     CREATE_TIME_FIELD_NUMBER: _builtins.int
     STATUS_FIELD_NUMBER: _builtins.int
+    SPLIT_RULE_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Resource name, "jobs/{job}"; the server sets it."""
     incarnation: _builtins.int
@@ -70,6 +71,10 @@ class Job(_message.Message):
     merge_sources: _builtins.bool
     """Forget which rank tokens come from, to hold 1/ranks of the memory. Needs expert.token_bytes = 0, as traffic is then
     unknown.
+    """
+    split_rule: _builtins.str
+    """Rule by which ranks divide an expert's tokens among its replicas, as in Problem; the policy's own if empty. A rank
+    cannot execute "local".
     """
     @_builtins.property
     def cluster(self) -> _problem_pb2.Cluster:
@@ -128,10 +133,11 @@ class Job(_message.Message):
         merge_sources: _builtins.bool = ...,
         create_time: _timestamp_pb2.Timestamp | None = ...,
         status: Global___JobStatus | None = ...,
+        split_rule: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_max_moves", b"_max_moves", "closing", b"closing", "cluster", b"cluster", "create_time", b"create_time", "expert", b"expert", "forecast", b"forecast", "initial_layouts", b"initial_layouts", "max_moves", b"max_moves", "parameters", b"parameters", "replan", b"replan", "status", b"status"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_moves", b"_max_moves", "closing", b"closing", "cluster", b"cluster", "create_time", b"create_time", "expert", b"expert", "experts", b"experts", "forecast", b"forecast", "groups", b"groups", "incarnation", b"incarnation", "initial_layouts", b"initial_layouts", "layers", b"layers", "max_moves", b"max_moves", "merge_sources", b"merge_sources", "name", b"name", "parameters", b"parameters", "policy", b"policy", "ranks", b"ranks", "replan", b"replan", "status", b"status"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_moves", b"_max_moves", "closing", b"closing", "cluster", b"cluster", "create_time", b"create_time", "expert", b"expert", "experts", b"experts", "forecast", b"forecast", "groups", b"groups", "incarnation", b"incarnation", "initial_layouts", b"initial_layouts", "layers", b"layers", "max_moves", b"max_moves", "merge_sources", b"merge_sources", "name", b"name", "parameters", b"parameters", "policy", b"policy", "ranks", b"ranks", "replan", b"replan", "split_rule", b"split_rule", "status", b"status"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__max_moves: _TypeAlias = _typing.Literal["max_moves"]  # noqa: Y015
     _WhichOneofArgType__max_moves: _TypeAlias = _typing.Literal["_max_moves", b"_max_moves"]  # noqa: Y015
@@ -161,6 +167,8 @@ class Forecast(_message.Message):
         """The exponential moving average over the window."""
         METHOD_SCENARIOS: Forecast._Method.ValueType  # 4
         """Scenarios are drawn from the window, newer steps more often, as widely as it varies."""
+        METHOD_STEPS: Forecast._Method.ValueType  # 5
+        """Every step of the window is a scenario."""
 
     class Method(_Method, metaclass=_MethodEnumTypeWrapper):
         """A way to forecast."""
@@ -175,6 +183,8 @@ class Forecast(_message.Message):
     """The exponential moving average over the window."""
     METHOD_SCENARIOS: Forecast.Method.ValueType  # 4
     """Scenarios are drawn from the window, newer steps more often, as widely as it varies."""
+    METHOD_STEPS: Forecast.Method.ValueType  # 5
+    """Every step of the window is a scenario."""
 
     METHOD_FIELD_NUMBER: _builtins.int
     WINDOW_STEPS_FIELD_NUMBER: _builtins.int
@@ -525,7 +535,7 @@ class LayerPlan(_message.Message):
     moved_replicas: _builtins.int
     """Replicas that arrive on devices that did not hold them."""
     split_rule: _builtins.str
-    """Rule by which ranks should divide tokens among replicas."""
+    """Rule by which ranks divide tokens among replicas; the numbers of this plan are of it."""
     @_builtins.property
     def layout(self) -> _tensor_pb2.Tensor:
         """Expert in each slot, int32[devices, width], -1 for an empty slot."""

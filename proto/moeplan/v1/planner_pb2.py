@@ -17,7 +17,7 @@ _runtime_version.ValidateProtobufRuntimeVersion(
     '',
     'moeplan/v1/planner.proto'
 )
-# protoc_insertion_point(imports)
+# @@protoc_insertion_point(imports)
 
 _sym_db = _symbol_database.Default()
 
@@ -81,4 +81,4 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_WATCHPLANSRESPONSE']._serialized_end=1667
   _globals['_PLANNERSERVICE']._serialized_start=1670
   _globals['_PLANNERSERVICE']._serialized_end=2198
-# protoc_insertion_point(module_scope)
+# @@protoc_insertion_point(module_scope)

@@ -8,6 +8,7 @@ from google.protobuf import descriptor as _descriptor
 from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from moeplan.v1 import tensor_pb2 as _tensor_pb2
 import builtins as _builtins
 import sys
@@ -19,6 +20,50 @@ else:
     from typing_extensions import TypeAlias as _TypeAlias, Never as _Never
 
 DESCRIPTOR: _descriptor.FileDescriptor
+
+class _Termination:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _TerminationEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Termination.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    TERMINATION_UNSPECIFIED: _Termination.ValueType  # 0
+    """Not given."""
+    TERMINATION_PROVED: _Termination.ValueType  # 1
+    """The objective equals the bound: no layout is better."""
+    TERMINATION_TARGET_GAP: _Termination.ValueType  # 2
+    """The objective is within target_gap of the bound."""
+    TERMINATION_WORK_LIMIT: _Termination.ValueType  # 3
+    """work_limit is spent."""
+    TERMINATION_DEADLINE: _Termination.ValueType  # 4
+    """The deadline is over."""
+    TERMINATION_NOTHING_LEFT: _Termination.ValueType  # 5
+    """The policy has done all that it does."""
+    TERMINATION_UNFINISHED: _Termination.ValueType  # 6
+    """The search goes on: a plan on the way, of SolveAnytime."""
+    TERMINATION_GIVEN: _Termination.ValueType  # 7
+    """Nothing was searched: the layout was given, to Evaluate."""
+
+class Termination(_Termination, metaclass=_TerminationEnumTypeWrapper):
+    """Why the search for a plan ended."""
+
+TERMINATION_UNSPECIFIED: Termination.ValueType  # 0
+"""Not given."""
+TERMINATION_PROVED: Termination.ValueType  # 1
+"""The objective equals the bound: no layout is better."""
+TERMINATION_TARGET_GAP: Termination.ValueType  # 2
+"""The objective is within target_gap of the bound."""
+TERMINATION_WORK_LIMIT: Termination.ValueType  # 3
+"""work_limit is spent."""
+TERMINATION_DEADLINE: Termination.ValueType  # 4
+"""The deadline is over."""
+TERMINATION_NOTHING_LEFT: Termination.ValueType  # 5
+"""The policy has done all that it does."""
+TERMINATION_UNFINISHED: Termination.ValueType  # 6
+"""The search goes on: a plan on the way, of SolveAnytime."""
+TERMINATION_GIVEN: Termination.ValueType  # 7
+"""Nothing was searched: the layout was given, to Evaluate."""
+Global___Termination: _TypeAlias = Termination  # noqa: Y015
 
 @_typing.final
 class Link(_message.Message):
@@ -189,6 +234,7 @@ class Problem(_message.Message):
     CONSTRAINTS_FIELD_NUMBER: _builtins.int
     FAILED_FIELD_NUMBER: _builtins.int
     TAIL_FIELD_NUMBER: _builtins.int
+    SPLIT_RULE_FIELD_NUMBER: _builtins.int
     max_moves: _builtins.int
     """Most replicas that the new layout may load onto devices that do not hold them now; needs `current`; no limit if
     absent.
@@ -198,6 +244,10 @@ class Problem(_message.Message):
     tail: _builtins.float
     """Part of the scenarios that the plan should suit, the worst ones: above 0 and at most 1, where 1 is the mean of all;
     1 if absent.
+    """
+    split_rule: _builtins.str
+    """Rule by which the system that will run the layout divides an expert's tokens among its replicas: "even", "lite",
+    "optimal", "home" or "local". A policy that cannot plan for it refuses. The policy's own if empty.
     """
     @_builtins.property
     def cluster(self) -> Global___Cluster:
@@ -235,10 +285,11 @@ class Problem(_message.Message):
         constraints: Global___Constraints | None = ...,
         failed: _abc.Iterable[_builtins.int] | None = ...,
         tail: _builtins.float | None = ...,
+        split_rule: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_max_moves", b"_max_moves", "_tail", b"_tail", "cluster", b"cluster", "constraints", b"constraints", "current", b"current", "demand", b"demand", "expert", b"expert", "max_moves", b"max_moves", "tail", b"tail"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_moves", b"_max_moves", "_tail", b"_tail", "cluster", b"cluster", "constraints", b"constraints", "current", b"current", "demand", b"demand", "expert", b"expert", "failed", b"failed", "groups", b"groups", "max_moves", b"max_moves", "tail", b"tail"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_moves", b"_max_moves", "_tail", b"_tail", "cluster", b"cluster", "constraints", b"constraints", "current", b"current", "demand", b"demand", "expert", b"expert", "failed", b"failed", "groups", b"groups", "max_moves", b"max_moves", "split_rule", b"split_rule", "tail", b"tail"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__max_moves: _TypeAlias = _typing.Literal["max_moves"]  # noqa: Y015
     _WhichOneofArgType__max_moves: _TypeAlias = _typing.Literal["_max_moves", b"_max_moves"]  # noqa: Y015
@@ -432,6 +483,8 @@ class Plan(_message.Message):
     GAP_FIELD_NUMBER: _builtins.int
     MOVES_FIELD_NUMBER: _builtins.int
     SOLVE_TIME_FIELD_NUMBER: _builtins.int
+    TERMINATION_FIELD_NUMBER: _builtins.int
+    OBJECTIVE_FIELD_NUMBER: _builtins.int
     policy: _builtins.str
     """Policy that made it."""
     split_rule: _builtins.str
@@ -444,6 +497,10 @@ class Plan(_message.Message):
     """Proven: no layout with these slots has a smaller mean_imbalance."""
     gap: _builtins.float
     """mean_imbalance / bound - 1, at least 0."""
+    termination: Global___Termination.ValueType
+    """Why the search ended."""
+    objective: _builtins.float
+    """What the problem asked to be small: mean_imbalance, or the mean of its worst part `tail`. `bound` and `gap` are of it."""
     @_builtins.property
     def layout(self) -> _tensor_pb2.Tensor:
         """Expert in each slot, int32[devices, width], -1 for an empty slot."""
@@ -478,10 +535,12 @@ class Plan(_message.Message):
         gap: _builtins.float = ...,
         moves: Global___Moves | None = ...,
         solve_time: _duration_pb2.Duration | None = ...,
+        termination: Global___Termination.ValueType = ...,
+        objective: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["layout", b"layout", "moves", b"moves", "quota", b"quota", "solve_time", b"solve_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bound", b"bound", "cost_s", b"cost_s", "gap", b"gap", "imbalance", b"imbalance", "layout", b"layout", "mean_imbalance", b"mean_imbalance", "moves", b"moves", "policy", b"policy", "quota", b"quota", "solve_time", b"solve_time", "split_rule", b"split_rule"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bound", b"bound", "cost_s", b"cost_s", "gap", b"gap", "imbalance", b"imbalance", "layout", b"layout", "mean_imbalance", b"mean_imbalance", "moves", b"moves", "objective", b"objective", "policy", b"policy", "quota", b"quota", "solve_time", b"solve_time", "split_rule", b"split_rule", "termination", b"termination"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

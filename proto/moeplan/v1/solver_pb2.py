@@ -17,7 +17,7 @@ _runtime_version.ValidateProtobufRuntimeVersion(
     '',
     'moeplan/v1/solver.proto'
 )
-# protoc_insertion_point(imports)
+# @@protoc_insertion_point(imports)
 
 _sym_db = _symbol_database.Default()
 
@@ -53,4 +53,4 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_LISTPOLICIESRESPONSE']._serialized_end=770
   _globals['_SOLVERSERVICE']._serialized_start=773
   _globals['_SOLVERSERVICE']._serialized_end=1089
-# protoc_insertion_point(module_scope)
+# @@protoc_insertion_point(module_scope)

@@ -1,16 +1,18 @@
 """The public names, once: `__init__.py` reads them from here, and so do type checkers."""
 
 from .device.exchange import DeviceExchange
-from .errors import AgreementError, LayoutMismatchError, PassError, RouterError
+from .errors import AgreementError, LayoutMismatchError, MissedPassError, PassError, RanksDifferError, RouterError
 from .group import ExpertGroup, Traffic
 from .layers.base_router import BaseRouter
+from .layers.dividing import Division, PlannedLayer
 from .layers.feed_forward import ExpertShape
 from .layers.lending import LoanBuffer
 from .layers.resident import ResidentExperts, SpillPlanner
 from .layers.sharded import FullyShardedExperts, chain
 from .models.checkpoint import TrainingState
+from .models.gradients import ExpertGradients, expert_parameters
 from .models.replacing import replace_experts
-from .planning.planner_stream import Login, StreamStatus
+from .planning.planner_stream import StreamStatus
 from .planning.session import PlannerSession
 from .recording.probes import PROBES, Form, Probe
 from .recording.recorder import Recorder, record
@@ -21,16 +23,20 @@ __all__ = [
     "AgreementError",
     "BaseRouter",
     "DeviceExchange",
+    "Division",
+    "ExpertGradients",
     "ExpertGroup",
     "ExpertShape",
     "Form",
     "FullyShardedExperts",
     "LayoutMismatchError",
     "LoanBuffer",
-    "Login",
+    "MissedPassError",
     "PassError",
+    "PlannedLayer",
     "PlannerSession",
     "Probe",
+    "RanksDifferError",
     "Recorder",
     "ResidentExperts",
     "RouterError",
@@ -40,6 +46,7 @@ __all__ = [
     "Traffic",
     "TrainingState",
     "chain",
+    "expert_parameters",
     "record",
     "replace_experts",
 ]

@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import cache
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from moeplan.runtime_client.errors import MissedPassError
+
 __all__ = ["ExpertGroup", "Traffic", "Transfer", "beside", "join"]
+
+_SLOW_S = 1.0
+"""A rank that has waited for others so long says so, for those that will ask who came."""
+
+_BUSY_S = 1e-3
+"""The host polls a GPU without a pause for so long, as it would to synchronise."""
 
 # Its name since torch 2.13, which warns about the old one.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -58,40 +69,102 @@ class ExpertGroup:
         size: Number of ranks N.
         tokens: Process group of dispatch, combine and counts; None for a group of one.
         weights: Process group of weights and their gradients; None for a group of one.
+        numbers: Numbers for the layers of the group, which every rank makes in the same order.
+        timeout: How long a rank waits for the others to come to the same pass.
     """
 
     rank: int = 0
     size: int = 1
     tokens: dist.ProcessGroup | None = None
     weights: dist.ProcessGroup | None = None
+    numbers: Iterator[int] = field(default_factory=itertools.count, repr=False)
+    timeout: timedelta = timedelta(seconds=30)
 
     @classmethod
     def create(
-        cls, ranks: Sequence[int] | None = None, *, timeout: timedelta = timedelta(minutes=10)
+        cls, ranks: Sequence[int] | None = None, *, timeout: timedelta = timedelta(seconds=30)
     ) -> ExpertGroup | None:
         """Make the process groups. As with ``torch.distributed.new_group``, *every* rank of the world calls it.
 
         Args:
             ranks: Global ranks of the group; all by default.
-            timeout: Limit of one collective.
+            timeout: How long a rank waits for the others to come to the same pass, before it raises `MissedPassError`;
+                longer where one rank is busy for longer between passes, for instance with what it logs or evaluates.
 
         Returns:
             The group, or None on a rank outside of it.
         """
         members = list(range(dist.get_world_size())) if ranks is None else list(ranks)
-        tokens = dist.new_group(members, timeout=timeout)
-        weights = dist.new_group(members, timeout=timeout)
+        limit = 2 * max(timeout, timedelta(minutes=5))  # that of NCCL's watchdog, which knows no layers
+        tokens = dist.new_group(members, timeout=limit)
+        weights = dist.new_group(members, timeout=limit)
         if dist.get_rank() not in members:
             return None
-        return cls(members.index(dist.get_rank()), len(members), tokens, weights)
+        return cls(members.index(dist.get_rank()), len(members), tokens, weights, timeout=timeout)
 
-    def gather_rows(self, row: Tensor) -> Tensor:
-        """[size, len(row)]: the row of every rank."""
+    def __deepcopy__(self, memo: object) -> ExpertGroup:
+        """Itself: copies of a layer run on the same process groups."""
+        return self
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "process groups cannot be pickled, so a model that holds them cannot either. Save on every rank, with "
+            "torch.distributed.checkpoint as dcp:\n"
+            '    dcp.save({"training": TrainingState(model, optimizer)}, checkpoint_id=folder)'
+        )
+
+    def gather_rows(self, row: Tensor, what: str = "gathering") -> Tensor:
+        """[size, len(row)]: the row of every rank, once it is there.
+
+        Args:
+            row: Of one length on all ranks.
+            what: What errors call it, for instance a pass of a layer; the same on all ranks.
+
+        Raises:
+            MissedPassError: a rank has not come within the time limit, or is gone.
+        """
         if self.tokens is None:
             return row.unsqueeze(0)
         table = row.new_empty(self.size * len(row))
-        _all_gather(table, row, group=self.tokens)
+        work = _all_gather(table, row, group=self.tokens, async_op=True)
+        try:
+            came = self._wait(_Awaited(work, row.device), what)
+        except RuntimeError as error:
+            self._announce(what)
+            time.sleep(2 * _SLOW_S)  # for the others to announce themselves
+            raise MissedPassError(f"{what}: {self._absent(what)} gone ({error})") from error
+        if not came:
+            raise MissedPassError(
+                f"{what}: {self._absent(what)} not come to it within {self.timeout.total_seconds():g} s. Every rank of "
+                "the group calls every layer as often as the others do, also with no tokens; if one is busy for longer "
+                "between passes, ExpertGroup.create(timeout=...)"
+            )
         return table.view(self.size, len(row))
+
+    def _wait(self, gathered: _Awaited, what: str) -> bool:
+        """Whether the others come within the time limit."""
+        end = time.monotonic() + self.timeout.total_seconds()
+        if gathered.within(min(_SLOW_S, self.timeout.total_seconds())):
+            return True
+        self._announce(what)
+        while time.monotonic() < end:
+            if gathered.within(_SLOW_S):
+                return True
+        return False
+
+    def _announce(self, what: str) -> None:
+        """Let ranks that wait in vain see that this one has come."""
+        dist.distributed_c10d._get_default_store().set(self._key(what, self.rank), "")
+
+    def _absent(self, what: str) -> str:
+        """Ranks that have not come, in words."""
+        store = dist.distributed_c10d._get_default_store()
+        absent = [rank for rank in range(self.size) if not store.check([self._key(what, rank)])]
+        return f"ranks {absent} have" if absent else "some rank has"
+
+    def _key(self, what: str, rank: int) -> str:
+        assert self.tokens is not None, "there are others"
+        return f"moeplan/{self.tokens.group_name}/{what}/{rank}"
 
     def exchange(
         self,
@@ -124,6 +197,36 @@ class ExpertGroup:
         received = rows.new_empty(sum(receive), *rows.shape[1:]) if into is None else into
         work = dist.all_to_all_single(received, rows, list(receive), list(send), group=process_group, async_op=True)
         return Transfer(rows, received, work)
+
+
+class _Awaited:
+    """A collective that the host waits for, but not for ever."""
+
+    def __init__(self, work: dist.Work, device: torch.device) -> None:
+        self.work = work
+        self.event: torch.cuda.Event | None = None
+        if device.type == "cuda":
+            work.wait()  # only the stream waits
+            self.event = torch.cuda.Event()
+            self.event.record(torch.cuda.current_stream(device))
+
+    def within(self, seconds: float) -> bool:
+        """Whether it is over, waiting for so long at most."""
+        if self.event is None:
+            try:
+                self.work.wait(timedelta(seconds=seconds))
+            except RuntimeError:
+                if self.work.is_completed():  # it has failed
+                    raise
+                return False
+            return True
+        now = time.monotonic()
+        while not self.event.query():
+            if time.monotonic() > now + seconds:
+                return False
+            if time.monotonic() > now + _BUSY_S:
+                time.sleep(_BUSY_S)
+        return True
 
 
 @cache

@@ -4,15 +4,18 @@ from .affinity.placement import AffinityPlan, crossings, place_by_affinity
 from .plan.cost import LAER, STEP, Cost, CostModel
 from .plan.parameters import SolveParameters
 from .plan.plan import Plan
+from .plan.termination import Termination
 from .policies.registry import Policy, Progress, available_policies, policy
 from .problem.cluster import Cluster, Link
 from .problem.constraints import Constraints
 from .problem.demand import Demand
 from .problem.errors import InfeasibleError, ProblemError
-from .problem.forecast import Widening, widened
+from .problem.forecast import Widening, forecast, widened
+from .problem.forecast_spec import Forecast, ForecastMethod
 from .problem.layout import EMPTY, Layout
 from .problem.moves import Moves
 from .problem.problem import ExpertSpec, Problem
+from .problem.split_rules import RANK_RULES, SplitRule
 from .routing.balanced_assignment import Assignment, balanced_assignment, optimal_assignment
 from .solving.layers import solve_layers
 from .solving.sharing import Shares, share_slots
@@ -29,6 +32,7 @@ __all__ = [
     "EMPTY",
     "LAER",
     "NO_CAP",
+    "RANK_RULES",
     "STEP",
     "AffinityPlan",
     "Assignment",
@@ -39,6 +43,8 @@ __all__ = [
     "Demand",
     "ExactSpill",
     "ExpertSpec",
+    "Forecast",
+    "ForecastMethod",
     "InfeasibleError",
     "Layout",
     "Link",
@@ -55,11 +61,14 @@ __all__ = [
     "SpillOptions",
     "SpillPlan",
     "Split",
+    "SplitRule",
+    "Termination",
     "Widening",
     "available_policies",
     "balanced_assignment",
     "crossings",
     "evaluate",
+    "forecast",
     "optimal_assignment",
     "place_by_affinity",
     "policy",

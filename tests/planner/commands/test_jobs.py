@@ -36,6 +36,25 @@ def test_jobs(daemon: DaemonProcess) -> None:
     assert "Traceback" not in missing.stderr
 
 
+def test_options_of_the_daemon_are_those_of_every_command(
+    daemon: DaemonProcess, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Given after the command, or by the environment."""
+    secret = tmp_path / "token"
+    secret.write_text("a token that an open daemon does not ask for")
+    monkeypatch.setenv("MOEPLAN_SERVER", daemon.address)
+    assert f"jobs at {daemon.address}" in run("jobs", "list", "--token", str(secret)).stdout
+    for command in (("list",), ("show", "x"), ("watch", "x"), ("delete", "x")):
+        away = run("jobs", *command, "--server", "127.0.0.1:1")
+        assert away.returncode == 1
+        assert away.stderr == "moeplan: UNAVAILABLE: no daemon answers at 127.0.0.1:1; start one with `moeplan serve`\n"
+    monkeypatch.setenv("MOEPLAN_TOKEN_FILE", str(tmp_path / "missing"))
+    missing = run("jobs", "list")
+    assert missing.returncode == 1
+    assert "missing" in missing.stderr
+    assert "Traceback" not in missing.stderr
+
+
 def test_plan_in_the_daemon_is_plan_here(daemon: DaemonProcess, tmp_path: Path) -> None:
     counts = np.random.default_rng(0).integers(0, 100, (6, 2, 4, 8)) ** 2
     np.savez(tmp_path / "trace.npz", counts=counts)

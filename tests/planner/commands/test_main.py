@@ -179,9 +179,9 @@ def test_missing_files_are_explained(tmp_path: Path) -> None:
         assert "moeplan plan" in done.stderr
 
 
-def test_compare_exact_answers_as_documented() -> None:
+def test_compare_with_known_counts_answers_as_documented() -> None:
     done = moeplan(
-        *("compare", TRACE, "--exact", "--devices", 24, "--spare", 1, "--every", 30, "--format", "json"),
+        *("compare", TRACE, "--known-counts", "--devices", 24, "--spare", 1, "--every", 30, "--format", "json"),
     )
     rows = {row["policy"]: row for row in json.loads(done.stdout)["policies"]}
     assert list(rows) == ["static", "llep", "quota"]
@@ -192,7 +192,8 @@ def test_compare_exact_answers_as_documented() -> None:
     assert rows["static"]["replicas"]["max"] == 0
     assert 0 < rows["quota"]["replicas"]["max"] <= 24
     assert rows["quota"]["imbalance"]["mean"] < rows["static"]["imbalance"]["mean"]
-    near = moeplan("compare", TRACE, "--exact", "--devices", 16, "--domain", 4, "--policies", "quota", "--every", 60)
+    options = ("--devices", 16, "--domain", 4, "--policies", "quota", "--every", 60)
+    near = moeplan("compare", TRACE, "--known-counts", *options)
     assert "us/layer" in near.stdout
     assert "--slots" in moeplan("compare", TRACE, "--devices", 16, code=2).stderr
 

@@ -19,10 +19,9 @@ from tests.planner.daemon.test_solver_service import hard_problem
 from tests.support.daemon import WAIT_S, DaemonProcess, Rank, Start, eventually, small_job, small_problem, tokens
 from tests.support.repository import ROOT
 
-from moeplan.api import wire
 from moeplan.api.client import Client
+from moeplan.api.jobs import Closing
 from moeplan.solvers import SolveParameters
-from moeplan.v1 import job_pb2
 
 DAY_S = 86_400
 
@@ -60,7 +59,9 @@ def off_by(seconds: float) -> float:
 
 
 def made(client: Client, name: str) -> float:
-    return client.plan(f"{name}/plans/-").create_time.ToMicroseconds() * 1e-6
+    created = client.plan(f"{name}/plans/-").created
+    assert created is not None
+    return created.timestamp()
 
 
 @pytest.mark.parametrize("jump_s", [DAY_S, -DAY_S])
@@ -68,8 +69,7 @@ def test_a_jump_of_a_day_is_not_noticed(start: Start, clock: WallClock, jump_s: 
     daemon = start(environment={**clock.environment, "MOEPLAN_LEASE_S": "0.5"}).serving()
     with daemon.client() as client:
         whole = client.create_job("whole", small_job()).name
-        closing = job_pb2.Closing(timeout=wire.write_duration(1.0))
-        part = client.create_job("part", small_job(closing=closing)).name
+        part = client.create_job("part", small_job(closing=Closing(timeout_s=1.0))).name
         rank, lonely = Rank(client, whole, 0, hello={"reports_for": [0, 1]}), Rank(client, part, 0)
         rank.report(0, tokens(0, ranks=2))
         version = rank.next("plan_update").plan.version
@@ -88,7 +88,7 @@ def test_a_jump_of_a_day_is_not_noticed(start: Start, clock: WallClock, jump_s: 
         assert off_by(made(client, whole)) == pytest.approx(jump_s, abs=WAIT_S)
 
         # The step that waited closes by its own second, not at once and not in a day.
-        status = eventually(lambda: (s := client.job(part).status).HasField("closed_step") and s, 20)
+        status = eventually(lambda: (s := client.job(part).status).closed_step is not None and s, 20)
         assert (status.closed_step, status.statistics.missing) == (0, 2)
         lonely.report(1, tokens(1))
         eventually(lambda: client.job(part).status.closed_step == 1, 20)

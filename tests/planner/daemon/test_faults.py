@@ -177,7 +177,7 @@ def test_a_full_disk_refuses_and_keeps(start: Start, tiny_disk: Path) -> None:
         assert {job.name for job in client.jobs()} == set(kept)
         rank = Rank(client, kept[0], 0, hello={"reports_for": [0, 1]})
         rank.report(0, tokens(0, layers=40, ranks=2))
-        decision = eventually(lambda: (d := client.job(kept[0]).status.decision).detail and d)
+        decision = eventually(lambda: (d := client.job(kept[0]).status.decision) and d.detail and d)
         assert "full" in decision.detail
         assert client.plan(f"{kept[0]}/plans/-").version == 1
         subprocess.run(["mount", "-o", "remount,size=2m", str(tiny_disk)], check=True)

@@ -50,7 +50,7 @@ def good(name: str) -> Message | None:
             layout = wire.write_array(np.arange(16, dtype=np.int32).reshape(4, 4) % 8)
             return solver_pb2.EvaluateRequest(problem=problem, layout=layout)
         case "CreateJobRequest":
-            return planner_pb2.CreateJobRequest(job_id="fuzz", job=small_job())
+            return planner_pb2.CreateJobRequest(job_id="fuzz", job=wire.write_job_spec(small_job()))
         case "StreamRankRequest":
             statistics = planner_pb2.Statistics(
                 sequence=1, step=1, tokens=wire.write_array(np.ones((2, 1, 8), np.int32))
@@ -120,7 +120,7 @@ def test_fuzz(
         for module in (planner_pb2, solver_pb2)
         for name in module.DESCRIPTOR.message_types_by_name
     }[kind.name]
-    client.create_job("fuzz", small_job(incarnation=2**40))
+    client.create_job("fuzz", small_job(), incarnation=2**40)
 
     @settings(max_examples=40, deadline=None, database=None, suppress_health_check=list(HealthCheck), derandomize=True)
     @given(st.data())

@@ -117,7 +117,8 @@ def test_mutual_tls(start: Start, tmp_path: Path) -> None:
         Security(None, theirs.path, *good),  # does not trust the server
         Security(),  # no TLS
     ):
-        with Client(address, security, timeout_s=5) as client, pytest.raises(UnavailableError):
+        told = pytest.raises(UnavailableError, match=f"{address}.*ca, certificate and key")
+        with Client(address, security, timeout_s=5) as client, told:
             client.policies()
     with Client(address, Security(None, ours.path, *good)) as client:
         assert client.policies()

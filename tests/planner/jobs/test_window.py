@@ -7,15 +7,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moeplan.api.jobs import Closing, Forecast, ForecastMethod, JobSpec, Payback, Replan
+from moeplan.api.job_plans import JobPlan, Reason
+from moeplan.api.jobs import Closing, Forecast, JobSpec, Payback, Replan
 from moeplan.planner.jobs.job import PlanningJob, RankTakenError, SolveTask, StaleIncarnationError
-from moeplan.planner.jobs.job_plan import JobPlan, Reason
-from moeplan.planner.jobs.outlook import forecast_demand
 from moeplan.planner.jobs.solve import LayersTask, plan_layers
 from moeplan.planner.jobs.window import Report, Window
 from moeplan.solvers import Cluster, ExpertSpec, Layout, ProblemError, SolveParameters
 from moeplan.solvers.problem.arrays import Int64
-from moeplan.solvers.problem.forecast import widened
 
 LAYERS, RANKS, EXPERTS = 2, 4, 8
 CLUSTER = Cluster.uniform(RANKS, 3)
@@ -138,16 +136,6 @@ def test_memory_is_bounded_and_steps_close_in_order(reports: list[tuple[int, int
     assert count.accepted + count.duplicate + count.late + count.early == LAYERS * len(reports)
 
 
-def test_forecasts() -> None:
-    window = np.array([[[0, 10]], [[4, 10]], [[8, 40]]])
-    assert forecast_demand(Forecast(ForecastMethod.LAST), window).tokens.tolist() == [[[8, 40]]]
-    assert forecast_demand(Forecast(ForecastMethod.MEAN), window).tokens.tolist() == [[[4, 20]]]
-    assert forecast_demand(Forecast(ForecastMethod.EMA, smoothing=0.5), window).tokens.tolist() == [[[5, 25]]]
-    scenarios = forecast_demand(Forecast(ForecastMethod.SCENARIOS), window)
-    assert scenarios.tokens.shape == (16, 1, 2)
-    assert np.array_equal(scenarios.tokens, widened(window).tokens)
-
-
 def answer(job: PlanningJob, task: SolveTask) -> JobPlan | None:
     layers = LayersTask(task.layers, task.outlooks, task.policy, task.parameters, end=float("inf"))
     plan = job.solved(task, plan_layers(layers), 0.0)
@@ -261,6 +249,6 @@ def test_spec_refuses_what_cannot_work() -> None:
     with pytest.raises(ProblemError, match="merge_sources"):
         spec(merge_sources=True, expert=ExpertSpec(token_bytes=1))
     with pytest.raises(ProblemError, match="initial_layouts"):
-        spec(initial=())
+        spec(initial=spec().initial[:1])
     with pytest.raises(ProblemError, match="window_steps"):
         Forecast(window_steps=0)

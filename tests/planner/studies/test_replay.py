@@ -17,12 +17,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.support.repository import TRACE
 
+from moeplan.api.job_plans import Reason
 from moeplan.api.jobs import Forecast, JobSpec, Payback, Replan
-from moeplan.planner.jobs.job_plan import Candidate, Reason, decide, initial_plan, move_time_s
+from moeplan.planner.jobs.job_plan import Candidate, decide, initial_plan, move_time_s
 from moeplan.planner.studies.replay import Outcome, Strategy, replay, usual_strategies
 from moeplan.planner.traces.trace import Trace
 from moeplan.solvers import Cluster, ExpertSpec, Layout, Link, SolveParameters
 from moeplan.solvers.problem.arrays import Int64
+from moeplan.solvers.problem.split_rules import SplitRule
 
 SIZES = ("--devices", "16", "--slots", "5", "--nodes", "2", "--layers", "0", "--work-limit", "100")
 
@@ -151,7 +153,7 @@ def test_a_plan_is_taken_exactly_if_its_gain_pays(
 ) -> None:
     spec = job(bytes_per_s=bytes_per_s, horizon=horizon, factor=factor)
     new = Layout(np.array([[0, 1, 2], [2, 3, 0], [4, 5, 0], [6, 7, 0]], np.int32), 8)
-    candidate = Candidate(0, new, "optimal", after, 1.0, 0.0, 1.0, before, 1.5, 0.0)
+    candidate = Candidate(0, new, SplitRule.OPTIMAL, after, 1.0, 0.0, 1.0, before, 1.5, 0.0)
     decision, layers = decide(spec, initial_plan(spec, 1, 1), [candidate], step=3, window_steps=4)
     seconds, moved = move_time_s(spec.cluster, spec.expert, spec.initial[0], new)
     assert moved > 0

@@ -1,4 +1,4 @@
-"""`compare --exact`: the figures that it reports."""
+"""`compare --known-counts`: the figures that it reports."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from moeplan.planner.studies.spilling import compare_exact
+from moeplan.planner.studies.spilling import compare_known_counts
 from moeplan.solvers import ProblemError, QuotaPlanner, SpillOptions
 
 
@@ -22,7 +22,7 @@ def trace(steps: int = 4, layers: int = 2, sources: int = 4, experts: int = 10) 
 def test_report_of_each_policy() -> None:
     counts = trace()
     options = SpillOptions.uniform(10, 4, 1)
-    report: Any = compare_exact(counts, options, every=2)
+    report: Any = compare_known_counts(counts, options, every=2)
     assert json.loads(json.dumps(report)) == report
     static, llep, quota = report["policies"]
     assert [p["policy"] for p in (static, llep, quota)] == ["static", "llep", "quota"]
@@ -46,17 +46,17 @@ def test_report_of_each_policy() -> None:
 
 def test_remote_fraction_needs_sources() -> None:
     counts = trace().sum(axis=2, keepdims=True)
-    report: Any = compare_exact(counts, SpillOptions.uniform(10, 4, 1), ["quota"])
+    report: Any = compare_known_counts(counts, SpillOptions.uniform(10, 4, 1), ["quota"])
     assert report["policies"][0]["remote_fraction"] == {"mean": None}
 
 
 def test_invalid_requests_are_refused() -> None:
     options = SpillOptions.uniform(10, 4, 1)
     with pytest.raises(ProblemError, match="must be one of static, llep, quota"):
-        compare_exact(trace(), options, ["best"])
+        compare_known_counts(trace(), options, ["best"])
     with pytest.raises(ProblemError, match="every"):
-        compare_exact(trace(), options, every=0)
+        compare_known_counts(trace(), options, every=0)
     with pytest.raises(ProblemError, match="the trace has 10"):
-        compare_exact(trace(), SpillOptions.uniform(12, 4, 1))
+        compare_known_counts(trace(), SpillOptions.uniform(12, 4, 1))
     with pytest.raises(ProblemError, match="steps, layers, sources, experts"):
-        compare_exact(trace()[0], options)
+        compare_known_counts(trace()[0], options)

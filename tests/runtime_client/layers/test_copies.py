@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moeplan.runtime_client.layers.copies import copy_strided, widen
+from moeplan.runtime_client.layers.copies import copy_strided, wide_views
 
 DTYPES = (torch.bfloat16, torch.float32, torch.float64)
 
@@ -48,9 +48,9 @@ def test_a_copy_to_another_dtype_converts() -> None:
     ("width", "expected"), [(2880, torch.complex128), (4, torch.int64), (6, torch.int32), (3, torch.bfloat16)]
 )
 def test_elements_are_as_wide_as_the_rows_allow(width: int, expected: torch.dtype) -> None:
-    assert [tensor.dtype for tensor in widen(*torch.zeros(2, 5, width, dtype=torch.bfloat16))] == [expected] * 2
+    assert [tensor.dtype for tensor in wide_views(*torch.zeros(2, 5, width, dtype=torch.bfloat16))] == [expected] * 2
 
 
 def test_the_narrowest_of_several_tensors_decides() -> None:
     one, other = torch.zeros(4, 16, dtype=torch.bfloat16), torch.zeros(4, 18, dtype=torch.bfloat16)[:, 2:]
-    assert {tensor.dtype for tensor in widen(one, other)} == {torch.int32}
+    assert {tensor.dtype for tensor in wide_views(one, other)} == {torch.int32}

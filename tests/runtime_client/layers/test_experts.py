@@ -18,11 +18,10 @@ from moeplan.runtime_client.layers.feed_forward import ExpertShape
 from moeplan.runtime_client.layers.lending import LoanBuffer
 from moeplan.runtime_client.layers.resident import ResidentExperts, SpillPlanner
 from moeplan.runtime_client.layers.sharded import FullyShardedExperts, chain
-from moeplan.runtime_client.layers.split import even_split, optimal_split
-from moeplan.solvers import LlepPlanner, QuotaPlanner, SpillOptions
-from moeplan.solvers.problem.arrays import Int32, Int64
+from moeplan.solvers import Cluster, LlepPlanner, QuotaPlanner, SpillOptions
 from moeplan.solvers.problem.errors import InfeasibleError
 from moeplan.solvers.problem.layout import Layout
+from moeplan.solvers.problem.split_rules import RANK_RULES
 
 Launch = Callable[..., list[Any]]
 Layer = FullyShardedExperts | ResidentExperts
@@ -47,16 +46,6 @@ def random_layout(rng: np.random.Generator, experts: int, devices: int) -> Layou
         held = rng.permutation(np.flatnonzero(placed[device]))
         slots[device, rng.permutation(width)[: len(held)]] = held
     return Layout(slots, experts)
-
-
-def random_split(slots: Int32, loads: Int64) -> Int64:
-    """An arbitrary split: a random share to each replica. Ranks agree, as the seed comes from the arguments."""
-    rng = np.random.default_rng(int(loads.sum()) + slots.size)
-    quota = np.zeros(slots.shape, np.int64)
-    for expert, load in enumerate(loads):
-        where = np.argwhere(slots == expert)
-        quota[tuple(where.T)] = rng.multinomial(load, rng.dirichlet(np.full(len(where), 0.5)))
-    return quota
 
 
 def dense(shape: ExpertShape, flat: Tensor, hidden: Tensor, index: Tensor, weight: Tensor) -> Tensor:
@@ -121,10 +110,15 @@ def random_cases(seed: int, size: int, cases: int) -> Iterator[tuple[np.random.G
 
 
 def make_sharded(rng: np.random.Generator, shape: ExpertShape, experts: int, group: ExpertGroup) -> Sequence[Layer]:
-    split = (even_split, random_split, optimal_split(np.ones(group.size)))[int(rng.integers(3))]
+    rule = sorted(RANK_RULES)[int(rng.integers(len(RANK_RULES)))]
+    nodes = int(rng.integers(1, group.size + 1))
+    cluster = Cluster.uniform(group.size, 1, nodes=nodes, speed=rng.uniform(0.5, 2, group.size))
     reshard = bool(rng.random() < 0.5)
     layers = [
-        FullyShardedExperts(shape, experts, group, split=split, reshard=reshard, dtype=torch.float64) for _ in range(2)
+        FullyShardedExperts(
+            shape, experts, group, split_rule=rule, cluster=cluster, reshard=reshard, dtype=torch.float64
+        )
+        for _ in range(2)
     ]
     if rng.random() < 0.7:
         chain(layers)

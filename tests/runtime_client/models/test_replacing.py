@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from tests.support.fused_model import FusedExperts, fused_model, words_of
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict_loader import load as load_checkpoint
 from torch.distributed.checkpoint.state_dict_saver import save as save_checkpoint
@@ -22,6 +23,7 @@ from moeplan.runtime_client.group import ExpertGroup
 from moeplan.runtime_client.layers.resident import ResidentExperts
 from moeplan.runtime_client.layers.sharded import FullyShardedExperts
 from moeplan.runtime_client.models.checkpoint import TrainingState
+from moeplan.runtime_client.models.gradients import ExpertGradients, expert_parameters
 from moeplan.runtime_client.models.replacing import replace_experts
 from moeplan.solvers import QuotaPlanner, SpillOptions
 from moeplan.solvers.problem.layout import Layout
@@ -126,6 +128,115 @@ def test_refuses_modules_that_it_does_not_know() -> None:
     assert type(model.get_submodule("model.layers.0.mlp.experts")).__name__ == "MixtralExperts"
 
 
+class ClampedExperts(FusedExperts):
+    """As in DeepSeek-V4 and others: no difference while weights are small."""
+
+    def gated(self, gate: Tensor, up: Tensor) -> Tensor:
+        return super().gated(gate.clamp(max=10.0), up)
+
+
+class DroppingExperts(FusedExperts):
+    def __init__(self) -> None:
+        super().__init__()
+        self.dropout = nn.Dropout(0.5)
+
+    def forward(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        return self.dropout(super().forward(hidden, top_k_index, top_k_weights))
+
+
+class OtherCall(FusedExperts):
+    def forward(self, hidden: Tensor, offsets: Tensor) -> Tensor:  # type: ignore[override]
+        return hidden
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        (ClampedExperts, "does not compute .*: on rows of size 1000 it differs by"),
+        (DroppingExperts, "does not compute"),
+        (OtherCall, "cannot be called as"),
+    ],
+)
+def test_refuses_experts_that_compute_something_else(kind: type[FusedExperts], words: str, device: str) -> None:
+    model = fused_model().eval().to(device)
+    model.blocks[1].experts = kind().to(device)
+    with pytest.raises(ValueError, match=rf"blocks\.1\.experts \({kind.__name__}\): {words}"):
+        replace_experts(model, partial(FullyShardedExperts, group=ExpertGroup()))
+    assert type(model.get_submodule("blocks.0.experts")) is FusedExperts
+
+
+def test_refuses_clamped_experts_of_transformers() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of libraries that transformers imports
+        from transformers.models.deepseek_v4 import configuration_deepseek_v4, modeling_deepseek_v4
+    config = configuration_deepseek_v4.DeepseekV4Config(
+        hidden_size=16, moe_intermediate_size=12, n_routed_experts=EXPERTS
+    )
+    experts = modeling_deepseek_v4.DeepseekV4Experts(config)
+    with pytest.raises(ValueError, match=r"0 \(DeepseekV4Experts\): does not compute"):
+        replace_experts(nn.ModuleList([experts]), partial(FullyShardedExperts, group=ExpertGroup()))
+
+
+def train_frozen(kind: str) -> None:
+    """Frozen experts stay so, pass gradients on, and take part in no optimizer step."""
+    group = make_group()
+    plain, ours = fused_model(), fused_model()
+    for model in (plain, ours):
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_("experts" not in name)
+    if kind == "sharded":
+        replace_experts(ours, partial(FullyShardedExperts, group=group))
+    else:
+        planner = QuotaPlanner(SpillOptions.uniform(4, group.size, 2), group.size)
+        replace_experts(ours, partial(ResidentExperts, group=group, planner=planner))
+    assert [name for name, p in ours.named_parameters() if not p.requires_grad] == list(expert_parameters(ours))
+    for _ in range(2):
+        for model, words in ((plain, words_of(0, 0, 1)), (ours, words_of(0, group.rank, group.size))):
+            model.zero_grad()
+            model(words).backward()
+        for name, parameter in plain.named_parameters():
+            if "experts" not in name:
+                actual = ours.get_parameter(name).grad
+                assert actual is not None
+                dist.all_reduce(actual)
+                torch.testing.assert_close(actual / group.size, parameter.grad, rtol=1e-11, atol=1e-13)
+    assert all(parameter.grad is None for parameter in expert_parameters(ours).values())
+
+
+@pytest.mark.parametrize("kind", ["sharded", "resident"])
+def test_frozen_experts_stay_frozen(ranks: Launch, kind: str) -> None:
+    ranks(2, train_frozen, kind)
+
+
+def test_refuses_half_frozen_experts_and_adapters() -> None:
+    model = fused_model()
+    model.get_parameter("blocks.0.experts.down_proj").requires_grad_(False)
+    with pytest.raises(ValueError, match=r"blocks\.0\.experts .* freeze both or none"):
+        replace_experts(model, partial(FullyShardedExperts, group=ExpertGroup()))
+    adapter = nn.Module()  # as peft's ParamWrapper
+    adapter.base_layer = FusedExperts()
+    with pytest.raises(ValueError, match=r"base_layer .* target_parameters"):
+        replace_experts(adapter, partial(FullyShardedExperts, group=ExpertGroup()))
+
+
+def save_whole(kind: str, folder: Path) -> str:
+    group = make_group()
+    model: Any = make_model("qwen3_moe")
+    replace(model, kind, group)
+    with pytest.raises(RuntimeError) as refused:
+        model.save_pretrained(folder)
+    return str(refused.value)
+
+
+@pytest.mark.parametrize("kind", ["sharded", "resident"])
+def test_save_pretrained_of_one_ranks_part_is_refused(ranks: Launch, kind: str, tmp_path: Path) -> None:
+    for told in ranks(2, save_whole, kind, tmp_path):
+        assert told.startswith("model.layers.0.mlp.experts: ")
+        assert "TrainingState(model, optimizer)" in told
+    assert not list(tmp_path.glob("*.safetensors"))
+
+
 def make_optimizer(model: nn.Module) -> torch.optim.AdamW:
     decayed = [p for n, p in model.named_parameters() if "norm" not in n]
     plain = [p for n, p in model.named_parameters() if "norm" in n]
@@ -171,16 +282,30 @@ def test_a_checkpoint_continues_with_any_ranks_layers_and_layout(ranks: Launch, 
             torch.testing.assert_close(actual, expected, rtol=0, atol=TOLERANCE)
 
 
+def save_adafactor(kind: str, folder: Path) -> str:
+    group = make_group()
+    model = make_model("qwen3_moe")
+    replace(model, kind, group)
+    optimizer = torch.optim.Adafactor(model.parameters())
+    train(model, optimizer, 0, group)
+    with pytest.raises(ValueError) as refused:
+        save_checkpoint({"training": TrainingState(model, optimizer)}, checkpoint_id=folder)
+    return str(refused.value)
+
+
+@pytest.mark.parametrize("kind", ["sharded", "resident"])
+def test_states_of_an_optimizer_that_belong_to_no_expert_are_refused(ranks: Launch, kind: str, tmp_path: Path) -> None:
+    for told in ranks(2, save_adafactor, kind, tmp_path):
+        assert "layers.0.mlp.experts" in told
+        assert "AdamW or SGD" in told
+
+
 def train_wrapped() -> list[str]:
     """The recipe of docs/experts.md for data parallelism; returns the logical names of the weights."""
     group = make_group()
     plain, ours = make_model("mixtral"), make_model("mixtral")
-    layers = replace_experts(ours, partial(FullyShardedExperts, group=group))
-    names = [f"{name}.{own}" for name, layer in layers.items() for own, _ in layer.named_parameters()]
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(ours, names)
-    for layer in layers.values():
-        for parameter in layer.parameters():
-            parameter.register_hook(lambda gradient: gradient / group.size)
+    replace_experts(ours, partial(FullyShardedExperts, group=group))
+    ExpertGradients(ours)
     wrapped = DistributedDataParallel(ours)
     optimizers = [torch.optim.SGD(model.parameters(), lr=0.01) for model in (plain, wrapped)]
     for step in range(2):

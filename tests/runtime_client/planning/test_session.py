@@ -15,15 +15,24 @@ import grpc
 import numpy as np
 import pytest
 import torch.distributed as dist
-from tests.support.daemon import DaemonProcess, Start, started
+from tests.support.daemon import DaemonProcess, Start, eventually, started
+from tests.support.equality import same
 from torch.utils.data import DataLoader, Dataset
 
+from moeplan.api.client import Client
+from moeplan.api.jobs import Closing, Forecast, ForecastMethod, JobSpec, Payback, Replan
 from moeplan.runtime_client.errors import AgreementError
+from moeplan.runtime_client.layers.dividing import PlannedLayer
 from moeplan.runtime_client.planning.agreement import Agreement
 from moeplan.runtime_client.planning.planner_stream import PlannerStream
 from moeplan.runtime_client.planning.session import PlannerSession
+from moeplan.solvers.plan.parameters import SolveParameters
 from moeplan.solvers.problem.arrays import Int64
+from moeplan.solvers.problem.cluster import Cluster
+from moeplan.solvers.problem.errors import ProblemError
 from moeplan.solvers.problem.layout import Layout
+from moeplan.solvers.problem.problem import ExpertSpec
+from moeplan.solvers.problem.split_rules import SplitRule
 from moeplan.v1 import job_pb2, planner_pb2, planner_pb2_grpc, tensor_pb2
 
 LAYERS, EXPERTS, SLOTS = 2, 8, 6
@@ -105,8 +114,8 @@ def planned(address: str, job: str, reporting: Any, steps: int, until: int, rank
     seen: list[Any] = []
     applied: list[Any] = [contiguous(size)] * LAYERS
 
-    def apply(layouts: Sequence[Layout]) -> None:
-        applied[:] = layouts
+    def apply(plan: Sequence[PlannedLayer]) -> None:
+        applied[:] = [planned.layout for planned in plan]
 
     with PlannerSession(
         address, job, applied, apply, slots=SLOTS, reporting=reporting, timeout=timedelta(seconds=30)
@@ -126,6 +135,47 @@ def planned(address: str, job: str, reporting: Any, steps: int, until: int, rank
     return seen, status
 
 
+def rules_in_force(address: str, job: str, reporting: Any, policy: str, rule: SplitRule | None) -> set[str]:
+    """The split rules that come with a plan, on a cluster with a slow rank."""
+    size = dist.get_world_size()
+    found: set[str] = set()
+
+    def apply(plan: Sequence[PlannedLayer]) -> None:
+        assert all(planned.division.cluster.speed[1] == 0.5 for planned in plan)
+        found.update(planned.division.rule for planned in plan)
+
+    cluster = Cluster.uniform(size, SLOTS, speed=[1.0, 0.5, 1.0][:size])
+    with PlannerSession(
+        address,
+        job,
+        [contiguous(size)] * LAYERS,
+        apply,
+        slots=SLOTS,
+        cluster=cluster,
+        policy=policy,
+        split_rule=rule,
+        reporting=reporting,
+        timeout=timedelta(seconds=30),
+    ) as session:
+        train(session, dist.get_rank(), 1, 1, [])
+    return found
+
+
+@pytest.mark.parametrize("reporting", ["rank", "group"])
+@pytest.mark.parametrize(
+    ("policy", "rule", "expected"),
+    [("eplb", None, "even"), ("hybrid", None, "optimal"), ("hybrid", SplitRule.EVEN, "even")],
+)
+def test_the_split_rule_of_the_plan_reaches_every_rank(
+    ranks: Any, daemon: DaemonProcess, reporting: str, policy: str, rule: SplitRule | None, expected: str
+) -> None:
+    job = f"rule-{reporting}-{policy}-{rule or 'own'}"
+    first, *others = ranks(3, rules_in_force, daemon.address, job, reporting, policy, rule)
+    assert expected in first
+    assert first <= {expected, rule or "optimal"}  # layers that stay have the rule that they began with
+    assert others == [first] * 2
+
+
 @pytest.mark.parametrize("reporting", ["rank", "node", "group"])
 def test_all_ranks_run_the_same_layouts_from_the_same_step(ranks: Any, daemon: DaemonProcess, reporting: Any) -> None:
     (first, status), *others = ranks(3, planned, daemon.address, f"by-{reporting}", reporting, 20, 3)
@@ -142,9 +192,41 @@ def test_all_ranks_run_the_same_layouts_from_the_same_step(ranks: Any, daemon: D
         assert job.status.connected_ranks == 0  # all took leave
         plan = client.plan(f"jobs/by-{reporting}/plans/{versions[-1]}")
     for layer, slots in zip(plan.layers, first[-1][2], strict=True):
-        width = layer.layout.shape[1]
-        sent = np.frombuffer(layer.layout.data, "<i4").reshape(3, width)
-        assert np.array_equal(np.array(slots)[:, :width], sent)
+        sent = layer.layout.slots
+        assert np.array_equal(np.array(slots)[:, : sent.shape[1]], sent)
+
+
+def described(address: str) -> str | None:
+    """A session of every setting; what a cluster with other slots is told."""
+    cluster = Cluster.uniform(2, SLOTS, speed=[1.0, 2.0])
+    layouts = [contiguous(2)] * LAYERS
+    given: Any = {
+        "cluster": cluster,
+        "expert": ExpertSpec(weight_bytes=100),
+        "policy": "hybrid",
+        "parameters": SolveParameters(work_limit=50),
+        "forecast": Forecast(ForecastMethod.MEAN, window_steps=3),
+        "replan": Replan(2, Payback(50)),
+        "closing": Closing(timeout_s=3),
+        "max_moves": 4,
+        "groups": 2,
+        "merge_sources": True,
+    }
+    with PlannerSession(address, "described", layouts, lambda layouts: None, slots=SLOTS, **given) as session:
+        eventually(lambda: session.status is not None and session.status.connected)
+        if dist.get_rank() == 0:
+            with Client(address) as client:
+                spec = client.job("jobs/described").spec
+            assert same(spec, JobSpec(layers=LAYERS, experts=EXPERTS, ranks=2, initial=tuple(layouts), **given))
+        dist.barrier()
+    with pytest.raises(ProblemError, match=r"cluster\.slots") as refused:
+        PlannerSession(address, "described", layouts, lambda layouts: None, slots=SLOTS - 1, cluster=cluster)
+    return str(refused.value)
+
+
+def test_a_job_is_described_by_the_arguments_of_its_session(ranks: Any, daemon: DaemonProcess) -> None:
+    first, second = ranks(2, described, daemon.address)
+    assert first == second == "cluster.slots = [6, 6]: must be `slots` (5) on every device"
 
 
 def test_a_slow_rank_is_waited_for(ranks: Any, daemon: DaemonProcess) -> None:
@@ -203,9 +285,9 @@ class OddPlanner(planner_pb2_grpc.PlannerServiceServicer):
 
 
 @contextmanager
-def odd_planner(plan: job_pb2.JobPlan) -> Iterator[tuple[str, OddPlanner]]:
+def odd_planner(plan: job_pb2.JobPlan, kind: Any = OddPlanner) -> Iterator[tuple[str, Any]]:
     server = grpc.server(ThreadPoolExecutor(8))
-    odd = OddPlanner(plan)  # type: ignore[abstract]  # the methods that a rank does not call are left out
+    odd = kind(plan)
     planner_pb2_grpc.add_PlannerServiceServicer_to_server(odd, server)
     port = server.add_insecure_port("127.0.0.1:0")
     server.start()
@@ -242,9 +324,8 @@ ODD = {
 
 
 def stream_to(address: str) -> PlannerStream:
-    job = job_pb2.Job(layers=1, experts=4, incarnation=7)
-    job.cluster.slots.extend([2, 2])
-    return PlannerStream(address, "odd", job, rank=0)
+    spec = JobSpec(Cluster.uniform(2, 2), layers=1, experts=4)
+    return PlannerStream(address, "odd", spec, 7, rank=0)
 
 
 @pytest.mark.parametrize("name", sorted(ODD))
@@ -261,6 +342,32 @@ def test_a_plan_that_does_not_validate_is_refused_and_reported(name: str) -> Non
     assert odd.failed[0].reason in stream.status.error
 
 
+class Complaining(OddPlanner):
+    """Welcomes every rank, and then finds what it says wrong."""
+
+    welcomed = 0
+
+    def StreamRank(self, requests: Any, context: Any) -> Iterator[planner_pb2.StreamRankResponse]:  # noqa: N802
+        next(requests)
+        self.welcomed += 1
+        yield planner_pb2.StreamRankResponse(welcome=planner_pb2.Welcome(credit=10, plan=self.plan))
+        context.abort(grpc.StatusCode.INVALID_ARGUMENT, "statistics.tokens.shape = [1, 1, 3]: must be [1, 1, 4]")
+
+
+def test_a_rank_that_says_what_is_wrong_comes_back_less_and_less_often() -> None:
+    """Nothing changes by saying it again: its waits double, so in two seconds there is room for five at most."""
+    with odd_planner(plan_of(GOOD), Complaining) as (address, odd):
+        stream = stream_to(address)
+        eventually(lambda: odd.welcomed >= 2)
+        begun, before = time.monotonic(), odd.welcomed
+        time.sleep(2)
+        came, passed = odd.welcomed - before, time.monotonic() - begun
+        stream.close()
+    # The n-th wait is at least 0.05 s x 2^n long.
+    assert 0.05 * (2 ** (came - 1) - 1) <= passed
+    assert "INVALID_ARGUMENT: statistics.tokens.shape" in stream.status.error
+
+
 def test_a_good_plan_is_held() -> None:
     with odd_planner(plan_of(GOOD)) as (address, _):
         stream = stream_to(address)
@@ -270,7 +377,9 @@ def test_a_good_plan_is_held() -> None:
         stream.close()
     held = stream.plan(1)
     assert held is not None
-    assert held.layouts[0].slots.tolist() == GOOD
+    ((layout, rule),) = held.layers
+    assert layout.slots.tolist() == GOOD
+    assert rule is SplitRule.OPTIMAL
 
 
 def test_statistics_that_nobody_takes_are_dropped_not_hoarded() -> None:

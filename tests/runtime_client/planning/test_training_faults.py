@@ -19,7 +19,6 @@ from tests.support.daemon import DaemonProcess, Start, eventually, started
 from tests.support.repository import ROOT
 
 from moeplan.runtime_client.planning.planner_stream import PlannerStream
-from moeplan.v1 import job_pb2
 
 Launch = Callable[..., list[Any]]
 Lines = list[dict[str, Any]]
@@ -162,10 +161,7 @@ def test_a_rank_is_killed_and_torchrun_starts_the_group_again(
         assert newest.incarnation == second
         assert newest.status.connected_ranks == 0
         # A rank of the first start that is still there finds no planner any more.
-        left_over = job_pb2.Job()
-        left_over.CopyFrom(newest)
-        left_over.incarnation = first
-        stream = PlannerStream(daemon.address, job, left_over, rank=0)
+        stream = PlannerStream(daemon.address, job, newest.spec, first, rank=0)
         try:
             stream.report(10**6, np.ones((small_training.LAYERS, 1, small_training.EXPERTS), np.int64))
             eventually(lambda: stream.status.error, 20)
@@ -198,4 +194,4 @@ def test_the_example_learns_the_same_in_every_mode(daemon: DaemonProcess, tmp_pa
     np.testing.assert_allclose(runs["spill"].result(), runs["static"].result(), rtol=1e-5)
     np.testing.assert_allclose(runs["planned"].result(), runs["static"].result(), rtol=1e-5)
     with daemon.client() as client:
-        assert client.job("jobs/example").layers == 2
+        assert client.job("jobs/example").spec.layers == 2

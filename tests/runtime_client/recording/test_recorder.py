@@ -304,7 +304,27 @@ def test_a_probe_of_ones_own_and_entries_that_are_no_expert() -> None:
         model(torch.tensor([[0, -1], [4, EXPERTS], [4, 3]], dtype=torch.int32))
         model(torch.zeros(0, 2, dtype=torch.int64))
         recorder.step()
-        np.testing.assert_array_equal(recorder.finish(), [[1, 0, 0, 1, 2]])
+        model(torch.tensor([[-100, -2], [9, 1], [2**40, -(2**40)]]))
+        np.testing.assert_array_equal(recorder.step(), [[1, 0, 0, 1, 2]])
+        assert recorder.ignored.tolist() == [2]
+        np.testing.assert_array_equal(recorder.finish(), [[0, 1, 0, 0, 0]])
+        assert recorder.ignored.tolist() == [7]
+
+
+def test_a_copy_of_a_recorded_model_is_not_counted() -> None:
+    model = make_model("mixtral")
+    batch = make_batch()
+    with record(model) as recorder:
+        train(model, batch)
+        twin = copy.deepcopy(model)
+        train(twin, batch)
+        train(copy.deepcopy(twin), batch)
+        recorder.step()
+        np.testing.assert_array_equal(recorder.finish(), expected(model, batch))
+    with record(twin) as second:  # it can have a recorder of its own
+        train(twin, batch)
+        second.step()
+        np.testing.assert_array_equal(second.finish(), expected(model, batch))
 
 
 def test_what_cannot_be_recorded_is_said() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,10 +12,23 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from tests.support.instances import problems, random_layout
 
-from moeplan.solvers import Cluster, Demand, Layout, Problem, SolveParameters, available_policies, evaluate, solve
+from moeplan.solvers import (
+    Cluster,
+    Demand,
+    Layout,
+    Problem,
+    ProblemError,
+    SolveParameters,
+    Termination,
+    available_policies,
+    evaluate,
+    solve,
+    solve_anytime,
+)
 from moeplan.solvers.construct.replica_counts import adams_replicas
 from moeplan.solvers.policies.symi import proportional
 from moeplan.solvers.problem.moves import keep_slots, relabel
+from moeplan.solvers.problem.split_rules import SplitRule
 
 QUICK = SolveParameters(work_limit=60)
 POLICIES = sorted(available_policies())
@@ -26,9 +39,9 @@ BASELINES = [name for name in POLICIES if name not in ("hybrid", "ilp", "traffic
 @given(problems(), st.sampled_from(POLICIES), st.integers(0, 2**32 - 1))
 def test_every_policy_makes_valid_plans(problem: Problem, policy: str, seed: int) -> None:
     assume(policy != "traffic" or problem.demand.sources > 1 or problem.devices == 1)
-    first = solve(problem, policy, QUICK)
+    first = solve(problem, policy=policy, parameters=QUICK)
     current = random_layout(problem, seed)
-    second = solve(Problem(problem.cluster, problem.demand, current=current), policy, QUICK)
+    second = solve(Problem(problem.cluster, problem.demand, current=current), policy=policy, parameters=QUICK)
     for plan in (first, second):
         # `Layout` itself refuses missing experts and duplicates.
         assert ((plan.layout.slots >= 0).sum(axis=1) <= problem.capacity).all()
@@ -51,13 +64,52 @@ def test_a_move_limit_is_hard(problem: Problem, limit: int, seed: int) -> None:
     assert plan.mean_imbalance <= before.mean_imbalance * (1 + 1e-12)
 
 
-@settings(max_examples=40, deadline=None)
-@given(problems(max_devices=5, max_experts=8))
-def test_hybrid_is_no_worse_than_any_baseline(problem: Problem) -> None:
-    ours = solve(problem, parameters=SolveParameters(work_limit=400)).mean_imbalance
+@settings(max_examples=60, deadline=None)
+@given(problems(max_devices=5, max_experts=8), st.sampled_from(SplitRule))
+def test_hybrid_is_no_worse_than_any_baseline_under_any_split_rule(problem: Problem, rule: SplitRule) -> None:
+    assume(problem.demand.sources > 1 or problem.devices == 1 or not rule.needs_sources)
+    asked = replace(problem, split_rule=rule)
+    # With any gap allowed, the search may stop short of a baseline by that much.
+    ours = solve(asked, parameters=SolveParameters(work_limit=400, target_gap=0.0))
+    assert ours.split.rule is rule
     for policy in BASELINES:
-        theirs = solve(problem, policy, QUICK, rule="optimal").mean_imbalance
-        assert ours <= theirs * (1 + 1e-9) + 1e-9, policy
+        theirs = solve(asked, policy=policy, parameters=QUICK)
+        assert ours.mean_imbalance <= theirs.mean_imbalance * (1 + 1e-9) + 1e-9, policy
+
+
+def test_a_rule_that_a_policy_cannot_plan_for_is_refused() -> None:
+    problem = Problem(Cluster.uniform(4, 2), Demand.of([9, 8, 7, 5, 3]), split_rule=SplitRule.EVEN)
+    with pytest.raises(ProblemError, match=r"split_rule = even: policy ilp plans for optimal only; use .*hybrid"):
+        solve(problem, policy="ilp")
+    with pytest.raises(ProblemError, match="policy traffic plans for home only"):
+        solve(problem, policy="traffic")
+    with pytest.raises(ProblemError, match="split_rule = home: needs the demand of each source"):
+        replace(problem, split_rule=SplitRule.HOME)
+    with pytest.raises(ProblemError, match="split_rule = 'fair': must be one of even, lite, optimal, home, local"):
+        Problem(Cluster.uniform(4, 2), Demand.of([9]), split_rule="fair")  # type: ignore[arg-type]
+
+
+def test_a_plan_says_why_its_search_ended() -> None:
+    loads = (np.arange(1, 49) ** -0.6 * 1e5).astype(np.int64)
+    hard = Problem(Cluster.uniform(27, 2), Demand.of(loads))
+    easy = Problem(Cluster.uniform(4, 4), Demand.of(loads[:12]))
+    assert solve(easy).termination is Termination.PROVED
+    assert solve(hard, parameters=SolveParameters(target_gap=0.5)).termination is Termination.TARGET_GAP
+    assert solve(hard, parameters=SolveParameters(work_limit=500)).termination is Termination.WORK_LIMIT
+    hasty = SolveParameters(deadline_s=0.05, work_limit=10**9, target_gap=0)
+    assert solve(hard, parameters=hasty).termination is Termination.DEADLINE
+    assert solve(hard, policy="eplb").termination is Termination.NOTHING_LEFT
+    assert evaluate(hard, solve(hard, policy="eplb").layout).termination is Termination.GIVEN
+    *on_the_way, last = solve_anytime(hard, parameters=SolveParameters(work_limit=500))
+    assert {plan.termination for plan in on_the_way} == {Termination.UNFINISHED}
+    assert last.termination is Termination.WORK_LIMIT
+    assert last.layout == solve(hard, parameters=SolveParameters(work_limit=500)).layout
+
+
+def test_a_plan_is_a_line() -> None:
+    plan = solve(Problem(Cluster.uniform(4, 2), Demand.of([9, 8, 7, 5, 3])))
+    assert repr(plan).startswith("Plan(hybrid: 5 experts on 4 devices, optimal split, imbalance 1.0")
+    assert "\n" not in repr(plan)
 
 
 def test_same_plan_in_every_process() -> None:
@@ -68,7 +120,7 @@ rng = np.random.default_rng(5)
 tokens = rng.integers(0, 300, (4, 8, 24))
 problem = Problem(Cluster.uniform(8, 4, nodes=2), Demand.of(tokens))
 for policy in available_policies():
-    plan = solve(problem, policy, SolveParameters(work_limit=300, seed=3))
+    plan = solve(problem, policy=policy, parameters=SolveParameters(work_limit=300, seed=3))
     print(policy, plan.layout.slots.tobytes().hex(), plan.split.quota.tobytes().hex(), plan.mean_imbalance.hex())
 """
     runs = [
@@ -79,6 +131,7 @@ for policy in available_policies():
     assert runs[0].count("\n") == len(POLICIES)
 
 
+@pytest.mark.timeout(120)  # without the deadline it would search for hours
 def test_the_seed_matters_and_the_deadline_is_kept() -> None:
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, 3_000, (6, 8, 64))
@@ -86,16 +139,14 @@ def test_the_seed_matters_and_the_deadline_is_kept() -> None:
     solve(problem, parameters=SolveParameters(work_limit=10))
     layouts = {solve(problem, parameters=SolveParameters(work_limit=300, seed=s)).layout for s in range(3)}
     assert len(layouts) > 1
-    start = time.perf_counter()
     solve(problem, parameters=SolveParameters(deadline_s=0.05, work_limit=10**9, target_gap=0))
-    assert time.perf_counter() - start < 5  # without the deadline it would search for hours
 
 
 def test_eplb_readme_example() -> None:
     # The example of the README of deepseek-ai/EPLB, layer 0 as printed there.
     loads = [90, 132, 40, 61, 104, 165, 39, 4, 73, 56, 183, 86]
     problem = Problem(Cluster.uniform(8, 2, nodes=2), Demand.of(loads), groups=4)
-    slots = solve(problem, "eplb").layout.slots
+    slots = solve(problem, policy="eplb").layout.slots
     assert slots.reshape(-1).tolist() == [5, 6, 5, 7, 8, 4, 3, 4, 10, 9, 10, 2, 0, 1, 11, 1]
 
 
@@ -103,7 +154,7 @@ def test_flashlb_example() -> None:
     # vLLM-Ascend FlashLB's example: EPLB 232 with even splits, 181.25 = W / D by splitting freely.
     loads = [600, 560, 120, 120, 20, 10, 10, 10]
     problem = Problem(Cluster.uniform(8, 2), Demand.of(loads))
-    eplb = solve(problem, "eplb")
+    eplb = solve(problem, policy="eplb")
     assert eplb.mean_imbalance * 181.25 == pytest.approx(232)
     assert evaluate(problem, eplb.layout, "optimal").split.device_loads().max() == 199  # 198.3, in whole tokens
     ours = solve(problem)
@@ -114,7 +165,7 @@ def test_flashlb_example() -> None:
 def test_eplb_never_doubles_an_expert_on_a_device() -> None:
     # One expert takes all: the original stacks its replicas on the same devices (EPLB issue 22).
     loads = np.array([10_000] + [1] * 15)
-    plan = solve(Problem(Cluster.uniform(8, 4), Demand.of(loads)), "eplb")
+    plan = solve(Problem(Cluster.uniform(8, 4), Demand.of(loads)), policy="eplb")
     assert plan.mean_imbalance < 1.01
 
 
@@ -131,13 +182,13 @@ def test_symi_algorithm_1_by_hand() -> None:
 def test_laer_keeps_the_cheaper_candidate() -> None:
     # Equal loads: even counts are perfect; a hot expert: the queue is.
     for loads, replicas in (([10, 10, 10, 10], [2, 2, 2, 2]), ([70, 10, 10, 10], [5, 1, 1, 1])):
-        layout = solve(Problem(Cluster.uniform(8, 1), Demand.of(loads)), "laer").layout
+        layout = solve(Problem(Cluster.uniform(8, 1), Demand.of(loads)), policy="laer").layout
         assert layout.replicas.tolist() == replicas
 
 
 def test_laer_spreads_replicas_over_nodes() -> None:
     tokens = np.full((8, 4), 5)
-    layout = solve(Problem(Cluster.uniform(8, 1, nodes=2), Demand.of(tokens)), "laer").layout
+    layout = solve(Problem(Cluster.uniform(8, 1, nodes=2), Demand.of(tokens)), policy="laer").layout
     for expert in range(4):
         hosts = np.argwhere(layout.slots == expert)[:, 0]
         assert {int(d) // 4 for d in hosts} == {0, 1}
@@ -147,9 +198,9 @@ def test_flexmoe_waits_for_its_trigger_and_then_expands() -> None:
     cluster = Cluster.uniform(4, 2)
     current = Layout(np.array([[0, 1], [1, 0], [2, 3], [3, 2]]), 4)
     calm = Problem(cluster, Demand.of([10, 10, 10, 10]), current=current)
-    assert solve(calm, "flexmoe").layout == current
+    assert solve(calm, policy="flexmoe").layout == current
     hot = Problem(cluster, Demand.of([90, 10, 10, 10]), current=current)
-    plan = solve(hot, "flexmoe")
+    plan = solve(hot, policy="flexmoe")
     assert plan.layout.replicas[0] > 2
     assert plan.mean_imbalance < evaluate(hot, current, "even").mean_imbalance
 

@@ -10,7 +10,8 @@ from tests.support.instances import all_layouts
 
 from moeplan.solvers import Cluster, Demand, Problem, ProblemError, SolveParameters, evaluate, solve, solve_anytime
 from moeplan.solvers.objective.score import risk
-from moeplan.solvers.problem.forecast import Widening, widened
+from moeplan.solvers.problem.forecast import Widening, forecast, widened
+from moeplan.solvers.problem.forecast_spec import Forecast, ForecastMethod
 
 VALUES = st.lists(st.tuples(st.floats(1, 10), st.floats(0.01, 1)), min_size=1, max_size=8)
 
@@ -48,7 +49,7 @@ def test_hybrid_comes_close_to_the_least_risk(tail: float, seed: int) -> None:
     tokens = np.random.default_rng(seed).lognormal(4, 1.2, (5, 1, 5)).astype(np.int64)
     demand = Demand.of(tokens, np.array([0.1, 0.2, 0.1, 0.3, 0.3]))
     problem = Problem(Cluster.uniform(3, 2), demand, tail=tail)
-    plan = solve(problem, "hybrid", SolveParameters(work_limit=3_000, target_gap=0))
+    plan = solve(problem, policy="hybrid", parameters=SolveParameters(work_limit=3_000, target_gap=0))
     assert 1 - 1e-9 <= risk(plan.imbalance, demand.weights, tail) / _least_risk(problem) <= 1.02
 
 
@@ -62,7 +63,7 @@ def test_exact_models_find_the_least_risk(solver: str, tail: float, speed: tuple
     demand = Demand.of(tokens, np.array([0.1, 0.3, 0.2, 0.4]))
     cluster = Cluster(np.full(3, 2), np.zeros(3, int), np.array(speed))
     problem = Problem(cluster, demand, tail=tail)
-    plan = solve(problem, "ilp", SolveParameters(solver=solver, target_gap=0))
+    plan = solve(problem, policy="ilp", parameters=SolveParameters(solver=solver, target_gap=0))
     least = _least_risk(problem)
     assert plan.objective == risk(plan.imbalance, demand.weights, tail)
     assert plan.objective == pytest.approx(least, rel=1e-3)  # whole tokens
@@ -73,7 +74,7 @@ def test_exact_models_find_the_least_risk(solver: str, tail: float, speed: tuple
 def test_anytime_never_raises_the_risk() -> None:
     tokens = np.random.default_rng(3).lognormal(4, 1.5, (6, 1, 12)).astype(np.int64)
     problem = Problem(Cluster.uniform(6, 3), Demand.of(tokens), tail=0.3)
-    plans = list(solve_anytime(problem, "hybrid", SolveParameters(work_limit=3_000, target_gap=0)))
+    plans = list(solve_anytime(problem, policy="hybrid", parameters=SolveParameters(work_limit=3_000, target_gap=0)))
     assert len(plans) > 1
     assert [plan.objective for plan in plans] == sorted((plan.objective for plan in plans), reverse=True)
     assert all(plan.bound <= plan.objective and plan.objective >= plan.mean_imbalance - 1e-9 for plan in plans)
@@ -84,7 +85,7 @@ def test_a_tail_gives_up_the_mean_for_the_worst() -> None:
     tokens = np.array([[90, 10, 30, 30], [90, 10, 30, 30], [10, 90, 60, 60]])[:, np.newaxis]
     means, worsts = [], []
     for tail in (1.0, 0.1):
-        plan = solve(Problem(Cluster.uniform(2, 2), Demand.of(tokens), tail=tail), "hybrid")
+        plan = solve(Problem(Cluster.uniform(2, 2), Demand.of(tokens), tail=tail), policy="hybrid")
         means.append(plan.mean_imbalance)
         worsts.append(plan.imbalance.max())
     assert means[0] <= means[1]
@@ -147,3 +148,19 @@ def test_widening_names_what_is_wrong(field: str, values: list[float]) -> None:
     for value in values:
         with pytest.raises(ProblemError, match=f"widening.{field}"):
             Widening(**{field: value})  # type: ignore[arg-type]
+
+
+def test_methods_by_hand() -> None:
+    window = np.array([[[0, 10]], [[4, 10]], [[8, 40]]])
+    assert forecast(window, Forecast(ForecastMethod.LAST)).tokens.tolist() == [[[8, 40]]]
+    assert forecast(window, Forecast(ForecastMethod.MEAN)).tokens.tolist() == [[[4, 20]]]
+    assert forecast(window, Forecast(ForecastMethod.EMA, smoothing=0.5)).tokens.tolist() == [[[5, 25]]]
+    assert forecast(window, Forecast(ForecastMethod.STEPS, window_steps=2)).tokens.tolist() == [[[4, 10]], [[8, 40]]]
+    scenarios = forecast(window)
+    assert scenarios.tokens.shape == (16, 1, 2)
+    assert np.array_equal(scenarios.tokens, widened(window).tokens)
+
+
+def test_an_unknown_method_is_refused() -> None:
+    with pytest.raises(ProblemError, match="must be one of last, mean, ema, steps, scenarios"):
+        Forecast(method="guess")  # type: ignore[arg-type]

@@ -56,7 +56,7 @@ from moeplan.solvers import (
         (lambda: Problem(Cluster.uniform(2, 2), Demand.of([1, 2]), groups=3), "groups"),
         (lambda: SolveParameters(deadline_s=0), "parameters.deadline_s"),
         (lambda: SolveParameters(work_limit=-1), "parameters.work_limit"),
-        (lambda: solve(Problem(Cluster.uniform(2, 2), Demand.of([1, 2])), "best"), "policy"),
+        (lambda: solve(Problem(Cluster.uniform(2, 2), Demand.of([1, 2])), policy="best"), "policy"),
     ],
 )
 def test_mistakes_name_their_field(make: Any, field: str) -> None:
@@ -105,7 +105,7 @@ def test_memory_counts_activations() -> None:
     cluster = Cluster.uniform(2, 1, memory_bytes=1000)
     problem = Problem(cluster, Demand.of([80, 100]), ExpertSpec(weight_bytes=100, activation_bytes=10))
     with pytest.raises(InfeasibleError, match="needs 100 bytes more") as caught:
-        solve(problem, "static")
+        solve(problem, policy="static")
     assert caught.value.field == "cluster.memory_bytes[1]"
 
 
@@ -135,7 +135,7 @@ def test_unusual_sizes_are_planned(policy: str, devices: int, slots: int, tokens
         # One source per device, as `traffic` must know where tokens come from.
         sources = np.array([tokens] + [[0] * len(tokens)] * (devices - 1))
         problem = Problem(Cluster.uniform(devices, slots, nodes=nodes), Demand.of(sources))
-        plan = solve(problem, policy)
+        plan = solve(problem, policy=policy)
         assert plan.split.quota.sum() == sum(tokens)
         assert plan.bound >= 1
         assert plan.gap >= 0
@@ -145,7 +145,7 @@ def test_a_policy_refuses_what_it_cannot_honour() -> None:
     current = Layout.contiguous(4, [2, 2])
     problem = Problem(Cluster.uniform(2, 3), Demand.of([1, 2, 3, 4]), current=current, max_moves=1)
     with pytest.raises(ProblemError, match="eplb re-plans from scratch"):
-        solve(problem, "eplb")
+        solve(problem, policy="eplb")
 
 
 def test_evaluate_refuses_a_layout_of_another_problem() -> None:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from ortools.graph.python import max_flow
 from tests.support.instances import best_split_by_linear_program, problems, random_layout
 
 from moeplan.solvers import Cluster, Demand, ExpertSpec, Layout, Link, Problem, ProblemError, evaluate
 from moeplan.solvers.plan.cost import LAER, STEP, cost, traffic
+from moeplan.solvers.problem.split_rules import SplitRule
 from moeplan.solvers.split.flow import optimal_quota
-from moeplan.solvers.split.rules import RULES, local, optimal, routes, split
+from moeplan.solvers.split.rules import fabric_of, local, routes, split
 
 
 def fits(layout: Layout, loads: np.ndarray, caps: np.ndarray) -> bool:
@@ -53,11 +54,11 @@ def test_optimal_split_is_optimal(problem: Problem, seed: int) -> None:
 
 
 @settings(max_examples=100, deadline=None)
-@given(problems(), st.integers(0, 2**32 - 1), st.sampled_from(sorted(RULES)))
-def test_every_rule_conserves_tokens(problem: Problem, seed: int, rule: str) -> None:
+@given(problems(), st.integers(0, 2**32 - 1), st.sampled_from(SplitRule))
+def test_every_rule_conserves_tokens(problem: Problem, seed: int, rule: SplitRule) -> None:
     layout = random_layout(problem, seed)
     known = problem.demand.sources > 1 or problem.devices == 1
-    if rule in ("local", "home") and not known:
+    if rule.needs_sources and not known:
         with pytest.raises(ProblemError, match=r"demand\.sources"):
             split(problem, layout, rule)
         return
@@ -80,7 +81,7 @@ def test_every_rule_conserves_tokens(problem: Problem, seed: int, rule: str) -> 
 def test_even_shares_differ_by_at_most_one_token() -> None:
     layout = Layout(np.array([[0, 1], [0, 1], [0, 2]]), 3)
     problem = Problem(Cluster.uniform(3, 2), Demand.of([[10, 5, 3]]))
-    quota = split(problem, layout, "even").quota[0]
+    quota = split(problem, layout, SplitRule.EVEN).quota[0]
     assert sorted(quota[layout.slots == 0].tolist()) == [3, 3, 4]
     assert sorted(quota[layout.slots == 1].tolist()) == [2, 3]
 
@@ -90,17 +91,17 @@ def test_lite_stays_in_the_source_s_node() -> None:
     layout = Layout(np.array([[0], [0], [0], [1]]), 2)
     tokens = np.array([[8, 4], [8, 0], [6, 0], [2, 2]])
     problem = Problem(Cluster.uniform(4, 1, nodes=2), Demand.of(tokens))
-    sent = routes(problem, layout, split(problem, layout, "lite"))[0]
+    sent = routes(problem, layout, split(problem, layout, SplitRule.LITE))[0]
     assert sent.tolist() == [[4, 4, 0, 4], [4, 4, 0, 0], [0, 0, 6, 0], [0, 0, 2, 2]]
 
 
 @settings(max_examples=60, deadline=None)
 @given(problems(max_devices=5, max_experts=6), st.integers(0, 2**32 - 1))
 def test_local_is_never_slower_than_allowed_nor_farther_than_optimal(problem: Problem, seed: int) -> None:
-    if problem.demand.sources == 1 and problem.devices > 1:
-        return
+    assume(problem.demand.sources > 1 or problem.devices == 1)
     layout = random_layout(problem, seed)
-    best, near = optimal(problem, layout), local(problem, layout, 0.1)
+    best = split(problem, layout, SplitRule.OPTIMAL)
+    near = local(fabric_of(problem), layout, problem.demand.tokens, 0.1)
     speed = problem.cluster.speed
     limit = (best.device_loads() / speed).max(axis=1) * 1.1
     assert ((near.device_loads() / speed).max(axis=1) <= limit * (1 + 1e-9)).all()

@@ -35,6 +35,8 @@ def affinity(
     For engines that do not send tokens home between layers. Every expert gets one replica. The trace must hold
     pairs[layer, expert, next_expert]; `moeplan trace generate` makes one that does.
     """
+    from dataclasses import replace
+
     import numpy as np
 
     from moeplan.planner.commands.terminal import show_table, status
@@ -54,7 +56,7 @@ def affinity(
             pairs, cluster, loads=steps.sum(axis=(0, 2)), tolerance=tolerance, ilp_seconds=ilp_seconds, seed=seed
         )
     plans = {
-        layer: evaluate(Problem(cluster, Demand.of(steps[:, layer])), layout, policy="affinity")
+        layer: replace(evaluate(Problem(cluster, Demand.of(steps[:, layer])), layout), policy="affinity")
         for layer, layout in enumerate(placed.layouts)
     }
     document = plan_document(plans) | {

@@ -3,31 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from moeplan.planner.commands.options import Format, Output
+from moeplan.planner.commands.options import Format, Output, print_json
+from moeplan.planner.commands.remote import with_client
 
 if TYPE_CHECKING:
     from moeplan.api.client import Client
-    from moeplan.v1 import job_pb2
+    from moeplan.api.job_plans import JobPlan
+    from moeplan.api.jobs import Job
 
-__all__ = ["Ca", "Certificate", "Key", "Server", "Token", "connect", "register"]
+__all__ = ["register"]
 
-EXIT_FAILED = 1
-
-Server = Annotated[str, typer.Option(help="Address of the daemon.", envvar="MOEPLAN_SERVER")]
-Token = Annotated[Path | None, typer.Option(help="File with the bearer token.", envvar="MOEPLAN_TOKEN_FILE")]
-Ca = Annotated[Path | None, typer.Option(help="PEM file of who signed the server.", envvar="MOEPLAN_CA")]
-Certificate = Annotated[Path | None, typer.Option(help="PEM file of your certificate.", envvar="MOEPLAN_CERTIFICATE")]
-Key = Annotated[Path | None, typer.Option(help="PEM file of its key.", envvar="MOEPLAN_KEY")]
 Name = Annotated[str, typer.Argument(help="The job, with or without jobs/.")]
-
-LOCAL = "127.0.0.1:7433"
 
 
 def register(app: typer.Typer) -> None:
@@ -40,73 +31,41 @@ def register(app: typer.Typer) -> None:
     app.add_typer(jobs, name="jobs")
 
 
-@contextmanager
-def connect(
-    server: str = LOCAL,
-    token: Path | None = None,
-    ca: Path | None = None,
-    certificate: Path | None = None,
-    key: Path | None = None,
-) -> Iterator[Client]:
-    """A client; what the server refuses becomes a message and exit status 1."""
-    from moeplan.api.client import Client
-    from moeplan.api.connection import Security
-    from moeplan.api.errors import ServiceError
-
-    try:
-        secret = token.read_text().strip() if token else None
-        with Client(server, Security(secret, ca, certificate, key)) as client:
-            yield client
-    except ServiceError as error:
-        typer.echo(f"moeplan: {server}: {error.code.name}: {error.message}", err=True)
-        raise typer.Exit(EXIT_FAILED) from None
-    except OSError as error:
-        typer.echo(f"moeplan: {error}", err=True)
-        raise typer.Exit(EXIT_FAILED) from None
-
-
-def list_jobs(
-    server: Server = LOCAL,
-    token: Token = None,
-    ca: Ca = None,
-    certificate: Certificate = None,
-    key: Key = None,
-    output: Output = Format.TABLE,
-) -> None:
+@with_client
+def list_jobs(client: Client, output: Output = Format.TABLE) -> None:
     """List the jobs."""
-    with connect(server, token, ca, certificate, key) as client:
-        jobs = list(client.jobs())
+    jobs = list(client.jobs())
     if output is Format.JSON:
-        typer.echo(json.dumps([_summary(job) for job in jobs], indent=2))
+        print_json([_summary(job) for job in jobs])
         return
     from moeplan.planner.commands.terminal import show_table
 
     columns = ["job", "layers", "experts", "ranks", "policy", "plan", "step", "owner"]
     rows = []
     for job in jobs:
-        closed = str(job.status.closed_step) if job.status.HasField("closed_step") else "-"
-        ranks = f"{job.status.connected_ranks}/{job.ranks or len(job.cluster.slots)}"
-        name, owner = job.name.removeprefix("jobs/"), job.status.owner or "-"
-        version = str(job.status.plan_version)
-        rows.append([name, str(job.layers), str(job.experts), ranks, job.policy or "hybrid", version, closed, owner])
-    show_table(f"{len(jobs)} jobs at {server}", columns, rows)
+        spec, status = job.spec, job.status
+        rows.append(
+            [
+                job.name.removeprefix("jobs/"),
+                str(spec.layers),
+                str(spec.experts),
+                f"{status.connected_ranks}/{spec.ranks}",
+                spec.policy,
+                str(status.plan_version),
+                "-" if status.closed_step is None else str(status.closed_step),
+                status.owner or "-",
+            ]
+        )
+    show_table(f"{len(jobs)} jobs at {client.address}", columns, rows)
 
 
-def show(
-    job: Name,
-    server: Server = LOCAL,
-    token: Token = None,
-    ca: Ca = None,
-    certificate: Certificate = None,
-    key: Key = None,
-    output: Output = Format.TABLE,
-) -> None:
+@with_client
+def show(client: Client, job: Name, output: Output = Format.TABLE) -> None:
     """Show a job, its newest decision and its plan."""
-    with connect(server, token, ca, certificate, key) as client:
-        found = client.job(_name(job))
-        plan = client.plan(f"{found.name}/plans/-")
+    found = client.job(_name(job))
+    plan = client.plan(f"{found.name}/plans/-")
     if output is Format.JSON:
-        typer.echo(json.dumps({"job": _summary(found), "plan": _plan_summary(plan)}, indent=2))
+        print_json({"job": _summary(found), "plan": _plan_summary(found.name, plan)})
         return
     for name, value in _summary(found).items():
         if isinstance(value, dict):
@@ -115,77 +74,61 @@ def show(
     _print_plan(plan)
 
 
+@with_client
 def watch(
+    client: Client,
     job: Name,
-    server: Server = LOCAL,
-    token: Token = None,
-    ca: Ca = None,
-    certificate: Certificate = None,
-    key: Key = None,
     count: Annotated[int, typer.Option(help="End after so many plans; 0 for never.", min=0)] = 0,
     output: Output = Format.TABLE,
 ) -> None:
     """Print every new plan of a job as it is made."""
-    with connect(server, token, ca, certificate, key) as client:
-        for number, plan in enumerate(client.watch_plans(_name(job)), 1):
-            if output is Format.JSON:
-                typer.echo(json.dumps(_plan_summary(plan)))
-            else:
-                _print_plan(plan)
-            if number == count:
-                return
+    name = _name(job)
+    for number, plan in enumerate(client.watch_plans(name), 1):
+        if output is Format.JSON:
+            typer.echo(json.dumps(_plan_summary(name, plan)))
+        else:
+            _print_plan(plan)
+        if number == count:
+            return
 
 
-def delete(
-    job: Name,
-    server: Server = LOCAL,
-    token: Token = None,
-    ca: Ca = None,
-    certificate: Certificate = None,
-    key: Key = None,
-) -> None:
+@with_client
+def delete(client: Client, job: Name) -> None:
     """Delete a job and its plans, and end its streams."""
-    with connect(server, token, ca, certificate, key) as client:
-        client.delete_job(_name(job))
+    client.delete_job(_name(job))
 
 
 def _name(job: str) -> str:
     return job if job.startswith("jobs/") else f"jobs/{job}"
 
 
-def _reason(decision: job_pb2.Decision) -> str:
-    from moeplan.v1 import job_pb2
-
-    return job_pb2.Decision.Reason.Name(decision.reason).removeprefix("REASON_").lower()
-
-
-def _summary(job: job_pb2.Job) -> dict[str, object]:
-    status, count = job.status, job.status.statistics
+def _summary(job: Job) -> dict[str, object]:
+    spec, status = job.spec, job.status
     return {
         "name": job.name,
         "incarnation": job.incarnation,
-        "layers": job.layers,
-        "experts": job.experts,
-        "devices": len(job.cluster.slots),
-        "policy": job.policy or "hybrid",
-        "created": job.create_time.ToJsonString(),
+        "layers": spec.layers,
+        "experts": spec.experts,
+        "devices": spec.cluster.devices,
+        "policy": spec.policy,
+        "created": job.created.isoformat(),
         "owner": status.owner,
         "connected_ranks": status.connected_ranks,
-        "closed_step": status.closed_step if status.HasField("closed_step") else None,
+        "closed_step": status.closed_step,
         "plan_version": status.plan_version,
         "applied_version": status.applied_version or None,
-        "decision": _reason(status.decision),
-        "statistics": {name: getattr(count, name) for name in ("accepted", "duplicate", "late", "missing", "early")},
+        "decision": None if status.decision is None else status.decision.reason.value,
+        "statistics": asdict(status.statistics),
     }
 
 
-def _plan_summary(plan: job_pb2.JobPlan) -> dict[str, object]:
+def _plan_summary(job: str, plan: JobPlan) -> dict[str, object]:
     decision = plan.decision
     return {
-        "name": plan.name,
+        "name": f"{job}/plans/{plan.version}",
         "incarnation": plan.incarnation,
-        "created": plan.create_time.ToJsonString(),
-        "reason": _reason(decision),
+        "created": _created(plan),
+        "reason": decision.reason.value,
         "step": decision.step,
         "cost_before_s": decision.cost_before_s,
         "cost_after_s": decision.cost_after_s,
@@ -194,9 +137,9 @@ def _plan_summary(plan: job_pb2.JobPlan) -> dict[str, object]:
             {
                 "layer": layer.layer,
                 "version": layer.version,
-                "imbalance_before": layer.imbalance_before if layer.HasField("imbalance_before") else None,
-                "imbalance": layer.imbalance if layer.HasField("imbalance") else None,
-                "gap": layer.gap if layer.HasField("gap") else None,
+                "imbalance_before": layer.imbalance_before,
+                "imbalance": layer.imbalance,
+                "gap": layer.gap,
                 "moved_replicas": layer.moved_replicas,
             }
             for layer in plan.layers
@@ -204,9 +147,13 @@ def _plan_summary(plan: job_pb2.JobPlan) -> dict[str, object]:
     }
 
 
-def _print_plan(plan: job_pb2.JobPlan) -> None:
+def _created(plan: JobPlan) -> str:
+    return "" if plan.created is None else plan.created.isoformat()
+
+
+def _print_plan(plan: JobPlan) -> None:
     decision = plan.decision
-    text = f"{plan.create_time.ToJsonString()}  version {plan.version}: {_reason(decision).replace('_', ' ')}"
+    text = f"{_created(plan)}  version {plan.version}: {decision.reason.value.replace('_', ' ')}"
     if decision.cost_before_s:
         gain = decision.cost_after_s / decision.cost_before_s - 1
         text += f" at step {decision.step}, {decision.changed_layers} layers change, cost of a step {gain:+.1%}"
@@ -214,7 +161,7 @@ def _print_plan(plan: job_pb2.JobPlan) -> None:
         text += f", moving takes {decision.move_cost_s:.3g} s"
     typer.echo(text)
     for layer in plan.layers:
-        if layer.HasField("imbalance"):
+        if layer.imbalance is not None:
             typer.echo(
                 f"    layer {layer.layer}: imbalance {layer.imbalance_before:.4f} -> {layer.imbalance:.4f} "
                 f"(gap {layer.gap:.4f}), {layer.moved_replicas} replicas move"

@@ -12,6 +12,8 @@ import typer
 
 from moeplan.solvers.plan.parameters import SolveParameters
 from moeplan.solvers.problem.errors import ProblemError
+from moeplan.solvers.problem.forecast_spec import ForecastMethod
+from moeplan.solvers.problem.split_rules import SplitRule
 
 WORK_LIMIT = SolveParameters().work_limit
 
@@ -37,6 +39,14 @@ Work = Annotated[int, typer.Option(help="Candidate layouts per layer that a sear
 Solver = Annotated[str, typer.Option(help="Solver of exact models: cpsat, highs, cbc, or another that PuLP finds.")]
 Prove = Annotated[bool, typer.Option("--prove", help="Also spend time on a stronger bound.")]
 Seed = Annotated[int, typer.Option(help="Seed of every random choice.")]
+ForecastBy = Annotated[
+    ForecastMethod,
+    typer.Option("--forecast", help="How the demand to plan for follows from the window."),
+]
+Split = Annotated[
+    SplitRule | None,
+    typer.Option("--split-rule", help="How the system that will run it divides tokens; the policy's own by default."),
+]
 MaxMoves = Annotated[int | None, typer.Option(help="Most replicas that a re-plan of a layer may copy.")]
 
 

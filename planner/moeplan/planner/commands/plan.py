@@ -7,7 +7,6 @@ from typing import Annotated
 
 import typer
 
-from moeplan.planner.commands import jobs
 from moeplan.planner.commands.options import (
     WORK_LIMIT,
     Deadline,
@@ -30,6 +29,7 @@ from moeplan.planner.commands.options import (
     print_json,
     solve_parameters,
 )
+from moeplan.planner.commands.remote import Ca, Token, connect
 from moeplan.solvers.problem.errors import ProblemError
 
 __all__ = ["register"]
@@ -72,24 +72,24 @@ def plan(
     solver: Solver = "cpsat",
     prove: Prove = False,
     server: RemoteServer = None,
-    token: jobs.Token = None,
-    ca: jobs.Ca = None,
+    token: Token = None,
+    ca: Ca = None,
     output: Output = Format.TABLE,
 ) -> None:
     """Plan layouts from the last steps of a trace.
 
     With several nodes the table says which part of the tokens another node computes than the one they come from.
     """
+    from contextlib import ExitStack
     from dataclasses import replace
 
     import numpy as np
 
-    from moeplan.planner.commands.remote import solver_at
     from moeplan.planner.commands.terminal import progress, show_table, status
     from moeplan.planner.files.limits_file import read_limits
     from moeplan.planner.files.plan_file import plan_document, read_layouts, write
     from moeplan.planner.traces.trace import Trace
-    from moeplan.solvers import Cluster, Demand, Problem
+    from moeplan.solvers import Cluster, Demand, Problem, solve
     from moeplan.solvers import share_slots as divide_slots
     from moeplan.solvers.plan.cost import between_nodes
 
@@ -119,13 +119,18 @@ def plan(
         problems[layer] = problem.without(gone) if gone else problem
     if share_slots:
         with status(f"planning {len(chosen)} layers with {policy}, with more and more slots"):
-            shares = divide_slots(list(problems.values()), slots * len(chosen), policy, parameters)
+            shares = divide_slots(list(problems.values()), slots * len(chosen), policy=policy, parameters=parameters)
         plans = dict(zip(chosen, shares.plans, strict=True))
     else:
         plans = {}
-        with solver_at(server, token, ca) as solve, progress(f"planning with {policy}", len(chosen)) as advance:
+        with ExitStack() as stack:
+            client = None if server is None else stack.enter_context(connect(server, token, ca))
+            advance = stack.enter_context(progress(f"planning with {policy}", len(chosen)))
             for layer, problem in problems.items():
-                plans[layer] = solve(problem, policy, parameters)
+                if client is None:
+                    plans[layer] = solve(problem, policy=policy, parameters=parameters)
+                else:
+                    (plans[layer],) = client.solve([problem], policy=policy, parameters=parameters)
                 advance()
     crossing = {}
     if nodes > 1 and opened.sources > 1:

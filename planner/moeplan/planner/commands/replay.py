@@ -10,6 +10,7 @@ import typer
 
 from moeplan.planner.commands.options import (
     Devices,
+    ForecastBy,
     Format,
     Layers,
     MaxMoves,
@@ -17,6 +18,7 @@ from moeplan.planner.commands.options import (
     Output,
     Seed,
     Slots,
+    Split,
     TraceFile,
     Work,
     layer_numbers,
@@ -26,6 +28,7 @@ from moeplan.planner.commands.options import (
 )
 from moeplan.planner.commands.terminal import progress
 from moeplan.solvers.problem.errors import ProblemError
+from moeplan.solvers.problem.forecast_spec import ForecastMethod
 
 __all__ = ["register"]
 
@@ -61,6 +64,8 @@ def replay(
     layers: Layers = None,
     work_limit: Work = QUICK,
     seed: Seed = 0,
+    forecast: ForecastBy = ForecastMethod.SCENARIOS,
+    split_rule: Split = None,
     plot: Annotated[Path | None, typer.Option(help="SVG file to draw the cumulative time in.")] = None,
     log: Annotated[Path | None, typer.Option(help="File for every decision and why, one JSON object a line.")] = None,
     output: Output = Format.TABLE,
@@ -104,7 +109,8 @@ def replay(
             seconds_per_token=2 * weights / (tflops * 1e12),
         ),
         parameters=solve_parameters(None, work_limit, seed),
-        forecast=Forecast(window_steps=positive("--window", window)),
+        forecast=Forecast(forecast, window_steps=positive("--window", window)),
+        split_rule=split_rule,
         max_moves=max_moves,
     )
     strategies = usual_strategies(

@@ -8,9 +8,9 @@ from moeplan.planner.commands.terminal import show_table
 from moeplan.planner.studies.policies import Comparison
 from moeplan.planner.studies.replay import Outcome
 from moeplan.planner.studies.replay_summary import summary
-from moeplan.planner.studies.spilling import ExactComparison
+from moeplan.planner.studies.spilling import KnownCountsComparison
 
-__all__ = ["show_comparison", "show_exact", "show_replay"]
+__all__ = ["show_comparison", "show_known_counts", "show_replay"]
 
 COLUMNS = (
     "imbalance",
@@ -45,8 +45,8 @@ def show_comparison(title: str, comparison: Comparison) -> None:
     )
 
 
-def show_exact(title: str, comparison: ExactComparison) -> None:
-    """Print one row per exact-load policy."""
+def show_known_counts(title: str, comparison: KnownCountsComparison) -> None:
+    """Print one row per policy under known counts."""
     show_table(
         title,
         ("imbalance", "mean", "p95", "max", "replicas", "(max)", "remote tokens", "us/layer"),

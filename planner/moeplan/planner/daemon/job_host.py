@@ -6,19 +6,20 @@ import asyncio
 import pickle
 import time
 from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
 
 import structlog
-from google.protobuf.timestamp_pb2 import Timestamp
 
+from moeplan.api import wire
+from moeplan.api.job_plans import JobPlan
 from moeplan.api.jobs import JobSpec
 from moeplan.planner.daemon.metrics import Metrics
 from moeplan.planner.daemon.statuses import RefusalError, precondition
 from moeplan.planner.daemon.store import LeaseLostError, Store, StoreError
 from moeplan.planner.daemon.workers.frames import Kind
 from moeplan.planner.daemon.workers.pool import Workers
-from moeplan.planner.jobs import messages
 from moeplan.planner.jobs.job import PlanningJob, SolveTask
-from moeplan.planner.jobs.job_plan import Candidate, JobPlan
+from moeplan.planner.jobs.job_plan import Candidate
 from moeplan.planner.jobs.solve import LayersTask
 from moeplan.planner.jobs.window import Report
 from moeplan.solvers.problem.errors import ProblemError
@@ -66,16 +67,14 @@ class JobHost:
         message: The job as its owner described it.
         created: When it was created.
         job: The state machine.
-        plan_created: When the newest plan was made.
     """
 
     def __init__(
         self,
         job_id: str,
         message: job_pb2.Job,
-        created: Timestamp,
+        created: datetime,
         job: PlanningJob,
-        plan_created: Timestamp,
         *,
         workers: Workers,
         store: Store,
@@ -83,7 +82,7 @@ class JobHost:
         solve_s: float,
     ) -> None:
         self.id, self.name = job_id, f"jobs/{job_id}"
-        self.message, self.created, self.job, self.plan_created = message, created, job, plan_created
+        self.message, self.created, self.job = message, created, job
         self.streams: dict[int, RankStream] = {}
         self._watchers: set[asyncio.Event] = set()
         self._workers, self._store, self._metrics, self._solve_s = workers, store, metrics, solve_s
@@ -148,7 +147,7 @@ class JobHost:
             self._written, self._written_of = {}, self.job.plan
         found = self._written.get(version)
         if found is None:
-            plan = messages.write_plan(self.name, self.job.plan, self.plan_created, version)
+            plan = wire.write_job_plan(self.name, self.job.plan, version)
             found = planner_pb2.StreamRankResponse(plan_update=planner_pb2.PlanUpdate(plan=plan))
             if len(self._written) < MOST_WRITTEN:
                 self._written[version] = found
@@ -176,15 +175,9 @@ class JobHost:
             if not _same_shape(old.spec, spec):
                 plan = PlanningJob.begin(spec, message.incarnation).plan
                 version = old.plan.version + 1
-                plan = replace(
-                    plan, version=version, layers=tuple(replace(layer, version=version) for layer in plan.layers)
-                )
-            now = messages.timestamp(time.time())
-            saved = (
-                messages.write_plan(self.name, plan, now).SerializeToString()
-                if plan.version > old.plan.version
-                else b""
-            )
+                layers = tuple(replace(layer, version=version) for layer in plan.layers)
+                plan = replace(plan, version=version, layers=layers, created=datetime.now(UTC))
+            saved = wire.write_job_plan(self.name, plan).SerializeToString() if plan.version > old.plan.version else b""
             await self._store.save(
                 self.id,
                 incarnation=message.incarnation,
@@ -193,7 +186,7 @@ class JobHost:
                 plan=saved,
             )
             self._stop_work()
-            self.message, self.plan_created = message, now if saved else self.plan_created
+            self.message = message
             self.job = PlanningJob(spec, message.incarnation, plan)
             self._counted = replace(self.job.count)
             for stream in list(self.streams.values()):
@@ -285,8 +278,8 @@ class JobHost:
                 self._decided()
 
     async def _keep(self, plan: JobPlan) -> None:
-        created = messages.timestamp(time.time())
-        whole = messages.write_plan(self.name, plan, created)
+        plan = replace(plan, created=datetime.now(UTC))
+        whole = wire.write_job_plan(self.name, plan)
         try:
             await self._store.save(
                 self.id, incarnation=plan.incarnation, version=plan.version, plan=whole.SerializeToString()
@@ -298,7 +291,6 @@ class JobHost:
             self.lost = self.lost or isinstance(error, LeaseLostError)
             return
         if self.job.commit(plan):
-            self.plan_created = created
             self._metrics.planned(plan)
             self._decided()
             self._announce()

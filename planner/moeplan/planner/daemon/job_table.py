@@ -6,10 +6,12 @@ import asyncio
 import contextlib
 import re
 import time
+from dataclasses import replace
+from datetime import UTC, datetime
 
 import structlog
-from google.protobuf.timestamp_pb2 import Timestamp
 
+from moeplan.api import wire
 from moeplan.api.jobs import JobSpec
 from moeplan.planner.daemon.job_host import JobHost
 from moeplan.planner.daemon.metrics import Metrics
@@ -25,8 +27,8 @@ from moeplan.planner.daemon.statuses import (
 )
 from moeplan.planner.daemon.store import JobRow, PlanRow, Store, StoreError
 from moeplan.planner.daemon.workers.pool import Workers
-from moeplan.planner.jobs import messages
 from moeplan.planner.jobs.job import PlanningJob, StaleIncarnationError
+from moeplan.planner.jobs.job_plan import initial_plan
 from moeplan.solvers import available_policies
 from moeplan.solvers.problem.errors import ProblemError
 from moeplan.v1 import job_pb2
@@ -145,7 +147,7 @@ class JobTable:
         return sum(host.job.spec.window_bytes for host in self._hosts.values())
 
     def _read(self, job: job_pb2.Job) -> JobSpec:
-        spec = messages.read_job(job)
+        spec = wire.read_job_spec(job)
         known = available_policies()
         if spec.policy not in known:
             raise invalid("job.policy", spec.policy, f"must be one of {', '.join(known)}")
@@ -166,14 +168,13 @@ class JobTable:
         if count >= limit:
             raise exhausted("JOBS", f"there are {count} jobs already (limits.jobs = {limit}); delete some", 60)
         self._make_room(spec.window_bytes)
-        job = PlanningJob.begin(spec, message.incarnation)
-        now = messages.timestamp(time.time())
-        plan = messages.write_plan(f"jobs/{identity}", job.plan, now)
+        first = replace(initial_plan(spec, 1, message.incarnation), created=datetime.now(UTC))
+        saved = wire.write_job_plan(f"jobs/{identity}", first).SerializeToString()
         created = await self._store.create(
-            identity, message.incarnation, message.SerializeToString(), job.plan.version, plan.SerializeToString()
+            identity, message.incarnation, message.SerializeToString(), first.version, saved
         )
         log.info("job created", job=f"jobs/{identity}", layers=spec.layers, experts=spec.experts, ranks=spec.ranks)
-        return self._add(identity, message, created, job, now)
+        return self._add(identity, message, created, PlanningJob(spec, message.incarnation, first))
 
     async def _find(self, identity: str) -> JobHost | None:
         host = self._hosts.get(identity)
@@ -195,15 +196,12 @@ class JobTable:
                 "MEMORY", f"statistics would take {self._total + more} bytes (limits.total_bytes = {limit})", 60
             )
 
-    def _add(
-        self, identity: str, message: job_pb2.Job, created: float, job: PlanningJob, plan_created: Timestamp
-    ) -> JobHost:
+    def _add(self, identity: str, message: job_pb2.Job, created: float, job: PlanningJob) -> JobHost:
         host = JobHost(
             identity,
             message,
-            messages.timestamp(created),
+            datetime.fromtimestamp(created, UTC),
             job,
-            plan_created,
             workers=self._workers,
             store=self._store,
             metrics=self._metrics,
@@ -229,14 +227,13 @@ class JobTable:
             message = job_pb2.Job.FromString(row.spec)
             message.incarnation = row.incarnation
             try:
-                spec = messages.read_job(message)
-                saved = job_pb2.JobPlan.FromString(stored.plan)
-                plan = messages.read_plan(saved, spec.experts)
+                spec = wire.read_job_spec(message, checked=True)  # checking loads the compiler: longer than a lease
+                plan = wire.read_stored_plan(job_pb2.JobPlan.FromString(stored.plan), spec.experts)
             except ProblemError as error:
                 log.error("job not readable", job=f"jobs/{row.name}", error=str(error))
                 continue
             job = PlanningJob(spec, row.incarnation, plan)
-            self._add(row.name, message, row.created, job, saved.create_time)
+            self._add(row.name, message, row.created, job)
             log.info("job taken over", job=f"jobs/{row.name}", version=plan.version)
 
     async def _keep_leases(self) -> None:

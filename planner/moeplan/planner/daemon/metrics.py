@@ -6,7 +6,7 @@ import grpc
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.process_collector import ProcessCollector
 
-from moeplan.planner.jobs.job_plan import JobPlan, Reason
+from moeplan.api.job_plans import JobPlan, Reason
 
 __all__ = ["Metrics"]
 
@@ -68,7 +68,7 @@ class Metrics:
         self.loop_lag = Gauge("moeplan_event_loop_lag_seconds", "Delay of the newest timer", registry=registry)
         for fate in _FATES:
             self.cells.labels(fate)
-        for reason in Reason:
+        for reason in set(Reason) - {Reason.UNKNOWN}:
             self.decisions.labels(reason.value)
         for kind in ("rank", "watch"):
             self.streams.labels(kind)

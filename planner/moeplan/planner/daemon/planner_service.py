@@ -8,19 +8,22 @@ import binascii
 import contextlib
 import itertools
 from collections.abc import AsyncIterator, Iterator
+from datetime import UTC, datetime
 from typing import Any
 
 import grpc
 import structlog
 
+from moeplan.api import wire
+from moeplan.api.jobs import JobStatus
 from moeplan.planner.daemon.job_host import JobHost, RankStream
 from moeplan.planner.daemon.job_table import JobTable, described, job_id, stale
 from moeplan.planner.daemon.metrics import Metrics
-from moeplan.planner.daemon.settings import Limits
+from moeplan.planner.daemon.settings import ServiceLimits
 from moeplan.planner.daemon.statuses import RefusalError, exhausted, exists, invalid, missing, refusal_of, unavailable
 from moeplan.planner.daemon.store import JobRow, Store
-from moeplan.planner.jobs import messages
 from moeplan.planner.jobs.job import RankTakenError, StaleIncarnationError
+from moeplan.planner.jobs.messages import read_report
 from moeplan.solvers.problem.errors import ProblemError
 from moeplan.v1 import job_pb2, planner_pb2, planner_pb2_grpc
 
@@ -40,7 +43,7 @@ log = structlog.get_logger()
 class PlannerService(planner_pb2_grpc.PlannerServiceServicer):
     """moeplan.v1.PlannerService."""
 
-    def __init__(self, table: JobTable, store: Store, metrics: Metrics, limits: Limits, owner: str) -> None:
+    def __init__(self, table: JobTable, store: Store, metrics: Metrics, limits: ServiceLimits, owner: str) -> None:
         self._table, self._store, self._metrics, self._limits, self._owner = table, store, metrics, limits, owner
         self._numbers = itertools.count(1)
         self._open = 0
@@ -241,7 +244,7 @@ class PlannerService(planner_pb2_grpc.PlannerServiceServicer):
                     )
                 self._metrics.statistics.inc()
                 self._metrics.statistics_bytes.inc(len(statistics.tokens.data))
-                host.report(messages.read_report(host.job.spec, ranks, statistics))
+                host.report(read_report(host.job.spec, ranks, statistics))
                 stream.taken = statistics.sequence
                 if self._due(stream):
                     stream.wake.set()
@@ -256,39 +259,35 @@ class PlannerService(planner_pb2_grpc.PlannerServiceServicer):
                 raise invalid("message", other or "empty", "must be statistics, applied, failed or leave")
 
     def _job(self, host: JobHost) -> job_pb2.Job:
-        job, count = host.job, host.job.count
-        message = job_pb2.Job()
-        message.CopyFrom(host.message)
-        message.name = host.name
-        message.incarnation = job.incarnation
-        message.create_time.CopyFrom(host.created)
-        message.status.CopyFrom(
-            job_pb2.JobStatus(
-                plan_version=job.plan.version,
-                connected_ranks=job.connected_ranks,
-                closed_step=job.closed_step,
-                applied_version=job.applied_version,
-                decision=messages.write_decision(job.decision),
-                statistics=job_pb2.StatisticsCount(
-                    accepted=count.accepted,
-                    duplicate=count.duplicate,
-                    late=count.late,
-                    missing=count.missing,
-                    early=count.early,
-                ),
-                owner=self._owner,
-            )
+        job = host.job
+        status = JobStatus(
+            plan_version=job.plan.version,
+            connected_ranks=job.connected_ranks,
+            closed_step=job.closed_step,
+            applied_version=job.applied_version,
+            decision=job.decision,
+            statistics=job.count,
+            owner=self._owner,
         )
-        return message
+        return _with_status(host.message, host.name, job.incarnation, host.created, status)
 
 
 def _stored(row: JobRow) -> job_pb2.Job:
     message = described(job_pb2.Job.FromString(row.spec))
-    message.name = f"jobs/{row.name}"
-    message.incarnation = row.incarnation
-    message.create_time.CopyFrom(messages.timestamp(row.created))
-    message.status.CopyFrom(job_pb2.JobStatus(plan_version=row.version, owner=row.address))
-    return message
+    status = JobStatus(plan_version=row.version, owner=row.address)
+    return _with_status(message, f"jobs/{row.name}", row.incarnation, datetime.fromtimestamp(row.created, UTC), status)
+
+
+def _with_status(
+    message: job_pb2.Job, name: str, incarnation: int, created: datetime, status: JobStatus
+) -> job_pb2.Job:
+    """A job as its owner described it, whatever that says, with what the server knows."""
+    whole = job_pb2.Job()
+    whole.CopyFrom(message)
+    whole.name, whole.incarnation = name, incarnation
+    whole.create_time.CopyFrom(wire.write_time(created))
+    whole.status.CopyFrom(wire.write_status(status))
+    return whole
 
 
 def _after(token: str) -> str:

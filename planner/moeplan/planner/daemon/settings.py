@@ -12,7 +12,7 @@ import platformdirs
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
 
-__all__ = ["Limits", "Security", "Settings", "default_data_folder", "load", "loopback"]
+__all__ = ["Security", "ServiceLimits", "Settings", "default_data_folder", "load", "loopback"]
 
 MIB = 1024**2
 
@@ -39,7 +39,7 @@ class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class Limits(_Section):
+class ServiceLimits(_Section):
     """What the daemon accepts at most. Beyond a limit requests are refused; nothing that was accepted is dropped."""
 
     message_bytes: int = Field(64 * MIB, ge=1024, le=2**31 - 1, description="size of one message")
@@ -103,7 +103,7 @@ class Settings(BaseSettings):
     drain_s: float = Field(10.0, ge=0, description="time for calls to end after SIGTERM")
     log_level: str = Field("info", pattern="^(debug|info|warning|error)$", description="debug, info, warning or error")
     reflection: bool = Field(True, description="answer gRPC reflection")
-    limits: Limits = Limits()
+    limits: ServiceLimits = ServiceLimits()
     security: Security = Security()
 
     @model_validator(mode="after")

@@ -12,7 +12,7 @@ from typing import Any
 
 import grpc
 
-from moeplan.planner.daemon.settings import Limits
+from moeplan.planner.daemon.settings import ServiceLimits
 from moeplan.planner.daemon.statuses import invalid
 from moeplan.planner.daemon.workers.frames import Kind
 from moeplan.planner.daemon.workers.pool import Workers
@@ -34,7 +34,7 @@ Context = grpc.aio.ServicerContext[Any, Any]
 class SolverService(solver_pb2_grpc.SolverServiceServicer):
     """moeplan.v1.SolverService."""
 
-    def __init__(self, workers: Workers, limits: Limits) -> None:
+    def __init__(self, workers: Workers, limits: ServiceLimits) -> None:
         self._workers, self._limits = workers, limits
 
     async def Solve(  # noqa: N802

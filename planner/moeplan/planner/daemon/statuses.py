@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import grpc
 from google.protobuf import any_pb2
-from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
+from moeplan.api import wire
 from moeplan.solvers.problem.errors import InfeasibleError, ProblemError
 
 __all__ = [
@@ -54,8 +54,7 @@ class RefusalError(Exception):
 
 
 def _retry(seconds: float) -> error_details_pb2.RetryInfo:
-    nanos = round(seconds * 1e9)
-    return error_details_pb2.RetryInfo(retry_delay=Duration(seconds=nanos // 10**9, nanos=nanos % 10**9))
+    return error_details_pb2.RetryInfo(retry_delay=wire.write_duration(seconds))
 
 
 def _info(reason: str, **metadata: str) -> error_details_pb2.ErrorInfo:

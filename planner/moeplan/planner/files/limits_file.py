@@ -11,14 +11,14 @@ import numpy as np
 
 from moeplan.solvers import Cluster, Constraints, ExpertSpec, ProblemError
 
-__all__ = ["Limits", "read_limits"]
+__all__ = ["LimitsFile", "read_limits"]
 
 DEVICES = {"slots": np.int32, "speed": np.float64, "memory_bytes": np.int64}
 """Properties of devices that a file may give, one value for all or one per device."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Limits:
+class LimitsFile:
     """What such a file says.
 
     Attributes:
@@ -47,14 +47,14 @@ class Limits:
         return replace(uniform, **given)
 
 
-def read_limits(path: Path | None) -> Limits:
+def read_limits(path: Path | None) -> LimitsFile:
     """The limits of a file; none where there is no file.
 
     Raises:
         ProblemError: the file is missing or says what it cannot.
     """
     if path is None:
-        return Limits()
+        return LimitsFile()
     try:
         document = json.loads(path.read_text())
     except OSError as error:
@@ -74,7 +74,7 @@ def read_limits(path: Path | None) -> Limits:
         known = ", ".join(f.name for f in fields(ExpertSpec))
         raise ProblemError(f"{path}: expert", wrong[0], f"must be an object with some of {known}")
     try:
-        return Limits(
+        return LimitsFile(
             Constraints(**{name: document[name] for name in names & set(document)}),
             ExpertSpec(**spec),
             {name: np.asarray(document[name], dtype) for name, dtype in DEVICES.items() if name in document},

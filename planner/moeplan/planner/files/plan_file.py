@@ -25,7 +25,7 @@ def plan_document(plans: Mapping[int, Plan]) -> dict[str, object]:
     return {
         "format": FORMAT,
         "policy": first.policy,
-        "split": first.split.rule,
+        "split_rule": first.split.rule,
         "experts": first.layout.experts,
         "devices": first.layout.devices,
         "layers": [
@@ -36,6 +36,7 @@ def plan_document(plans: Mapping[int, Plan]) -> dict[str, object]:
                 "imbalance": plan.mean_imbalance,
                 "bound": plan.bound,
                 "gap": plan.gap,
+                "termination": plan.termination,
                 "moves": None
                 if plan.moves is None
                 else np.stack([plan.moves.expert, plan.moves.source, plan.moves.device], axis=1).tolist(),

@@ -11,10 +11,11 @@ from __future__ import annotations
 from collections import OrderedDict
 from dataclasses import dataclass, field, replace
 
-from moeplan.api.jobs import JobSpec
-from moeplan.planner.jobs.job_plan import Candidate, Decision, JobPlan, Reason, back_to, decide, initial_plan
+from moeplan.api.job_plans import Decision, JobPlan, Reason
+from moeplan.api.jobs import JobSpec, StatisticsCount
+from moeplan.planner.jobs.job_plan import Candidate, back_to, decide, initial_plan
 from moeplan.planner.jobs.outlook import LayerOutlook
-from moeplan.planner.jobs.window import Report, StatisticsCount, Window
+from moeplan.planner.jobs.window import Report, Window
 from moeplan.solvers.plan.parameters import SolveParameters
 
 __all__ = ["PlanningJob", "RankTakenError", "SolveTask", "StaleIncarnationError"]

@@ -1,68 +1,19 @@
-"""Versions of a job's layouts, and why each is as it is."""
+"""From candidates to the next version of a job's layouts: which are taken, and why."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from enum import Enum
 
 import numpy as np
 
+from moeplan.api.job_plans import Decision, JobPlan, LayerPlan, Reason
 from moeplan.api.jobs import JobSpec
 from moeplan.solvers.problem.cluster import Cluster
 from moeplan.solvers.problem.layout import Layout
 from moeplan.solvers.problem.problem import ExpertSpec
+from moeplan.solvers.problem.split_rules import SplitRule
 
-__all__ = [
-    "Candidate",
-    "Decision",
-    "JobPlan",
-    "LayerPlan",
-    "Reason",
-    "back_to",
-    "decide",
-    "initial_plan",
-    "move_time_s",
-]
-
-
-class Reason(Enum):
-    """Why a plan is as it is; the values are the names in the API, the log and the metrics."""
-
-    INITIAL = "initial"
-    GAIN = "gain"
-    GAIN_PAYS = "gain_pays"
-    NO_GAIN = "no_gain"
-    GAIN_TOO_SMALL = "gain_too_small"
-    SOLVE_FAILED = "solve_failed"
-    STORE_FAILED = "store_failed"
-    APPLY_FAILED = "apply_failed"
-
-
-@dataclass(frozen=True, slots=True)
-class Decision:
-    """A decision to take a new plan or to stay, with its numbers.
-
-    Attributes:
-        reason: Why.
-        step: Newest step taken into account.
-        window_steps: Steps in the window.
-        cost_before_s: Predicted cost of a step with the layouts in force, over all layers solved, seconds.
-        cost_after_s: The same with the layouts decided for.
-        move_cost_s: Time to send what moves, all layers, seconds.
-        horizon_steps: Steps over which gains counted; 0 where moving is free.
-        changed_layers: Layers whose layout changes.
-        detail: More, for people.
-    """
-
-    reason: Reason
-    step: int = 0
-    window_steps: int = 0
-    cost_before_s: float = 0.0
-    cost_after_s: float = 0.0
-    move_cost_s: float = 0.0
-    horizon_steps: int = 0
-    changed_layers: int = 0
-    detail: str = ""
+__all__ = ["Candidate", "back_to", "decide", "initial_plan", "move_time_s"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -72,7 +23,7 @@ class Candidate:
     Attributes:
         layer: Index of the layer.
         layout: New layout.
-        split_rule: Rule by which the cost was counted.
+        split_rule: Rule by which ranks divide tokens, and by which the cost was counted.
         cost_s: Cost of the new layout, seconds.
         imbalance: Largest load per speed over the mean of the new layout, averaged over the scenarios.
         bound: No layout has a smaller imbalance.
@@ -84,7 +35,7 @@ class Candidate:
 
     layer: int
     layout: Layout
-    split_rule: str
+    split_rule: SplitRule
     cost_s: float
     bound: float
     gap: float
@@ -94,48 +45,10 @@ class Candidate:
     seconds: float
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class LayerPlan:
-    """The layout of one layer since a version; the numbers are None for an initial layout."""
-
-    layer: int
-    version: int
-    layout: Layout
-    split_rule: str = "optimal"
-    cost_s: float | None = None
-    bound: float | None = None
-    gap: float | None = None
-    imbalance: float | None = None
-    imbalance_before: float | None = None
-    moved_replicas: int = 0
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class JobPlan:
-    """One version of all layers' layouts.
-
-    Attributes:
-        version: At least 1, and only growing.
-        incarnation: Incarnation of the job that it was made for.
-        layers: One per layer, in order.
-        decision: Why.
-        solve_s: From the window's closing to the plan, seconds.
-    """
-
-    version: int
-    incarnation: int
-    layers: tuple[LayerPlan, ...]
-    decision: Decision
-    solve_s: float = 0.0
-
-    def layers_after(self, version: int) -> tuple[LayerPlan, ...]:
-        """Layers whose layout is newer than `version`."""
-        return tuple(layer for layer in self.layers if layer.version > version)
-
-
 def initial_plan(spec: JobSpec, version: int, incarnation: int) -> JobPlan:
     """The plan that a job begins with."""
-    layers = tuple(LayerPlan(index, version, layout) for index, layout in enumerate(spec.initial))
+    rule = spec.split_rule or SplitRule.OPTIMAL
+    layers = tuple(LayerPlan(index, version, layout, rule) for index, layout in enumerate(spec.initial))
     return JobPlan(version, incarnation, layers, Decision(Reason.INITIAL, changed_layers=len(layers)))
 
 

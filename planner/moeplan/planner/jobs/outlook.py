@@ -6,14 +6,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moeplan.api.jobs import Forecast, ForecastMethod, JobSpec
+from moeplan.api.jobs import JobSpec
 from moeplan.solvers.problem.arrays import Int64
-from moeplan.solvers.problem.demand import Demand
-from moeplan.solvers.problem.forecast import widened
+from moeplan.solvers.problem.forecast import forecast
 from moeplan.solvers.problem.layout import Layout
 from moeplan.solvers.problem.problem import Problem
 
-__all__ = ["LayerOutlook", "forecast_demand"]
+__all__ = ["LayerOutlook"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -36,28 +35,4 @@ class LayerOutlook:
         Raises:
             ProblemError: a field contradicts another.
         """
-        return self.spec.problem(forecast_demand(self.spec.forecast, np.stack(self.steps)), self.current)
-
-
-def forecast_demand(forecast: Forecast, window: Int64) -> Demand:
-    """The demand of one layer in the coming steps.
-
-    Args:
-        forecast: How to forecast.
-        window: int64[steps, sources, experts], oldest step first, at least one step.
-
-    Returns:
-        One scenario; with ``SCENARIOS`` those of `widened`. Averages are rounded to whole tokens, halves to even.
-    """
-    match forecast.method:
-        case ForecastMethod.LAST:
-            return Demand.of(window[-1])
-        case ForecastMethod.MEAN:
-            return Demand.of(np.rint(window.mean(axis=0)).astype(np.int64))
-        case ForecastMethod.EMA:
-            average = window[0].astype(np.float64)
-            for step in window[1:]:
-                average += forecast.smoothing * (step - average)
-            return Demand.of(np.rint(average).astype(np.int64))
-        case ForecastMethod.SCENARIOS:
-            return widened(window)
+        return self.spec.problem(forecast(np.stack(self.steps), self.spec.forecast), self.current)

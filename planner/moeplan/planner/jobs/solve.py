@@ -9,7 +9,7 @@ from moeplan.planner.jobs.job_plan import Candidate
 from moeplan.planner.jobs.outlook import LayerOutlook
 from moeplan.solvers.plan.parameters import SolveParameters
 
-__all__ = ["LayersTask", "bounded", "plan_layers", "share"]
+__all__ = ["LayersTask", "plan_layers", "until"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -37,13 +37,12 @@ def plan_layers(task: LayersTask) -> list[Candidate]:
     Raises:
         ProblemError: the policy does not exist, or a layer cannot be planned.
     """
-    from moeplan.solvers import evaluate, solve  # the compiler loads slowly, and the daemon only passes tasks on
+    from moeplan.solvers import evaluate, solve_layers  # the compiler loads slowly, and the daemon only passes tasks on
 
     candidates = []
-    parameters, end = bounded(task.parameters, task.end)
-    for index, (layer, outlook) in enumerate(zip(task.layers, task.outlooks, strict=True)):
-        problem = outlook.problem()
-        plan = solve(problem, task.policy, share(parameters, end, len(task.layers) - index))
+    problems = [outlook.problem() for outlook in task.outlooks]
+    plans = solve_layers(problems, policy=task.policy, parameters=until(task.parameters, task.end))
+    for layer, problem, plan in zip(task.layers, problems, plans, strict=True):
         assert problem.current is not None
         before = evaluate(problem, problem.current, plan.split.rule)
         candidates.append(
@@ -63,13 +62,7 @@ def plan_layers(task: LayersTask) -> list[Candidate]:
     return candidates
 
 
-def bounded(parameters: SolveParameters, end: float) -> tuple[SolveParameters, float]:
-    """The parameters, and when the solve ends: by its own deadline or by `end`, whichever comes first."""
-    if parameters.deadline_s is not None:
-        end = min(end, time.monotonic() + parameters.deadline_s)
-    return parameters, end
-
-
-def share(parameters: SolveParameters, end: float, left: int) -> SolveParameters:
-    """An equal share of the time until `end`, for the next of `left` layers."""
-    return replace(parameters, deadline_s=max((end - time.monotonic()) / left, 1e-6))
+def until(parameters: SolveParameters, end: float) -> SolveParameters:
+    """The parameters with a deadline no later than `end` (``time.monotonic``)."""
+    left = max(end - time.monotonic(), 1e-6)
+    return replace(parameters, deadline_s=left if parameters.deadline_s is None else min(parameters.deadline_s, left))

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from moeplan.api.jobs import JobSpec
+from moeplan.api.jobs import JobSpec, StatisticsCount
 from moeplan.solvers.problem.arrays import Bool, Int64
 
-__all__ = ["Report", "StatisticsCount", "Window"]
+__all__ = ["Report", "Window"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -28,17 +28,6 @@ class Report:
     layers: Int64
     ranks: Int64
     tokens: Int64
-
-
-@dataclass(slots=True)
-class StatisticsCount:
-    """What became of the statistics, in cells: one layer of one step of one rank."""
-
-    accepted: int = 0
-    duplicate: int = 0
-    late: int = 0
-    missing: int = 0
-    early: int = 0
 
 
 @dataclass(slots=True)

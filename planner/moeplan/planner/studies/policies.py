@@ -9,9 +9,19 @@ from typing import TypedDict
 import numpy as np
 
 from moeplan.planner.traces.trace import Window
-from moeplan.solvers import Cluster, Demand, Layout, Problem, SolveParameters, evaluate, solve
+from moeplan.solvers import (
+    Cluster,
+    Demand,
+    Forecast,
+    Layout,
+    Problem,
+    SolveParameters,
+    SplitRule,
+    evaluate,
+    forecast,
+    solve,
+)
 from moeplan.solvers.policies.registry import find
-from moeplan.solvers.problem.forecast import widened
 
 __all__ = ["Comparison", "Setting", "Summary", "compare", "summary"]
 
@@ -52,6 +62,8 @@ class Setting:
         groups: Expert groups, see `Problem.groups`.
         max_moves: Limit of moves per layer and re-plan for the policies that can honour it; None for none.
         parameters: How hard searches try, per layer.
+        forecast: How the demand to plan for follows from the window.
+        split_rule: Rule to plan for and to judge the window by; None for each policy's own, judged by the best split.
     """
 
     cluster: Cluster
@@ -59,6 +71,8 @@ class Setting:
     groups: int = 1
     max_moves: int | None = None
     parameters: SolveParameters = field(default=SolveParameters())
+    forecast: Forecast = field(default=Forecast())
+    split_rule: SplitRule | None = None
 
 
 @dataclass(slots=True)
@@ -82,8 +96,9 @@ def compare(
 ) -> Comparison:
     """Plan each window with each policy and evaluate on the step after it.
 
-    Every policy continues from its own previous layout, and plans for the scenarios of `widened`. Imbalance is largest
-    load over mean load, per layer. `fitted` is that of the scenarios with the best split of the layout, averaged;
+    Every policy continues from its own previous layout, and plans for the forecast. Imbalance is largest load over mean
+    load, per layer. `fitted` is that of the forecast's scenarios, averaged, and `gap_to_bound` its distance from what
+    is proven, both with the split asked for, or else the best one;
     `next_step` that of the step after the window, with even and with the best split; `moved_fraction` counts the
     replicas that a re-plan copies, over all slots, the first plan left out.
 
@@ -113,17 +128,20 @@ def _judge(window: Window, layer: int, name: str, setting: Setting, scores: _Sco
     limited = current is not None and "max_moves" in find(name).honours
     problem = Problem(
         setting.cluster,
-        widened(window.history[:, layer]),
+        forecast(window.history[:, layer], setting.forecast),
         current=current,
         max_moves=setting.max_moves if limited else None,
         groups=setting.groups,
+        split_rule=setting.split_rule,
     )
-    plan = solve(problem, name, setting.parameters, rule="optimal")
+    plan = solve(problem, policy=name, parameters=setting.parameters)
+    rule = setting.split_rule or SplitRule.OPTIMAL
+    judged = plan if plan.split.rule is rule else evaluate(problem, plan.layout, rule)
     after = replace(problem, demand=Demand.of(window.next[layer]), current=None, max_moves=None)
-    scores.fitted.append(plan.mean_imbalance)
-    scores.gap.append(plan.gap)
-    scores.even.append(evaluate(after, plan.layout, "even").mean_imbalance)
-    scores.optimal.append(evaluate(after, plan.layout, "optimal").mean_imbalance)
+    scores.fitted.append(judged.mean_imbalance)
+    scores.gap.append(judged.gap)
+    scores.even.append(evaluate(after, plan.layout, SplitRule.EVEN).mean_imbalance)
+    scores.optimal.append(evaluate(after, plan.layout, SplitRule.OPTIMAL).mean_imbalance)
     scores.seconds.append(plan.seconds)
     if plan.moves is not None:
         scores.moved.append(len(plan.moves) / setting.cluster.total_slots)

@@ -2,8 +2,8 @@
 
 A replay reports each step to a `PlanningJob` as the ranks would, plans what it asks for with `plan_layers` as a worker
 would, and lets it decide. The layouts decided on hold from the next step on, which waits for their weights. Each step
-is charged its modelled time under the layouts in force, with the best split of its own counts (the rank solves that
-anew in every step): compute and traffic of all layers, one after the other.
+is charged its modelled time under the layouts in force, with its own counts divided by the rule that came with each
+layout, as ranks do it: compute and traffic of all layers, one after the other.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from moeplan.api.job_plans import Decision
 from moeplan.api.jobs import ForecastMethod, JobSpec, Payback, Replan
 from moeplan.planner.jobs.job import PlanningJob
-from moeplan.planner.jobs.job_plan import Decision, move_time_s
+from moeplan.planner.jobs.job_plan import move_time_s
 from moeplan.planner.jobs.solve import LayersTask, plan_layers
 from moeplan.planner.jobs.window import Report
 from moeplan.solvers.problem.arrays import Int64
@@ -153,7 +154,7 @@ class _Run:
         compute_s = traffic_s = imbalance = 0.0
         for layer, counts in zip(self.job.plan.layers, tokens, strict=True):
             problem = replace(self.strategy.spec.problem(Demand.of(counts), layer.layout), max_moves=None)
-            judged = evaluate(problem, layer.layout, "optimal")
+            judged = evaluate(problem, layer.layout, layer.split_rule)
             compute_s += float(judged.cost.compute_s[0])
             traffic_s += float(judged.cost.communication_s[0])
             imbalance += judged.mean_imbalance / len(tokens)

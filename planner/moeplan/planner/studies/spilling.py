@@ -1,4 +1,4 @@
-"""Judging exact-load policies: each plans every layer and step from the counts that it is then judged on."""
+"""Judging policies under known counts: each plans every layer and step from the counts that it is judged on."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import numpy.typing as npt
 
 from moeplan.solvers import LlepPlanner, ProblemError, QuotaPlanner, SpillOptions, SpillPlan
 
-__all__ = ["EXACT_POLICIES", "ExactComparison", "compare_exact"]
+__all__ = ["KNOWN_COUNTS_POLICIES", "KnownCountsComparison", "compare_known_counts"]
 
-EXACT_POLICIES = ("static", "llep", "quota")
-"""Names that `compare_exact` knows."""
+KNOWN_COUNTS_POLICIES = ("static", "llep", "quota")
+"""Names that `compare_known_counts` knows."""
 
 
-class ExactRow(TypedDict):
-    """What was measured of one policy; see `compare_exact`."""
+class KnownCountsRow(TypedDict):
+    """What was measured of one policy; see `compare_known_counts`."""
 
     policy: str
     imbalance: dict[str, float]
@@ -28,34 +28,35 @@ class ExactRow(TypedDict):
     remote_fraction: dict[str, float | None]
 
 
-class ExactComparison(TypedDict):
-    """The answer of `compare_exact`."""
+class KnownCountsComparison(TypedDict):
+    """The answer of `compare_known_counts`."""
 
-    policies: list[ExactRow]
+    policies: list[KnownCountsRow]
 
 
 class _Planner(Protocol):
     def plan(self, counts: npt.NDArray[Any]) -> SpillPlan: ...
 
 
-def compare_exact(
+def compare_known_counts(
     counts: npt.NDArray[Any],
     options: SpillOptions,
-    policies: Sequence[str] = EXACT_POLICIES,
+    policies: Sequence[str] = KNOWN_COUNTS_POLICIES,
     *,
     every: int = 1,
     on_plan: Callable[[], None] = lambda: None,
-) -> ExactComparison:
+) -> KnownCountsComparison:
     """Plan every layer of every `every`-th step with each policy and summarise what came out.
 
     `static` leaves all tokens at home; `llep` has the paper's parameters (alpha 1, m 1024, lambda 1.3) and no limit of
     spare slots, as published; `quota` obeys all options. Imbalance is largest load over mean load, per layer. A
-    token is remote if another device than its source's computes it; null where the trace does not tell sources apart.
+    token is remote if it is computed on a different device from its source; null where the trace does not tell sources
+    apart.
 
     Args:
         counts: int[steps, layers, sources, experts], tokens.
         options: Homes, spare slots and limits.
-        policies: Some of `EXACT_POLICIES`.
+        policies: Some of `KNOWN_COUNTS_POLICIES`.
         every: Distance between the steps that are planned.
         on_plan: Called after every plan, for progress.
 
@@ -89,12 +90,12 @@ def _planner(name: str, options: SpillOptions, sources: int, dtype: np.dtype[Any
         return LlepPlanner(options, sources)
     if name == "quota":
         return QuotaPlanner(options, sources, dtype=dtype)
-    raise ProblemError("policies", name, f"must be one of {', '.join(EXACT_POLICIES)}")
+    raise ProblemError("policies", name, f"must be one of {', '.join(KNOWN_COUNTS_POLICIES)}")
 
 
 def _judge(
     name: str, counts: npt.NDArray[Any], dtype: np.dtype[Any], options: SpillOptions, on_plan: Callable[[], None]
-) -> ExactRow:
+) -> KnownCountsRow:
     sources = counts.shape[2]
     planner = _planner(name, options, sources, dtype)
     source_device = options.source_device(sources)

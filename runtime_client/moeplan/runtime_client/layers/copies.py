@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["copy_strided", "scatter_rows", "widen"]
+__all__ = ["copy_strided", "scatter_rows", "wide_views"]
 
 _WIDE = (torch.complex128, torch.int64, torch.int32)  # 16, 8 and 4 bytes
 
 
-def widen(*tensors: Tensor) -> tuple[Tensor, ...]:
+def wide_views(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The same memory seen as wider elements, of the widest type that suits all tensors.
 
     PyTorch's CUDA kernels for strided copies and scatters move one element per thread, so elements of 2 bytes reach
@@ -28,13 +28,13 @@ def widen(*tensors: Tensor) -> tuple[Tensor, ...]:
 def copy_strided(out: Tensor, source: Tensor) -> None:
     """``out.copy_(source)`` where rows, the last dimension, are contiguous in both."""
     if out.dtype == source.dtype:
-        out, source = widen(out, source)
+        out, source = wide_views(out, source)
     out.copy_(source)
 
 
 def scatter_rows(out: Tensor, positions: Tensor, rows: Tensor) -> None:
     """``out[positions] = rows``, of one dtype; the order of writes does not matter, as no position may repeat."""
-    wide_out, wide_rows = widen(out, rows.contiguous())
+    wide_out, wide_rows = wide_views(out, rows.contiguous())
     wide_out.index_copy_(0, positions, wide_rows)
 
 

@@ -130,19 +130,22 @@ class _FeedForward(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor, None, None]:
         flat, rows, first = ctx.saved_tensors
         shape, products = ctx.shape, ctx.products
         inner, outer = split_weights(shape, flat)
-        to_flat = torch.empty_like(flat)
-        to_flat[:, shape.elements :] = 0
-        to_inner, to_outer = split_weights(shape, to_flat)
         gradient = gradient.contiguous()
         with _plain(rows):
-            products.to_weights(gradient, _activate(first, shape.gated, shape.activation), to_outer)
             to_first = _activate_backward(products.to_rows(gradient, outer), first, shape.gated, shape.activation)
+            to_rows = products.to_rows(to_first, inner)
+            if not ctx.needs_input_grad[0]:  # frozen experts
+                return None, to_rows, None, None
+            to_flat = torch.empty_like(flat)
+            to_flat[:, shape.elements :] = 0
+            to_inner, to_outer = split_weights(shape, to_flat)
+            products.to_weights(gradient, _activate(first, shape.gated, shape.activation), to_outer)
             products.to_weights(to_first, rows, to_inner)
-            return to_flat, products.to_rows(to_first, inner), None, None
+            return to_flat, to_rows, None, None
 
 
 def _plain(rows: Tensor) -> torch.autocast:

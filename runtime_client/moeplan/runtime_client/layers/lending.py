@@ -115,6 +115,10 @@ class LoanBuffer:
         self._memory: Tensor | None = None
         self._transfer: Transfer | None = None
 
+    def __deepcopy__(self, memo: object) -> LoanBuffer:
+        """Itself: a copy of a layer runs before or after it."""
+        return self
+
     def view(self, rows: int, like: Tensor, dtype: torch.dtype) -> Tensor:
         """[rows, elements] at the start of the buffer, which grows if it must; views given before stay valid."""
         elements = rows * like.shape[1]

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from functools import partial
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from moeplan.runtime_client.device.exchange import DeviceExchange
+from moeplan.runtime_client.device.mailbox import Turn
 from moeplan.runtime_client.device.passes import run_pass
-from moeplan.runtime_client.group import ExpertGroup, Traffic, Transfer, beside, join
+from moeplan.runtime_client.group import ExpertGroup, Transfer, beside, join
+from moeplan.runtime_client.layers.expert_layer import ExpertLayer
 from moeplan.runtime_client.layers.feed_forward import ExpertShape, feed_forward
 from moeplan.runtime_client.layers.lending import Homes, Loan, LoanBuffer, add_loan
-from moeplan.runtime_client.layers.routing import combine, dispatch, find_route, gather_counts
+from moeplan.runtime_client.layers.rank_checks import compare_ranks
+from moeplan.runtime_client.layers.routing import combine, dispatch, find_route, infers_shapes
 from moeplan.solvers import QuotaPlanner, SpillOptions, SpillPlan
 from moeplan.solvers.problem.arrays import Int64
 
@@ -26,14 +30,14 @@ class SpillPlanner(Protocol):
     options: SpillOptions
 
     def plan(self, counts: Int64) -> SpillPlan:
-        """The plan for exact counts int64[sources, experts]; the same on every rank."""
+        """The plan for known counts int64[sources, experts]; the same on every rank."""
         ...
 
 
-class ResidentExperts(nn.Module):
+class ResidentExperts(ExpertLayer):
     """The experts of one MoE layer, each at home on one rank; it takes the place of a model's experts module.
 
-    For every micro-batch the ranks plan from the exact counts, each for itself and all alike, which tokens to spill to
+    For every micro-batch the ranks plan from the known counts, each for itself and all alike, which tokens to spill to
     transient replicas. Their weights travel beside the tokens, and their gradients return home (least-loaded expert
     parallelism: LLEP, arXiv 2601.17111). Without spare slots this is plain expert parallelism.
 
@@ -46,7 +50,7 @@ class ResidentExperts(nn.Module):
         exchange: Runs passes on GPUs without the host, with its own planner of the same homes instead of `planner` and
             its own memory instead of `buffer`; share one between layers that run one after another. Without it, passes
             use the collectives of the group.
-        compute_dtype: Type that weights travel and compute in; that of the parameter by default.
+        compute_dtype: Type that weights travel and compute in; by default that of autocast, or else of the parameter.
         dtype: Type of the parameter.
         device: Device of the parameter.
 
@@ -54,6 +58,8 @@ class ResidentExperts(nn.Module):
         flat: Parameter [owned, elements], the flat experts of this rank in ascending order.
         traffic: Bytes sent to other ranks since the counter was last cleared; passes of an `exchange` are not counted.
     """
+
+    own: ClassVar[str] = "flat"
 
     def __init__(
         self,
@@ -68,66 +74,38 @@ class ResidentExperts(nn.Module):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(shape, experts, group, compute_dtype)
         planner = planner or QuotaPlanner(SpillOptions.uniform(experts, group.size, 0), group.size)
         for name, expected in (("experts", experts), ("devices", group.size)):
             if getattr(planner.options, name) != expected:
                 raise ValueError(
                     f"planner.options.{name} = {getattr(planner.options, name)}: the layer has {expected} {name}"
                 )
-        self.shape = shape
-        self.experts = experts
-        self.group = group
         self.planner = planner
         self.homes = Homes(planner.options.home, group)
         self.buffer = buffer or LoanBuffer()
         self.exchange = exchange
         if exchange is not None:
-            own = dtype or torch.get_default_dtype()
-            exchange.require(shape, planner.options.home, own, compute_dtype or own)
-            self.number = exchange.join()
-        self.compute_dtype = compute_dtype
-        self.traffic = Traffic()
+            exchange.require(shape, planner.options.home, dtype or torch.get_default_dtype())
         self.flat = nn.Parameter(torch.zeros(len(self.homes.owned), shape.elements, dtype=dtype, device=device))
 
-    @torch.no_grad()
-    def load_experts(self, first: int, flat: Tensor) -> None:
-        """Take over whole experts, of which every rank holds the same copy.
+    def _take(self, first: int, flat: Tensor) -> list[int]:
+        taken = {row: expert for row, expert in enumerate(self.homes.owned) if first <= expert < first + len(flat)}
+        for row, expert in taken.items():
+            self.flat[row] = flat[expert - first]
+        return list(taken)
 
-        Args:
-            first: The first expert given.
-            flat: [n, elements], experts ``first`` to ``first + n - 1`` in flat form.
-        """
-        for row, expert in enumerate(self.homes.owned):
-            if first <= expert < first + len(flat):
-                self.flat[row] = flat[expert - first]
-
-    def forward(self, hidden: Tensor, index: Tensor, weight: Tensor) -> Tensor:
-        """Apply to each token its experts, weighted and summed.
-
-        Every rank of the group calls it at the same time, also with no tokens.
-
-        Args:
-            hidden: [tokens, hidden] of this rank (leading dimensions are flattened).
-            index: int64[tokens, k], experts of each token.
-            weight: [tokens, k].
-
-        Returns:
-            As `hidden`.
-
-        Raises:
-            RouterError: a choice is out of range or a weight not finite, on any rank.
-            InfeasibleError: no plan keeps every rank within its token cap; raised on all ranks.
-            PassError: with an `exchange`, whose errors are those of earlier passes; see `DeviceExchange.check`.
-        """
-        rows = hidden.reshape(-1, hidden.shape[-1])
-        index, weight = index.reshape(len(rows), index.shape[-1]), weight.reshape(len(rows), weight.shape[-1])
+    def _run(self, rows: Tensor, index: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
         if self.exchange is not None:
-            return run_pass(self.exchange, self.number, self.flat, rows, index, weight).view_as(hidden)
+            if infers_shapes():
+                weight = torch.zeros_like(weight)  # they were never written
+            checks = [index.new_zeros(()) if check is None else check.long() for check in self._checks()]
+            turn = Turn(self._number, self._passes, partial(compare_ranks, self.title), self.title, checks)
+            return run_pass(self.exchange, turn, self.flat, rows, index, weight, dtype)
         group = self.group
-        counts = gather_counts(group, index, weight, self.experts)
+        counts = self._gather_counts(index, weight)
         loan = Loan.of(self.planner.plan(counts).require_feasible(), self.homes, group.rank)
-        lending = _Lending(self, loan) if loan.total else None
+        lending = _Lending(self, loan, dtype) if loan.total else None
         home: Tensor = self.flat
         if lending is not None:
             lending.start("weights.forward")
@@ -138,7 +116,7 @@ class ResidentExperts(nn.Module):
         sizes = [sum(at_home)] if lending is None else [sum(at_home), sum(away)]
         arrived = dispatch(group, route, rows, self.traffic, sizes)
 
-        own = home if self.compute_dtype is None else home.to(self.compute_dtype)
+        own = home.to(dtype)
         if lending is not None:
             # Made before the experts at home run, so that its backward, which other ranks wait for, runs after theirs.
             lent: Tensor = _Lend.apply(home, lending)  # type: ignore[no-untyped-call]
@@ -149,24 +127,21 @@ class ResidentExperts(nn.Module):
             if spilled.requires_grad:
                 spilled = _Repeat.apply(spilled, lent, lending)  # type: ignore[no-untyped-call]
             results.append(spilled)
-        output = combine(group, route, results, weight, self.traffic).view_as(hidden)
+        output = combine(group, route, results, weight, self.traffic)
         if lending is not None and output.requires_grad:
             output = _Announce.apply(output, lent, lending)  # type: ignore[no-untyped-call]
         return output
-
-    def extra_repr(self) -> str:
-        return f"experts={self.experts}, {self.shape}, rank={self.group.rank}/{self.group.size}"
 
 
 class _Lending:
     """The loan of one pass, and its repetition for the backward pass."""
 
-    def __init__(self, layer: ResidentExperts, loan: Loan) -> None:
+    def __init__(self, layer: ResidentExperts, loan: Loan, dtype: torch.dtype) -> None:
         self.layer = layer
         self.loan = loan
         self.contents = object()  # not the layer, which holds the buffer: process groups would live until a collection
         self.returning: Transfer | None = None
-        self.into = layer.buffer.view(loan.borrowed, layer.flat, layer.compute_dtype or layer.flat.dtype)
+        self.into = layer.buffer.view(loan.borrowed, layer.flat, dtype)
 
     def start(self, purpose: str) -> None:
         layer = self.layer

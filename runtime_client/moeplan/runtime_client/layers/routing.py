@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import traceback
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,16 +12,24 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moeplan.runtime_client.errors import LayoutMismatchError, RouterError
+from moeplan.runtime_client.errors import RouterError
 from moeplan.runtime_client.group import ExpertGroup, Traffic
 from moeplan.runtime_client.layers.copies import scatter_rows
 from moeplan.runtime_client.layers.fusing import fused
 from moeplan.solvers.problem.arrays import Int32, Int64
 
-__all__ = ["Route", "combine", "dispatch", "find_route", "gather_counts"]
+__all__ = ["Route", "combine", "dispatch", "find_route", "gather_counts", "infers_shapes"]
 
 
-def gather_counts(group: ExpertGroup, index: Tensor, weight: Tensor, experts: int, fingerprint: int = 0) -> Int64:
+def gather_counts(
+    group: ExpertGroup,
+    index: Tensor,
+    weight: Tensor,
+    experts: int,
+    what: str = "counts",
+    told: Sequence[int | Tensor] = (),
+    compare: Callable[[Int64], None] | None = None,
+) -> Int64:
     """Tokens of each expert from each rank: one collective and one copy to the host.
 
     What is wrong on one rank travels with the counts, so all ranks raise together instead of waiting for it.
@@ -30,35 +39,41 @@ def gather_counts(group: ExpertGroup, index: Tensor, weight: Tensor, experts: in
         index: int64[tokens, k], experts chosen for each token of this rank.
         weight: [tokens, k], weights of the choices.
         experts: Number of experts.
-        fingerprint: Number that must be equal on all ranks, for instance of the layout.
+        what: What errors call the pass.
+        told: Numbers that travel with the counts, int64; tensors where the device has yet to compute them.
+        compare: Called with what all ranks told, int64[size, len(told)]; raises if they do not go together.
 
     Returns:
         int64[size, experts].
 
     Raises:
         RouterError: a rank chose an expert out of range, or a weight is not finite.
-        LayoutMismatchError: the fingerprints differ.
+        MissedPassError: a rank has not come.
     """
     chosen = index.reshape(-1).clamp(-1, experts)  # what is out of range counts for one of the two ends
-    row = torch.zeros(experts + 4, dtype=torch.int64, device=index.device)
+    row = torch.zeros(experts + 3 + len(told), dtype=torch.int64, device=index.device)
     row[: experts + 2].scatter_add_(0, chosen + 1, torch.ones_like(chosen))
     weight = weight.detach()
     row[experts + 2] = (weight - weight).ne(0).sum()  # infinite or not a number: the difference is not a number
-    if fingerprint:
-        row[experts + 3] = fingerprint
-    table: Int64 = group.gather_rows(row).cpu().numpy()
+    for place, number in enumerate(told, experts + 3):
+        if isinstance(number, Tensor) or number:
+            row[place] = number
+    table: Int64 = group.gather_rows(row, what).cpu().numpy()
+    if compare is not None:
+        compare(table[:, experts + 3 :])
     for rank, (below, above, not_finite) in enumerate(table[:, [0, experts + 1, experts + 2]]):
         outside = below + above
-        if outside or not_finite:
+        if outside or (not_finite and not infers_shapes()):
             raise RouterError(
                 f"router output of rank {rank}: {outside} choices outside 0..{experts - 1} and "
                 f"{not_finite} weights that are not finite; the model has diverged or its inputs are wrong"
             )
-    prints = table[:, experts + 3]
-    if (prints != prints[0]).any():
-        differing = np.flatnonzero(prints != prints[0]).tolist()
-        raise LayoutMismatchError(f"layout of ranks {differing} differs from rank 0's; set the same on all ranks")
     return np.ascontiguousarray(table[:, 1 : experts + 1])
+
+
+def infers_shapes() -> bool:
+    """Whether ``torch.distributed.pipelining`` runs the model on memory that was never written, to see shapes."""
+    return any(frame.f_code.co_name == "_forward_metadata_inference" for frame, _ in traceback.walk_stack(None))
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -12,33 +12,41 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from moeplan.runtime_client.group import ExpertGroup, Traffic
+from moeplan.runtime_client.group import ExpertGroup
+from moeplan.runtime_client.layers.dividing import Division, PlannedLayer
+from moeplan.runtime_client.layers.expert_layer import ExpertLayer
 from moeplan.runtime_client.layers.feed_forward import ExpertShape, feed_forward
-from moeplan.runtime_client.layers.routing import combine, dispatch, find_route, gather_counts
-from moeplan.runtime_client.layers.sharding import Gathering, Placement, Returning, shard_width
-from moeplan.runtime_client.layers.split import Split, optimal_split, rank_flow
+from moeplan.runtime_client.layers.routing import combine, dispatch, find_route
+from moeplan.runtime_client.layers.sharding import Gathering, Placement, Returning, shard_width, version_of
+from moeplan.solvers.problem.arrays import Int64
+from moeplan.solvers.problem.cluster import Cluster
 from moeplan.solvers.problem.layout import Layout
+from moeplan.solvers.problem.problem import ExpertSpec
+from moeplan.solvers.problem.split_rules import SplitRule
 
 __all__ = ["FullyShardedExperts", "chain"]
 
 
-class FullyShardedExperts(nn.Module):
+class FullyShardedExperts(ExpertLayer):
     """The experts of one MoE layer, fully sharded over a group; it takes the place of a model's experts module.
 
     The only parameter, `shard`, is this rank's part of every expert, so the optimizer never sees a layout, and a new
     layout costs nothing beyond the gather that every pass makes anyway. One pass sends
     ``slots * expert bytes * (N - 1) / N`` per rank for the gather, and as much again for the gradients.
 
-    `layout` may be set between any two calls, on all ranks alike; a pass under way keeps the layout it started with
-    until its backward is over. Ranks that differ raise instead of hanging.
+    `plan`, or its parts `layout` and `split_rule`, may be set between any two calls, on all ranks alike; a pass under
+    way keeps what it started with until its backward is over. Ranks that differ raise instead of hanging.
 
     Args:
         shape: Dimensions of an expert.
         experts: Number of experts.
         group: The ranks.
         layout: Layout to start with; contiguous by default.
-        split: Rule that divides an expert's tokens among its replicas; optimal for equal devices by default.
-        compute_dtype: Type that weights travel and compute in; that of the parameter by default.
+        split_rule: Rule that divides an expert's tokens among its replicas.
+        cluster: Speeds, nodes and memory of the ranks' devices, by which tokens are divided and routed; equal devices
+            on one node by default. Give the one that plans are made for.
+        expert: What replicas and tokens occupy, where the memory of `cluster` limits a split.
+        compute_dtype: Type that weights travel and compute in; by default that of autocast, or else of the parameter.
         reshard: Whether to free the gathered weights after the forward pass and gather them again for the backward.
             It saves their memory and costs a second gather.
         dtype: Type of the parameter.
@@ -49,6 +57,8 @@ class FullyShardedExperts(nn.Module):
         traffic: Bytes sent to other ranks since the counter was last cleared.
     """
 
+    own: ClassVar[str] = "shard"
+
     def __init__(
         self,
         shape: ExpertShape,
@@ -56,27 +66,26 @@ class FullyShardedExperts(nn.Module):
         group: ExpertGroup,
         *,
         layout: Layout | None = None,
-        split: Split | None = None,
+        split_rule: SplitRule | str = SplitRule.OPTIMAL,
+        cluster: Cluster | None = None,
+        expert: ExpertSpec = ExpertSpec(),
         compute_dtype: torch.dtype | None = None,
         reshard: bool = True,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
-        super().__init__()
-        self.shape = shape
-        self.experts = experts
-        self.group = group
-        self.split = split or optimal_split(np.ones(group.size))
-        self.compute_dtype = compute_dtype
+        super().__init__(shape, experts, group, compute_dtype)
+        self._division = Division(cluster or Cluster.uniform(group.size, 1), expert, split_rule)
+        if self._division.cluster.devices != group.size:
+            raise ValueError(f"cluster.devices = {self._division.cluster.devices}: the group has {group.size} ranks")
         self.reshard = reshard
-        self.traffic = Traffic()
         self.shard = nn.Parameter(
             torch.zeros(experts, shard_width(shape.elements, group.size), dtype=dtype, device=device)
         )
         if layout is None:
             layout = Layout.contiguous(experts, np.full(group.size, math.ceil(experts / group.size), np.int32))
         self.layout = layout
-        self._order: list[FullyShardedExperts] = [self]
+        self._order: list[FullyShardedExperts] = []
         self._ahead: Gathering | None = None
         self._latest: _Pass | None = None
 
@@ -87,53 +96,62 @@ class FullyShardedExperts(nn.Module):
 
     @layout.setter
     def layout(self, layout: Layout) -> None:
+        if isinstance(layout, PlannedLayer):
+            raise TypeError("layout = a PlannedLayer: it says how to divide tokens too; write `layer.plan = planned`")
         if layout.experts != self.experts:
             raise ValueError(f"layout.experts = {layout.experts}: the layer has {self.experts}")
         self._placement = Placement(layout, self.group, self.shard.device)
 
-    @torch.no_grad()
-    def load_experts(self, first: int, flat: Tensor) -> None:
-        """Take over whole experts, of which every rank holds the same copy.
+    @property
+    def plan(self) -> PlannedLayer:
+        """Layout and division of the passes that start from now on, as a session brings them."""
+        return PlannedLayer(self.layout, self._division)
 
-        Args:
-            first: The first expert given.
-            flat: [n, elements], experts ``first`` to ``first + n - 1`` in flat form.
+    @plan.setter
+    def plan(self, planned: PlannedLayer) -> None:
+        self.layout, self._division = planned
+
+    @property
+    def split_rule(self) -> SplitRule:
+        """Rule by which the passes that start from now on divide tokens."""
+        return self._division.rule
+
+    @split_rule.setter
+    def split_rule(self, rule: SplitRule | str) -> None:
+        self._division = Division(self._division.cluster, self._division.expert, rule)
+
+    def device_loads(self, counts: Int64) -> Int64:
+        """int64[ranks]: tokens that each rank computes of counts int64[sources, experts], under layout and rule."""
+        return self._division.divide(self.layout, counts).device_loads()[0]
+
+    def route(self, counts: Int64) -> tuple[Int64, Int64]:
+        """Where this rank's tokens of counts int64[sources, experts] go, and what its slots receive from whom.
+
+        Returns:
+            (send, receive): int64[ranks, width] tokens from this rank to each slot, and int64[ranks, width] tokens from
+            each source to the slots of this rank.
         """
+        return self._division.of_rank(self.layout, counts, self.group.rank)
+
+    def _take(self, first: int, flat: Tensor) -> list[int]:
         width = self.shard.shape[1]
         part = flat[:, self.group.rank * width : (self.group.rank + 1) * width]
         rows = self.shard[first : first + len(flat)]
         rows[:, : part.shape[1]] = part
         rows[:, part.shape[1] :] = 0
+        return list(range(first, first + len(flat)))
 
-    def forward(self, hidden: Tensor, index: Tensor, weight: Tensor) -> Tensor:
-        """Apply to each token its experts, weighted and summed.
-
-        Every rank of the group calls it at the same time, also with no tokens.
-
-        Args:
-            hidden: [tokens, hidden] of this rank (leading dimensions are flattened).
-            index: int64[tokens, k], experts of each token.
-            weight: [tokens, k].
-
-        Returns:
-            As `hidden`.
-
-        Raises:
-            RouterError: a choice is out of range or a weight not finite, on any rank.
-            LayoutMismatchError: the ranks hold different layouts.
-        """
-        rows = hidden.reshape(-1, hidden.shape[-1])
-        index, weight = index.reshape(len(rows), index.shape[-1]), weight.reshape(len(rows), weight.shape[-1])
-        placement, group = self._placement, self.group
+    def _run(self, rows: Tensor, index: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        placement, division, group = self._placed(), self._division, self.group
         follower = self._follower()
         fingerprint = placement.fingerprint ^ (follower._placement.fingerprint << 1 if follower else 0)
-        counts = gather_counts(group, index, weight, self.experts, fingerprint & (2**62 - 1))
-        gathering = self._take_ahead() or self._start(placement, "weights.forward")
-        this = _Pass(self, placement)
+        fingerprint ^= division.fingerprint
+        counts = self._gather_counts(index, weight, fingerprint & (2**62 - 1))
+        gathering = self._take_ahead(dtype) or self._start(placement, dtype, "weights.forward")
+        this = _Pass(self, placement, dtype)
         landed: Tensor = _Land.apply(self.shard, this)  # type: ignore[no-untyped-call]
         slots = placement.layout.slots
-        quota = self.split(slots, counts.sum(axis=0))
-        route = find_route(slots, *rank_flow(slots, quota, counts, group.rank), index)
+        route = find_route(slots, *division.of_rank(placement.layout, counts, group.rank), index)
         (arrived,) = dispatch(group, route, rows, self.traffic, [sum(route.receive)])
         if follower is not None:
             follower.prefetch()
@@ -143,22 +161,28 @@ class FullyShardedExperts(nn.Module):
             results = this.guard(results, flat)
             if self.reshard and not _in_backward():
                 this.free(flat)
-        output = combine(group, route, [results], weight, self.traffic).view_as(hidden)
+        output = combine(group, route, [results], weight, self.traffic)
         return this.announce(output) if output.requires_grad else output
 
     def prefetch(self) -> None:
         """Start gathering the weights of the next forward pass. Every rank calls it at the same point, or none."""
         if self._ahead is not None:
             self._ahead.drop()
-        self._ahead = self._start(self._placement, "weights.forward")
+        self._ahead = self._start(self._placed(), self._dtype(), "weights.forward")
 
-    def _start(self, placement: Placement, purpose: str) -> Gathering:
-        dtype = self.compute_dtype or self.shard.dtype
+    def _placed(self) -> Placement:
+        """The layout, with its tables where the weights are now."""
+        if self._placement.device != self.shard.device:
+            self._placement = Placement(self.layout, self.group, self.shard.device)
+        return self._placement
+
+    def _start(self, placement: Placement, dtype: torch.dtype, purpose: str) -> Gathering:
         return Gathering(self.shard, placement, self.group, dtype, self.traffic, purpose)
 
-    def _take_ahead(self) -> Gathering | None:
+    def _take_ahead(self, dtype: torch.dtype) -> Gathering | None:
         ahead, self._ahead = self._ahead, None
-        if ahead is None or (ahead.placement is self._placement and ahead.version == self.shard._version):
+        now = self._placement, version_of(self.shard), dtype
+        if ahead is None or (ahead.placement, ahead.version, ahead.dtype) == now:
             return ahead
         # The layout or the weights have changed since, on every rank alike.
         ahead.drop()
@@ -166,11 +190,13 @@ class FullyShardedExperts(nn.Module):
 
     def _follower(self) -> FullyShardedExperts | None:
         """The layer to prefetch: none in a recomputation, which runs the layers in another order."""
-        place = self._order.index(self)
-        return None if place + 1 == len(self._order) or _in_backward() else self._order[place + 1]
+        if not self._order or self is self._order[-1] or _in_backward():
+            return None
+        return self._order[self._order.index(self) + 1]
 
-    def extra_repr(self) -> str:
-        return f"experts={self.experts}, {self.shape}, rank={self.group.rank}/{self.group.size}"
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies, which are in no chain."""
+        return super().__getstate__() | {"_order": [], "_ahead": None, "_latest": None}
 
 
 def chain(layers: Sequence[FullyShardedExperts]) -> None:
@@ -187,15 +213,16 @@ def chain(layers: Sequence[FullyShardedExperts]) -> None:
 class _Pass:
     """One forward pass of a layer: frees its gathered weights, and brings them back for the backward pass."""
 
-    def __init__(self, layer: FullyShardedExperts, placement: Placement) -> None:
+    def __init__(self, layer: FullyShardedExperts, placement: Placement, dtype: torch.dtype) -> None:
         self.layer = layer
         self.placement = placement
+        self.dtype = dtype
         self.freed = False
         self.arriving: Gathering | None = None
         self.returning: Returning | None = None
         # Weak, because autograd alone decides how long the weights are wanted.
         self.storage: StorageWeakRef | None = None
-        place = layer._order.index(layer)
+        place = layer._order.index(layer) if layer._order else 0
         self.before = layer._order[place - 1]._latest if place else None
         layer._latest = self
 
@@ -217,7 +244,7 @@ class _Pass:
     def start(self) -> None:
         """Begin to gather the weights again, if they have been freed and are still wanted."""
         if self.freed and self.arriving is None and self.storage and not self.storage.expired():
-            self.arriving = self.layer._start(self.placement, "weights.backward")
+            self.arriving = self.layer._start(self.placement, self.dtype, "weights.backward")
 
     def restore(self, flat: Tensor) -> None:
         """Bring the weights back.
@@ -265,7 +292,7 @@ class _Gather(torch.autograd.Function):
         ctx.this, ctx.shape = this, shard.shape
         layer = this.layer
         slots, width = len(this.placement.experts), layer.group.size * shard.shape[1]
-        flat = torch.empty(slots, width, dtype=layer.compute_dtype or shard.dtype, device=shard.device)
+        flat = torch.empty(slots, width, dtype=this.dtype, device=shard.device)
         gathering.finish(flat)
         this.storage = StorageWeakRef(flat.untyped_storage())
         return flat

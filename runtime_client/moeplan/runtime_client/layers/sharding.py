@@ -17,7 +17,7 @@ from moeplan.runtime_client.layers.copies import copy_strided, scatter_rows
 from moeplan.solvers.problem.arrays import Int64
 from moeplan.solvers.problem.layout import EMPTY, Layout
 
-__all__ = ["Gathering", "Placement", "Returning", "shard_width"]
+__all__ = ["Gathering", "Placement", "Returning", "shard_width", "version_of"]
 
 
 def shard_width(elements: int, size: int) -> int:
@@ -25,11 +25,17 @@ def shard_width(elements: int, size: int) -> int:
     return -(-elements // size)
 
 
+def version_of(shard: Tensor) -> tuple[int, int, torch.dtype]:
+    """Differs after a change of the shard's values, memory or type."""
+    return shard._version, shard.data_ptr(), shard.dtype
+
+
 class Placement:
     """A layout as one rank of a group carries it out.
 
     Attributes:
         layout: The layout.
+        device: Where its tables are.
         experts: Experts of this rank's filled slots, in slot order.
         fingerprint: Number that differs between layouts (up to collisions of 62 bits).
         filled: Filled slots of each rank.
@@ -53,6 +59,7 @@ class Placement:
         digest = hashlib.blake2b(layout.slots.tobytes() + bytes(str(layout.slots.shape), "ascii"), digest_size=8)
         self.fingerprint = int.from_bytes(digest.digest(), "little") >> 2
         replicas = layout.slots[filled].astype(np.int64)
+        self.device = device
         self.replicas = torch.from_numpy(replicas).to(device)
         tables = (torch.from_numpy(table).to(device) for table in _by_expert(replicas, layout))
         self.first, self.several, *self.rounds = tables
@@ -92,7 +99,8 @@ class Gathering:
         purpose: str,
     ) -> None:
         self.placement = placement
-        self.version = shard._version
+        self.version = version_of(shard)
+        self.dtype = dtype
         self._size = group.size
         with beside(shard.device):
             packed = shard.detach().to(dtype).index_select(0, placement.replicas)

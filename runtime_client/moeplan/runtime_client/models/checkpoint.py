@@ -9,17 +9,17 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import _get_fqns, get_state_dict, set_state_dict
 from torch.distributed.checkpoint.stateful import Stateful
 from torch.optim import Optimizer
 
+from moeplan.runtime_client.layers.expert_layer import state_in_parts
 from moeplan.runtime_client.layers.resident import ResidentExperts
 from moeplan.runtime_client.layers.sharded import FullyShardedExperts
 
 __all__ = ["Pieces", "TrainingState", "logical_experts"]
 
 Layer = FullyShardedExperts | ResidentExperts
-_OUTER = "down_proj"
 
 
 class Pieces(Tensor):
@@ -49,6 +49,9 @@ class Pieces(Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
+        if function is torch.ops.aten.new_empty.default:  # of `async_save`, which then copies the attributes
+            dtype, device = kwargs.get("dtype") or args[0].dtype, kwargs.get("device") or args[0].device
+            return Tensor._make_wrapper_subclass(cls, args[1], dtype=dtype, device=device)
         raise NotImplementedError(f"{function}: a logical tensor of which this rank holds pieces can only be saved")
 
     def __repr__(self) -> str:  # type: ignore[override]
@@ -87,14 +90,11 @@ def logical_experts(layer: Layer, held: Tensor) -> dict[str, Pieces]:
     """
     shape = layer.shape
     first, second = shape.parts
+    inner, outer = layer.whole_names
     return {
-        _inner(layer): _pieces(layer, held, 0, (shape.inner_rows, shape.hidden)),
-        _OUTER: _pieces(layer, held, first, (second // shape.width, shape.width)),
+        inner: _pieces(layer, held, 0, (shape.inner_rows, shape.hidden)),
+        outer: _pieces(layer, held, first, (second // shape.width, shape.width)),
     }
-
-
-def _inner(layer: Layer) -> str:
-    return "gate_up_proj" if layer.shape.gated else "up_proj"
 
 
 def _pieces(layer: Layer, held: Tensor, start: int, matrix: tuple[int, int]) -> Pieces:
@@ -157,21 +157,26 @@ class TrainingState(Stateful):
     def __init__(self, model: nn.Module, *optimizers: Optimizer) -> None:
         self.model = model
         self.optimizers = optimizers
-        # As torch names parameters here: without what wrappers for data parallelism and checkpointing add.
         self._layers = {
-            name.replace("_checkpoint_wrapped_module.", "").removeprefix("module."): module
+            _canonical(model, f"{name}.{module.own}" if name else module.own): module
             for name, module in model.named_modules()
             if isinstance(module, FullyShardedExperts | ResidentExperts)
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """Weights and optimizer state in logical form, as views of what the rank holds."""
-        model, optimizer = cast(tuple[dict[str, Any], dict[str, Any]], get_state_dict(self.model, self.optimizers))
+        """Weights and optimizer state in logical form, as views of what the rank holds.
+
+        Raises:
+            ValueError: an optimizer keeps a tensor of an expert parameter that has not its shape.
+        """
+        with state_in_parts():
+            model, optimizer = cast(tuple[dict[str, Any], dict[str, Any]], get_state_dict(self.model, self.optimizers))
         for layer, own, logical in self._names():
             held = model.pop(own)
             model |= _renamed(logical, logical_experts(layer, held))
             if own in optimizer.get("state", {}):
                 entries = optimizer["state"].pop(own)
+                _require_like(own, held, entries)
                 for part, name in logical.items():
                     optimizer["state"][name] = {
                         key: logical_experts(layer, value)[part] if _like(value, held) else value
@@ -196,18 +201,35 @@ class TrainingState(Stateful):
                     del optimizer["state"][name]
             for group in optimizer.get("param_groups", []):
                 group["params"] = [own if p == first else p for p in group["params"] if p not in others]
-        set_state_dict(self.model, self.optimizers, model_state_dict=model, optim_state_dict=optimizer)
+        with state_in_parts():
+            set_state_dict(self.model, self.optimizers, model_state_dict=model, optim_state_dict=optimizer)
 
     def _names(self) -> Iterator[tuple[Layer, str, dict[str, str]]]:
         """Every layer, the name of its parameter, and the logical names by part."""
-        for name, layer in self._layers.items():
-            prefix = f"{name}." if name else ""
-            own = prefix + ("shard" if isinstance(layer, FullyShardedExperts) else "flat")
-            yield layer, own, {part: prefix + part for part in (_inner(layer), _OUTER)}
+        for own, layer in self._layers.items():
+            prefix = own.removesuffix(layer.own)
+            yield layer, own, {part: prefix + part for part in layer.whole_names}
+
+
+def _canonical(model: nn.Module, name: str) -> str:
+    """The name that torch saves a parameter under: without what wrappers of data parallelism, compilation and
+    activation checkpointing add to it."""
+    (canonical,) = _get_fqns(model, name)
+    return canonical
 
 
 def _renamed(names: dict[str, str], parts: dict[str, Pieces]) -> dict[str, Pieces]:
     return {names[part]: pieces for part, pieces in parts.items()}
+
+
+def _require_like(own: str, held: Tensor, entries: Mapping[str, object]) -> None:
+    for key, value in entries.items():
+        if isinstance(value, Tensor) and value.numel() != 1 and not _like(value, held):
+            raise ValueError(
+                f"{own}: the optimizer's {key} of it is {tuple(value.shape)}, and the parameter {tuple(held.shape)}; "
+                "which of its numbers belongs to which expert is unknown. Train experts with an optimizer whose state "
+                "has the shape of the parameter, as that of AdamW or SGD"
+            )
 
 
 def _like(value: object, held: Tensor) -> bool:

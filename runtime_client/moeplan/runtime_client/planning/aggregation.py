@@ -13,8 +13,14 @@ import torch.distributed as dist
 from moeplan.runtime_client.errors import AgreementError
 from moeplan.solvers.problem.arrays import Int64
 from moeplan.solvers.problem.layout import Layout
+from moeplan.solvers.problem.split_rules import SplitRule
 
 __all__ = ["Aggregation", "Reporting", "leaders"]
+
+LayoutAndRule = tuple[Layout, SplitRule]
+
+RULES = tuple(SplitRule)
+"""By the number that they travel as."""
 
 Reporting = Literal["rank", "node", "group"]
 """``rank``: each rank for itself; ``node``: the first rank of each node; ``group``: rank 0 for all."""
@@ -89,25 +95,27 @@ class Aggregation:
             self._counts = step, [own]  # held until it is sent
         return before
 
-    def share(self, layouts: Sequence[Layout] | None, shape: tuple[int, int, int], experts: int) -> tuple[Layout, ...]:
-        """Give the agreed layouts to those that follow.
+    def share(
+        self, plan: Sequence[LayoutAndRule] | None, shape: tuple[int, int, int], experts: int
+    ) -> tuple[LayoutAndRule, ...]:
+        """Give the agreed plan to those that follow.
 
         Args:
-            layouts: One per layer on a leader; None on the others.
+            plan: One entry per layer on a leader; None on the others.
             shape: (layers, devices, most slots of a device).
             experts: Number of experts.
         """
-        if layouts is None:
-            table = torch.empty(shape, dtype=torch.int32)
-            self._finish([self._receive(table, self._leader, LAYOUTS)])
+        layers, devices, width = shape
+        # The slots of each layer, then its rule. As wide everywhere: all ranks hold the same tables.
+        table = np.full((layers, devices * width + 1), -1, np.int32)
+        if plan is None:
+            self._finish([self._receive(torch.from_numpy(table), self._leader, LAYOUTS)])
         else:
-            # As wide everywhere: a rank that follows must not hold another table than one that leads.
-            padded = np.full(shape, -1, np.int32)
-            for layer, layout in enumerate(layouts):
-                padded[layer, :, : layout.slots.shape[1]] = layout.slots
-            table = torch.from_numpy(padded)
-            self._finish([self._send(table, member, LAYOUTS) for member in self._followers])
-        return tuple(Layout(slots, experts) for slots in table.numpy())
+            for row, (layout, rule) in zip(table, plan, strict=True):
+                row[:-1].reshape(devices, width)[:, : layout.slots.shape[1]] = layout.slots
+                row[-1] = RULES.index(rule)
+            self._finish([self._send(torch.from_numpy(table), member, LAYOUTS) for member in self._followers])
+        return tuple((Layout(row[:-1].reshape(devices, width), experts), RULES[row[-1]]) for row in table)
 
     def finish(self) -> tuple[int, Int64] | None:
         """Wait for what is under way; on a leader, the last step's counts."""

@@ -10,24 +10,26 @@ import uuid
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
+from typing import Any
 
 import grpc
-import numpy as np
-from google.protobuf.message import DecodeError
-from google.rpc import error_details_pb2, status_pb2
 
+from moeplan.api import wire
+from moeplan.api.connection import LONGEST_DELAY_S, Security, open_channel
+from moeplan.api.errors import InvalidRequestError, error_of
+from moeplan.api.jobs import JobSpec
+from moeplan.runtime_client.planning.aggregation import LayoutAndRule
 from moeplan.solvers.problem.arrays import Int64
-from moeplan.solvers.problem.errors import ProblemError
-from moeplan.solvers.problem.layout import Layout
-from moeplan.v1 import job_pb2, planner_pb2, planner_pb2_grpc, tensor_pb2
+from moeplan.solvers.problem.layout import check_layout
+from moeplan.solvers.problem.split_rules import RANK_RULES, split_rule
+from moeplan.v1 import job_pb2, planner_pb2, planner_pb2_grpc
 
-__all__ = ["HeldPlan", "Login", "PlannerStream", "StreamStatus", "write_tensor"]
+__all__ = ["HeldPlan", "PlannerStream", "StreamStatus"]
 
 log = logging.getLogger("moeplan")
 
-FIRST_DELAY_S, LONGEST_DELAY_S = 0.1, 15.0
+FIRST_DELAY_S = 0.1
 CALL_S = 10.0
 FAREWELL_S = 2.0
 """Longest wait until the planner has read why a plan was refused."""
@@ -36,47 +38,6 @@ UNSENT = 256
 HELD = 64
 """Versions that wait for the other ranks."""
 
-_TYPES = {tensor_pb2.DATA_TYPE_INT32: "<i4", tensor_pb2.DATA_TYPE_INT64: "<i8"}
-
-
-@dataclass(frozen=True, slots=True)
-class Login:
-    """How to connect to a daemon that asks who one is.
-
-    Attributes:
-        token: Bearer token; by default that of the environment variable MOEPLAN_TOKEN, if there is one.
-        ca: PEM file of those that may have signed the daemon's certificate; TLS is used if it is given.
-        certificate: PEM file of the rank's own certificate.
-        key: PEM file of its key.
-    """
-
-    token: str | None = None
-    ca: Path | None = None
-    certificate: Path | None = None
-    key: Path | None = None
-
-    def __repr__(self) -> str:
-        return f"Login(token={'...' if self.token else None}, ca={self.ca}, certificate={self.certificate})"
-
-    def channel(self, address: str) -> grpc.Channel:
-        """A channel to ``host:port`` or ``unix:path``, with pings that find a dead daemon."""
-        options = [
-            ("grpc.max_receive_message_length", 2**31 - 1),
-            ("grpc.keepalive_time_ms", 30_000),
-            ("grpc.keepalive_timeout_ms", 10_000),
-            ("grpc.max_reconnect_backoff_ms", int(LONGEST_DELAY_S * 1e3)),
-        ]
-        if self.ca is None:
-            return grpc.insecure_channel(address, options)
-        parts = [None if path is None else path.read_bytes() for path in (self.ca, self.key, self.certificate)]
-        return grpc.secure_channel(address, grpc.ssl_channel_credentials(*parts), options)
-
-    @property
-    def metadata(self) -> tuple[tuple[str, str], ...]:
-        """What goes with each call."""
-        token = self.token or os.environ.get("MOEPLAN_TOKEN")
-        return (("authorization", f"Bearer {token}"),) if token else ()
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class HeldPlan:
@@ -84,11 +45,11 @@ class HeldPlan:
 
     Attributes:
         version: Its version; 0 for none.
-        layouts: One per layer.
+        layers: Layout and split rule of each layer.
     """
 
     version: int
-    layouts: tuple[Layout, ...]
+    layers: tuple[LayoutAndRule, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,26 +85,31 @@ class PlannerStream:
     Args:
         address: The daemon, ``host:port`` or ``unix:path``.
         job_id: Id of the job: 1 to 63 of a-z, 0-9 and -.
-        job: The job, the same on every rank; created if it does not exist.
+        spec: The job, the same on every rank; created if it does not exist.
+        incarnation: Which start of the training this is, the same on every rank.
         rank: This rank in the group.
         reports_for: Ranks that this stream reports for; itself by default.
-        login: Token and certificates.
+        security: Token and certificates; by default what the environment names, see `Security.from_files`.
+
+    Raises:
+        OSError: the token cannot be read.
     """
 
     def __init__(
         self,
         address: str,
         job_id: str,
-        job: job_pb2.Job,
+        spec: JobSpec,
+        incarnation: int,
         rank: int,
         *,
         reports_for: Sequence[int] = (),
-        login: Login | None = None,
+        security: Security | None = None,
     ) -> None:
         self._first_address = self._address = address
-        self._job_id, self._job, self._rank = job_id, job, rank
+        self._job_id, self._spec, self._incarnation, self._rank = job_id, spec, incarnation, rank
         self._reports_for = tuple(reports_for) or (rank,)
-        self._login = login or Login()
+        self._security = Security.from_files() if security is None else security
         self._session = uuid.uuid4().hex
         self._pid = os.getpid()
         self._change = threading.Condition()
@@ -185,7 +151,7 @@ class PlannerStream:
         """
         if os.getpid() != self._pid:
             return
-        statistics = planner_pb2.Statistics(step=step, tokens=write_tensor(tokens))
+        statistics = planner_pb2.Statistics(step=step, tokens=wire.write_counts(tokens))
         with self._change:
             self._unsent.append(statistics)
             if len(self._unsent) > UNSENT:
@@ -220,19 +186,20 @@ class PlannerStream:
     def _run(self) -> None:
         delay = FIRST_DELAY_S
         while not self._closing:
-            before = self._status
+            before, wrong = self._status, False
             try:
                 self._converse()
             except grpc.RpcError as error:
-                self._lost(error)
+                wrong = self._lost(error)
             except _RefusedError as error:
+                wrong = True
                 log.warning("rank %d refused a plan: %s", self._rank, error)
                 self._note(error=str(error), refused=before.refused + 1)
             except Exception as error:  # whatever it is, training goes on without the planner
                 log.exception("rank %d lost the planner", self._rank)
                 self._note(error=repr(error))
             self._note(connected=False)
-            if self._status.connections > before.connections and self._status.refused == before.refused:
+            if self._status.connections > before.connections and not wrong:
                 delay = FIRST_DELAY_S
             with self._change:
                 # Jitter, so that a thousand ranks do not come back at once.
@@ -241,15 +208,17 @@ class PlannerStream:
 
     def _converse(self) -> None:
         """One connection, from the hello to its end."""
-        with self._login.channel(self._address) as channel:
+        metadata = self._security.metadata
+        with open_channel(self._address, self._security, retries=False) as channel:
             stub = planner_pb2_grpc.PlannerServiceStub(channel)
-            request = planner_pb2.CreateJobRequest(job_id=self._job_id, job=self._job)
-            self._call = creating = stub.CreateJob.future(request, timeout=CALL_S, metadata=self._login.metadata)
+            job = wire.write_job_spec(self._spec, self._incarnation)
+            request = planner_pb2.CreateJobRequest(job_id=self._job_id, job=job)
+            self._call = creating = stub.CreateJob.future(request, timeout=CALL_S, metadata=metadata)
             creating.result()
             over, refused = threading.Event(), threading.Event()
             with self._change:
                 self._sequence = self._acknowledged = self._credit = 0
-            call = stub.StreamRank(self._requests(over, refused), metadata=self._login.metadata)
+            call = stub.StreamRank(self._requests(over, refused), metadata=metadata)
             self._call = call
             try:
                 for response in call:
@@ -277,7 +246,7 @@ class PlannerStream:
         yield planner_pb2.StreamRankRequest(
             hello=planner_pb2.Hello(
                 job=f"jobs/{self._job_id}",
-                incarnation=self._job.incarnation,
+                incarnation=self._incarnation,
                 rank=self._rank,
                 reports_for=self._reports_for,
                 session=self._session,
@@ -336,7 +305,7 @@ class PlannerStream:
             return
         try:
             held = HeldPlan(plan.version, self._complete(plan))
-        except (ProblemError, ValueError) as error:
+        except ValueError as error:
             reason = f"plan {plan.version}: {error}"
             failed = planner_pb2.PlanFailed(
                 version=plan.version, in_force_version=self._newest.version, reason=reason[:1_000]
@@ -348,77 +317,43 @@ class PlannerStream:
             for old in sorted(self._held)[:-HELD]:
                 del self._held[old]
 
-    def _complete(self, plan: job_pb2.JobPlan) -> tuple[Layout, ...]:
-        if plan.incarnation != self._job.incarnation:
-            raise ValueError(f"it is for incarnation {plan.incarnation}, and this is {self._job.incarnation}")
-        layouts: dict[int, Layout] = dict(enumerate(self._newest.layouts))
+    def _complete(self, message: job_pb2.JobPlan) -> tuple[LayoutAndRule, ...]:
+        """What it says of all layers; raises ValueError where the job cannot have one."""
+        spec, plan = self._spec, wire.read_job_plan(message)
+        if plan.incarnation != self._incarnation:
+            raise ValueError(f"it is for incarnation {plan.incarnation}, and this is {self._incarnation}")
+        layers = dict(enumerate(self._newest.layers))
         for layer in plan.layers:
-            if not 0 <= layer.layer < self._job.layers:
-                raise ValueError(f"layer {layer.layer}: the job has layers 0..{self._job.layers - 1}")
-            layouts[layer.layer] = self._read_layout(layer)
-        missing = [layer for layer in range(self._job.layers) if layer not in layouts]
+            if not 0 <= layer.layer < spec.layers:
+                raise ValueError(f"layer {layer.layer}: the job has layers 0..{spec.layers - 1}")
+            check_layout(f"layers[{layer.layer}].layout", layer.layout, spec.experts, spec.cluster.slots)
+            width = layer.layout.slots.shape[1]
+            if width > spec.cluster.max_slots:
+                raise ValueError(f"layer {layer.layer}: {width} slots of a device that has {spec.cluster.max_slots}")
+            rule = split_rule(f"layers[{layer.layer}].split_rule", layer.split_rule, RANK_RULES)
+            layers[layer.layer] = layer.layout, rule
+        missing = [layer for layer in range(spec.layers) if layer not in layers]
         if missing:
             raise ValueError(f"layers {missing[:8]} are missing")
-        return tuple(layouts[layer] for layer in range(self._job.layers))
-
-    def _read_layout(self, layer: job_pb2.LayerPlan) -> Layout:
-        slots = self._job.cluster.slots
-        shape = tuple(layer.layout.shape)
-        if len(shape) != 2 or shape[0] != len(slots) or not 0 < shape[1] <= max(slots):
-            raise ValueError(f"layer {layer.layer}: a layout of shape {shape} for {len(slots)} devices")
-        if layer.layout.type not in _TYPES:
-            raise ValueError(f"layer {layer.layer}: a layout of type {layer.layout.type}")
-        table = np.frombuffer(layer.layout.data, _TYPES[layer.layout.type]).reshape(shape)
-        layout = Layout(table.astype(np.int32), self._job.experts)
-        used = (layout.slots >= 0).sum(axis=1)
-        over = np.flatnonzero(used > np.array(slots))
-        if len(over):
-            raise ValueError(
-                f"layer {layer.layer}: {used[over[0]]} replicas on device {over[0]} of {slots[over[0]]} slots"
-            )
-        return layout
+        return tuple(layers[layer] for layer in range(spec.layers))
 
     def _tell(self, request: planner_pb2.StreamRankRequest) -> None:
         with self._change:
             self._controls.append(request)
             self._change.notify_all()
 
-    def _lost(self, error: grpc.RpcError) -> None:
+    def _lost(self, error: grpc.RpcError) -> bool:
+        """Note why the line was lost; whether it was for what this rank says, which it would say again."""
         if self._closing:
-            return
-        assert isinstance(error, grpc.Call)
-        owner = _owner(error)
-        self._address = owner or self._first_address
-        reason = f"{error.code().name}: {error.details()}"
+            return False
+        known = error_of(error, self._address)
+        reason = f"{known.code.name}: {known.message}"
         if reason != self._status.error:
             log.warning("rank %d has no planner at %s: %s", self._rank, self._address, reason)
+        self._address = known.metadata.get("owner") or self._first_address
         self._note(error=reason)
+        return isinstance(known, InvalidRequestError)
 
-    def _note(self, **changes: object) -> None:
+    def _note(self, **changes: Any) -> None:
         with self._change:
-            fields = {name: getattr(self._status, name) for name in StreamStatus.__slots__}
-            self._status = StreamStatus(**(fields | changes))
-
-
-def write_tensor(array: Int64) -> tensor_pb2.Tensor:
-    """The message of an array of whole numbers."""
-    return tensor_pb2.Tensor(
-        shape=array.shape,
-        type=tensor_pb2.DATA_TYPE_INT64,
-        data=np.ascontiguousarray(array, "<i8").tobytes(),
-    )
-
-
-def _owner(error: grpc.Call) -> str:
-    """Address of the daemon that owns the job, where this one says that it does not."""
-    for key, value in error.trailing_metadata() or ():
-        if key == "grpc-status-details-bin":
-            status, info = status_pb2.Status(), error_details_pb2.ErrorInfo()
-            try:
-                status.ParseFromString(value)
-            except DecodeError:
-                return ""
-            for detail in status.details:
-                if detail.Unpack(info) and info.reason == "OWNED_ELSEWHERE":
-                    return str(info.metadata.get("owner", ""))
-    return ""
+            self._status = replace(self._status, **changes)

@@ -8,18 +8,27 @@ import socket
 import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
+from functools import cache, partial
 from types import TracebackType
 from typing import Self
 
 import numpy as np
 import torch.distributed as dist
 
+from moeplan.api.connection import Security
+from moeplan.api.jobs import Closing, JobSpec, Replan
+from moeplan.runtime_client.layers.dividing import Division, PlannedLayer
 from moeplan.runtime_client.planning.aggregation import Aggregation, Reporting, leaders
 from moeplan.runtime_client.planning.agreement import Agreement
-from moeplan.runtime_client.planning.planner_stream import Login, PlannerStream, StreamStatus, write_tensor
+from moeplan.runtime_client.planning.planner_stream import PlannerStream, StreamStatus
+from moeplan.solvers.plan.parameters import SolveParameters
 from moeplan.solvers.problem.arrays import Int64
+from moeplan.solvers.problem.cluster import Cluster
+from moeplan.solvers.problem.errors import ProblemError
+from moeplan.solvers.problem.forecast_spec import Forecast
 from moeplan.solvers.problem.layout import Layout
-from moeplan.v1 import job_pb2, problem_pb2
+from moeplan.solvers.problem.problem import ExpertSpec
+from moeplan.solvers.problem.split_rules import SplitRule
 
 __all__ = ["PlannerSession"]
 
@@ -48,18 +57,30 @@ class PlannerSession:
         address: The daemon, ``host:port`` or ``unix:path``.
         job_id: Id of the job, 1 to 63 of a-z, 0-9 and -; one per expert-parallel group.
         layouts: Layouts in force, one per MoE layer.
-        apply: Puts layouts into force, one per layer; called between two steps.
+        apply: Puts a plan into force, ``layer.plan = planned`` for each layer; called between two steps.
         slots: Replicas that a rank can hold, alike on all ranks.
         ranks: Global ranks of the group; all by default. Every rank of the *world* makes a session where the groups are
             several, each with the ranks of its own group, as `torch.distributed.new_group` demands it.
-        job: More about the job: costs, policy, forecast, when to re-plan; its cluster, layers, experts, initial layouts
-            and incarnation are filled in.
+        cluster: Speeds, memories and links of the ranks, with `slots` each; by default equal ones, on the nodes where
+            they are found.
+        expert: Costs of an expert and of a token.
+        policy: Name of the policy.
+        parameters: Limits of one re-plan of all layers.
+        forecast: How demand is forecast.
+        replan: When to look for a plan, and when to take it.
+        closing: When a step that not all ranks have reported closes.
+        max_moves: Most replicas that one re-plan of one layer may move; None for no limit.
+        groups: Groups of consecutive experts that routing treats as units.
+        merge_sources: Forget which rank tokens come from.
+        split_rule: How ranks divide tokens among replicas, one of `RANK_RULES`; None for the policy's own.
         reporting: How many streams there are.
-        login: Token and certificates.
+        security: Token and certificates; by default what the environment names, see `Security.from_files`.
         timeout: How long to wait for another rank.
 
     Raises:
         AgreementError: a rank did not come in time.
+        ProblemError: no such job can be; on all ranks alike.
+        OSError: the token cannot be read.
     """
 
     def __init__(
@@ -67,29 +88,58 @@ class PlannerSession:
         address: str,
         job_id: str,
         layouts: Sequence[Layout],
-        apply: Callable[[Sequence[Layout]], None],
+        apply: Callable[[Sequence[PlannedLayer]], None],
         *,
         slots: int,
         ranks: Sequence[int] | None = None,
-        job: job_pb2.Job | None = None,
+        cluster: Cluster | None = None,
+        expert: ExpertSpec = ExpertSpec(),
+        policy: str = "hybrid",
+        parameters: SolveParameters = SolveParameters(),
+        forecast: Forecast = Forecast(),
+        replan: Replan = Replan(),
+        closing: Closing = Closing(),
+        max_moves: int | None = None,
+        groups: int = 1,
+        merge_sources: bool = False,
+        split_rule: SplitRule | None = None,
         reporting: Reporting = "rank",
-        login: Login | None = None,
+        security: Security | None = None,
         timeout: timedelta = timedelta(minutes=5),
     ) -> None:
         self._apply = apply
+        security = Security.from_files() if security is None else security
         self._group, self._rank, self._size = _side_group(ranks, timeout)
         self._shape = (len(layouts), layouts[0].devices, slots)
         self._experts = layouts[0].experts
         incarnation, nodes = _meet(self._group, self._rank, self._size)
+        spec = JobSpec(  # on every rank, so that all refuse it alike
+            cluster=_cluster(cluster, slots, layouts[0].devices, nodes),
+            layers=len(layouts),
+            experts=self._experts,
+            ranks=self._size,
+            initial=tuple(layouts),
+            expert=expert,
+            policy=policy,
+            parameters=parameters,
+            forecast=forecast,
+            replan=replan,
+            closing=closing,
+            max_moves=max_moves,
+            groups=groups,
+            merge_sources=merge_sources,
+            split_rule=split_rule,
+        )
+        self._division = cache(partial(Division, spec.cluster, spec.expert))
         self._aggregation = Aggregation(leaders(reporting, nodes), self._rank, self._group, timeout=timeout)
         self._agreement = Agreement(self._group, timeout=timeout)
         self._stream = None
         self._step = 0
         self.switches = 0
         if self._aggregation.leads:
-            described = _describe(job or job_pb2.Job(), layouts, slots, nodes, self._size, incarnation)
+            members = self._aggregation.members
             self._stream = PlannerStream(
-                address, job_id, described, self._rank, reports_for=self._aggregation.members, login=login
+                address, job_id, spec, incarnation, self._rank, reports_for=members, security=security
             )
 
     @property
@@ -124,7 +174,8 @@ class PlannerSession:
         if version is None:
             return False
         held = None if stream is None else stream.plan(version)
-        self._apply(self._aggregation.share(None if held is None else held.layouts, self._shape, self._experts))
+        agreed = self._aggregation.share(None if held is None else held.layers, self._shape, self._experts)
+        self._apply([PlannedLayer(layout, self._division(rule)) for layout, rule in agreed])
         self.switches += 1
         if stream is not None:
             stream.applied(version, self._step)
@@ -175,20 +226,10 @@ def _meet(group: dist.ProcessGroup | None, rank: int, size: int) -> tuple[int, l
     return max(clock for clock, *_ in everyone), [names.index(host) for host in hosts]
 
 
-def _describe(
-    job: job_pb2.Job, layouts: Sequence[Layout], slots: int, nodes: Sequence[int], ranks: int, incarnation: int
-) -> job_pb2.Job:
-    width = max(layout.slots.shape[1] for layout in layouts)
-    initial = np.full((len(layouts), layouts[0].devices, width), -1, np.int64)
-    for layer, layout in enumerate(layouts):
-        initial[layer, :, : layout.slots.shape[1]] = layout.slots
-    described = job_pb2.Job()
-    described.CopyFrom(job)
-    if not described.HasField("cluster"):
-        described.cluster.CopyFrom(problem_pb2.Cluster(node=list(nodes)))
-    del described.cluster.slots[:]
-    described.cluster.slots.extend([slots] * layouts[0].devices)
-    described.layers, described.experts, described.ranks = len(layouts), layouts[0].experts, ranks
-    described.initial_layouts.CopyFrom(write_tensor(initial))
-    described.incarnation = incarnation
-    return described
+def _cluster(given: Cluster | None, slots: int, devices: int, nodes: Sequence[int]) -> Cluster:
+    """The cluster of the job, every device of it with `slots` slots."""
+    if given is None:
+        return Cluster(np.full(devices, slots, np.int32), np.array(nodes, np.int32), np.ones(devices))
+    if (given.slots != slots).any():
+        raise ProblemError("cluster.slots", given.slots.tolist(), f"must be `slots` ({slots}) on every device")
+    return given

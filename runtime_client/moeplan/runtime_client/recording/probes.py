@@ -17,7 +17,7 @@ class Form(StrEnum):
     """What a tensor of choices holds."""
 
     INDEX = "index"
-    """Integers [..., k]: experts of each token. Entries -1 and `experts`, as of padding, are not counted."""
+    """Integers [..., k]: experts of each token. Entries that are no expert, as of padding, are counted as ignored."""
     MAP = "map"
     """[tokens, experts]: non-zero where a token goes to an expert."""
     COUNTS = "counts"

@@ -7,6 +7,7 @@ from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -46,12 +47,13 @@ def record(model: nn.Module, probes: Iterable[Probe] = PROBES) -> Recorder:
 class Recorder:
     """Counts of a model's MoE layers; see `record`.
 
-    Counting costs two small kernels per layer and pass. A step's counts travel to the host in one asynchronous copy,
+    Counting costs three small kernels per layer and pass. A step's counts travel to the host in one asynchronous copy,
     and are handed out at the end of the next step, so the device is never left without work for them.
 
     Attributes:
         layers: Names of the layers in the model, in its order.
         experts: Experts of each layer.
+        ignored: int64[layers], choices so far that were no expert, in the steps that have been handed out.
     """
 
     def __init__(self, model: nn.Module, probes: tuple[Probe, ...]) -> None:
@@ -74,13 +76,16 @@ class Recorder:
             )
         self.layers = tuple(numbers)
         self.experts = found[0][3]
-        # A power of two, so that masking keeps any index inside the row; it leaves room for what is no expert.
+        self.ignored: Int64 = np.zeros(len(numbers), np.int64)
+        # A power of two above it, so that what is no expert, cut to -1 or `experts`, is masked to a place beyond.
         self._width = 1 << self.experts.bit_length()
         self._tally: Tensor | None = None
         self._one: Tensor | None = None
         self._copies: list[_Copy] = []
         self._sent: _Copy | None = None
         self._entered: bool | None = None
+        self._model = model
+        self._modules = [module for _, module, _, _ in found]
         self._handles = [model.register_forward_pre_hook(self._enter, prepend=True)]
         for layer, (_, module, probe, _) in enumerate(found):
             hook = torch.compiler.disable(partial(self._observe, layer, probe))
@@ -98,12 +103,12 @@ class Recorder:
             int64[layers, experts], tokens of this rank in the step before the one that ends; None at the first call.
         """
         before, self._sent = self._sent, self._send()
-        return before.read(self.experts) if before else None
+        return self._read(before)
 
     def finish(self) -> Int64 | None:
         """Counts of the step that ended last, int64[layers, experts]; waits for the device. None if handed out."""
         sent, self._sent = self._sent, None
-        return sent.read(self.experts) if sent else None
+        return self._read(sent)
 
     def close(self) -> None:
         """Remove the hooks. Counts that are under way can still be had from `finish`."""
@@ -119,6 +124,17 @@ class Recorder:
     ) -> None:
         self.close()
 
+    def __deepcopy__(self, memo: object) -> Recorder:
+        """Itself: a copied model has hooks of this recorder, which does not count the copy."""
+        return self
+
+    def _read(self, copy: _Copy | None) -> Int64 | None:
+        if copy is None:
+            return None
+        counts = copy.read()
+        self.ignored += counts[:, self.experts :].sum(axis=1)
+        return counts[:, : self.experts].copy()
+
     def _send(self) -> _Copy:
         tally = self._tally
         if tally is None:  # no layer has run yet
@@ -132,10 +148,12 @@ class Recorder:
         return copy
 
     def _enter(self, model: nn.Module, arguments: tuple[Any, ...]) -> None:
-        self._entered = torch.is_grad_enabled()
+        if model is self._model:
+            self._entered = torch.is_grad_enabled()
 
     def _leave(self, model: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
-        self._entered = None
+        if model is self._model:
+            self._entered = None
 
     def _observe(
         self,
@@ -146,6 +164,8 @@ class Recorder:
         named: Mapping[str, Any],
         output: Any = None,
     ) -> None:
+        if module is not self._modules[layer]:  # of a copy of the model
+            return
         trains = torch.is_grad_enabled() if self._entered is None else self._entered
         # Inside a backward pass, a checkpoint recomputes what has been counted.
         if module.training and trains and torch._C._current_graph_task_id() == -1:
@@ -163,7 +183,7 @@ class Recorder:
         assert one is not None, "made with the tally"
         chosen = chosen.to(row.device, non_blocking=True)
         if form is Form.INDEX:
-            index = chosen.reshape(-1).to(torch.int64).bitwise_and(self._width - 1)
+            index = chosen.reshape(-1).to(torch.int64).clamp(-1, self.experts).bitwise_and_(self._width - 1)
             row.scatter_add_(0, index, one.expand(len(index)))
         else:
             counts = chosen.reshape(-1, self.experts).count_nonzero(0) if form is Form.MAP else chosen.reshape(-1)
@@ -189,11 +209,11 @@ class _Copy:
         if self.arrived is not None:
             self.arrived.record(torch.cuda.current_stream(tally.device))
 
-    def read(self, experts: int) -> Int64:
+    def read(self) -> Int64:
         if self.arrived is not None:
             # A whole step has been queued since, so the device works on while this waits.
             self.arrived.synchronize()
-        counts: Int64 = self.host[:, :experts].numpy().copy()
+        counts: Int64 = self.host.numpy()
         return counts
 
 

@@ -14,22 +14,15 @@ import numpy as np
 
 from moeplan.solvers.problem.arrays import Bool, Float64, Int32, Int64
 from moeplan.solvers.problem.kernel import kernel
-from moeplan.solvers.problem.layout import EMPTY
+from moeplan.solvers.problem.layout import EMPTY, placed_in
+from moeplan.solvers.problem.limit_kernels import LimitArrays, arrivals_of, arrive, limit_arrays, may_arrive
 from moeplan.solvers.problem.limits import Limits, broken
 from moeplan.solvers.problem.problem import Problem
 
-__all__ = ["narrowings", "placed_in", "repair", "table"]
+__all__ = ["narrowings", "repair", "table"]
 
 NEVER = 1e9
 """Cost of a pair that is not allowed."""
-
-
-def placed_in(slots: Int32, experts: int) -> Bool:
-    """bool[devices, experts] of a table int32[devices, width]."""
-    placed = np.zeros((len(slots), experts), np.bool_)
-    device, slot = np.nonzero(slots != EMPTY)
-    placed[device, slots[device, slot]] = True
-    return placed
 
 
 def repair(problem: Problem, limits: Limits, slots: Int32, *, stay: bool) -> Int32 | None:
@@ -58,10 +51,8 @@ def repair(problem: Problem, limits: Limits, slots: Int32, *, stay: bool) -> Int
         rows, columns = linear_sum_assignment(rank[column][:, loose].T)
         placed[column[columns], loose[rows]] = True
     order = np.argsort(-problem.mean_load, kind="stable")
-    _add(
-        placed, first, second, order, problem.mean_load, problem.capacity, limits.may, limits.most, limits.held,
-        limits.far, limits.node, limits.max_arrivals, limits.device_arrivals, limits.node_arrivals,
-    )  # fmt: skip
+    wanted_in_turn = np.stack([first, second, np.ones_like(first)])
+    _add(placed, wanted_in_turn, order, problem.mean_load, problem.capacity, limit_arrays(limits))
     if broken(limits, placed) is not None:
         return None
     return table(problem, placed)
@@ -77,54 +68,37 @@ def table(problem: Problem, placed: Bool) -> Int32:
 
 
 @kernel
-def _add(
-    placed: Bool,
-    first: Bool,
-    second: Bool,
-    order: Int64,
-    loads: Float64,
-    capacity: Int32,
-    may: Bool,
-    most: Int32,
-    held: Bool,
-    far: Bool,
-    node: Int32,
-    max_arrivals: int,
-    device_arrivals: Int64,
-    node_arrivals: Int64,
-) -> None:
-    """Add replicas in place: those of `first`, those of `second`, then of the largest load per replica."""
+def _add(placed: Bool, turns: Bool, order: Int64, loads: Float64, capacity: Int32, limits: LimitArrays) -> None:
+    """Add replicas in place, turn by turn, to the devices in rounds: each the one of the largest load per replica.
+
+    Args:
+        placed: bool[devices, experts], changed.
+        turns: bool[turns, devices, experts], the replicas wanted in each turn.
+        order: int64[experts], which comes first where loads per replica are equal.
+        loads: float64[experts].
+        capacity: int32[devices].
+        limits: What the replicas must respect.
+    """
     devices, experts = placed.shape
     used = np.zeros(devices, np.int64)
     replicas = np.zeros(experts, np.int64)
-    arriving = np.zeros(devices, np.int64)
-    distant = np.zeros(len(node_arrivals), np.int64)
     for d in range(devices):
         for e in range(experts):
-            if placed[d, e]:
-                used[d] += 1
-                replicas[e] += 1
-                if not held[d, e]:
-                    arriving[d] += 1
-                    distant[node[d]] += far[d, e]
-    for turn in range(3):
+            used[d] += placed[d, e]
+            replicas[e] += placed[d, e]
+    arrivals = arrivals_of(placed, limits)
+    for wanted in turns:
         again = True
         while again:
             again = False
             for d in range(devices):
+                if used[d] == capacity[d]:
+                    continue
                 best = -1
                 for e in order:
-                    if used[d] == capacity[d]:
-                        break
-                    if placed[d, e] or not may[d, e] or replicas[e] >= most[e]:
+                    if placed[d, e] or not wanted[d, e] or not limits.may[d, e] or replicas[e] >= limits.most[e]:
                         continue
-                    if (turn == 0 and not first[d, e]) or (turn == 1 and not second[d, e]):
-                        continue
-                    if not held[d, e] and (
-                        arriving.sum() >= max_arrivals
-                        or arriving[d] >= device_arrivals[d]
-                        or distant[node[d]] + far[d, e] > node_arrivals[node[d]]
-                    ):
+                    if not may_arrive(d, e, limits, arrivals):
                         continue
                     if best < 0 or loads[e] * replicas[best] > loads[best] * replicas[e]:
                         best = e
@@ -132,9 +106,7 @@ def _add(
                     placed[d, best] = True
                     used[d] += 1
                     replicas[best] += 1
-                    if not held[d, best]:
-                        arriving[d] += 1
-                        distant[node[d]] += far[d, best]
+                    arrive(d, best, limits, arrivals)
                     again = True
 
 

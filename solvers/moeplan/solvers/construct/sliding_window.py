@@ -14,6 +14,8 @@ Tamir, Algorithmica 29, 2001), where devices are disks and experts are movies.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 
 from moeplan.solvers.problem.arrays import Float64, Int32, Int64
@@ -21,12 +23,31 @@ from moeplan.solvers.problem.kernel import kernel
 
 __all__ = ["applies", "sliding_window"]
 
+TOLERANCE = 1e-12
+"""Part of a device's share of the load that rounding may leave: less counts as nothing."""
+
 
 def applies(experts: int, capacity: Int32, speed: Float64) -> bool:
     """Whether the theorem covers these devices: all equal, and at least one spare slot for all of them but one."""
     devices, slots = len(capacity), int(capacity[0])
     equal = bool((capacity == slots).all() and (speed == speed[0]).all())
     return equal and experts <= devices * (slots - 1) + 1
+
+
+class _Rest(NamedTuple):
+    """Experts still to place, by ascending load, after `zeros` experts of zero load that only pad.
+
+    Attributes:
+        expert: int64[experts], of which the first `size` count.
+        load: float64[experts], what is left of each.
+        size: int64[1].
+        zeros: int64[1].
+    """
+
+    expert: Int64
+    load: Float64
+    size: Int64
+    zeros: Int64
 
 
 @kernel
@@ -44,59 +65,66 @@ def sliding_window(loads: Float64, members: Int64, devices: int, width: int) -> 
     """
     slots = np.full((devices, width), -1, np.int32)
     order = members[np.argsort(loads[members], kind="mergesort")]
-    n = len(order)
-    item = order.copy()  # remaining experts by ascending load, after `zeros` experts of zero load
-    left = loads[order]
-    level = left.sum() / devices
-    zeros = devices * (width - 1) + 1 - n
-    for d in range(devices):
-        if d == devices - 1:
-            for i in range(n):
-                slots[d, i] = item[i]
-            break
-        # First window [k, k + width) of the padded list that weighs at least `level`.
-        k = max(0, zeros - width + 1)
-        weight = 0.0
-        for i in range(k, k + width):
-            if i >= zeros:
-                weight += left[i - zeros]
-        while weight < level and k + width < zeros + n:
-            if k >= zeros:
-                weight -= left[k - zeros]
-            weight += left[k + width - zeros]
-            k += 1
-        first = max(0, k - zeros)
-        last = k + width - 1 - zeros  # the heaviest
-        rest = level
-        used = 0
+    size = len(order)
+    rest = _Rest(order.copy(), loads[order], np.array([size]), np.array([devices * (width - 1) + 1 - size]))
+    level = rest.load.sum() / devices
+    for d in range(devices - 1):
+        start = _window(rest, width, level)
+        first, last = max(0, start - rest.zeros[0]), start + width - 1 - rest.zeros[0]
+        room = level
         for i in range(first, last):
-            slots[d, used] = item[i]
-            used += 1
-            rest -= left[i]
-        padding = max(0, zeros - k)
-        heaviest = item[last]
-        remainder = left[last] - rest
-        if rest > 1e-12 * level or level == 0:
-            slots[d, used] = heaviest
+            slots[d, i - first] = rest.expert[i]
+            room -= rest.load[i]
+        heaviest, left = rest.expert[last], rest.load[last]
+        placed = room > TOLERANCE * level or level == 0
+        if placed:
+            slots[d, last - first] = heaviest
+            left -= room
+        _remove(rest, first, last + 1)
+        rest.zeros[0] -= width - (last - first + 1)
+        if placed and left <= TOLERANCE * level:
+            rest.zeros[0] += 1
         else:
-            remainder = left[last]
-        # Remove the window, put the remainder of the heaviest back in order.
-        whole = remainder <= 1e-12 * level and (rest > 1e-12 * level or level == 0)
-        gap = last - first + 1
-        for i in range(last + 1, n):
-            item[i - gap] = item[i]
-            left[i - gap] = left[i]
-        n -= gap
-        zeros -= padding
-        if whole:
-            zeros += 1
-        else:
-            i = n
-            while i > 0 and left[i - 1] > remainder:
-                item[i] = item[i - 1]
-                left[i] = left[i - 1]
-                i -= 1
-            item[i] = heaviest
-            left[i] = remainder
-            n += 1
+            _put_back(rest, heaviest, left)
+    for i in range(rest.size[0]):
+        slots[devices - 1, i] = rest.expert[i]
     return slots
+
+
+@kernel
+def _window(rest: _Rest, width: int, level: float) -> int:
+    """Start of the first `width` experts, counted with the padding, that weigh at least `level`, or else the last."""
+    size, zeros = rest.size[0], rest.zeros[0]
+    start = max(0, zeros - width + 1)
+    weight = 0.0
+    for i in range(max(start, zeros), start + width):
+        weight += rest.load[i - zeros]
+    while weight < level and start + width < zeros + size:
+        if start >= zeros:
+            weight -= rest.load[start - zeros]
+        weight += rest.load[start + width - zeros]
+        start += 1
+    return start
+
+
+@kernel
+def _remove(rest: _Rest, first: int, end: int) -> None:
+    """Take out the experts at ``first:end``."""
+    size = rest.size[0]
+    for i in range(end, size):
+        rest.expert[first + i - end] = rest.expert[i]
+        rest.load[first + i - end] = rest.load[i]
+    rest.size[0] -= end - first
+
+
+@kernel
+def _put_back(rest: _Rest, expert: int, left: float) -> None:
+    """Insert what is left of an expert in order; it comes after those with as much."""
+    i = rest.size[0]
+    while i > 0 and rest.load[i - 1] > left:
+        rest.expert[i] = rest.expert[i - 1]
+        rest.load[i] = rest.load[i - 1]
+        i -= 1
+    rest.expert[i] = expert
+    rest.load[i] = left
+    rest.size[0] += 1

@@ -1,6 +1,6 @@
 """A strong lower bound where spare slots are few: a linear program over configurations, by column generation.
 
-By the grouping theorem (see `grouping`) a layout of equal devices with largest load M is a partition of the experts
+By the theorem of `construct.partition` a layout of equal devices with largest load M is a partition of the experts
 into groups, each on t devices of its own, with at most ``t (C - 1) + 1`` experts and at most ``t M`` load. Call such a
 pair (t, experts) a configuration. If the cheapest fractional cover of all experts by configurations, where one costs
 its t, needs more than D devices, then no layout reaches M. Bisection over M turns that into a bound, which sees what

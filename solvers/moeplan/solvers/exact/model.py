@@ -143,7 +143,9 @@ class Model:
     def cap(self) -> Float64:
         """float64[scenarios]: a plan no worse than the incumbent keeps its largest load per speed at or below this."""
         most = np.maximum(1.0, self.loads.sum(axis=1) / self.speed.min())
-        if self.incumbent is None or self.activation_bytes:  # memory may ask for more than the best split of all
+        if (
+            self.incumbent is None or self.activation_bytes
+        ):  # the memory limit can force a split above the unconstrained optimum
             return most
         slack = self.objective(self.level) - self.objective(self.floor)
         # All others at their average, a scenario alone has at least this part of the objective.

@@ -1,4 +1,4 @@
-"""The grouping formulation, for few spare slots: a partition instead of a placement.
+"""The exact model where spare slots are few: a partition instead of a placement.
 
 By the theorem of `moeplan.solvers.construct.partition`, with R < D - 1 spare slots the best placement of one scenario
 on equal devices is a best partition of devices and experts into D - R groups, where a group of t devices has
@@ -13,11 +13,15 @@ Tokens are divided inside groups by the sliding window, so no variable counts th
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 import numpy as np
+import numpy.typing as npt
 from ortools.sat.python import cp_model
 
 from moeplan.solvers.construct.sliding_window import sliding_window
-from moeplan.solvers.exact.cpsat import solver_for
+from moeplan.solvers.exact.cpsat import minimise
 from moeplan.solvers.exact.model import Answer, Effort, Model, Report, check
 from moeplan.solvers.problem.arrays import Bool, Int32, Int64
 
@@ -75,20 +79,40 @@ def groups_of(model: Model) -> tuple[Int64, Int64]:
     return group, size[alive]
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Program:
+    """The formulation: [experts, groups] of booleans `a`, the devices of each group, and the largest load `z`."""
+
+    cp: cp_model.CpModel
+    a: npt.NDArray[Any]
+    size: list[Any]
+    z: Any
+
+
 def solve(model: Model, effort: Effort, report: Report) -> Answer:
     """Minimise by CP-SAT over partitions, from the incumbent's.
 
     Raises:
         OutOfTime: the deadline passed before the model was built.
     """
+    group, size = groups_of(model)
+    order = np.argsort(-size, kind="stable")
+    program = _build(model, effort, np.argsort(order, kind="stable")[group], size[order])
+    if not model.hinted:
+        program.cp.clear_hints()
+
+    def placement(values: Any) -> Bool:
+        member = np.array([[values.boolean_value(v) for v in row] for row in program.a])
+        return _placement(model, member.argmax(axis=1), np.array([values.value(v) for v in program.size]))
+
+    per_token = float(model.weights[0]) / float(model.speed[0])
+    return minimise(program.cp, effort, report, placement, lambda objective: objective * per_token)
+
+
+def _build(model: Model, effort: Effort, start_group: Int64, start_size: Int64) -> _Program:
+    """The formulation with its hint: int64[experts] groups to start from, and int64[groups] devices, most first."""
     cp = cp_model.CpModel()
-    loads, width = model.loads[0], int(model.capacity[0])
-    start_group, start_size = groups_of(model)
-    order = np.argsort(-start_size, kind="stable")
-    start_size = start_size[order]
-    start_group = np.argsort(order, kind="stable")[start_group]
-    groups = len(start_size)
-    largest = model.devices - groups + 1
+    groups, largest = len(start_size), model.devices - len(start_size) + 1
     speed = float(model.speed[0])
     z = cp.new_int_var(int(np.ceil(model.floor[0] * speed)), int(np.ceil(model.cap[0] * speed)), "")
     cp.add_hint(z, int(np.ceil(model.level[0] * speed)))
@@ -100,43 +124,34 @@ def solve(model: Model, effort: Effort, report: Report) -> Answer:
             a[e, j] = cp.new_bool_var("")
             cp.add_hint(a[e, j], bool(start_group[e] == j))
         cp.add_exactly_one(a[e])
-    total = int(loads.sum())
+    program = _Program(cp, a, size, z)
     for j in range(groups):
         check(effort)
-        load = cp.new_int_var(0, total, "")
-        cp.add(load == cp_model.LinearExpr.weighted_sum(list(a[:, j]), loads.tolist()))
-        cp.add(cp_model.LinearExpr.sum(list(a[:, j])) == size[j] * (width - 1) + 1)
-        cp.add_hint(size[j], int(start_size[j]))
-        cp.add_hint(load, int(loads[start_group == j].sum()))
-        # Sizes come in descending order, so the j-th group has at most (devices to share out) / (j + 1) extra ones.
-        most = 1 + (model.devices - groups) // (j + 1)
-        choice = [cp.new_bool_var("") for _ in range(most)]
-        cp.add_exactly_one(choice)
-        cp.add(size[j] == cp_model.LinearExpr.weighted_sum(choice, list(range(1, most + 1))))
-        for t, chosen in enumerate(choice, start=1):
-            cp.add_hint(chosen, t == int(start_size[j]))
-            cp.add(load <= t * z).only_enforce_if(chosen)
-        if j:
-            cp.add(size[j - 1] >= size[j])
+        _add_group(program, model, j, np.flatnonzero(start_group == j), int(start_size[j]))
     cp.add(cp_model.LinearExpr.sum(size) == model.devices)
     cp.minimize(z)
+    return program
 
-    if not model.hinted:
-        cp.clear_hints()
 
-    class Found(cp_model.CpSolverSolutionCallback):  # type: ignore[misc]
-        def on_solution_callback(self) -> None:
-            member = np.array([[self.boolean_value(v) for v in row] for row in a])
-            report(_placement(model, member.argmax(axis=1), np.array([self.value(v) for v in size])))
-
-    solver = solver_for(effort)
-    status = solver.solve(cp, Found())
-    bound = max(0.0, float(solver.best_objective_bound)) / speed * float(model.weights[0])
-    if status not in (cp_model.OPTIMAL, cp_model.FEASIBLE):
-        return Answer(None, bound, "unknown")
-    member = np.array([[solver.boolean_value(v) for v in row] for row in a])
-    placed = _placement(model, member.argmax(axis=1), np.array([solver.value(v) for v in size]))
-    return Answer(placed, bound, "optimal" if status == cp_model.OPTIMAL else "feasible")
+def _add_group(program: _Program, model: Model, j: int, start: Int64, start_size: int) -> None:
+    """Constrain the load and the size of group `j`, which starts with some experts and devices."""
+    cp, members, size = program.cp, list(program.a[:, j]), program.size
+    loads, width = model.loads[0], int(model.capacity[0])
+    load = cp.new_int_var(0, int(loads.sum()), "")
+    cp.add(load == cp_model.LinearExpr.weighted_sum(members, loads.tolist()))
+    cp.add(cp_model.LinearExpr.sum(members) == size[j] * (width - 1) + 1)
+    cp.add_hint(size[j], start_size)
+    cp.add_hint(load, int(loads[start].sum()))
+    # Sizes come in descending order, so the j-th group has at most (devices to share out) / (j + 1) extra ones.
+    most = 1 + (model.devices - len(size)) // (j + 1)
+    choice = [cp.new_bool_var("") for _ in range(most)]
+    cp.add_exactly_one(choice)
+    cp.add(size[j] == cp_model.LinearExpr.weighted_sum(choice, list(range(1, most + 1))))
+    for t, chosen in enumerate(choice, start=1):
+        cp.add_hint(chosen, t == start_size)
+        cp.add(load <= t * program.z).only_enforce_if(chosen)
+    if j:
+        cp.add(size[j - 1] >= size[j])
 
 
 def _placement(model: Model, group: Int64, size: Int64) -> Bool:

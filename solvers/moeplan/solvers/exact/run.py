@@ -67,10 +67,9 @@ def require(solver: str) -> None:
 def _backend(model: Model, solver: str) -> Callable[[Model, Effort, Report], Answer]:
     # Both libraries take a while to import.
     if solver == "cpsat":
-        from moeplan.solvers.exact import cpsat
-        from moeplan.solvers.exact import partition_model as grouping
+        from moeplan.solvers.exact import cpsat, partition_model
 
-        return grouping.solve if grouping.applies(model) else cpsat.solve
+        return partition_model.solve if partition_model.applies(model) else cpsat.solve
     from moeplan.solvers.exact import pulp
 
     return partial(pulp.solve, name=solver)

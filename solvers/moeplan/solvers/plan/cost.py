@@ -11,6 +11,7 @@ from enum import StrEnum
 
 import numpy as np
 
+from moeplan.solvers.objective.score import levels
 from moeplan.solvers.problem.arrays import Float64, Int64
 from moeplan.solvers.problem.errors import InfeasibleError
 from moeplan.solvers.problem.layout import Layout
@@ -70,8 +71,7 @@ def cost(problem: Problem, layout: Layout, split: Split, model: CostModel = STEP
     Raises:
         ProblemError: tokens have bytes but the demand does not tell sources apart.
     """
-    per_speed = (split.device_loads() / problem.cluster.speed).max(axis=1)
-    compute = model.compute_passes * problem.expert.seconds_per_token * per_speed
+    compute = model.compute_passes * problem.expert.seconds_per_token * levels(problem, split.quota)
     if problem.expert.token_bytes and problem.devices > 1:
         communication = model.exchanges * _communication(problem, layout, split, model.over)
     else:

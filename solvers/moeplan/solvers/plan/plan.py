@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
-
 from moeplan.solvers.plan.cost import Cost
+from moeplan.solvers.plan.termination import Termination
 from moeplan.solvers.problem.arrays import Float64
 from moeplan.solvers.problem.layout import Layout
 from moeplan.solvers.problem.moves import Moves
-from moeplan.solvers.problem.problem import Problem
 from moeplan.solvers.split.rules import Split
 
-__all__ = ["Plan", "bound", "imbalance", "relative"]
+__all__ = ["Plan"]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Plan:
     """A plan for one layer.
 
@@ -32,6 +30,7 @@ class Plan:
         cost: Modelled time.
         moves: Replicas to copy; None where there was no current layout.
         seconds: Time that the policy took.
+        termination: Why it ended.
     """
 
     policy: str
@@ -44,24 +43,17 @@ class Plan:
     cost: Cost
     moves: Moves | None
     seconds: float
+    termination: Termination
 
     @property
     def gap(self) -> float:
         """How far from optimal the plan can be at most: ``objective / bound - 1``."""
         return max(0.0, self.objective / self.bound - 1.0)
 
-
-def imbalance(problem: Problem, split: Split) -> Float64:
-    """float64[scenarios]: largest load per speed over the mean, 1.0 for a scenario without tokens."""
-    return relative(problem, (split.device_loads() / problem.cluster.speed).max(axis=1))
-
-
-def bound(problem: Problem) -> Float64:
-    """float64[scenarios]: the least imbalance that any layout and split could have; see `bounds`."""
-    return relative(problem, problem.lower_bound)
-
-
-def relative(problem: Problem, level: Float64) -> Float64:
-    """float64[scenarios]: a load per speed of each scenario over its mean; 1.0 for a scenario without tokens."""
-    mean = problem.mean_level
-    return np.divide(level, mean, out=np.ones(len(level)), where=mean > 0)
+    def __repr__(self) -> str:
+        moved = "" if self.moves is None else f", {len(self.moves)} moves"
+        return (
+            f"Plan({self.policy}: {self.layout.experts} experts on {self.layout.devices} devices, "
+            f"{self.split.rule} split, imbalance {self.mean_imbalance:.4f}, gap {self.gap:.2%}{moved}; "
+            f"{self.termination})"
+        )

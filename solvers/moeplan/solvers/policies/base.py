@@ -24,6 +24,7 @@ from moeplan.solvers.policies.registry import policy
 from moeplan.solvers.problem.arrays import Bool, Float64, Int64
 from moeplan.solvers.problem.layout import EMPTY, Layout
 from moeplan.solvers.problem.problem import Problem
+from moeplan.solvers.problem.split_rules import SplitRule
 
 LOCALITY = 0.1
 """What sending a token over the slowest link costs, beside computing it on a device of average load."""
@@ -39,7 +40,7 @@ FORBIDDEN = 1e15
 @policy(
     "base",
     source="BASE layers, arXiv 2103.16716",
-    split="optimal",
+    split=SplitRule.OPTIMAL,
     honours=("forbidden", "pinned", "min_tokens"),
 )
 def base(problem: Problem, parameters: SolveParameters) -> Layout:

@@ -19,9 +19,10 @@ from moeplan.solvers.problem.arrays import Float64, Int32
 from moeplan.solvers.problem.errors import ProblemError
 from moeplan.solvers.problem.layout import EMPTY, Layout
 from moeplan.solvers.problem.problem import Problem
+from moeplan.solvers.problem.split_rules import SplitRule
 
 
-@policy("eplb", source="DeepSeek EPLB", split="even")
+@policy("eplb", source="DeepSeek EPLB", split=SplitRule.EVEN)
 def eplb(problem: Problem, parameters: SolveParameters) -> Layout:
     """Adams replicas of the mean load, packed longest first; hierarchical where expert groups divide over nodes."""
     loads = problem.mean_load

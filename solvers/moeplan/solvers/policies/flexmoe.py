@@ -19,12 +19,13 @@ from moeplan.solvers.problem.arrays import Float64, Int32
 from moeplan.solvers.problem.kernel import kernel
 from moeplan.solvers.problem.layout import EMPTY, Layout
 from moeplan.solvers.problem.problem import Problem
+from moeplan.solvers.problem.split_rules import SplitRule
 
 TRIGGER = 1.05
 """Largest load over mean load from which the layout is adjusted."""
 
 
-@policy("flexmoe", source="FlexMoE, arXiv 2304.03946", split="even")
+@policy("flexmoe", source="FlexMoE, arXiv 2304.03946", split=SplitRule.EVEN)
 def flexmoe(problem: Problem, parameters: SolveParameters) -> Layout:
     """From the current layout: expand, shrink and migrate single replicas while the slowest device gets faster."""
     start = problem.current or Layout.contiguous(problem.experts, problem.capacity)

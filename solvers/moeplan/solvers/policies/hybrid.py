@@ -5,8 +5,8 @@
    devices where they do not; longest-first packing with swaps; the published policies, so that none is ever better; and
    the current layout. Each is scored by what counts: the best split in every scenario, averaged. A layout that is
    perfect for the mean is fragile.
-3. Local search (see `search`) from the best of them; where it stalls, large neighbourhoods (see `neighbourhood`), and
-   if asked for, stronger bounds (see `configurations`).
+3. Local search (see `search.local`) from the best of them; where it stalls, large neighbourhoods (see
+   `neighbourhoods`), and if asked for, stronger bounds (see `configurations`).
 4. Interchangeable devices are renamed so that the fewest replicas move. A limit of moves holds throughout: a
    construction that exceeds it is dropped, and the search never steps over it.
 """
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from itertools import chain
 
 import numpy as np
 
@@ -22,15 +23,15 @@ from moeplan.solvers.construct import sliding_window as window
 from moeplan.solvers.construct.fill import fill
 from moeplan.solvers.construct.packing import pack, swap
 from moeplan.solvers.construct.partition import grouping
-from moeplan.solvers.construct.repair import narrowings, placed_in, repair, table
+from moeplan.solvers.construct.repair import narrowings, repair, table
 from moeplan.solvers.construct.replica_counts import adams_replicas
 from moeplan.solvers.exact import configurations
 from moeplan.solvers.exact.model import Effort
 from moeplan.solvers.exact.of_problem import any_layout, whole
 from moeplan.solvers.exact.run import run
-from moeplan.solvers.objective.score import risk
-from moeplan.solvers.plan import plan as plans
+from moeplan.solvers.objective import score as scores
 from moeplan.solvers.plan.parameters import SolveParameters
+from moeplan.solvers.plan.termination import Termination
 from moeplan.solvers.policies.base import base
 from moeplan.solvers.policies.eplb import eplb
 from moeplan.solvers.policies.flexmoe import flexmoe
@@ -40,20 +41,24 @@ from moeplan.solvers.policies.static import static
 from moeplan.solvers.policies.symi import symi
 from moeplan.solvers.problem.arrays import Float64, Int32
 from moeplan.solvers.problem.errors import ProblemError
-from moeplan.solvers.problem.layout import EMPTY, Layout
+from moeplan.solvers.problem.layout import EMPTY, Layout, placed_in
+from moeplan.solvers.problem.limit_kernels import limit_arrays
+from moeplan.solvers.problem.limits import Limits, broken
 from moeplan.solvers.problem.moves import keep_slots, relabel
 from moeplan.solvers.problem.problem import Problem
-from moeplan.solvers.search.local import improve
+from moeplan.solvers.problem.split_rules import SplitRule
+from moeplan.solvers.search.local import Burst, Scenarios, improve
 from moeplan.solvers.search.neighbourhoods import neighbour
 from moeplan.solvers.split.flow import optimal_quota
 from moeplan.solvers.split.memory import best_quota, planning_speed
+from moeplan.solvers.split.rules import split
 
 ROUNDS = 1_000
 """Most exchanges of a construction's own descent."""
 
 PRICED = 0.8
-"""Part of a search's work during which a move has a price: at first its part of the distance to the target, so that the
-most useful moves come first, then less and less."""
+"""Part of the work during which arrivals cost something, so that the most useful ones come first: at first the distance
+to the target over `max_moves`, then less and less."""
 
 STALL = 4_000
 """Candidates in a row without success after which local search gives way to large neighbourhoods."""
@@ -77,24 +82,19 @@ WORK_PER_BURST = 2_000_000
 """Scenario x slot visits between two looks at the clock: a few milliseconds."""
 
 
-def stages(problem: Problem, parameters: SolveParameters) -> Iterator[Progress]:
-    """Where the search stands, every few milliseconds."""
+@policy("hybrid", source="moeplan", split=SplitRule.OPTIMAL, honours=ALL_LIMITS)
+def hybrid(problem: Problem, parameters: SolveParameters) -> Iterator[Progress]:
+    """Bounds, constructions, local search guided by the min cut, large neighbourhoods, few moves; the default."""
     start = time.perf_counter()
     deadline = None if parameters.deadline_s is None else start + parameters.deadline_s
-    bounds = plans.bound(problem)
+    bounds = scores.bound(problem)
     if problem.demand.scenarios == 1 and problem.current is None and _perfect(problem) and _window_applies(problem):
         yield Progress(Layout(_window(problem), problem.experts), float(bounds[0]))  # perfect, by the theorem
         return
     state = _Search(problem, parameters, deadline)
     yield from state.construct()
-    yield from state.search()
-
-
-@policy("hybrid", source="moeplan", split="optimal", honours=ALL_LIMITS, anytime=stages)
-def hybrid(problem: Problem, parameters: SolveParameters) -> Layout:
-    """Bounds, constructions, local search guided by the min cut, large neighbourhoods, few moves; the default."""
-    *_, last = stages(problem, parameters)
-    return last.layout
+    if _rule(problem) is SplitRule.OPTIMAL:  # the search knows no other; its constructions are judged by any
+        yield from state.search()
 
 
 class _Search:
@@ -102,26 +102,37 @@ class _Search:
 
     def __init__(self, problem: Problem, parameters: SolveParameters, deadline: float | None) -> None:
         self.problem, self.parameters, self.deadline = problem, parameters, deadline
-        self.bounds = plans.bound(problem)
+        self.bounds = scores.bound(problem)
+        self.proven = 0.0  # a bound on the objective itself, where a solver proves one
         self.limits = problem.limits
-        self.speed = planning_speed(problem)
+        self.scenarios = Scenarios(
+            problem.loads, problem.demand.weights, float(problem.tail), planning_speed(problem), problem.mean_level
+        )
         self.best: Int32 | None = None
+        self.walk: Int32 | None = None  # where the search stands while moves have a price: not always at the best
         self.score = np.inf
         self._shown: Layout | None = None
         self.work = 0
-        self.proofs = _proofs(problem, self, deadline) if parameters.prove else None
+
+    @property
+    def bound(self) -> float:
+        """No layout has a smaller objective."""
+        return max(self.proven, scores.objective(self.problem, self.bounds))
 
     @property
     def target(self) -> float:
         """The objective to stop at."""
-        value = risk(self.bounds, self.problem.demand.weights, self.problem.tail)
-        return value * (1 + self.parameters.target_gap)
+        return self.bound * (1 + self.parameters.target_gap)
+
+    @property
+    def late(self) -> bool:
+        """Whether the deadline has passed."""
+        return self.deadline is not None and time.perf_counter() >= self.deadline
 
     @property
     def over(self) -> bool:
         """Whether to stop."""
-        late = self.deadline is not None and time.perf_counter() >= self.deadline
-        return self.score <= self.target or late or self.work >= self.parameters.work_limit
+        return self.score <= self.target or self.late or self.work >= self.parameters.work_limit
 
     def progress(self) -> Progress:
         """The best layout, the same object until there is a better one, and the bound."""
@@ -131,7 +142,14 @@ class _Search:
             if self.problem.current is not None:
                 keep_slots(self.problem.current.slots, slots)
             self._shown = Layout(slots, self.problem.experts)
-        return Progress(self._shown, risk(self.bounds, self.problem.demand.weights, self.problem.tail))
+        return Progress(self._shown, self.bound, self.ended)
+
+    @property
+    def ended(self) -> Termination:
+        """Why the search is over, if it is."""
+        if self.late:
+            return Termination.DEADLINE
+        return Termination.WORK_LIMIT if self.work >= self.parameters.work_limit else Termination.NOTHING_LEFT
 
     def take(self, slots: Int32) -> bool:
         """Keep a layout if it is better."""
@@ -158,7 +176,7 @@ class _Search:
                     continue
             if self.take(slots):
                 yield self.progress()
-            if self.score <= self.target or (self.deadline is not None and time.perf_counter() >= self.deadline):
+            if self.score <= self.target or self.late:
                 break
         if self.best is None:
             yield from self._within_limits()
@@ -166,26 +184,24 @@ class _Search:
     def _within_limits(self) -> Iterator[Progress]:
         """Every construction repaired until it respects the limits; where that finds nothing, any valid layout."""
         problem = self.problem
-        wanted = [] if problem.current is None else [problem.current.slots]
-        wanted += list(_constructions(problem, self.parameters))
-        for i, slots in enumerate(wanted):
-            for limits in narrowings(problem, placed_in(slots, problem.experts)):
-                stay = problem.current is not None and (i == 0 or limits.moves_limited)
-                repaired = repair(problem, limits, slots, stay=stay)
-                if repaired is not None and self.take(repaired):
+        current = [] if problem.current is None else [problem.current.slots]
+        for wanted in chain(current, _constructions(problem, self.parameters)):
+            for slots, limits in _repairs(problem, wanted):
+                if self.take(slots):
                     self.limits = limits
                     yield self.progress()
-            late = self.deadline is not None and time.perf_counter() >= self.deadline
-            if self.best is not None and (late or self.score <= self.target):
+            if self.best is not None and (self.late or self.score <= self.target):
                 return
         if self.best is None:
-            slots = any_layout(problem, self.parameters.solver, None)
-            self.take(slots)
-            if self.best is None:  # it exists for the model's split only, within memory
-                self.best = slots
-            placed = placed_in(slots, problem.experts)
-            self.limits = next(narrowings(problem, placed), problem.limits)
+            self._take_any()
             yield self.progress()
+
+    def _take_any(self) -> None:
+        """Take any valid layout, which exists by the model's split even where ours does not fit the memory."""
+        slots = any_layout(self.problem, self.parameters.solver, None)
+        if not self.take(slots):
+            self.best = slots
+        self.limits = next(narrowings(self.problem, placed_in(slots, self.problem.experts)), self.problem.limits)
 
     def search(self) -> Iterator[Progress]:
         """Local search; where it stalls, large neighbourhoods and proofs, in turn."""
@@ -193,51 +209,38 @@ class _Search:
         rng = np.random.default_rng(parameters.seed)
         burst = max(8, WORK_PER_BURST // (problem.demand.scenarios * problem.capacity.sum() * 16))
         price = max(0.0, self.score - self.target) / problem.max_moves if problem.max_moves else 0.0
+        proofs: Iterator[Float64] | None = None
         idle = 0
         exact = _small(problem)
         while not self.over:
             before = self.score
-            self._descend(burst, price)
+            price_now = price * max(0.0, 1 - self.work / (PRICED * parameters.work_limit))
+            self._descend(burst, price_now)
             idle = 0 if self.score < before else idle + burst
             if idle >= STALL and exact and not self.over:
                 if self._solve_whole():
                     yield self.progress()
                     return
                 exact = False
-            if idle >= STALL and not self.over:
+            if idle >= STALL and price_now == 0 and not self.over:  # until then the search gives moves back, too
                 self._neighbourhoods(rng)
-                if self.proofs is not None:
-                    self.bounds = next(self.proofs, self.bounds)
+                if parameters.prove:
+                    proofs = proofs or _proofs(problem, self._reached(), self.deadline)
+                    self.bounds = next(proofs, self.bounds)
             yield self.progress()
 
     def _descend(self, burst: int, price: float) -> None:
-        problem, parameters = self.problem, self.parameters
-        assert self.best is not None
-        limits = self.limits
+        """A burst of local search, from where the one before ended; once moves are free, from the best layout."""
+        parameters = self.parameters
+        if self.walk is None or price == 0:
+            self.walk = self.best
+        assert self.walk is not None
         steps = min(burst, parameters.work_limit - self.work)
-        slots = self.best.copy()
-        improve(
-            slots,
-            problem.loads,
-            problem.demand.weights,
-            problem.tail,
-            self.speed,
-            problem.mean_level,
-            limits.may,
-            limits.must,
-            limits.most,
-            limits.held,
-            limits.far,
-            limits.node,
-            limits.max_arrivals,
-            limits.device_arrivals,
-            limits.node_arrivals,
-            price * max(0.0, 1 - self.work / (PRICED * parameters.work_limit)),
-            steps,
-            parameters.seed * 1_000_003 + self.work,
-            self.target,
-        )
+        slots = self.walk.copy()
+        effort = Burst(steps, parameters.seed * 1_000_003 + self.work, price, self.target)
+        improve(slots, self.scenarios, limit_arrays(self.limits), effort)
         self.work += steps
+        self.walk = slots
         self.take(slots)
 
     def _neighbourhoods(self, rng: np.random.Generator) -> None:
@@ -260,25 +263,54 @@ class _Search:
             self.take(table(problem, answer.placed))
         if answer.status != "optimal":
             return False
-        self.bounds = self.bounds * (self.score / float(problem.demand.weights @ self.bounds))
+        self.proven = self.score
         return True
 
+    def _reached(self) -> Float64:
+        """float64[scenarios]: the largest load per speed of the best layout."""
+        assert self.best is not None
+        speed = self.problem.cluster.speed
+        return scores.levels(self.problem, optimal_quota(self.best, self.problem.loads, speed)[0])
 
-def _proofs(problem: Problem, state: _Search, deadline: float | None) -> Iterator[Float64]:
-    """float64[scenarios]: stronger and stronger bounds, the scenario with the widest gap first."""
+
+def _proofs(problem: Problem, reached: Float64, deadline: float | None) -> Iterator[Float64]:
+    """Stronger and stronger bounds of equal devices, the scenario with the widest gap first.
+
+    Args:
+        problem: The problem.
+        reached: float64[scenarios], the largest load per speed that some layout reaches.
+        deadline: Time on `time.perf_counter` to end at.
+
+    Yields:
+        float64[scenarios], as `plan.bound`.
+    """
     capacity, speed = problem.capacity, problem.cluster.speed
     if not configurations.applies(problem.experts, capacity, speed):
         return
-    assert state.best is not None
-    quota, _ = optimal_quota(state.best, problem.loads, speed)
-    reached = quota.sum(axis=2).max(axis=1) / speed[0]
     low = problem.lower_bound.copy()
-    for s in np.argsort(-(plans.relative(problem, reached) - state.bounds) * problem.demand.weights, kind="stable"):
+    gap = (scores.relative(problem, reached) - scores.bound(problem)) * problem.demand.weights
+    for s in np.argsort(-gap, kind="stable"):
         for value in configurations.configuration_bounds(
             problem.loads[s], problem.devices, int(capacity[0]), low[s] * speed[0], reached[s] * speed[0], deadline
         ):
             low[s] = value / speed[0]
-            yield plans.relative(problem, low)
+            yield scores.relative(problem, low)
+
+
+def _repairs(problem: Problem, wanted: Int32) -> Iterator[tuple[Int32, Limits]]:
+    """A layout, int32[devices, width], repaired under each narrowing of the limits that allows it.
+
+    A repair uses every slot, so where a further replica may hurt, the layout comes first as it is, if it may.
+    """
+    placed = placed_in(wanted, problem.experts)
+    if _rule(problem) is not SplitRule.OPTIMAL and placed.any(axis=0).all() and broken(problem.limits, placed) is None:
+        yield wanted, problem.limits
+    in_force = problem.current is not None and wanted is problem.current.slots
+    for limits in narrowings(problem, placed_in(wanted, problem.experts)):
+        stay = problem.current is not None and (in_force or limits.moves_limited)
+        slots = repair(problem, limits, wanted, stay=stay)
+        if slots is not None:
+            yield slots, limits
 
 
 def _start(problem: Problem) -> Int32 | None:
@@ -313,6 +345,8 @@ def _constructions(problem: Problem, parameters: SolveParameters) -> Iterator[In
             slots = _widen(published(problem, parameters).slots.copy(), problem)
         except ProblemError:  # EPLB's groups may not fit its nodes
             continue
+        if _rule(problem) is not SplitRule.OPTIMAL:
+            yield slots.copy()  # a further replica may hurt where its tokens are not divided for the best
         fill(slots, loads, capacity)
         yield slots
 
@@ -325,7 +359,7 @@ def _lost(problem: Problem) -> bool:
 def _perfect(problem: Problem) -> bool:
     """Whether nothing but slots limits a layout, so that the theorem of the sliding window holds."""
     memory = problem.cluster.memory_bytes is not None and problem.expert.activation_bytes > 0
-    return problem.limits.free and not memory
+    return problem.limits.free and not memory and _rule(problem) is SplitRule.OPTIMAL
 
 
 def _small(problem: Problem) -> bool:
@@ -352,15 +386,18 @@ def _widen(slots: Int32, problem: Problem) -> Int32:
     return np.pad(slots, ((0, 0), (0, missing)), constant_values=EMPTY) if missing else slots
 
 
+def _rule(problem: Problem) -> SplitRule:
+    return problem.split_rule or SplitRule.OPTIMAL
+
+
 def _score(problem: Problem, slots: Int32) -> float:
-    """Imbalance of a layout under the optimal split: what the search minimises."""
+    """The objective of a layout under the split rule asked for; infinite where it does not fit the memory."""
+    rule = _rule(problem)
+    if rule is not SplitRule.OPTIMAL:
+        return scores.score(problem, split(problem, Layout.trusted(slots, problem.experts), rule).quota)
     quota, _, fits = best_quota(problem, slots)
-    if not fits:
-        return np.inf
-    level = (quota.sum(axis=2) / problem.cluster.speed).max(axis=1)
-    return risk(plans.relative(problem, level), problem.demand.weights, problem.tail)
+    return scores.score(problem, quota) if fits else np.inf
 
 
 def _arrivals(current: Layout, slots: Int32) -> int:
-    placed = Layout(slots, current.experts).placed
-    return int((placed & ~current.placed).sum())
+    return int((placed_in(slots, current.experts) & ~current.placed).sum())

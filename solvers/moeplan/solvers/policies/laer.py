@@ -24,20 +24,20 @@ from moeplan.solvers.problem.demand import Demand
 from moeplan.solvers.problem.kernel import kernel
 from moeplan.solvers.problem.layout import Layout
 from moeplan.solvers.problem.problem import Problem
-from moeplan.solvers.split.rules import even, lite
+from moeplan.solvers.problem.split_rules import SplitRule
+from moeplan.solvers.split.rules import split
 
 
-@policy("laer", source="LAER-MoE, arXiv 2602.11686", split="lite")
+@policy("laer", source="LAER-MoE, arXiv 2602.11686", split=SplitRule.LITE)
 def laer(problem: Problem, parameters: SolveParameters) -> Layout:
     """Even and priority-queue replica counts, spread over nodes, the better by LAER's cost under lite routing."""
     history = replace(problem, demand=Demand.of(problem.demand.tokens.sum(axis=0)))
-    by_source = history.demand.sources > 1 or problem.devices == 1
+    rule = problem.split_rule or SplitRule.LITE
     candidates = []
     for replicas in _replica_counts(history):
         slots = _place(history.mean_load, replicas, problem.capacity, problem.cluster.node, problem.cluster.nodes)
         layout = Layout(slots, problem.experts)
-        routed = lite(history, layout) if by_source else even(history, layout)
-        candidates.append((cost(history, layout, routed, LAER).mean_s, layout))
+        candidates.append((cost(history, layout, split(history, layout, rule), LAER).mean_s, layout))
     return min(candidates, key=lambda candidate: candidate[0])[1]
 
 
@@ -84,9 +84,11 @@ def _place(loads: Float64, replicas: Int32, capacity: Int32, node: Int32, nodes:
             for d in range(devices):
                 if used[d] == capacity[d] or on[d, e]:
                     continue
-                here = on_node[node[d], e]
-                there = on_node[node[best], e]
-                if best < 0 or here < there or (here == there and load[d] < load[best]):
+                if best < 0:
+                    best = d
+                    continue
+                here, there = on_node[node[d], e], on_node[node[best], e]
+                if here < there or (here == there and load[d] < load[best]):
                     best = d
             if best < 0:  # every device with room holds it already
                 break

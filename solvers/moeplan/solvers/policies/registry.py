@@ -1,25 +1,30 @@
 """The registry of policies.
 
-A policy is a function that makes a layout from a problem. It lives in one file of `moeplan.solvers.policies` and
-registers itself there with the `policy` decorator; every module of that package is found by name.
+A policy is a function that makes a layout from a problem, or, if it searches, a generator that yields its `Progress`.
+It lives in one file of `moeplan.solvers.policies` and registers itself there with the `policy` decorator; every module
+of that package is found by name.
 """
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import inspect
 import pkgutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
-from functools import cache
+from functools import cache, wraps
+from typing import Any, TypeVar
 
 from moeplan.solvers.plan.parameters import SolveParameters
+from moeplan.solvers.plan.termination import Termination
 from moeplan.solvers.problem.constraints import Constraints
 from moeplan.solvers.problem.errors import ProblemError
 from moeplan.solvers.problem.layout import Layout
 from moeplan.solvers.problem.problem import Problem
+from moeplan.solvers.problem.split_rules import SplitRule
 
-__all__ = ["ALL_LIMITS", "Anytime", "Make", "Policy", "Progress", "available_policies", "find", "policy"]
+__all__ = ["ALL_LIMITS", "ALL_RULES", "Make", "Policy", "Progress", "Search", "available_policies", "find", "policy"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -28,19 +33,26 @@ class Progress:
 
     Attributes:
         layout: The best layout so far.
-        bound: No layout has a smaller scenario-averaged imbalance.
+        bound: No layout has a smaller objective.
+        termination: Why the search ends with this; of the last progress only.
     """
 
     layout: Layout
     bound: float
+    termination: Termination = Termination.NOTHING_LEFT
 
 
 ALL_LIMITS = ("max_moves", *(field.name for field in fields(Constraints)))
 """What a policy honours that respects every limit of a problem."""
 
+ALL_RULES = frozenset(SplitRule)
+"""What a policy plans for whose layouts are judged, or simply made, under whichever rule is asked for."""
+
 Make = Callable[[Problem, SolveParameters], Layout]
 
-Anytime = Callable[[Problem, SolveParameters], Iterator[Progress]]
+Search = Callable[[Problem, SolveParameters], Iterator[Progress]]
+
+F = TypeVar("F", Make, Search)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,38 +62,53 @@ class Policy:
     Attributes:
         name: Name in the registry.
         source: The system or paper that it comes from.
-        split: The split rule that its system uses; see `splits.RULES`.
+        split: The split rule that its system uses: a problem's, where it asks for none.
+        rules: Split rules that it plans for; problems that ask for others are refused.
         honours: Optional constraints of `Problem` that it respects; problems that set others are refused.
-        make: The algorithm.
-        anytime: The same, reporting every few milliseconds, never worse than before; None without a search.
+        search: The algorithm. It reports every few milliseconds, never worse than before; at least once.
+        summary: What it does, in a line.
     """
 
     name: str
     source: str
-    split: str
+    split: SplitRule
+    rules: frozenset[SplitRule]
     honours: frozenset[str]
-    make: Make
-    anytime: Anytime | None = None
-
-    @property
-    def summary(self) -> str:
-        """First line of the algorithm's docstring."""
-        return (inspect.getdoc(self.make) or "").split("\n", 1)[0]
+    search: Search
+    summary: str
 
 
 _registry: dict[str, Policy] = {}
 
 
 def policy(
-    name: str, *, source: str, split: str, honours: tuple[str, ...] = (), anytime: Anytime | None = None
-) -> Callable[[Make], Make]:
-    """Register a function as the policy `name`; see `Policy` for the arguments."""
+    name: str,
+    *,
+    source: str,
+    split: SplitRule,
+    rules: frozenset[SplitRule] = ALL_RULES,
+    honours: tuple[str, ...] = (),
+) -> Callable[[F], F]:
+    """Register a function as the policy `name`; see `Policy` for the arguments. `summary` is its docstring."""
 
-    def register(make: Make) -> Make:
-        _registry[name] = Policy(name, source, split, frozenset(honours), make, anytime)
-        return make
+    def register(function: F) -> F:
+        summary = (inspect.getdoc(function) or "").split("\n", 1)[0]
+        given: Any = function
+        search: Search = given if inspect.isgeneratorfunction(function) else _in_one_step(given)
+        _registry[name] = Policy(name, source, split, rules, frozenset(honours), search, summary)
+        return function
 
     return register
+
+
+def _in_one_step(make: Make) -> Search:
+    """A policy without a search as one that reports once; it proves nothing."""
+
+    @wraps(make)
+    def search(problem: Problem, parameters: SolveParameters) -> Iterator[Progress]:
+        yield Progress(make(problem, parameters), 0.0)
+
+    return search
 
 
 @cache
@@ -101,5 +128,7 @@ def find(name: str) -> Policy:
     """
     known = available_policies()
     if name not in known:
-        raise ProblemError("policy", repr(name), f"must be one of {', '.join(known)}")
+        close = difflib.get_close_matches(str(name), known, n=1)
+        meant = f"did you mean {close[0]}? It " if close else ""
+        raise ProblemError("policy", repr(name), f"{meant}must be one of {', '.join(known)}")
     return known[name]

@@ -15,9 +15,10 @@ from moeplan.solvers.policies.registry import policy
 from moeplan.solvers.problem.arrays import Int32, Int64
 from moeplan.solvers.problem.layout import EMPTY, Layout
 from moeplan.solvers.problem.problem import Problem
+from moeplan.solvers.problem.split_rules import SplitRule
 
 
-@policy("symi", source="SYMI / SwiftMoE, arXiv 2504.19925", split="even")
+@policy("symi", source="SYMI / SwiftMoE, arXiv 2504.19925", split=SplitRule.EVEN)
 def symi(problem: Problem, parameters: SolveParameters) -> Layout:
     """Replicas proportional to the newest scenario's popularity, in expert order over consecutive devices."""
     replicas = proportional(problem.loads[-1], int(problem.capacity.sum()), problem.devices)

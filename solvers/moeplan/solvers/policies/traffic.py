@@ -17,14 +17,17 @@ from dataclasses import replace
 import numpy as np
 
 from moeplan.solvers.construct.repair import narrowings
+from moeplan.solvers.objective.score import levels
 from moeplan.solvers.plan.parameters import SolveParameters
 from moeplan.solvers.policies.hybrid import hybrid
 from moeplan.solvers.policies.registry import policy
 from moeplan.solvers.problem.arrays import Float64, Int32
 from moeplan.solvers.problem.layout import Layout
+from moeplan.solvers.problem.limit_kernels import limit_arrays
 from moeplan.solvers.problem.moves import keep_slots, rename
 from moeplan.solvers.problem.problem import Problem
-from moeplan.solvers.search.keep_home import keep_home
+from moeplan.solvers.problem.split_rules import SplitRule
+from moeplan.solvers.search.keep_home import SourcedScenarios, keep_home
 from moeplan.solvers.split.coverage import coverable, domains, tokens_by_domain
 from moeplan.solvers.split.flow import optimal_quota
 
@@ -39,17 +42,20 @@ PATIENCE = 4
 @policy(
     "traffic",
     source="moeplan",
-    split="home",
+    split=SplitRule.HOME,
+    rules=frozenset({SplitRule.HOME}),
     honours=("max_moves", "forbidden", "pinned", "domain", "groups_on_node", "min_tokens"),
 )
 def traffic(problem: Problem, parameters: SolveParameters) -> Layout:
     """Fewest tokens between nodes with the load within `traffic_tolerance` of hybrid's; needs demand by source."""
     start = time.perf_counter()
-    tokens = tokens_by_domain(problem)
+    tokens = tokens_by_domain(problem.cluster, problem.demand.tokens, problem.source_device)
     half = None if parameters.deadline_s is None else parameters.deadline_s / 2
-    balanced = hybrid(problem, replace(parameters, deadline_s=half))
+    for_load = replace(problem, split_rule=SplitRule.OPTIMAL)
+    *_, last = hybrid(for_load, replace(parameters, deadline_s=half))
+    balanced = last.layout
     speed = problem.cluster.speed
-    level = (optimal_quota(balanced.slots, problem.loads, speed)[0].sum(axis=2) / speed).max(axis=1)
+    level = levels(problem, optimal_quota(balanced.slots, problem.loads, speed)[0])
     caps = np.where(level > 0, level * (1 + parameters.traffic_tolerance), 1.0)
     totals = problem.loads.sum(axis=1)
     weights = np.divide(problem.demand.weights, totals, out=np.zeros(len(totals)), where=totals > 0)
@@ -59,7 +65,7 @@ def traffic(problem: Problem, parameters: SolveParameters) -> Layout:
     if problem.current is None and limits.free:
         slots = _nearer(problem, slots, mean)
     least = float(mean.sum()) - coverable(mean, int((slots >= 0).sum()))
-    nearest = domains(problem)
+    scenarios = SourcedScenarios(tokens, weights, caps, speed, domains(problem.cluster))
     remote, excess, stuck = np.inf, np.inf, 0
     for first in range(0, parameters.work_limit, CANDIDATES_PER_BURST):
         if parameters.deadline_s is not None and time.perf_counter() - start >= parameters.deadline_s:
@@ -68,22 +74,7 @@ def traffic(problem: Problem, parameters: SolveParameters) -> Layout:
         seed = parameters.seed * 1_000_003 + first
         before = (excess, remote)
         heat = HEAT if stuck % PATIENCE == PATIENCE - 1 else 0.0
-        remote, excess = keep_home(
-            slots,
-            tokens,
-            weights,
-            caps,
-            speed,
-            nearest,
-            limits.may,
-            limits.must,
-            limits.most,
-            limits.held,
-            limits.max_arrivals,
-            steps,
-            seed,
-            heat,
-        )
+        remote, excess = keep_home(slots, scenarios, limit_arrays(limits), steps, seed, heat)
         stuck = 0 if (excess, remote) < before else stuck + 1
         if excess == 0 and remote <= least + 1e-12:
             break
@@ -96,7 +87,7 @@ def traffic(problem: Problem, parameters: SolveParameters) -> Layout:
 
 def _nearer(problem: Problem, slots: Int32, tokens: Float64) -> Int32:
     """Rename interchangeable devices so that most tokens find their expert in their own domain."""
-    wanted = tokens[domains(problem)]  # float64[devices, experts]
+    wanted = tokens[domains(problem.cluster)]  # float64[devices, experts]
     padded = np.concatenate([wanted, np.zeros((len(wanted), 1))], axis=1)  # column -1 collects the empty slots
     gain: Float64 = padded[:, slots].sum(axis=2).T
     renamed: Int32 = rename(slots, gain, problem.capacity, problem.cluster)

@@ -10,7 +10,7 @@ import numpy.typing as npt
 from moeplan.solvers.problem.arrays import Float64, Int32, Int64, floats, integers
 from moeplan.solvers.problem.errors import ProblemError
 
-__all__ = ["Cluster", "Link"]
+__all__ = ["Cluster", "Link", "source_devices"]
 
 MAX_DEVICES = 65_536
 MAX_SLOTS = 65_536
@@ -141,3 +141,8 @@ class Cluster:
     def max_slots(self) -> int:
         """Slots of the largest device: the width of a layout."""
         return int(self.slots.max())
+
+
+def source_devices(sources: int, devices: int) -> Int64:
+    """int64[sources]: device whose tokens a source holds: itself, or contiguous blocks where the numbers differ."""
+    return np.arange(sources, dtype=np.int64) * devices // sources

@@ -45,7 +45,8 @@ class Demand:
         total = weights.sum()
         if total <= 0:
             raise ProblemError("demand.weights", weights.tolist(), "at least one must be above 0")
-        weights = weights / total
+        if abs(total - 1) > len(weights) * np.finfo(np.float64).eps:
+            weights = weights / total  # and once only: a demand made of another's weights has the same to the last bit
         weights.flags.writeable = False
         set_(self, "weights", weights)
 

@@ -1,9 +1,8 @@
-"""From the last steps to the demands that a layout should suit.
+"""From the window of past steps to the demand that a layout should suit. Whoever plans comes here.
 
-The steps themselves are few, and a layout that is searched for them alone is perfect for them and for nothing else. So
-each scenario is one of the last steps, newer ones more often, and moved about as the window says that experts move from
-one step to the next: every expert by itself, and all of them together along the changes that were seen, which keeps
-what rises and falls with what. The changes can be taken wider than they were.
+Planning for the few observed steps overfits them. So by default each scenario is a recent step, newer ones more often,
+perturbed by the changes seen between steps: each expert by itself, and all jointly so that correlated experts stay
+correlated. The changes can be taken wider than they were.
 """
 
 from __future__ import annotations
@@ -15,14 +14,43 @@ import numpy as np
 from moeplan.solvers.problem.arrays import Float64, Int64
 from moeplan.solvers.problem.demand import Demand
 from moeplan.solvers.problem.errors import ProblemError
+from moeplan.solvers.problem.forecast_spec import Forecast, ForecastMethod
 
-__all__ = ["Widening", "widened"]
+__all__ = ["Widening", "forecast", "widened"]
 
 OUTLIER = 2.5
 """Changes count up to this many of an expert's usual ones: a shift of domain says nothing about the usual spread."""
 
 NORMAL_MEDIAN = 0.6745
 """Median of the absolute value of a standard normal variable."""
+
+
+def forecast(window: Int64, how: Forecast = Forecast()) -> Demand:
+    """The demand of one layer in the coming steps.
+
+    Args:
+        window: int64[steps, sources, experts], oldest step first, at least one; only the newest
+            `how.window_steps` count.
+        how: How to forecast.
+
+    Raises:
+        ProblemError: `window` is not an array of token counts.
+    """
+    steps = Demand.of(window[-how.window_steps :])
+    match how.method:
+        case ForecastMethod.LAST:
+            return Demand.of(steps.tokens[-1])
+        case ForecastMethod.MEAN:
+            return Demand.of(np.rint(steps.tokens.mean(axis=0)).astype(np.int64))
+        case ForecastMethod.EMA:
+            average = steps.tokens[0].astype(np.float64)
+            for step in steps.tokens[1:]:
+                average += how.smoothing * (step - average)
+            return Demand.of(np.rint(average).astype(np.int64))
+        case ForecastMethod.STEPS:
+            return steps
+        case ForecastMethod.SCENARIOS:
+            return widened(steps.tokens)
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from moeplan.solvers.problem.arrays import Bool, Int32, integers
 from moeplan.solvers.problem.errors import ProblemError
 
-__all__ = ["EMPTY", "Hosts", "Layout"]
+__all__ = ["EMPTY", "Hosts", "Layout", "check_layout", "placed_in"]
 
 EMPTY = -1
 """Content of a slot that holds no replica."""
@@ -48,30 +48,13 @@ class Layout:
     experts: int
 
     def __post_init__(self) -> None:
-        from moeplan.solvers.problem.layout_kernels import (  # the compiler loads slowly
-            MISSING,
-            RANGE,
-            TWICE,
-            first_fault,
-        )
-
         slots = integers("layout.slots", self.slots, ndim=2, dtype=np.int32)
         object.__setattr__(self, "slots", slots)
-        fault, where = first_fault(slots, self.experts)
-        if fault == RANGE:
-            device, slot = divmod(where, slots.shape[1])
-            raise ProblemError(
-                f"layout.slots[{device}, {slot}]",
-                int(slots[device, slot]),
-                f"must be -1 or 0..{self.experts - 1}",
-            )
-        if fault == TWICE:
-            device, slot = divmod(where, slots.shape[1])
-            raise ProblemError(
-                f"layout.slots[{device}]", slots[device].tolist(), f"holds expert {slots[device, slot]} twice"
-            )
-        if fault == MISSING:
-            raise ProblemError("layout.slots", f"no slot with expert {where}", "every expert needs a replica")
+        if self.experts > slots.size:  # said before memory is taken for each: a wrong number may be huge
+            raise ProblemError("layout.experts", self.experts, f"must be at most the number of slots ({slots.size})")
+        missing = _check_table(slots, self.experts)
+        if missing is not None:
+            raise ProblemError("layout.slots", f"no slot with expert {missing}", "every expert needs a replica")
 
     @classmethod
     def contiguous(cls, experts: int, slots: npt.ArrayLike) -> Layout:
@@ -96,6 +79,21 @@ class Layout:
         for device, share in enumerate(shares):
             table[device, :share] = np.arange(start, start + share)
             start += share
+        return cls.trusted(table, experts)
+
+    @classmethod
+    def partial(cls, slots: npt.ArrayLike, experts: int) -> Layout:
+        """A layout in force that may lack experts, which were lost with their devices.
+
+        Args:
+            slots: int32[devices, width], expert in each slot, -1 for an empty one.
+            experts: Number of experts.
+
+        Raises:
+            ProblemError: an id is out of range, or a device holds two replicas of one expert.
+        """
+        table = integers("layout.slots", slots, ndim=2, dtype=np.int32)
+        _check_table(table, experts)
         return cls.trusted(table, experts)
 
     @classmethod
@@ -129,16 +127,66 @@ class Layout:
     @cached_property
     def placed(self) -> Bool:
         """bool[devices, experts]: whether a device holds a replica of an expert."""
-        table = np.zeros((self.devices, self.experts), np.bool_)
-        device, slot = np.nonzero(self.slots != EMPTY)
-        table[device, self.slots[device, slot]] = True
-        return table
+        return placed_in(self.slots, self.experts)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Layout) and self.experts == other.experts and np.array_equal(self.slots, other.slots)
 
     def __hash__(self) -> int:
         return hash((self.experts, self.slots.tobytes()))
+
+
+def check_layout(field: str, layout: Layout, experts: int, slots: Int32) -> None:
+    """Check that a layout suits its experts and devices.
+
+    Args:
+        field: What errors call it.
+        layout: The layout.
+        experts: Experts that it must be of.
+        slots: int32[devices], replicas that each device can hold.
+
+    Raises:
+        ProblemError: it is of other experts or devices, or a device holds more replicas than it has slots.
+    """
+    if layout.experts != experts:
+        raise ProblemError(f"{field}.experts", layout.experts, f"must be {experts}")
+    if layout.devices != len(slots):
+        raise ProblemError(f"{field}.devices", layout.devices, f"the cluster has {len(slots)} devices")
+    used = (layout.slots != EMPTY).sum(axis=1)
+    over = np.flatnonzero(used > slots)
+    if len(over):
+        device = int(over[0])
+        raise ProblemError(f"{field}.slots[{device}]", f"{used[device]} replicas", f"has {slots[device]} slots")
+
+
+def _check_table(slots: Int32, experts: int) -> int | None:
+    """The first expert without a slot, None if every one has one; refuses what no table may hold."""
+    from moeplan.solvers.problem.layout_kernels import (  # the compiler loads slowly
+        MISSING,
+        RANGE,
+        TWICE,
+        first_fault,
+    )
+
+    fault, where = first_fault(slots, experts)
+    if fault in (RANGE, TWICE):
+        device, slot = divmod(where, slots.shape[1])
+        if fault == RANGE:
+            raise ProblemError(
+                f"layout.slots[{device}, {slot}]", int(slots[device, slot]), f"must be -1 or 0..{experts - 1}"
+            )
+        raise ProblemError(
+            f"layout.slots[{device}]", slots[device].tolist(), f"holds expert {slots[device, slot]} twice"
+        )
+    return where if fault == MISSING else None
+
+
+def placed_in(slots: Int32, experts: int) -> Bool:
+    """bool[devices, experts]: what a table, int32[devices, width], holds where; it need not be a valid layout."""
+    placed = np.zeros((len(slots), experts), np.bool_)
+    device, slot = np.nonzero(slots != EMPTY)
+    placed[device, slots[device, slot]] = True
+    return placed
 
 
 def even_shares(experts: int, capacity: Int32) -> Int32:

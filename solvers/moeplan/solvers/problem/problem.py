@@ -9,15 +9,16 @@ from functools import cached_property, lru_cache
 import numpy as np
 
 from moeplan.solvers.problem.arrays import Float64, Int32, Int64, integers
-from moeplan.solvers.problem.cluster import Cluster
+from moeplan.solvers.problem.cluster import Cluster, source_devices
 from moeplan.solvers.problem.compile_limits import compile_limits
 from moeplan.solvers.problem.constraints import Constraints
 from moeplan.solvers.problem.demand import Demand
 from moeplan.solvers.problem.errors import InfeasibleError, ProblemError
-from moeplan.solvers.problem.layout import EMPTY, Layout
+from moeplan.solvers.problem.layout import EMPTY, Layout, check_layout
 from moeplan.solvers.problem.limits import Limits
+from moeplan.solvers.problem.split_rules import SplitRule, split_rule
 
-__all__ = ["ExpertSpec", "Problem"]
+__all__ = ["ExpertSpec", "Problem", "check_experts"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +47,11 @@ class ExpertSpec:
         if not 0 < self.seconds_per_token < float("inf"):
             raise ProblemError("expert.seconds_per_token", self.seconds_per_token, "must be finite and above 0")
 
+    @property
+    def replica_bytes(self) -> int:
+        """Memory that one resident replica takes."""
+        return self.weight_bytes + self.state_bytes
+
 
 @dataclass(frozen=True, eq=False)
 class Problem:
@@ -62,6 +68,8 @@ class Problem:
         tail: Part of the scenarios that a plan should suit, the worst ones: 1.0 for their mean, less for the mean of a
             tail (conditional value at risk).
         constraints: Further limits on where replicas may be.
+        split_rule: How the system that will run the layout divides tokens, given by its name or as `SplitRule`; a
+            policy that cannot plan for it refuses. None for the policy's own.
 
     Raises:
         ProblemError: a field is invalid or contradicts another.
@@ -76,27 +84,19 @@ class Problem:
     groups: int = 1
     tail: float = 1.0
     constraints: Constraints = field(default=Constraints())
+    split_rule: SplitRule | None = None
 
     def __post_init__(self) -> None:
-        if self.experts > self.cluster.total_slots:
-            raise InfeasibleError(
-                "cluster.slots",
-                f"{self.cluster.total_slots} slots",
-                f"{self.experts} experts need {self.experts - self.cluster.total_slots} more; add slots or devices",
-            )
-        if self.experts > self.capacity.sum():
-            raise InfeasibleError(
-                "cluster.memory_bytes",
-                f"room for {self.capacity.sum()} replicas",
-                f"{self.experts} experts need {self.experts - int(self.capacity.sum())} more; "
-                "add memory or devices, or shrink expert.weight_bytes + expert.state_bytes",
-            )
-        if not 1 <= self.groups <= self.experts or self.experts % self.groups:
-            raise ProblemError("groups", self.groups, f"must divide the number of experts ({self.experts})")
+        if self.split_rule is not None:
+            rule = split_rule("split_rule", self.split_rule)
+            object.__setattr__(self, "split_rule", rule)
+            if rule.needs_sources and self.demand.sources == 1 and self.devices > 1:
+                raise ProblemError("split_rule", rule, "needs the demand of each source; give tokens[sources, experts]")
+        check_experts(self.cluster, self.experts, self.expert, self.groups)
         if not 0 < self.tail <= 1:
             raise ProblemError("tail", self.tail, "must be above 0 and at most 1")
         if self.current is not None:
-            self._check_current(self.current)
+            check_layout("current", self.current, self.experts, self.cluster.slots)
         if self.max_moves is not None:
             if self.current is None:
                 raise ProblemError("max_moves", self.max_moves, "needs `current`, the layout that moves start from")
@@ -130,21 +130,6 @@ class Problem:
             current = Layout.trusted(left, self.experts)
         return replace(self, cluster=replace(self.cluster, slots=slots), current=current)
 
-    def _check_current(self, current: Layout) -> None:
-        if current.experts != self.experts:
-            raise ProblemError("current.experts", current.experts, f"the demand has {self.experts} experts")
-        if current.devices != self.devices:
-            raise ProblemError("current.devices", current.devices, f"the cluster has {self.devices} devices")
-        used = (current.slots >= 0).sum(axis=1)
-        over = np.flatnonzero(used > self.cluster.slots)
-        if len(over):
-            device = int(over[0])
-            raise ProblemError(
-                f"current.slots[{device}]",
-                f"{used[device]} replicas",
-                f"has {self.cluster.slots[device]} slots",
-            )
-
     @property
     def devices(self) -> int:
         """Number of devices."""
@@ -172,7 +157,7 @@ class Problem:
 
         A device never holds two replicas of one expert, so never more than there are experts.
         """
-        return _capacity(self.cluster, self.experts, self.expert.weight_bytes + self.expert.state_bytes)
+        return _capacity(self.cluster, self.experts, self.expert.replica_bytes)
 
     @cached_property
     def limits(self) -> Limits:
@@ -219,7 +204,32 @@ class Problem:
             raise ProblemError(
                 "demand.sources", 1, "traffic needs the demand of each source; give tokens[sources, experts]"
             )
-        return (np.arange(sources, dtype=np.int64) * self.devices // sources).astype(np.int32)
+        return source_devices(sources, self.devices).astype(np.int32)
+
+
+def check_experts(cluster: Cluster, experts: int, expert: ExpertSpec, groups: int) -> None:
+    """Check that the experts of a layer fit, whatever the demand.
+
+    Raises:
+        ProblemError: `groups` does not divide the experts.
+        InfeasibleError: the experts do not fit into slots or memory; the message says by how much.
+    """
+    if experts > cluster.total_slots:
+        raise InfeasibleError(
+            "cluster.slots",
+            f"{cluster.total_slots} slots",
+            f"{experts} experts need {experts - cluster.total_slots} more; add slots or devices",
+        )
+    room = int(_capacity(cluster, experts, expert.replica_bytes).sum())
+    if experts > room:
+        raise InfeasibleError(
+            "cluster.memory_bytes",
+            f"room for {room} replicas",
+            f"{experts} experts need {experts - room} more; "
+            "add memory or devices, or shrink expert.weight_bytes + expert.state_bytes",
+        )
+    if not 1 <= groups <= experts or experts % groups:
+        raise ProblemError("groups", groups, f"must divide the number of experts ({experts})")
 
 
 @lru_cache(maxsize=8)

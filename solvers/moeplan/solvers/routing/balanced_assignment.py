@@ -35,6 +35,18 @@ __all__ = ["Assignment", "balanced_assignment", "optimal_assignment"]
 
 Scores = npt.NDArray[Any]
 
+COLD_EPSILON = 0.25
+"""First epsilon of the scaling, as a fraction of the range of the scores."""
+
+WARM_EPSILON = 0.02
+"""The same, from the prices of an earlier assignment."""
+
+SCALING = 0.2
+"""Factor from one epsilon to the next."""
+
+MAX_SCORE = 1e30
+"""Scores beyond this are refused: sums of smaller ones stay finite in float32 and float64 alike."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Assignment:
@@ -95,16 +107,6 @@ def balanced_assignment(
     first = WARM_EPSILON if prices is not None else COLD_EPSILON
     expert, final = _auction(table, start, max(first, epsilon) * spread, epsilon * spread)
     return _judged(table, expert, final - final.min())
-
-
-COLD_EPSILON = 0.25
-"""First epsilon of the scaling, as a fraction of the range of the scores."""
-WARM_EPSILON = 0.02
-"""The same, from the prices of an earlier assignment."""
-MAX_SCORE = 1e30
-"""Largest score read, in size: sums of them stay finite in float32 and float64 alike."""
-SCALING = 0.2
-"""Factor from one epsilon to the next."""
 
 
 def optimal_assignment(scores: npt.ArrayLike) -> Assignment:

@@ -12,11 +12,10 @@ import numpy as np
 
 from moeplan.solvers.construct import sliding_window as window
 from moeplan.solvers.construct.fill import fill
-from moeplan.solvers.construct.repair import placed_in
 from moeplan.solvers.exact.model import Effort, Model
 from moeplan.solvers.exact.run import run
 from moeplan.solvers.problem.arrays import Bool, Float64, Int32, Int64
-from moeplan.solvers.problem.layout import EMPTY
+from moeplan.solvers.problem.layout import EMPTY, placed_in
 from moeplan.solvers.problem.limits import Limits
 from moeplan.solvers.problem.problem import Problem
 from moeplan.solvers.split.memory import best_quota
@@ -43,7 +42,7 @@ def neighbour(
         limits: Its limits, narrowed to one region per unit.
         slots: int32[devices, width], a valid layout.
         rng: Draws the devices.
-        solver: See `ilp.run`.
+        solver: See `exact.run`.
         deadline: Time on `time.perf_counter` to return by; None for none.
 
     Returns:

@@ -9,53 +9,76 @@ from __future__ import annotations
 
 import heapq
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Executor
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
-import numpy as np
-
+from moeplan.solvers.objective.score import score
+from moeplan.solvers.plan.cost import STEP
 from moeplan.solvers.plan.parameters import SolveParameters
-from moeplan.solvers.plan.plan import Plan, relative
-from moeplan.solvers.policies.registry import Progress, find
+from moeplan.solvers.plan.plan import Plan
+from moeplan.solvers.plan.termination import Termination
+from moeplan.solvers.policies.registry import Policy, Progress, find
+from moeplan.solvers.problem.errors import ProblemError
 from moeplan.solvers.problem.problem import Problem
-from moeplan.solvers.solving.solver import check_honoured, evaluate, solve
-from moeplan.solvers.split.memory import best_quota
+from moeplan.solvers.solving.solver import check_asked, plan_of
+from moeplan.solvers.split.rules import split
 
 __all__ = ["solve_layers"]
 
 
 def solve_layers(
     problems: Sequence[Problem],
+    *,
     policy: str = "hybrid",
     parameters: SolveParameters = SolveParameters(),
-    *,
-    processes: Executor | None = None,
-    shares: int = 1,
+    on_plan: Callable[[], None] = lambda: None,
+    first: int = 0,
 ) -> list[Plan]:
     """Plan several layers; `parameters.deadline_s` is for all of them, its other limits for each.
 
-    Without a deadline the plans are those of `solve`, layer by layer.
+    While the deadline is not reached the plans are those of `solve`, layer by layer.
 
     Args:
         problems: One per layer.
         policy: Name of a policy.
         parameters: How hard to try.
-        processes: Workers to spread layers over, such as a `ProcessPoolExecutor` that is warm already, because starting
-            a process takes longer than most deadlines; None to stay in this one.
-        shares: How many workers to use; layers are dealt out in turn.
+        on_plan: Called whenever a layer is done, for progress.
+        first: Number of the first problem, for errors, which name ``problems[number]``.
 
     Raises:
         ProblemError: see `solve`.
     """
-    if processes is None or shares <= 1:
-        return _solve_share(list(problems), policy, parameters)
-    dealt = [list(problems[i::shares]) for i in range(shares)]
-    answers = [processes.submit(_solve_share, share, policy, parameters) for share in dealt]
-    plans: list[Plan | None] = [None] * len(problems)
-    for i, answer in enumerate(answers):
-        plans[i::shares] = answer.result()
+    chosen = find(policy)
+    start = time.perf_counter()
+    deadline = float("inf") if parameters.deadline_s is None else start + parameters.deadline_s
+    layers = []
+    for i, problem in enumerate(problems, first):
+        with _numbered(i):
+            layers.append(_Layer(problem, check_asked(problem, chosen)))
+    queue = [(-layer.hope, i) for i, layer in enumerate(layers)]
+    heapq.heapify(queue)
+    plans: list[Plan | None] = [None] * len(layers)
+    while queue:
+        _, i = heapq.heappop(queue)
+        layer = layers[i]
+        late = time.perf_counter() >= deadline
+        with _numbered(first + i):
+            if not (late and layer.last) and layer.advance(parameters, deadline):  # every layer may take a first step
+                heapq.heappush(queue, (-layer.hope, i))
+                continue
+            plans[i] = layer.plan(parameters, late)
+        on_plan()
     return [plan for plan in plans if plan is not None]
+
+
+@contextmanager
+def _numbered(index: int) -> Iterator[None]:
+    """Errors raised inside say which problem they are of."""
+    try:
+        yield
+    except ProblemError as error:
+        raise type(error)(f"problems[{index}].{error.field}", error.value, error.reason) from None
 
 
 @dataclass(slots=True)
@@ -63,24 +86,26 @@ class _Layer:
     """One layer's search."""
 
     problem: Problem
+    policy: Policy
     search: Iterator[Progress] | None = None
     last: Progress | None = None
-    imbalance: float = np.inf
+    value: float = float("inf")
     idle: int = 0
     seconds: float = 0.0
 
-    def advance(self) -> bool:
+    def advance(self, parameters: SolveParameters, deadline: float) -> bool:
         """Take one step; whether there was one."""
-        assert self.search is not None
         start = time.perf_counter()
+        if self.search is None:  # a search knows the time from its first step
+            left = None if deadline == float("inf") else max(1e-3, deadline - start)
+            self.search = self.policy.search(self.problem, replace(parameters, deadline_s=left))
         progress = next(self.search, None)
         self.seconds += time.perf_counter() - start
         if progress is None:
             return False
         if self.last is None or progress.layout is not self.last.layout:
-            quota, _, _ = best_quota(self.problem, progress.layout.slots)
-            level = (quota.sum(axis=2) / self.problem.cluster.speed).max(axis=1)
-            self.imbalance = float(self.problem.demand.weights @ relative(self.problem, level))
+            rule = self.problem.split_rule or self.policy.split
+            self.value = score(self.problem, split(self.problem, progress.layout, rule).quota)
             self.idle = 0
         else:
             self.idle += 1
@@ -91,41 +116,11 @@ class _Layer:
     def hope(self) -> float:
         """What a further step may gain."""
         if self.last is None:
-            return np.inf
-        return max(0.0, self.imbalance / self.last.bound - 1) / (1 + self.idle)
+            return float("inf")
+        return max(0.0, self.value / max(self.last.bound, 1.0) - 1) / (1 + self.idle)
 
-
-def _solve_share(problems: list[Problem], policy: str, parameters: SolveParameters) -> list[Plan]:
-    chosen = find(policy)
-    if parameters.deadline_s is None or chosen.anytime is None:
-        return [solve(problem, policy, parameters) for problem in problems]
-    deadline = time.perf_counter() + parameters.deadline_s
-    layers = []
-    for problem in problems:
-        check_honoured(problem, chosen)
-        layers.append(_Layer(problem))
-    queue = [(-layer.hope, i) for i, layer in enumerate(layers)]
-    heapq.heapify(queue)
-    while queue:
-        late = time.perf_counter() >= deadline
-        _, i = heapq.heappop(queue)
-        if late and layers[i].last is not None:
-            continue  # only a layer without any plan may still take its first step
-        if layers[i].last is None:  # a search knows the time from its first step
-            left = replace(parameters, deadline_s=max(1e-3, deadline - time.perf_counter()))
-            layers[i].search = chosen.anytime(layers[i].problem, left)
-        if layers[i].advance():
-            heapq.heappush(queue, (-layers[i].hope, i))
-    plans = []
-    for layer in layers:
-        assert layer.last is not None
-        plan = evaluate(
-            layer.problem,
-            layer.last.layout,
-            chosen.split,
-            policy=policy,
-            seconds=layer.seconds,
-            bound=layer.last.bound,
-        )
-        plans.append(plan)
-    return plans
+    def plan(self, parameters: SolveParameters, late: bool) -> Plan:
+        """The plan of the last step; `late` where the deadline ended the search."""
+        assert self.last is not None, "a policy reports at least once"
+        last = replace(self.last, termination=Termination.DEADLINE) if late else self.last
+        return plan_of(self.problem, self.policy, last, self.seconds, parameters, STEP)

@@ -45,7 +45,11 @@ class Shares:
 
 
 def share_slots(
-    problems: Sequence[Problem], budget: int, policy: str = "hybrid", parameters: SolveParameters = SolveParameters()
+    problems: Sequence[Problem],
+    budget: int,
+    *,
+    policy: str = "hybrid",
+    parameters: SolveParameters = SolveParameters(),
 ) -> Shares:
     """Divide a budget of slots per device over layers for the least sum of largest loads.
 
@@ -102,7 +106,7 @@ def _curve(
     curve: list[tuple[float, Plan]] = []
     for slots in range(fewest, fewest + spare + 1):
         cluster = replace(problem.cluster, slots=np.full(problem.devices, slots, np.int32))
-        plan = solve(replace(problem, cluster=cluster), policy, parameters)
+        plan = solve(replace(problem, cluster=cluster), policy=policy, parameters=parameters)
         mean: Float64 = problem.mean_level
         level = float(problem.demand.weights @ (plan.imbalance * mean))
         curve.append(curve[-1] if curve and curve[-1][0] <= level else (level, plan))

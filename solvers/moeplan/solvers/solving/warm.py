@@ -26,4 +26,4 @@ def warm_up() -> None:
     plan = solve(few, parameters=short)
     solve(replace(few, current=plan.layout, max_moves=2), parameters=short)
     solve(Problem(Cluster.uniform(4, 4), Demand.of(tokens[:1])))
-    solve(few, "ilp", short)
+    solve(few, policy="ilp", parameters=short)

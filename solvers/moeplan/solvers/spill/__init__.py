@@ -1,5 +1,5 @@
-"""Exact-load planning inside the rank: spill tokens of overloaded devices to transient replicas in spare slots.
+"""Planning with known counts inside the rank: spill tokens of overloaded devices to transient replicas in spare slots.
 
 Every expert has a home device that keeps its master weights. Once the router has spoken, the counts of one layer and
-micro-batch are exact; each rank calls the same deterministic function on the same counts and gets the same plan.
+micro-batch are known; each rank calls the same deterministic function on the same counts and gets the same plan.
 """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from moeplan.solvers.problem.arrays import Float64, Int64
 from moeplan.solvers.problem.kernel import kernel
-from moeplan.solvers.spill.filling import finish_time, go_home, pack, replay, take_back
+from moeplan.solvers.spill.filling import Costs, Domain, State, finish_time, go_home, pack, replay, take_back
 from moeplan.solvers.spill.options import MAX_TOTAL
 
 __all__ = ["lower_bound", "solve_domain"]
@@ -20,13 +20,14 @@ _UNLIMITED = float(MAX_TOTAL)
 
 
 @kernel
-def lower_bound(spare: Int64, cap: Int64, speed: Float64, load: Int64) -> float:
+def lower_bound(domain: Domain, load: Int64) -> float:
     """A time that no plan of a domain can undercut, from its loads at home.
 
     The domain's tokens over its speed; and the same for the devices with spare slots alone, whose tokens cannot reach
     the others. Without any spare slot every device keeps its load. With equal speeds tokens are whole. Memory caps move
     what they do not admit to the other devices.
     """
+    spare, cap, speed = domain.spare, domain.cap, domain.speed
     tokens, open_tokens, open_devices = 0, 0, 0
     rate, open_rate, worst = 0.0, 0.0, 0.0
     equal = True
@@ -65,20 +66,7 @@ def above_caps(bound: float, tokens: int, cap: Int64, speed: Float64) -> float:
 
 @kernel
 def solve_domain(
-    floor: float,
-    w: Int64,
-    first: Int64,
-    spare: Int64,
-    cap: Int64,
-    speed: Float64,
-    costs: Float64,
-    at_home: Int64,
-    load: Int64,
-    received: Int64,
-    room: Int64,
-    excess: Int64,
-    left: Int64,
-    chunks: Int64,
+    floor: float, w: Int64, domain: Domain, costs: Costs, state: State, left: Int64, chunks: Int64
 ) -> tuple[int, int]:
     """The best plan found for one domain; never worse than leaving everything at home.
 
@@ -88,39 +76,29 @@ def solve_domain(
 
     Args:
         floor: Proven lower bound of the whole problem: nothing is gained below it.
-        w: See `packing.pack` for this and the arguments that are not listed.
-        first: See `packing.pack`.
-        spare: See `packing.pack`.
-        cap: See `packing.pack`.
-        speed: See `packing.pack`.
-        costs: float64[4+]; the fourth is the tolerance.
-        at_home: int64[positions], loads at home.
-        load: Out: loads of the plan.
-        received: Out: replicas received.
-        room: See `packing.pack`.
-        excess: See `packing.pack`.
-        left: See `packing.pack`.
+        w: int64[experts], tokens of each expert.
+        domain: The devices.
+        costs: What replicas cost.
+        state: The loads at home before, those of the plan after.
+        left: int64[experts], scratch.
         chunks: int64[2, 4, slots], out: the best plan is in one of the two tables.
 
     Returns:
         The table that holds the best plan, and its number of chunks.
     """
-    go_home(at_home, load, received)
+    go_home(state)
     best, best_count = 0, 0
-    best_time, best_short = finish_time(cap, speed, costs, load, received)
-    target, failed, grow = floor + floor * costs[3], floor, 0.0
-    step = floor * max(costs[3], _FINEST)
+    best_time, best_short = finish_time(domain, costs, state)
+    target, failed, grow = floor + floor * costs.tolerance, floor, 0.0
+    step = floor * max(costs.tolerance, _FINEST)
     for _ in range(_ATTEMPTS):
         if best_short == 0 and (best_time <= target or best_time <= failed + step):
             break
         fewest_stuck = 2**62
         for wasteful in (False, True):
-            go_home(at_home, load, received)
-            count, stuck = pack(
-                target, wasteful, w, first, spare, cap, speed, costs,
-                load, received, room, excess, left, chunks[1 - best],
-            )  # fmt: skip
-            time, short = finish_time(cap, speed, costs, load, received)
+            go_home(state)
+            count, stuck = pack(target, wasteful, w, domain, costs, state, left, chunks[1 - best])
+            time, short = finish_time(domain, costs, state)
             if short < best_short or (short == best_short and time < best_time):
                 best, best_count, best_time, best_short = 1 - best, count, time, short
             fewest_stuck = min(fewest_stuck, stuck)
@@ -133,10 +111,10 @@ def solve_domain(
             continue
         if fewest_stuck > 0:
             failed = max(failed, target)
-            grow = max(fewest_stuck / speed.sum(), step, 2 * grow)
+            grow = max(fewest_stuck / domain.speed.sum(), step, 2 * grow)
         target = min(failed + grow, (failed + best_time) / 2)
 
-    go_home(at_home, load, received)
-    replay(chunks[best], best_count, load, received)
-    best_count = take_back(max(best_time, floor), chunks[best], best_count, cap, speed, costs, load, received)
+    go_home(state)
+    replay(chunks[best], best_count, state)
+    best_count = take_back(max(best_time, floor), chunks[best], best_count, domain, costs, state)
     return best, best_count

@@ -13,6 +13,8 @@ the room is lost.) Room passed on that nobody needed in the end is returned by `
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from moeplan.solvers.problem.arrays import Float64, Int64
 from moeplan.solvers.problem.kernel import kernel
 
@@ -21,6 +23,9 @@ __all__ = [
     "CHUNK_FROM",
     "CHUNK_TO",
     "CHUNK_TOKENS",
+    "Costs",
+    "Domain",
+    "State",
     "finish_time",
     "go_home",
     "pack",
@@ -33,6 +38,58 @@ CHUNK_EXPERT, CHUNK_FROM, CHUNK_TO, CHUNK_TOKENS = range(4)
 
 _POSITIONS = 2**16
 """A count and a position share a word, count first: the plain maximum of words finds both, in vector instructions."""
+
+
+class Domain(NamedTuple):
+    """The devices of one domain.
+
+    Attributes:
+        first: int64[positions + 1], experts of each position.
+        spare: int64[positions], spare slots.
+        cap: int64[positions], token caps.
+        speed: float64[positions].
+    """
+
+    first: Int64
+    spare: Int64
+    cap: Int64
+    speed: Float64
+
+
+class Costs(NamedTuple):
+    """What replicas cost, and what is worth doing.
+
+    Attributes:
+        transfer: Time of receiving a replica, in tokens at speed 1.
+        memory: Tokens of a cap that a replica takes.
+        smallest: Fewest tokens of a chunk.
+        tolerance: Accepted distance from the lower bound, as a fraction.
+        threshold: Imbalance of the homes up to which nothing moves.
+    """
+
+    transfer: float
+    memory: int
+    smallest: int
+    tolerance: float
+    threshold: float
+
+
+class State(NamedTuple):
+    """Where a domain stands while chunks are moved: int64[positions] each.
+
+    Attributes:
+        at_home: Tokens with every token at home; read only.
+        load: Tokens with the chunks so far.
+        received: Replicas received so far.
+        room: Scratch: room for one more replica.
+        excess: Scratch: tokens above the limit.
+    """
+
+    at_home: Int64
+    load: Int64
+    received: Int64
+    room: Int64
+    excess: Int64
 
 
 @kernel
@@ -120,8 +177,9 @@ def smallest_covering(left: Int64, begin: int, end: int, tokens: int, best: int)
 
 
 @kernel
-def go_home(at_home: Int64, load: Int64, received: Int64) -> None:
+def go_home(state: State) -> None:
     """The state without replicas. (A loop: compiled slice assignment takes longer than the rest of a short call.)"""
+    at_home, load, received = state.at_home, state.load, state.received
     for p in range(len(load)):
         load[p] = at_home[p]
         received[p] = 0
@@ -129,20 +187,7 @@ def go_home(at_home: Int64, load: Int64, received: Int64) -> None:
 
 @kernel
 def pack(
-    target: float,
-    wasteful: bool,
-    w: Int64,
-    first: Int64,
-    spare: Int64,
-    cap: Int64,
-    speed: Float64,
-    costs: Float64,
-    load: Int64,
-    received: Int64,
-    room: Int64,
-    excess: Int64,
-    left: Int64,
-    chunks: Int64,
+    target: float, wasteful: bool, w: Int64, domain: Domain, costs: Costs, state: State, left: Int64, chunks: Int64
 ) -> tuple[int, int]:
     """Move chunks until no device exceeds its limit at `target`, or nothing more can move.
 
@@ -150,22 +195,18 @@ def pack(
         target: Time that no device should exceed, in tokens at speed 1.
         wasteful: See `receiver`; the second thing to try.
         w: int64[experts], tokens of each expert; read only.
-        first: int64[positions + 1], experts of each position.
-        spare: int64[positions], spare slots.
-        cap: int64[positions], token caps.
-        speed: float64[positions].
-        costs: float64[3+], transfer tokens, replica tokens, fewest tokens of a chunk.
-        load: int64[positions], loads at home before, loads with the chunks after.
-        received: int64[positions], replicas received: 0 before.
-        room: int64[positions], scratch.
-        excess: int64[positions], scratch.
+        domain: The devices.
+        costs: What replicas cost.
+        state: All tokens at home before, the loads with the chunks after.
         left: int64[experts], scratch: tokens of each expert that are still at home.
         chunks: int64[4, slots], out.
 
     Returns:
         Number of chunks, and tokens above the limits that could not be moved (0: the target is met).
     """
-    transfer, memory, smallest = costs[0], int(costs[1]), int(costs[2])
+    first, spare, cap, speed = domain.first, domain.spare, domain.cap, domain.speed
+    load, received, room, excess = state.load, state.received, state.room, state.excess
+    transfer, memory, smallest = costs.transfer, costs.memory, costs.smallest
     for i in range(first[0], first[-1]):
         left[i] = w[i]
     for p in range(len(load)):
@@ -210,8 +251,9 @@ def pack(
 
 
 @kernel
-def replay(chunks: Int64, count: int, load: Int64, received: Int64) -> None:
+def replay(chunks: Int64, count: int, state: State) -> None:
     """Apply chunks to the loads at home."""
+    load, received = state.load, state.received
     for c in range(count):
         tokens = chunks[CHUNK_TOKENS, c]
         load[chunks[CHUNK_FROM, c]] -= tokens
@@ -220,16 +262,7 @@ def replay(chunks: Int64, count: int, load: Int64, received: Int64) -> None:
 
 
 @kernel
-def take_back(
-    target: float,
-    chunks: Int64,
-    count: int,
-    cap: Int64,
-    speed: Float64,
-    costs: Float64,
-    load: Int64,
-    received: Int64,
-) -> int:
+def take_back(target: float, chunks: Int64, count: int, domain: Domain, costs: Costs, state: State) -> int:
     """Return tokens to their home where it has room left at `target`; drop chunks that become empty.
 
     Last chunk first: a device passes room on before it is given room, so what a chunk returns can be returned further
@@ -238,7 +271,8 @@ def take_back(
     Returns:
         Number of chunks left; they keep their order.
     """
-    transfer, memory, smallest = costs[0], int(costs[1]), int(costs[2])
+    cap, speed, load, received = domain.cap, domain.speed, state.load, state.received
+    transfer, memory, smallest = costs.transfer, costs.memory, costs.smallest
     for c in range(count - 1, -1, -1):
         p, q, tokens = chunks[CHUNK_FROM, c], chunks[CHUNK_TO, c], chunks[CHUNK_TOKENS, c]
         back = limit_at(target, speed[p], cap[p], received[p], transfer, memory) - load[p]
@@ -257,11 +291,11 @@ def take_back(
 
 
 @kernel
-def finish_time(cap: Int64, speed: Float64, costs: Float64, load: Int64, received: Int64) -> tuple[float, int]:
+def finish_time(domain: Domain, costs: Costs, state: State) -> tuple[float, int]:
     """Largest device time of a domain, and tokens above its memory caps."""
+    cap, speed, load, received = domain.cap, domain.speed, state.load, state.received
     worst, short = 0.0, 0
-    memory = int(costs[1])
     for p in range(len(load)):
-        worst = max(worst, load[p] / speed[p] + costs[0] * received[p])
-        short += max(load[p] + memory * received[p] - cap[p], 0)
+        worst = max(worst, load[p] / speed[p] + costs.transfer * received[p])
+        short += max(load[p] + costs.memory * received[p] - cap[p], 0)
     return worst, short

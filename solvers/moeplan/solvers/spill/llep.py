@@ -11,8 +11,9 @@ from moeplan.solvers.problem.arrays import Int64
 from moeplan.solvers.problem.errors import ProblemError
 from moeplan.solvers.problem.kernel import kernel
 from moeplan.solvers.spill.options import SpillOptions
-from moeplan.solvers.spill.sourcing import source_tokens
+from moeplan.solvers.spill.sourcing import Places, Quotas, Scratch, source_spill
 from moeplan.solvers.spill.spill_plan import SpillPlan
+from moeplan.solvers.split.sources import Groups, sort_sources
 
 __all__ = ["LlepPlanner"]
 
@@ -60,16 +61,7 @@ class LlepPlanner:
         self.sources = sources
         self.alpha, self.min_tokens, self.threshold = alpha, min_tokens, threshold
         self.source_device = options.source_device(sources)
-        self._home = options.home.astype(np.int64)
-        devices = np.arange(options.devices + 1)
-        node = options.node[self.source_device]
-        self._sources = (
-            options.node.astype(np.int64),
-            np.arange(sources),
-            np.searchsorted(self.source_device, devices),
-            np.argsort(node, kind="stable"),
-            np.searchsorted(np.sort(node), np.arange(int(options.node.max()) + 2)),
-        )
+        self._places = Places(options.home.astype(np.int64), sort_sources(self.source_device, options.node))
 
     def plan(self, counts: npt.NDArray[Any]) -> SpillPlan:
         """The plan of one layer.
@@ -89,38 +81,38 @@ class LlepPlanner:
         tokens = counts.sum(axis=0, dtype=np.int64)
         if counts.min() < 0:
             raise ProblemError("llep.counts", int(counts.min()), "must be at least 0")
-        experts, devices = self.options.experts, self.options.devices
+        experts, devices, home = self.options.experts, self.options.devices, self._places.home
         total = int(tokens.sum())
         balanced = total / devices
         share = np.zeros((experts, devices), np.int64)
         if tokens.max() * experts < self.threshold * total or total == 0:
-            share[np.arange(experts), self._home] = tokens
+            share[np.arange(experts), home] = tokens
             load = share.sum(axis=0)
         else:
             capacity = max(int(self.alpha * (total // devices)), 1)
             order = np.argsort(-tokens, kind="stable")
             load = np.zeros(devices, np.int64)
-            _assign(tokens, order, self._home, capacity, self.min_tokens, load, share)
-        home_quota = share[np.arange(experts), self._home]
-        share[np.arange(experts), self._home] = 0
+            _assign(tokens, order, home, capacity, self.min_tokens, load, share)
+        home_quota = share[np.arange(experts), home]
+        share[np.arange(experts), home] = 0
         expert, device = np.nonzero(share)
         quota = share[expert, device]
         slots = len(expert)
         sent = np.zeros((slots, self.sources), counts.dtype)
         kept = counts.copy()
-        source_tokens(
+        workspace = np.zeros((5, slots + 1), np.int64)
+        source_spill(
             counts,
             slots,
-            expert,
-            device,
-            quota,
-            home_quota,
-            self._home,
-            *self._sources,
-            np.full(experts, -1),
-            np.zeros(slots, np.int64),
-            np.zeros(self.sources, np.int64),
-            np.zeros(slots, np.int64),
+            Quotas(expert, device, quota, home_quota),
+            self._places,
+            Scratch(
+                np.full(experts, -1),
+                Groups(*workspace[:3]),
+                workspace[3],
+                np.zeros(self.sources, np.int64),
+                workspace[4],
+            ),
             sent,
             kept,
         )

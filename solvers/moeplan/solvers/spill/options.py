@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moeplan.solvers.problem.arrays import Float64, Int32, Int64, floats, integers
-from moeplan.solvers.problem.cluster import MAX_DEVICES, MAX_SLOTS, Link
+from moeplan.solvers.problem.cluster import MAX_DEVICES, MAX_SLOTS, Link, source_devices
 from moeplan.solvers.problem.errors import ProblemError
 
 __all__ = ["MAX_TOTAL", "NO_CAP", "SpillOptions", "transfer_tokens"]
@@ -155,8 +155,8 @@ class SpillOptions:
         return len(self.spare)
 
     def source_device(self, sources: int) -> Int64:
-        """int64[sources]: device whose tokens a source holds: itself, or contiguous blocks where the numbers differ."""
-        return np.arange(sources, dtype=np.int64) * self.devices // sources
+        """int64[sources]: see `cluster.source_devices`."""
+        return source_devices(sources, self.devices)
 
 
 def contiguous_home(experts: int, devices: int) -> Int32:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -11,10 +11,20 @@ from moeplan.solvers.problem.arrays import Float64, Int64
 from moeplan.solvers.problem.errors import ProblemError
 from moeplan.solvers.problem.kernel import kernel
 from moeplan.solvers.spill.domain_search import lower_bound, solve_domain
-from moeplan.solvers.spill.filling import CHUNK_EXPERT, CHUNK_TO, CHUNK_TOKENS, finish_time, go_home
+from moeplan.solvers.spill.filling import (
+    CHUNK_EXPERT,
+    CHUNK_TO,
+    CHUNK_TOKENS,
+    Costs,
+    Domain,
+    State,
+    finish_time,
+    go_home,
+)
 from moeplan.solvers.spill.options import MAX_TOTAL, SpillOptions
-from moeplan.solvers.spill.sourcing import source_tokens
+from moeplan.solvers.spill.sourcing import Places, Quotas, Scratch, source_spill
 from moeplan.solvers.spill.spill_plan import SpillPlan
+from moeplan.solvers.split.sources import Groups, Sources
 
 __all__ = ["QuotaPlanner", "fill_plans"]
 
@@ -22,10 +32,66 @@ __all__ = ["QuotaPlanner", "fill_plans"]
 # 0.1 us of unpacking per call, so arrays of one length share a table.
 _FIRST, _SPARE, _CAP, _DEVICE, _NODE, _OF_DEVICE, _OF_NODE = range(7)
 _AT_HOME, _LOAD, _RECEIVED, _ROOM, _EXCESS = range(5)
-_TOKENS, _LEFT, _HEAD = range(3)
-_EXPERT, _HOST, _QUOTA, _FOLLOWING, _NEED = range(5)
+_TOKENS, _LEFT, _GROUP = range(3)
+_EXPERT, _HOST, _QUOTA, _GROUPED, _START, _ORDER, _CURSOR, _NEED = range(8)
 _OUT_LOAD, _OUT_SHORT = range(2)
 _REPLICAS, _TIMES = range(2)
+
+
+class _Topology(NamedTuple):
+    """The options as the kernel reads them; devices by position: sorted by domain, stably.
+
+    Attributes:
+        experts: int64[2, experts], experts sorted by the position of their home, and each expert's home.
+        table: int64[7, devices + 1 or more], one row per name above.
+        speed: float64[positions].
+        domains: int64[domains + 1], first position of each domain.
+        sources: int64[2, sources], sources sorted by device and by node.
+        costs: float64[6], the fields of `Costs`, then the number of nodes.
+    """
+
+    experts: Int64
+    table: Int64
+    speed: Float64
+    domains: Int64
+    sources: Int64
+    costs: Float64
+
+
+class _Work(NamedTuple):
+    """What a call needs between its steps, and nothing beyond it: a row per name above.
+
+    Attributes:
+        devices: int64[5, devices].
+        experts: int64[3, experts].
+        supply: int64[sources].
+        chunks: int64[2, 4, slots].
+    """
+
+    devices: Int64
+    experts: Int64
+    supply: Int64
+    chunks: Int64
+
+
+class _Plans(NamedTuple):
+    """The plans of all layers, a row per name above.
+
+    Attributes:
+        replicas: int64[layers, 8, slots + 1].
+        home_quota: int64[layers, experts].
+        devices: int64[layers, 2, devices].
+        sent: `dtype`[layers, slots, sources].
+        kept: `dtype`[layers, sources, experts].
+        summary: float64[layers, 4], number of replicas, then `SpillPlan.times`.
+    """
+
+    replicas: Int64
+    home_quota: Int64
+    devices: Int64
+    sent: npt.NDArray[Any]
+    kept: npt.NDArray[Any]
+    summary: Float64
 
 
 class QuotaPlanner:
@@ -34,9 +100,9 @@ class QuotaPlanner:
     Every rank that plans the same counts with equal options gets the same plan, bit for bit. Building a planner
     compiles the kernels, once per machine. A planner serves one thread at a time.
 
-    The search packs chunks at a target load (`packing`), raising the target from the lower bound until it fits
-    (`search`). It shares the outer idea, greedy export at a threshold, with UltraEP (arXiv 2606.04101); its own are
-    passing unused room on to the sender, the bounds, unequal speeds, memory, and transfer costs.
+    The search packs chunks at a target load (`filling`), raising the target from the lower bound until it fits
+    (`domain_search`). It shares the outer idea, greedy export at a threshold, with UltraEP (arXiv 2606.04101); its own
+    are passing unused room on to the sender, the bounds, unequal speeds, memory, and transfer costs.
 
     Args:
         options: Devices and limits.
@@ -67,30 +133,21 @@ class QuotaPlanner:
 
         experts, devices = options.experts, options.devices
         slots = int(np.minimum(options.spare, experts).sum())
-        # Scratch: what a call needs between its steps, and nothing beyond it.
-        self._scratch = (
+        work = _Work(
             np.zeros((5, devices), np.int64),
             np.full((3, experts), -1, np.int64),
             np.zeros(sources, np.int64),
             np.zeros((2, 4, slots), np.int64),
         )
-        self._topology = _topology(options, self.source_device)
-        self._replicas = np.zeros((layers, 5, slots), np.int64)
-        self._home_quota = np.zeros((layers, experts), np.int64)
-        self._devices = np.zeros((layers, 2, devices), np.int64)
-        self._sent = np.zeros((layers, slots, sources), self.dtype)
-        self._kept = np.zeros((layers, sources, experts), self.dtype)
-        self._summary = np.zeros((layers, 4), np.float64)
-        self.workspace = (
-            *self._topology,
-            *self._scratch,
-            self._replicas,
-            self._home_quota,
-            self._devices,
-            self._sent,
-            self._kept,
-            self._summary,
+        self._plans = _Plans(
+            np.zeros((layers, 8, slots + 1), np.int64),
+            np.zeros((layers, experts), np.int64),
+            np.zeros((layers, 2, devices), np.int64),
+            np.zeros((layers, slots, sources), self.dtype),
+            np.zeros((layers, sources, experts), self.dtype),
+            np.zeros((layers, 4), np.float64),
         )
+        self.workspace: tuple[Any, ...] = (*_topology(options, self.source_device), *work, *self._plans)
         self._views: list[dict[int, SpillPlan]] = [{} for _ in range(layers)]
         self.plan(np.zeros((sources, experts), self.dtype))  # compiles, or loads what is compiled
 
@@ -119,7 +176,7 @@ class QuotaPlanner:
 
     def _run(self, counts: npt.NDArray[Any]) -> int:
         shape = counts.shape
-        if len(shape) != 3 or not 1 <= shape[0] <= self.layers or shape[1:] != self._kept.shape[1:]:
+        if len(shape) != 3 or not 1 <= shape[0] <= self.layers or shape[1:] != self._plans.kept.shape[1:]:
             raise ProblemError(
                 "spill.counts",
                 f"array of shape {shape}",
@@ -140,32 +197,26 @@ class QuotaPlanner:
 
     def _view(self, layer: int) -> SpillPlan:
         """The views of a plan depend on nothing but its number of replicas, so each is made once."""
-        n = int(self._summary[layer, _REPLICAS])
+        plans = self._plans
+        n = int(plans.summary[layer, _REPLICAS])
         plan = self._views[layer].get(n)
         if plan is None:
-            replicas = self._replicas[layer]
+            replicas = plans.replicas[layer]
             plan = self._views[layer][n] = SpillPlan(
                 replicas[_EXPERT, :n],
                 replicas[_HOST, :n],
                 replicas[_QUOTA, :n],
-                self._home_quota[layer],
-                self._sent[layer, :n].T,
-                self._kept[layer],
-                self._devices[layer, _OUT_LOAD],
-                self._devices[layer, _OUT_SHORT],
-                self._summary[layer, _TIMES:],
+                plans.home_quota[layer],
+                plans.sent[layer, :n].T,
+                plans.kept[layer],
+                plans.devices[layer, _OUT_LOAD],
+                plans.devices[layer, _OUT_SHORT],
+                plans.summary[layer, _TIMES:],
             )
         return plan
 
 
-def _topology(options: SpillOptions, source_device: Int64) -> tuple[Int64, Int64, Float64, Int64, Int64, Float64]:
-    """The options as the kernel reads them; devices by position: sorted by domain, stably.
-
-    Returns:
-        int64[2, experts], experts sorted by the position of their home, and each expert's home; int64[7, devices + 1 or
-        more], one row per name above; float64[positions], speeds; int64[domains + 1], first position of each domain;
-        int64[2, sources], sources sorted by device and by node; float64[6], costs, limits and the number of nodes.
-    """
+def _topology(options: SpillOptions, source_device: Int64) -> _Topology:
     devices = options.devices
     device = np.argsort(options.domain, kind="stable")
     home = np.argsort(device)[options.home]
@@ -179,20 +230,20 @@ def _topology(options: SpillOptions, source_device: Int64) -> tuple[Int64, Int64
     table[_NODE, :devices] = options.node
     table[_OF_DEVICE, : devices + 1] = np.searchsorted(source_device, np.arange(devices + 1))
     table[_OF_NODE, : nodes + 1] = np.searchsorted(np.sort(source_node), np.arange(nodes + 1))
-    limits = (
+    costs = Costs(
         options.transfer_tokens,
         options.replica_tokens,
         options.min_tokens,
         options.tolerance,
         options.threshold,
     )
-    return (
+    return _Topology(
         np.stack([np.argsort(home, kind="stable"), options.home.astype(np.int64)]),
         table,
         options.speed[device],
         np.append(np.flatnonzero(np.diff(options.domain[device], prepend=-1)), devices).astype(np.int64),
         np.stack([np.arange(len(source_device)), np.argsort(source_node, kind="stable")]),
-        np.array([*limits, nodes], np.float64),
+        np.array([*costs, nodes], np.float64),
     )
 
 
@@ -226,9 +277,9 @@ def fill_plans(
     table: Int64,
     speed: Float64,
     domains: Int64,
-    source_order: Int64,
+    sources: Int64,
     costs: Float64,
-    work: Int64,
+    device_work: Int64,
     expert_work: Int64,
     supply: Int64,
     chunks: Int64,
@@ -239,90 +290,95 @@ def fill_plans(
     kept: npt.NDArray[Any],
     summary: Float64,
 ) -> int:
-    """Plan every layer; -1, or the first layer whose counts are invalid. The tables' rows are named at the top."""
+    """`_plan_each` of a topology, workspace and plans.
+
+    Their fields are handed over one by one: a call from Python takes several microseconds to look through a tuple of
+    arrays, as long as the planning of a small layer.
+    """
+    return _plan_each(
+        counts,
+        _Topology(experts, table, speed, domains, sources, costs),
+        _Work(device_work, expert_work, supply, chunks),
+        _Plans(replicas, home_quota, devices, sent, kept, summary),
+    )
+
+
+@kernel
+def _plan_each(counts: npt.NDArray[Any], topology: _Topology, work: _Work, plans: _Plans) -> int:
+    """Plan every layer; -1, or the first layer whose counts are invalid."""
+    table, numbers = topology.table, topology.costs
+    costs = Costs(numbers[0], int(numbers[1]), int(numbers[2]), numbers[3], numbers[4])
+    by_device, by_node = topology.sources[0], topology.sources[1]
+    of_node = table[_OF_NODE, : int(numbers[5]) + 1]
+    places = Places(topology.experts[1], Sources(table[_NODE], by_device, table[_OF_DEVICE], by_node, of_node))
     for layer in range(len(counts)):
-        if not _add_up(counts[layer], home_quota[layer], kept[layer]):
+        replicas, home_quota = plans.replicas[layer], plans.home_quota[layer]
+        summary, sent, kept = plans.summary[layer], plans.sent[layer], plans.kept[layer]
+        if not _add_up(counts[layer], home_quota, kept):
             return layer
-        _plan_quotas(
-            experts[0], table, speed, domains, costs, work, expert_work, chunks,
-            replicas[layer], home_quota[layer], devices[layer], summary[layer],
-        )  # fmt: skip
-        source_tokens(
-            counts[layer],
-            int(summary[layer, _REPLICAS]),
-            replicas[layer, _EXPERT],
-            replicas[layer, _HOST],
-            replicas[layer, _QUOTA],
-            home_quota[layer],
-            experts[1],
-            table[_NODE],
-            source_order[0],
-            table[_OF_DEVICE],
-            source_order[1],
-            table[_OF_NODE, : int(costs[5]) + 1],
-            expert_work[_HEAD],
-            replicas[layer, _FOLLOWING],
-            supply,
-            replicas[layer, _NEED],
-            sent[layer],
-            kept[layer],
-        )
+        quotas = Quotas(replicas[_EXPERT], replicas[_HOST], replicas[_QUOTA], home_quota)
+        _plan_quotas(topology, costs, work, quotas, plans.devices[layer], summary)
+        groups = Groups(replicas[_GROUPED], replicas[_START], replicas[_ORDER])
+        scratch = Scratch(work.experts[_GROUP], groups, replicas[_CURSOR], work.supply, replicas[_NEED])
+        source_spill(counts[layer], int(summary[_REPLICAS]), quotas, places, scratch, sent, kept)
     return -1
 
 
 @kernel
 def _plan_quotas(
-    order: Int64,
-    table: Int64,
-    speed: Float64,
-    domains: Int64,
-    costs: Float64,
-    work: Int64,
-    expert_work: Int64,
-    chunks: Int64,
-    replicas: Int64,
-    home_quota: Int64,
-    devices: Int64,
-    summary: Float64,
+    topology: _Topology, costs: Costs, work: _Work, quotas: Quotas, devices: Int64, summary: Float64
 ) -> None:
     """Replicas and quotas of one layer; `home_quota` holds the tokens of each expert and keeps what stays."""
-    n = len(speed)
-    first, spare, cap, device = table[_FIRST, : n + 1], table[_SPARE, :n], table[_CAP, :n], table[_DEVICE, :n]
-    at_home, load, received, room, excess = work[_AT_HOME], work[_LOAD], work[_RECEIVED], work[_ROOM], work[_EXCESS]
-    w, left = expert_work[_TOKENS], expert_work[_LEFT]
+    order, table, domains, chunks = topology.experts[0], topology.table, topology.domains, work.chunks
+    expert, host, quota, home_quota = quotas.expert, quotas.device, quotas.quota, quotas.home_quota
+    n = len(topology.speed)
+    every = Domain(table[_FIRST, : n + 1], table[_SPARE, :n], table[_CAP, :n], topology.speed)
+    device = table[_DEVICE, :n]
+    rows = work.devices
+    state = State(rows[_AT_HOME], rows[_LOAD], rows[_RECEIVED], rows[_ROOM], rows[_EXCESS])
+    w, left = work.experts[_TOKENS], work.experts[_LEFT]
     for i in range(len(order)):
         w[i] = home_quota[order[i]]
-    _loads_at_home(w, first, at_home)
-    go_home(at_home, load, received)
+    _loads_at_home(w, every.first, state.at_home)
+    go_home(state)
     floor = 0.0
     for k in range(len(domains) - 1):
-        d = slice(domains[k], domains[k + 1])
-        floor = max(floor, lower_bound(spare[d], cap[d], speed[d], at_home[d]))
-    worst, short = finish_time(cap, speed, costs, load, received)
-    balanced = at_home.sum() / speed.sum()
+        low, high = domains[k], domains[k + 1]
+        floor = max(floor, lower_bound(_part(every, low, high), state.at_home[low:high]))
+    worst, short = finish_time(every, costs, state)
+    balanced = state.at_home.sum() / topology.speed.sum()
 
     count = 0
-    if short > 0 or worst > costs[4] * balanced:
+    if short > 0 or worst > costs.threshold * balanced:
         for k in range(len(domains) - 1):
             low, high = domains[k], domains[k + 1]
-            d = slice(low, high)
-            best, found = solve_domain(
-                floor, w, first[low : high + 1], spare[d], cap[d], speed[d], costs,
-                at_home[d], load[d], received[d], room[d], excess[d], left, chunks,
-            )  # fmt: skip
+            here = State(
+                state.at_home[low:high],
+                state.load[low:high],
+                state.received[low:high],
+                state.room[low:high],
+                state.excess[low:high],
+            )
+            best, found = solve_domain(floor, w, _part(every, low, high), costs, here, left, chunks)
             for c in range(found):
-                expert = order[chunks[best, CHUNK_EXPERT, c]]
-                replicas[_EXPERT, count] = expert
-                replicas[_HOST, count] = device[low + chunks[best, CHUNK_TO, c]]
-                replicas[_QUOTA, count] = chunks[best, CHUNK_TOKENS, c]
-                home_quota[expert] -= chunks[best, CHUNK_TOKENS, c]
+                e = order[chunks[best, CHUNK_EXPERT, c]]
+                expert[count] = e
+                host[count] = device[low + chunks[best, CHUNK_TO, c]]
+                quota[count] = chunks[best, CHUNK_TOKENS, c]
+                home_quota[e] -= chunks[best, CHUNK_TOKENS, c]
                 count += 1
-        worst, short = finish_time(cap, speed, costs, load, received)
-    memory = int(costs[1])
+        worst, short = finish_time(every, costs, state)
+    load, received, cap = state.load, state.received, every.cap
     for p in range(n):
         devices[_OUT_LOAD, device[p]] = load[p]
-        devices[_OUT_SHORT, device[p]] = max(load[p] + memory * received[p] - cap[p], 0)
+        devices[_OUT_SHORT, device[p]] = max(load[p] + costs.memory * received[p] - cap[p], 0)
     summary[_REPLICAS] = count
     summary[_TIMES] = worst
     summary[_TIMES + 1] = floor
     summary[_TIMES + 2] = balanced
+
+
+@kernel
+def _part(every: Domain, low: int, high: int) -> Domain:
+    """The devices at positions ``low:high``."""
+    return Domain(every.first[low : high + 1], every.spare[low:high], every.cap[low:high], every.speed[low:high])

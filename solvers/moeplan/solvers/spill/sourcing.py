@@ -1,125 +1,121 @@
-"""Which source sends its tokens to which replica, given how many tokens each replica computes."""
+"""Which source sends its tokens to which transient replica, and which stay with the homes."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy.typing as npt
 
 from moeplan.solvers.problem.arrays import Int64
 from moeplan.solvers.problem.kernel import kernel
+from moeplan.solvers.split.sources import Groups, Sources, serve_replicas
 
-__all__ = ["source_tokens"]
+__all__ = ["Places", "Quotas", "Scratch", "source_spill"]
+
+
+class Quotas(NamedTuple):
+    """Who computes how many tokens.
+
+    Attributes:
+        expert: int64[slots], expert of each transient replica.
+        device: int64[slots], its device.
+        quota: int64[slots], its tokens.
+        home_quota: int64[experts], tokens that stay at home.
+    """
+
+    expert: Int64
+    device: Int64
+    quota: Int64
+    home_quota: Int64
+
+
+class Places(NamedTuple):
+    """Where experts and sources are.
+
+    Attributes:
+        home: int64[experts], device.
+        sources: The sources by where they are.
+    """
+
+    home: Int64
+    sources: Sources
+
+
+class Scratch(NamedTuple):
+    """Workspace of `source_spill`.
+
+    Attributes:
+        group: int64[experts], all -1 before and after: an expert's group.
+        groups: Arrays of `slots` entries and more, for as many groups.
+        cursor: int64[slots], where the next replica of a group goes.
+        supply: int64[sources].
+        need: int64[slots].
+    """
+
+    group: Int64
+    groups: Groups
+    cursor: Int64
+    supply: Int64
+    need: Int64
 
 
 @kernel
-def serve(
-    replica: int,
-    expert: int,
-    sources: Int64,
-    supply: Int64,
-    need: Int64,
-    sent: npt.NDArray[Any],
-    kept: npt.NDArray[Any],
-) -> None:
-    """Send tokens of these sources to a transient replica until either side has none left."""
-    for s in sources:
-        if need[replica] == 0:
-            return
-        tokens = min(supply[s], need[replica])
-        supply[s] -= tokens
-        need[replica] -= tokens
-        sent[replica, s] += tokens
-        kept[s, expert] -= tokens
+def _group(expert: Int64, replicas: int, scratch: Scratch) -> int:
+    """Group the transient replicas by expert, in order; the number of groups."""
+    group, cursor = scratch.group, scratch.cursor
+    experts, start, order = scratch.groups.experts, scratch.groups.start, scratch.groups.order
+    count = 0
+    for r in range(replicas):
+        e = expert[r]
+        if group[e] < 0:
+            group[e] = count
+            experts[count] = e
+            cursor[count] = 0
+            count += 1
+        cursor[group[e]] += 1
+    start[0] = 0
+    for g in range(count):
+        start[g + 1] = start[g] + cursor[g]
+        cursor[g] = start[g]
+    for r in range(replicas):
+        g = group[expert[r]]
+        order[cursor[g]] = r
+        cursor[g] += 1
+    for g in range(count):
+        group[experts[g]] = -1
+    return count
 
 
 @kernel
-def stay(need: int, sources: Int64, supply: Int64) -> int:
-    """Reserve tokens of these sources for the home, where all tokens are to begin with; what it still needs."""
-    for s in sources:
-        tokens = min(supply[s], need)
-        supply[s] -= tokens
-        need -= tokens
-    return need
-
-
-@kernel
-def source_tokens(
+def source_spill(
     counts: npt.NDArray[Any],
     replicas: int,
-    expert: Int64,
-    device: Int64,
-    quota: Int64,
-    home_quota: Int64,
-    home: Int64,
-    node: Int64,
-    by_device: Int64,
-    of_device: Int64,
-    by_node: Int64,
-    of_node: Int64,
-    head: Int64,
-    following: Int64,
-    supply: Int64,
-    need: Int64,
+    quotas: Quotas,
+    places: Places,
+    scratch: Scratch,
     sent: npt.NDArray[Any],
     kept: npt.NDArray[Any],
 ) -> None:
-    """Serve every replica from its own device first, then from its node, then from anywhere.
-
-    Distances are nested (same device inside same node inside all), so serving nearer pairs first, in any order within
-    a level, moves the fewest tokens over every level for the given quotas. Only replicated experts need a decision.
+    """Serve the transient replicas of every expert that has some; `split.sources` says how.
 
     Args:
         counts: int[sources, experts].
         replicas: Number of transient replicas.
-        expert: int64[slots], expert of each transient replica; so are `device` and `quota`.
-        device: Its device.
-        quota: Its tokens.
-        home_quota: int64[experts], tokens that stay at home.
-        home: int64[experts], device.
-        node: int64[devices].
-        by_device: int64[sources], sources sorted by device; those of d are ``of_device[d]:of_device[d + 1]``.
-        of_device: int64[devices + 1].
-        by_node: int64[sources], sources sorted by node; those of n are ``of_node[n]:of_node[n + 1]``.
-        of_node: int64[nodes + 1].
-        head: Scratch int64[experts], all -1 before and after: an expert's first replica.
-        following: Scratch int64[slots]: the next replica of the same expert.
-        supply: Scratch int64[sources].
-        need: Scratch int64[slots].
+        quotas: Who computes how many tokens.
+        places: Where experts and sources are.
+        scratch: Workspace.
         sent: int[slots, sources], out.
         kept: int[sources, experts], all counts before, what goes to the homes after.
     """
-    sources = len(counts)
-    for r in range(replicas - 1, -1, -1):
-        for s in range(sources):
-            sent[r, s] = 0
+    experts, order = scratch.groups.experts, scratch.groups.order
+    count = _group(quotas.expert, replicas, scratch)
+    groups = Groups(experts, scratch.groups.start[: count + 1], order)
+    quota = quotas.quota
+    supply, need = scratch.supply, scratch.need
+    for r in range(replicas):
         need[r] = quota[r]
-        following[r] = head[expert[r]]
-        head[expert[r]] = r
-    several_nodes = len(of_node) > 2
-    for anchor in range(replicas):
-        e = expert[anchor]
-        if head[e] < 0:
-            continue
-        for s in range(sources):
-            supply[s] = counts[s, e]
-        d = home[e]
-        at_home = stay(home_quota[e], by_device[of_device[d] : of_device[d + 1]], supply)
-        r = head[e]
-        while r >= 0:
-            d = device[r]
-            serve(r, e, by_device[of_device[d] : of_device[d + 1]], supply, need, sent, kept)
-            r = following[r]
-        if several_nodes:
-            n = node[home[e]]
-            stay(at_home, by_node[of_node[n] : of_node[n + 1]], supply)
-            r = head[e]
-            while r >= 0:
-                n = node[device[r]]
-                serve(r, e, by_node[of_node[n] : of_node[n + 1]], supply, need, sent, kept)
-                r = following[r]
-        r = head[e]
-        while r >= 0:
-            serve(r, e, by_device, supply, need, sent, kept)
-            r = following[r]
-        head[e] = -1
+        for s in range(len(supply)):  # faster than a slice
+            sent[r, s] = 0
+    serve_replicas(
+        places.sources, groups, quotas.device, places.home, quotas.home_quota, counts, supply, need, sent, kept
+    )

@@ -16,29 +16,31 @@ from __future__ import annotations
 import numpy as np
 
 from moeplan.solvers.problem.arrays import Float64, Int32, Int64
+from moeplan.solvers.problem.cluster import Cluster
 from moeplan.solvers.problem.kernel import kernel
-from moeplan.solvers.problem.problem import Problem
 from moeplan.solvers.split.flow import augment, waterfill
 
-__all__ = ["coverable", "covered_split", "demand_of", "domains", "items_of", "tokens_by_domain"]
+__all__ = ["WHOLE", "coverable", "covered_split", "demand_of", "domains", "items_of", "tokens_by_domain"]
 
 
-def domains(problem: Problem) -> Int32:
+def domains(cluster: Cluster) -> Int32:
     """int32[devices]: what each device's tokens should not leave: its node, or itself where there is one node."""
-    return problem.cluster.node if problem.cluster.nodes > 1 else np.arange(problem.devices, dtype=np.int32)
+    return cluster.node if cluster.nodes > 1 else np.arange(cluster.devices, dtype=np.int32)
 
 
-def tokens_by_domain(problem: Problem) -> Int64:
-    """int64[scenarios, domains, experts]: the demand by the domain that it comes from.
+def tokens_by_domain(cluster: Cluster, tokens: Int64, source_device: Int32) -> Int64:
+    """int64[scenarios, domains, experts]: tokens by the domain that they come from.
 
-    Raises:
-        ProblemError: the demand does not tell sources apart.
+    Args:
+        cluster: Devices and nodes.
+        tokens: int64[scenarios, sources, experts].
+        source_device: int32[sources], device of each source.
     """
-    domain = domains(problem)[problem.source_device]
-    tokens = np.zeros((problem.demand.scenarios, int(domains(problem).max()) + 1, problem.experts), np.int64)
-    for source, home in enumerate(domain):
-        tokens[:, home] += problem.demand.tokens[:, source]
-    return tokens
+    domain = domains(cluster)
+    summed = np.zeros((len(tokens), int(domain.max()) + 1, tokens.shape[2]), np.int64)
+    for source, home in enumerate(domain[source_device]):
+        summed[:, home] += tokens[:, source]
+    return summed
 
 
 @kernel
@@ -79,15 +81,20 @@ def demand_of(e: int, tokens: Int64, count: Int32, demand: Int64) -> int:
     return covered
 
 
+WHOLE = 64
+"""Covered tokens stay in parts of this."""
+
+
 @kernel
-def covered_split(slots: Int32, tokens: Int64, speed: Float64, node: Int32) -> Int64:
-    """The split of least largest load per speed in which every covered token stays on its node.
+def covered_split(slots: Int32, tokens: Int64, speed: Float64, node: Int32, stay: Int64) -> Int64:
+    """The split of least largest load per speed in which covered tokens stay on their node, or a part of them does.
 
     Args:
         slots: int32[devices, width], a valid layout.
         tokens: int64[scenarios, nodes, experts], tokens by the node that they come from.
         speed: float64[devices].
         node: int32[devices].
+        stay: int64[scenarios], how many of `WHOLE` parts of its covered tokens stay; at 0 the split is the optimal one.
 
     Returns:
         int64[scenarios, devices, width], tokens that each slot computes.
@@ -118,6 +125,11 @@ def covered_split(slots: Int32, tokens: Int64, speed: Float64, node: Int32) -> I
     for s in range(scenarios):
         for e in range(experts):
             demand_of(e, tokens[s], count, demand)
+            for n in range(nodes):
+                item = experts * (1 + n) + e
+                leaving = demand[item] - demand[item] * stay[s] // WHOLE
+                demand[item] -= leaving
+                demand[e] += leaving
         waterfill(demand, host, count, 2 * width, speed, quota, load, order)
         augment(flat, host, count, 2 * width, speed, quota, load, parent, tight)
         split[s] = (quota[::2] + quota[1::2]).reshape(devices, width)

@@ -10,46 +10,58 @@ from __future__ import annotations
 import numpy as np
 
 from moeplan.solvers.problem.arrays import Bool, Float64, Int32, Int64
+from moeplan.solvers.problem.cluster import Cluster
 from moeplan.solvers.problem.layout import EMPTY
-from moeplan.solvers.problem.problem import Problem
+from moeplan.solvers.problem.problem import ExpertSpec, Problem
 from moeplan.solvers.split.flow import optimal_quota
 
-__all__ = ["best_quota", "planning_speed", "token_caps"]
+__all__ = ["best_quota", "planning_speed", "quota_in_memory", "token_caps"]
 
 HALVINGS = 40
 
 
-def token_caps(problem: Problem, replicas: Int64) -> Float64 | None:
+def _limited(cluster: Cluster, expert: ExpertSpec) -> bool:
+    return cluster.memory_bytes is not None and expert.activation_bytes > 0
+
+
+def token_caps(cluster: Cluster, expert: ExpertSpec, replicas: Int64) -> Float64 | None:
     """float64[devices]: tokens whose activations fit beside so many replicas, int64[devices]; None without a limit."""
-    memory, expert = problem.cluster.memory_bytes, problem.expert
-    if memory is None or expert.activation_bytes == 0:
+    if not _limited(cluster, expert):
         return None
-    left = memory - replicas * (expert.weight_bytes + expert.state_bytes)
+    assert cluster.memory_bytes is not None
+    left = cluster.memory_bytes - replicas * (expert.weight_bytes + expert.state_bytes)
     caps: Float64 = np.maximum(0, left // expert.activation_bytes).astype(np.float64)
     return caps
 
 
-def best_quota(problem: Problem, slots: Int32) -> tuple[Int64, Bool, bool]:
+def quota_in_memory(cluster: Cluster, expert: ExpertSpec, slots: Int32, loads: Int64) -> tuple[Int64, Bool, bool]:
     """The split of least largest load per speed that fits into memory.
+
+    Args:
+        cluster: Devices.
+        expert: What replicas and tokens occupy.
+        slots: int32[devices, width], a valid layout.
+        loads: int64[scenarios, experts].
 
     Returns:
         quota int64[scenarios, devices, width] and tight bool[scenarios, devices], as of `flow.optimal_quota`, and
         whether memory suffices; where it does not in a scenario, its split is that without the limit.
     """
-    speed = problem.cluster.speed
-    quota, tight = optimal_quota(slots, problem.loads, speed)
-    caps = token_caps(problem, (slots != EMPTY).sum(axis=1))
-    if caps is None:
+    speed = cluster.speed
+    quota, tight = optimal_quota(slots, loads, speed)
+    if not _limited(cluster, expert):
         return quota, tight, True
+    caps = token_caps(cluster, expert, (slots != EMPTY).sum(axis=1))
+    assert caps is not None
     fits = True
     for s in np.flatnonzero((quota.sum(axis=2) > caps).any(axis=1)):
         low = float((quota[s].sum(axis=1) / speed).max())
         found = None
-        high = float(problem.loads[s].sum() / speed.min())
+        high = float(loads[s].sum() / speed.min())
         for turn in range(HALVINGS):
             level = high if turn == 0 else (low + high) / 2
             slower = np.maximum(np.minimum(speed, caps / level), 1e-9 / level)
-            trial, cut = optimal_quota(slots, problem.loads[s : s + 1], slower)
+            trial, cut = optimal_quota(slots, loads[s : s + 1], slower)
             if (trial[0].sum(axis=1) <= np.minimum(caps, level * speed * (1 + 1e-12))).all():
                 found, high = (trial[0], cut[0]), level
             elif turn == 0:
@@ -65,13 +77,18 @@ def best_quota(problem: Problem, slots: Int32) -> tuple[Int64, Bool, bool]:
     return quota, tight, fits
 
 
+def best_quota(problem: Problem, slots: Int32) -> tuple[Int64, Bool, bool]:
+    """`quota_in_memory` of a problem's demand."""
+    return quota_in_memory(problem.cluster, problem.expert, slots, problem.loads)
+
+
 def planning_speed(problem: Problem) -> Float64:
     """float64[devices]: speeds by which a search that knows no memory should plan.
 
     As the module says, for the scenario with most tokens and devices with all their slots in use.
     """
     speed = problem.cluster.speed
-    caps = token_caps(problem, problem.capacity.astype(np.int64))
+    caps = token_caps(problem.cluster, problem.expert, problem.capacity.astype(np.int64))
     total = float(problem.loads.sum(axis=1).max())
     if caps is None or total == 0 or caps[problem.capacity > 0].sum() < total:
         return speed

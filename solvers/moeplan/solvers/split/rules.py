@@ -1,25 +1,30 @@
-"""How an expert's tokens are divided among its replicas: the rules `even`, `lite`, `optimal`, `local` and `home`.
+"""How an expert's tokens are divided among its replicas: the rules `even`, `lite`, `optimal`, `home` and `local`.
 
 A rule decides each replica's integer quota. Rules that look at the origin of tokens (`lite`, `local`) also decide which
-source sends how many tokens to which replica; for the others `routes` derives it, nearest replica first, which is
-optimal for given quotas because distances are nested: same device, same node, other node.
+source sends how many tokens to which replica; for the others `sources` derives it, nearest replica first, which moves
+the fewest tokens for given quotas. Plans are costed by these functions, and ranks execute them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 
 from moeplan.solvers.problem.arrays import Int32, Int64
+from moeplan.solvers.problem.cluster import Cluster
+from moeplan.solvers.problem.errors import ProblemError
 from moeplan.solvers.problem.kernel import kernel
 from moeplan.solvers.problem.layout import Hosts, Layout
-from moeplan.solvers.problem.problem import Problem
-from moeplan.solvers.split.coverage import covered_split, domains, tokens_by_domain
-from moeplan.solvers.split.memory import best_quota
+from moeplan.solvers.problem.problem import ExpertSpec, Problem
+from moeplan.solvers.problem.split_rules import SplitRule
+from moeplan.solvers.split.coverage import WHOLE, covered_split, domains, tokens_by_domain
+from moeplan.solvers.split.memory import quota_in_memory
+from moeplan.solvers.split.sources import Sources, sort_sources, source_tokens
 
-__all__ = ["RULES", "Split", "even", "home", "lite", "local", "optimal", "routes", "split"]
+__all__ = ["RULES", "Fabric", "Split", "divide", "fabric_of", "route", "routes", "split"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -27,13 +32,13 @@ class Split:
     """How the tokens of each scenario are divided.
 
     Attributes:
-        rule: Name of the rule that made it.
+        rule: The rule that made it.
         quota: int64[scenarios, devices, width], tokens that each slot of the layout computes.
         routes: int64[scenarios, sources, replicas], tokens from each source to each replica in the order of
             ``layout.hosts``; None where the rule leaves it open.
     """
 
-    rule: str
+    rule: SplitRule
     quota: Int64
     routes: Int64 | None = None
 
@@ -43,12 +48,55 @@ class Split:
         return loads
 
 
-def even(problem: Problem, layout: Layout) -> Split:
+@dataclass(frozen=True, eq=False)
+class Fabric:
+    """Where tokens come from, and where they are computed.
+
+    Attributes:
+        cluster: Devices, their speeds, nodes and memory.
+        source_device: int32[sources], device of each source; None where the demand does not tell sources apart.
+        expert: What replicas and tokens occupy, where memory limits a split.
+    """
+
+    cluster: Cluster
+    source_device: Int32 | None
+    expert: ExpertSpec = field(default=ExpertSpec())
+
+    @cached_property
+    def sources(self) -> Sources:
+        """The sources by where they are.
+
+        Raises:
+            ProblemError: the demand does not tell sources apart.
+        """
+        return sort_sources(self.known_sources, self.cluster.node)
+
+    @property
+    def known_sources(self) -> Int32:
+        """`source_device`.
+
+        Raises:
+            ProblemError: the demand does not tell sources apart.
+        """
+        if self.source_device is None:
+            raise ProblemError(
+                "demand.sources", 1, "traffic needs the demand of each source; give tokens[sources, experts]"
+            )
+        return self.source_device
+
+
+def fabric_of(problem: Problem) -> Fabric:
+    """The fabric of a problem."""
+    known = problem.demand.sources > 1 or problem.devices == 1
+    return Fabric(problem.cluster, problem.source_device if known else None, problem.expert)
+
+
+def even(fabric: Fabric, layout: Layout, tokens: Int64) -> Split:
     """Every replica of an expert computes the same share, to within one token (EPLB's assumption)."""
-    quota = np.zeros((problem.demand.scenarios, *layout.slots.shape), np.int64)
+    quota = np.zeros((len(tokens), *layout.slots.shape), np.int64)
     hosts = layout.hosts
-    _even(problem.loads, hosts.start, hosts.device, hosts.slot, quota)
-    return Split("even", quota)
+    _even(tokens.sum(axis=1), hosts.start, hosts.device, hosts.slot, quota)
+    return Split(SplitRule.EVEN, quota)
 
 
 @kernel
@@ -63,23 +111,23 @@ def _even(loads: Int64, start: Int32, device: Int32, slot: Int32, quota: Int64) 
                 quota[s, device[j], slot[j]] = each + ((i - e) % n < extra)
 
 
-def optimal(problem: Problem, layout: Layout) -> Split:
-    """The split of least largest load per speed that fits into memory, exact to the token; see `flow` and `room`."""
-    quota, _, _ = best_quota(problem, layout.slots)
-    return Split("optimal", quota)
+def optimal(fabric: Fabric, layout: Layout, tokens: Int64) -> Split:
+    """The split of least largest load per speed that fits into memory, exact to the token; see `flow` and `memory`."""
+    quota, _, _ = quota_in_memory(fabric.cluster, fabric.expert, layout.slots, tokens.sum(axis=1))
+    return Split(SplitRule.OPTIMAL, quota)
 
 
-def lite(problem: Problem, layout: Layout) -> Split:
+def lite(fabric: Fabric, layout: Layout, tokens: Int64) -> Split:
     """Evenly over the replicas on the source's own node, or over all replicas if it has none (LAER-MoE lite routing).
 
     Where the demand does not tell sources apart no node is anyone's own, and the split is even.
     """
-    if problem.demand.sources == 1 and problem.devices > 1:
-        return Split("lite", even(problem, layout).quota)
-    tokens, hosts = problem.demand.tokens, layout.hosts
+    if fabric.source_device is None:
+        return Split(SplitRule.LITE, even(fabric, layout, tokens).quota)
+    hosts = layout.hosts
     sent = np.zeros((*tokens.shape[:2], len(hosts.device)), np.int64)
-    _lite(tokens, hosts.start, hosts.device, problem.cluster.node, problem.source_device, sent)
-    return _from_routes("lite", layout, sent)
+    _lite(tokens, hosts.start, hosts.device, fabric.cluster.node, fabric.source_device, sent)
+    return _from_routes(SplitRule.LITE, layout, sent)
 
 
 @kernel
@@ -101,10 +149,10 @@ def _lite(tokens: Int64, start: Int32, device: Int32, node: Int32, source_device
 
 
 LOCAL_TOLERANCE = 0.01
-"""How much larger than the optimum `local` lets the largest load become, as a fraction."""
+"""How much larger than the optimum `local` and `home` let the largest load become, as a fraction."""
 
 
-def local(problem: Problem, layout: Layout, tolerance: float = LOCAL_TOLERANCE) -> Split:
+def local(fabric: Fabric, layout: Layout, tokens: Int64, tolerance: float = LOCAL_TOLERANCE) -> Split:
     """The least traffic with every load per speed within (1 + `tolerance`) of the optimum: a min-cost flow.
 
     A token costs nothing on its own device, and the time of its bytes on the link class that it takes otherwise.
@@ -112,47 +160,55 @@ def local(problem: Problem, layout: Layout, tolerance: float = LOCAL_TOLERANCE) 
     Raises:
         ProblemError: the demand does not tell sources apart.
     """
-    best = optimal(problem, layout).device_loads() / problem.cluster.speed
-    caps = np.floor(best.max(axis=1, keepdims=True) * (1 + tolerance) * problem.cluster.speed * (1 + 1e-12))
-    sent = np.stack(
-        [
-            _least_traffic(problem, layout.hosts, tokens, cap.astype(np.int64))
-            for tokens, cap in zip(problem.demand.tokens, caps, strict=True)
-        ]
-    )
-    return _from_routes("local", layout, sent)
+    speed = fabric.cluster.speed
+    best = (optimal(fabric, layout, tokens).device_loads() / speed).max(axis=1, keepdims=True)
+    caps = np.floor(best * (1 + tolerance) * speed * (1 + 1e-12)).astype(np.int64)
+    sent = [_least_traffic(fabric, layout.hosts, asked, cap) for asked, cap in zip(tokens, caps, strict=True)]
+    return _from_routes(SplitRule.LOCAL, layout, np.stack(sent))
 
 
-def home(problem: Problem, layout: Layout) -> Split:
+def home(fabric: Fabric, layout: Layout, tokens: Int64) -> Split:
     """Tokens stay on a node that holds their expert; the rest is divided for the least largest load.
 
-    No split of the layout sends less between nodes. It takes microseconds, as no flow of costs is solved. Only where
-    the load would exceed the optimum by more than `LOCAL_TOLERANCE` does `local` decide, for all scenarios.
+    No split of the layout sends less between nodes. Where the load would exceed the optimum by more than
+    `LOCAL_TOLERANCE`, only so large a part of every expert's tokens stays that it does not, found by bisection.
 
     Raises:
         ProblemError: the demand does not tell sources apart.
     """
-    speed = problem.cluster.speed
-    quota = covered_split(layout.slots, tokens_by_domain(problem), speed, domains(problem))
-    level = (quota.sum(axis=2) / speed).max(axis=1)
-    best = (optimal(problem, layout).device_loads() / speed).max(axis=1)
+    cluster = fabric.cluster
+    speed, domain = cluster.speed, domains(cluster)
+    by_domain = tokens_by_domain(cluster, tokens, fabric.known_sources)
+    stay = np.full(len(tokens), WHOLE)
+    quota = covered_split(layout.slots, by_domain, speed, domain, stay)
+    best = (optimal(fabric, layout, tokens).device_loads() / speed).max(axis=1)
     # Whole tokens: what the tolerance allows is rounded up.
-    if (level > np.ceil(best * (1 + LOCAL_TOLERANCE) * speed.max()) / speed.max()).any():
-        return replace(local(problem, layout), rule="home")
-    return Split("home", quota)
+    most = np.ceil(best * (1 + LOCAL_TOLERANCE) * speed.max()) / speed.max()
+    for s in np.flatnonzero((quota.sum(axis=2) / speed).max(axis=1) > most):
+        part = slice(s, s + 1)
+        low, high = 0, WHOLE
+        quota[s] = covered_split(layout.slots, by_domain[part], speed, domain, np.array([low]))[0]
+        while high - low > 1:
+            middle = (low + high) // 2
+            trial = covered_split(layout.slots, by_domain[part], speed, domain, np.array([middle]))[0]
+            if (trial.sum(axis=1) / speed).max() <= most[s]:
+                low, quota[s] = middle, trial
+            else:
+                high = middle
+    return Split(SplitRule.HOME, quota)
 
 
 COST_SCALE = 1_000
 """Integer cost of a token on the slowest link; other links in proportion."""
 
 
-def _least_traffic(problem: Problem, hosts: Hosts, tokens: Int64, cap: Int64) -> Int64:
+def _least_traffic(fabric: Fabric, hosts: Hosts, tokens: Int64, cap: Int64) -> Int64:
     """int64[sources, replicas] for one scenario's ``tokens[sources, experts]`` and ``cap[devices]``."""
     from ortools.graph.python import min_cost_flow  # ranks, which never use this rule, may lack it
 
-    cluster, source_device = problem.cluster, problem.source_device
-    sources = len(tokens)
-    expert = np.repeat(np.arange(problem.experts), np.diff(hosts.start))
+    cluster, source_device = fabric.cluster, fabric.known_sources
+    sources, experts = tokens.shape
+    expert = np.repeat(np.arange(experts), np.diff(hosts.start))
     seconds = np.array([0.0, 1 / cluster.intra_node.bytes_per_s, 1 / cluster.inter_node.bytes_per_s])
     price = np.round(seconds / max(seconds.max(), 1e-300) * COST_SCALE).astype(np.int64)
     near = cluster.node[source_device][:, None] == cluster.node[hosts.device]
@@ -161,8 +217,8 @@ def _least_traffic(problem: Problem, hosts: Hosts, tokens: Int64, cap: Int64) ->
     # Nodes: one per (source, expert) with tokens, one per replica's device, and a sink.
     source, replica = np.nonzero(tokens[:, expert])
     flow = min_cost_flow.SimpleMinCostFlow()
-    supply = source * problem.experts + expert[replica]
-    first_device = sources * problem.experts
+    supply = source * experts + expert[replica]
+    first_device = sources * experts
     sink = first_device + cluster.devices
     amount = tokens[source, expert[replica]]
     arcs = flow.add_arcs_with_capacity_and_unit_cost(
@@ -182,65 +238,62 @@ def _least_traffic(problem: Problem, hosts: Hosts, tokens: Int64, cap: Int64) ->
     return sent
 
 
-def routes(problem: Problem, layout: Layout, split: Split) -> Int64:
-    """int64[scenarios, sources, replicas]: tokens from each source to each replica, in the order of ``layout.hosts``.
-
-    Where the split leaves it open, each source's tokens go to the nearest replica with quota left.
-
-    Raises:
-        ProblemError: the demand does not tell sources apart.
-    """
-    if split.routes is not None:
-        return split.routes
-    tokens, hosts = problem.demand.tokens, layout.hosts
-    sent = np.zeros((*tokens.shape[:2], len(hosts.device)), np.int64)
-    quota = np.ascontiguousarray(split.quota[:, hosts.device, hosts.slot])
-    _nearest_first(tokens, quota, hosts.start, hosts.device, problem.cluster.node, problem.source_device, sent)
-    return sent
-
-
-@kernel
-def _nearest_first(
-    tokens: Int64, quota: Int64, start: Int32, device: Int32, node: Int32, source_device: Int32, sent: Int64
-) -> None:
-    scenarios, sources, experts = tokens.shape
-    left = quota.copy()
-    for s in range(scenarios):
-        for e in range(experts):
-            for distance in range(3):
-                for i in range(sources):
-                    d = source_device[i]
-                    unsent = tokens[s, i, e]
-                    for j in range(start[e], start[e + 1]):
-                        unsent -= sent[s, i, j]
-                    for j in range(start[e], start[e + 1]):
-                        if unsent == 0:
-                            break
-                        if (distance == 0 and device[j] != d) or (distance == 1 and node[device[j]] != node[d]):
-                            continue
-                        amount = min(unsent, left[s, j])
-                        sent[s, i, j] += amount
-                        left[s, j] -= amount
-                        unsent -= amount
-
-
-def _from_routes(rule: str, layout: Layout, sent: Int64) -> Split:
+def _from_routes(rule: SplitRule, layout: Layout, sent: Int64) -> Split:
     hosts = layout.hosts
     quota = np.zeros((len(sent), *layout.slots.shape), np.int64)
     quota[:, hosts.device, hosts.slot] = sent.sum(axis=1)
     return Split(rule, quota, sent)
 
 
-RULES: dict[str, Callable[[Problem, Layout], Split]] = {
-    "even": even,
-    "lite": lite,
-    "optimal": optimal,
-    "local": local,
-    "home": home,
+RULES: dict[SplitRule, Callable[[Fabric, Layout, Int64], Split]] = {
+    SplitRule.EVEN: even,
+    SplitRule.LITE: lite,
+    SplitRule.OPTIMAL: optimal,
+    SplitRule.HOME: home,
+    SplitRule.LOCAL: local,
 }
-"""Split rules by name."""
+"""Each takes tokens, int64[scenarios, sources, experts]."""
 
 
-def split(problem: Problem, layout: Layout, rule: str) -> Split:
-    """Divide the tokens of each scenario by a rule of `RULES`."""
-    return RULES[rule](problem, layout)
+def divide(fabric: Fabric, layout: Layout, tokens: Int64, rule: SplitRule) -> Split:
+    """Divide tokens, int64[scenarios, sources, experts], by a rule.
+
+    Raises:
+        ProblemError: the rule needs the demand by source.
+    """
+    return RULES[rule](fabric, layout, tokens)
+
+
+def split(problem: Problem, layout: Layout, rule: SplitRule) -> Split:
+    """Divide the tokens of each scenario of a problem by a rule.
+
+    Raises:
+        ProblemError: the rule needs the demand by source.
+    """
+    return divide(fabric_of(problem), layout, problem.demand.tokens, rule)
+
+
+def route(fabric: Fabric, layout: Layout, tokens: Int64, split: Split) -> Int64:
+    """int64[scenarios, sources, replicas]: tokens from each source to each replica, in the order of ``layout.hosts``.
+
+    Where the split leaves it open, each source's tokens go to the nearest replica with quota left.
+
+    Args:
+        fabric: Where sources and devices are.
+        layout: The layout.
+        tokens: int64[scenarios, sources, experts].
+        split: Their split.
+
+    Raises:
+        ProblemError: the demand does not tell sources apart.
+    """
+    if split.routes is not None:
+        return split.routes
+    hosts = layout.hosts
+    quota = np.ascontiguousarray(split.quota[:, hosts.device, hosts.slot])
+    return source_tokens(fabric.sources, tokens, quota, hosts.start, hosts.device).swapaxes(1, 2)
+
+
+def routes(problem: Problem, layout: Layout, split: Split) -> Int64:
+    """`route` of a problem's demand."""
+    return route(fabric_of(problem), layout, problem.demand.tokens, split)

@@ -6,22 +6,17 @@ The daemon itself never imports this module: it loads the compiler of the kernel
 from __future__ import annotations
 
 import pickle
-import time
 from collections.abc import Iterator
-from dataclasses import replace
 
 from moeplan.api import wire
 from moeplan.planner.daemon.workers.frames import Kind
 from moeplan.planner.daemon.workers.tasks import Limited
-from moeplan.planner.jobs.solve import bounded, plan_layers, share
-from moeplan.solvers import Plan, ProblemError, available_policies, evaluate, solve
-from moeplan.solvers.split.rules import RULES
+from moeplan.planner.jobs.solve import plan_layers, until
+from moeplan.solvers import Plan, ProblemError, available_policies, evaluate, solve_anytime, solve_layers
+from moeplan.solvers.problem.split_rules import split_rule
 from moeplan.v1 import solver_pb2
 
 __all__ = ["do"]
-
-ANYTIME_FACTOR = 4
-"""How much more work each attempt of an anytime solve may do than the one before: at most a third is spent twice."""
 
 
 def do(kind: Kind, payload: bytes) -> Iterator[tuple[Kind, bytes]]:
@@ -51,35 +46,22 @@ def _solve(limited: Limited) -> solver_pb2.SolveResponse:
     request = solver_pb2.SolveRequest.FromString(limited.request)
     if not request.problems:
         raise ProblemError("problems", "none", "must be at least one")
-    parameters, end = bounded(wire.read_parameters(request.parameters), limited.end)
+    parameters = until(wire.read_parameters(request.parameters), limited.end)
     policy = _policy(request.policy)
     problems = []
     for index, message in enumerate(request.problems, limited.first):
         with wire.field(f"problems[{index}]"):
             problems.append(wire.read_problem(message))
-    plans = []
-    for index, problem in enumerate(problems):
-        part = share(parameters, end, len(problems) - index)
-        with wire.field(f"problems[{limited.first + index}]"):
-            plans.append(solve(problem, policy, part))
+    plans = solve_layers(problems, policy=policy, parameters=parameters, first=limited.first)
     return solver_pb2.SolveResponse(plans=[wire.write_plan(plan) for plan in plans])
 
 
 def _anytime(limited: Limited) -> Iterator[Plan]:
     request = solver_pb2.SolveAnytimeRequest.FromString(limited.request)
-    full, end = bounded(wire.read_parameters(request.parameters), limited.end)
+    parameters = until(wire.read_parameters(request.parameters), limited.end)
     with wire.field("problem"):
         problem = wire.read_problem(request.problem)
-    best: Plan | None = None
-    work = 0
-    while True:
-        plan = solve(problem, _policy(request.policy), share(replace(full, work_limit=work), end, 1))
-        if best is None or plan.objective < best.objective:
-            best = plan
-            yield plan
-        if work >= full.work_limit or best.gap <= full.target_gap or time.monotonic() >= end:
-            return
-        work = min(full.work_limit, max(32, work * ANYTIME_FACTOR))
+    yield from solve_anytime(problem, policy=_policy(request.policy), parameters=parameters)
 
 
 def _evaluate(payload: bytes) -> solver_pb2.EvaluateResponse:
@@ -87,9 +69,7 @@ def _evaluate(payload: bytes) -> solver_pb2.EvaluateResponse:
     with wire.field("problem"):
         problem = wire.read_problem(request.problem)
     layout = wire.read_layout("layout", request.layout, problem.experts)
-    rule = request.split_rule or "optimal"
-    if rule not in RULES:
-        raise ProblemError("split_rule", repr(rule[:64]), f"must be one of {', '.join(RULES)}")
+    rule = split_rule("split_rule", request.split_rule) if request.split_rule else None
     return solver_pb2.EvaluateResponse(plan=wire.write_plan(evaluate(problem, layout, rule)))
 
 

@@ -1,0 +1,267 @@
+"""What fully sharded and resident experts have in common: how they are called, moved, copied and saved."""
+
+from __future__ import annotations
+
+import weakref
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from moeplan.runtime_client.group import ExpertGroup, Traffic
+from moeplan.runtime_client.layers.feed_forward import ExpertShape, join_weights, split_weights
+from moeplan.runtime_client.layers.rank_checks import compare_ranks, row_sums, tell
+from moeplan.runtime_client.layers.routing import gather_counts
+from moeplan.solvers.problem.arrays import Int64
+
+__all__ = ["ExpertLayer", "state_in_parts"]
+
+_IN_PARTS = ContextVar("in_parts", default=False)
+
+
+@contextmanager
+def state_in_parts() -> Iterator[None]:
+    """Within it, the state of a layer is its parameter: what this rank holds, under the parameter's own name."""
+    token = _IN_PARTS.set(True)
+    try:
+        yield
+    finally:
+        _IN_PARTS.reset(token)
+
+
+class ExpertLayer(nn.Module, ABC):
+    """The experts of one MoE layer on the ranks of a group; `FullyShardedExperts` and `ResidentExperts` are its kinds.
+
+    Attributes:
+        shape: Dimensions of an expert.
+        experts: Number of experts.
+        group: The ranks.
+        compute_dtype: Type that weights travel and compute in; None for that of autocast, or else of the parameter.
+        traffic: Bytes sent to other ranks since the counter was last cleared.
+        name: What errors call it; `replace_experts` gives it the name that it has in the model.
+        prepare: Called with the parameter before a pass that will have gradients; `ExpertGradients` sets it.
+    """
+
+    own: ClassVar[str]
+    """Name of the only parameter, this rank's part of the experts."""
+
+    def __init__(self, shape: ExpertShape, experts: int, group: ExpertGroup, compute_dtype: torch.dtype | None) -> None:
+        super().__init__()
+        self.shape = shape
+        self.experts = experts
+        self.group = group
+        self.compute_dtype = compute_dtype
+        self.traffic = Traffic()
+        self.name = ""
+        self.prepare: Callable[[nn.Parameter], None] | None = None
+        self._number = next(group.numbers)
+        self._passes = 0
+        self._loaded: Tensor | None = None
+        self._block: weakref.ref[nn.Module] | None = None
+
+    @property
+    def weights(self) -> nn.Parameter:
+        """This rank's part of the experts."""
+        parameter: nn.Parameter = getattr(self, self.own)
+        return parameter
+
+    @property
+    def whole_names(self) -> tuple[str, str]:
+        """Names of the weights as a fused experts module holds them, [experts, rows, columns] each."""
+        return "gate_up_proj" if self.shape.gated else "up_proj", "down_proj"
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def forward(self, hidden: Tensor, index: Tensor, weight: Tensor) -> Tensor:
+        """Apply to each token its experts, weighted and summed.
+
+        Every rank of the group calls it at the same time, also with no tokens.
+
+        Args:
+            hidden: [tokens, hidden] of this rank (leading dimensions are flattened).
+            index: int64[tokens, k], experts of each token; other integers are taken as well.
+            weight: [tokens, k].
+
+        Returns:
+            As `hidden`, also under autocast, where tokens and weights travel and compute in its type.
+
+        Raises:
+            RouterError: a choice is out of range or a weight not finite, on any rank.
+            LayoutMismatchError: the ranks hold different layouts.
+            MissedPassError: the ranks are not in the same pass.
+            RanksDifferError: ranks hold the same part of the experts, or the block's other weights differ between them.
+            InfeasibleError: no plan keeps every rank within its token cap; raised on all ranks.
+            ValueError: `index` is not of integers, or its shape is not that of `weight` and of the tokens.
+            RuntimeError: the weights are on the meta device, or DistributedDataParallel would average their gradients.
+        """
+        self._require_memory()
+        weights = self.weights
+        self._passes += 1
+        if weights.requires_grad and torch.is_grad_enabled():
+            if self.prepare is not None:
+                self.prepare(weights)
+            if self._compares:
+                self._require_own_gradients(weights)
+        rows = hidden.reshape(-1, hidden.shape[-1])
+        if index.dtype.is_floating_point or index.shape != weight.shape or index.shape[:-1].numel() != len(rows):
+            raise ValueError(
+                f"{self.title}: index {index.dtype} {tuple(index.shape)} and weight {tuple(weight.shape)} of "
+                f"{len(rows)} tokens: must be integers [tokens, k] and weights [tokens, k]"
+            )
+        index, weight = index.reshape(len(rows), index.shape[-1]), weight.reshape(len(rows), weight.shape[-1])
+        dtype = self._dtype()
+        if self.compute_dtype is None and dtype != weights.dtype:  # of autocast
+            rows = rows.to(dtype)
+        return self._run(rows, index.long(), weight, dtype).to(hidden.dtype).view_as(hidden)
+
+    def _dtype(self) -> torch.dtype:
+        """Type that weights travel and compute in."""
+        own, kind = self.weights.dtype, self.weights.device.type
+        if self.compute_dtype is not None:
+            return self.compute_dtype
+        return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) and own != torch.float64 else own
+
+    @abstractmethod
+    def _run(self, rows: Tensor, index: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        """`forward` of rows [tokens, hidden], with weights in `dtype`."""
+
+    @abstractmethod
+    def _take(self, first: int, flat: Tensor) -> list[int]:
+        """What `load_experts` does; returns the rows of the parameter that it has written."""
+
+    @torch.no_grad()
+    def load_experts(self, first: int, flat: Tensor) -> None:
+        """Take over whole experts, of which every rank holds the same copy.
+
+        Args:
+            first: The first expert given.
+            flat: [n, elements], experts ``first`` to ``first + n - 1`` in flat form.
+        """
+        self._require_memory()
+        rows = self._take(first, flat)
+        if self._loaded is None:
+            self._loaded = torch.zeros(len(self.weights), dtype=torch.int64)
+        self._loaded[rows] = row_sums(self.weights[rows]).to(self._loaded.device)
+
+    def watch(self, block: nn.Module) -> None:
+        """Say which module calls the layer, so that a pass can tell if its other weights differ between ranks."""
+        self._block = weakref.ref(block)
+
+    @property
+    def title(self) -> str:
+        """What errors call it."""
+        return self.name or f"layer {self._number}"
+
+    def _require_memory(self) -> None:
+        if self.weights.is_meta:
+            raise RuntimeError(
+                f"{self.title}: its weights are on the meta device; call model.to_empty(device=...), "
+                "then load a checkpoint"
+            )
+
+    def _require_own_gradients(self, weights: nn.Parameter) -> None:
+        data_parallel = DistributedDataParallel._get_active_ddp_module()
+        if data_parallel is None:
+            return
+        if any(parameter is weights for parameter in data_parallel._module_parameters):
+            raise RuntimeError(
+                f"{self.title}: DistributedDataParallel has broadcast the experts, of which each rank holds its own "
+                "part. Write, with the module that it wraps,\n"
+                "    ExpertGradients(model)  # before DistributedDataParallel(model)"
+            )
+        if self.prepare is None and not weights._backward_hooks:
+            raise RuntimeError(
+                f"{self.title}: DistributedDataParallel averages gradients over ranks, and those of experts are sums "
+                "over ranks. Write\n"
+                "    ExpertGradients(model)  # before DistributedDataParallel(model)"
+            )
+
+    def _gather_counts(self, index: Tensor, weight: Tensor, layout: int = 0) -> Int64:
+        """Tokens of each expert from each rank, int64[size, experts], once what ranks tell goes together."""
+        told = tell(self._number, self._passes, layout, *self._checks())
+        what = f"pass {self._passes} of {self.title}"
+        return gather_counts(self.group, index, weight, self.experts, what, told, partial(compare_ranks, self.title))
+
+    def _checks(self) -> tuple[Tensor, Tensor, Tensor | None] | tuple[()]:
+        """What a rank tells of its weights, in the order of `tell`; nothing in most passes."""
+        if not self._compares:
+            return ()
+        own, shared = row_sums(self.weights).sum(), [row_sums(weights).sum() for weights in self._shared()]
+        same = torch.zeros_like(own)
+        if self._loaded is not None:  # equal experts on all ranks are no mistake if they were loaded so
+            self._loaded = self._loaded.to(own.device)
+            same = own == self._loaded.sum()
+        return own, ~same.bool(), torch.stack(shared).sum() if shared else None
+
+    @property
+    def _compares(self) -> bool:
+        """Whether ranks compare weights in this pass: in 1, 2, 4, 8 and so on, as what differs once stays different."""
+        return self.group.size > 1 and self._passes & (self._passes - 1) == 0
+
+    def _shared(self) -> Iterator[Tensor]:
+        """Weights of the block that all ranks hold and train alike; not what a framework has cut up."""
+        block = self._block and self._block()
+        for module in block.modules() if block else ():
+            if not isinstance(module, ExpertLayer):
+                for parameter in module.parameters(recurse=False):
+                    if parameter.requires_grad and not isinstance(parameter, DTensor):
+                        yield parameter
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        if _IN_PARTS.get():
+            super()._save_to_state_dict(destination, prefix, keep_vars)
+            return
+        if self.group.size > 1:
+            raise RuntimeError(
+                f"{self.title}: each of {self.group.size} ranks holds a part of the experts, so a state_dict() "
+                "saved by one of them would lose the others'. Save instead, on every rank, with "
+                "torch.distributed.checkpoint as dcp:\n"
+                '    dcp.save({"training": TrainingState(model, optimizer)}, checkpoint_id=folder)'
+            )
+        flat = self.weights if keep_vars else self.weights.detach()
+        for name, part in zip(self.whole_names, split_weights(self.shape, flat), strict=True):
+            destination[prefix + name] = part
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        if _IN_PARTS.get():
+            super()._load_from_state_dict(
+                state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+            )
+            self._loaded = row_sums(self.weights)
+            return
+        names = [prefix + name for name in self.whole_names]
+        unexpected_keys += [key for key in state_dict if strict and key.startswith(prefix) and key not in names]
+        missing_keys += [name for name in names if strict and name not in state_dict]
+        if not all(name in state_dict for name in names):
+            return
+        rows, columns = (self.shape.inner_rows, self.shape.hidden), (self.shape.hidden, self.shape.width)
+        for name, matrix in zip(names, (rows, columns), strict=True):
+            if tuple(state_dict[name].shape) != (self.experts, *matrix):
+                error_msgs.append(
+                    f"size mismatch for {name}: {tuple(state_dict[name].shape)}, must be {(self.experts, *matrix)}"
+                )
+                return
+        for expert in range(self.experts):  # one by one: never two copies of a layer
+            self.load_experts(expert, join_weights(*(state_dict[name][expert, None].detach() for name in names)))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies: without what belongs to passes, to other modules and to training with the original."""
+        return self.__dict__ | {"traffic": Traffic(), "prepare": None, "_block": None}
+
+    def extra_repr(self) -> str:
+        return f"experts={self.experts}, {self.shape}, rank={self.group.rank}/{self.group.size}"

@@ -1,0 +1,183 @@
+"""Gradients of experts beside those of the rest: reduced to the same mean, clipped by one norm."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from moeplan.runtime_client.group import ExpertGroup
+from moeplan.runtime_client.layers.expert_layer import ExpertLayer
+
+__all__ = ["ExpertGradients", "expert_parameters"]
+
+
+def expert_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters of our layers by their names in a model: what wrappers for data parallelism must leave alone."""
+    return {
+        f"{name}.{layer.own}" if name else layer.own: layer.weights
+        for name, layer in model.named_modules()
+        if isinstance(layer, ExpertLayer)
+    }
+
+
+class ExpertGradients:
+    """Makes gradients of experts go with those of the rest of a model, under DDP, FSDP2 or neither.
+
+        model = AutoModelForCausalLM.from_pretrained(...)
+        replace_experts(model, make)
+        gradients = ExpertGradients(model)
+        model = DistributedDataParallel(model)
+        ...
+        loss.backward()
+        gradients.clip_grad_norm_(1.0)
+        optimizer.step()
+
+    A layer's gradients hold the tokens of all ranks of its expert group, where the others hold this rank's until they
+    are reduced. So each backward pass scales them to the mean over all ranks, and averages them over replicas where
+    there are more ranks than in an expert group (data parallelism times expert parallelism), while it goes on. It also
+    tells DistributedDataParallel to leave experts alone; tell FSDP2 with
+    ``fully_shard(model, ignored_params=set(expert_parameters(model).values()))``.
+
+    Every rank of `ranks` makes one at the same point. Gradients may be accumulated over any number of backward passes.
+
+    Args:
+        model: The model, as DistributedDataParallel will wrap it: compiled and checkpointed, if it is.
+        ranks: The ranks that train these layers on other tokens each; the world by default, and with a pipeline those
+            of this stage. They are one or several expert groups.
+        mean: Whether the other gradients are averaged over `ranks`, as DDP and FSDP2 do with a loss that is a mean over
+            a rank's tokens; otherwise they are summed.
+        stages: Ranks that hold the other stages of a pipeline, for the norm.
+
+    Raises:
+        ValueError: the model has no layers of ours, or `ranks` are not whole expert groups of one size.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        ranks: dist.ProcessGroup | None = None,
+        mean: bool = True,
+        stages: dist.ProcessGroup | None = None,
+    ) -> None:
+        layers = [module for module in model.modules() if isinstance(module, ExpertLayer)]
+        if not layers:
+            raise ValueError(f"{type(model).__name__}: has no FullyShardedExperts or ResidentExperts")
+        self.model = model
+        self.stages = stages
+        self.layers = {group: [layer for layer in layers if layer.group is group] for group in _groups(layers)}
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, list(expert_parameters(model)))
+        for group, members in self.layers.items():
+            replicas = _replicas_of(group.tokens, ranks)
+            for layer in members:
+                layer.prepare = _Reduction(group.size, replicas, mean)
+
+    @torch.no_grad()
+    def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> Tensor:
+        """Scale all gradients so that their norm, over all ranks together, is at most `max_norm`.
+
+        As ``torch.nn.utils.clip_grad_norm_``, which knows only a rank's own experts. Every rank calls it.
+
+        Args:
+            max_norm: The norm that they may have.
+            norm_type: Which norm; ``inf`` for the largest element.
+
+        Returns:
+            The norm before, the same on every rank.
+        """
+        experts = set(expert_parameters(self.model).values())
+        shared = [p for p in self.model.parameters() if p not in experts]
+        kinds = [[p for p in shared if isinstance(p, DTensor) == cut] for cut in (False, True)]  # torch mixes them not
+        norms = [_norm(_gradients(kind), norm_type, like=next(iter(experts))) for kind in kinds]
+        for group, layers in self.layers.items():
+            mine = [layer.weights for layer in layers]
+            norms.append(_over_ranks(_norm(_gradients(mine), norm_type, like=mine[0]), group.tokens, norm_type))
+        total = _over_ranks(_join(torch.stack(norms), norm_type), self.stages, norm_type)
+        for parameters in (*kinds, list(experts)):
+            clip_grads_with_norm_(parameters, max_norm, total)
+        return total
+
+
+def _groups(layers: Iterable[ExpertLayer]) -> list[ExpertGroup]:
+    """In the order of the layers, which is the same on all ranks."""
+    return list({layer.group: None for layer in layers})
+
+
+def _gradients(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
+    return [parameter.grad for parameter in parameters if parameter.grad is not None]
+
+
+def _norm(gradients: Sequence[Tensor], norm_type: float, like: Tensor) -> Tensor:
+    """Norm of gradients that this rank has, or that are DTensors."""
+    gradients = [gradient for gradient in gradients if gradient.numel()]
+    norm = get_total_norm(gradients, norm_type) if gradients else torch.zeros(())
+    return (norm.full_tensor() if isinstance(norm, DTensor) else norm).to(like.device, torch.float64)
+
+
+def _join(norms: Tensor, norm_type: float) -> Tensor:
+    """The norm of everything, from norms of its parts, [parts]."""
+    return torch.linalg.vector_norm(norms, norm_type)
+
+
+def _over_ranks(norm: Tensor, ranks: dist.ProcessGroup | None, norm_type: float) -> Tensor:
+    """The norm of what all ranks hold, each another part. Gathered, so that it is the same to the last bit."""
+    if ranks is None:
+        return norm
+    norms = [torch.empty_like(norm) for _ in range(dist.get_world_size(ranks))]
+    dist.all_gather(norms, norm, group=ranks)
+    return _join(torch.stack(norms), norm_type)
+
+
+def _replicas_of(tokens: dist.ProcessGroup | None, ranks: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
+    """Ranks that hold the same experts as this one, each in its own expert group; None if there is no other."""
+    if not dist.is_initialized():
+        return None
+    mine = [dist.get_rank()] if tokens is None else dist.get_process_group_ranks(tokens)
+    told: list[list[int]] = [[]] * dist.get_world_size(ranks)
+    dist.all_gather_object(told, mine, group=ranks)
+    groups = sorted({tuple(members) for members in told})
+    everyone = sorted(rank for members in groups for rank in members)
+    if len({len(members) for members in groups}) > 1 or len(everyone) != len(told):
+        raise ValueError(f"expert groups {groups}: must be of one size, and together the {len(told)} ranks")
+    if len(groups) == 1:
+        return None
+    holders = [members[mine.index(dist.get_rank())] for members in groups]
+    return dist.new_group(holders, use_local_synchronization=True)
+
+
+class _Reduction:
+    """Scales the gradients of a parameter as they arise, and averages them over replicas once they are accumulated.
+
+    Averages of what replicas hold already are what they hold, so it may run after each of several backward passes.
+    """
+
+    def __init__(self, size: int, replicas: dist.ProcessGroup | None, mean: bool) -> None:
+        self.replicas = replicas
+        self.times = 1 if replicas is None else dist.get_world_size(replicas)
+        self.scale = 1 / size if mean else self.times
+        self.attached: weakref.ref[nn.Parameter] | None = None
+
+    def __call__(self, parameter: nn.Parameter) -> None:
+        """Attach to a parameter, unless it is."""
+        if self.attached is not None and self.attached() is parameter:
+            return
+        self.attached = weakref.ref(parameter)
+        if self.scale != 1:
+            parameter.register_hook(lambda gradient: gradient * self.scale)
+        if self.replicas is not None:
+            parameter.register_post_accumulate_grad_hook(self._average)
+
+    def _average(self, parameter: Tensor) -> None:
+        gradient = parameter.grad
+        assert gradient is not None, "it has been accumulated"
+        if gradient.numel():
+            work = dist.all_reduce(gradient.div_(self.times), group=self.replicas, async_op=True)
+            # Called when the backward pass is over, which goes on meanwhile.
+            torch.autograd.Variable._execution_engine.queue_callback(work.wait)

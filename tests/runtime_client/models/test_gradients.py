@@ -1,0 +1,249 @@
+"""Training with gradients of experts under DDP, FSDP2 or neither, against one process; and what is refused."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from tests.support.fused_model import EXPERTS, FusedModel, fused_model, words_of
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from moeplan.runtime_client.group import ExpertGroup
+from moeplan.runtime_client.layers.feed_forward import ExpertShape
+from moeplan.runtime_client.layers.resident import ResidentExperts
+from moeplan.runtime_client.layers.sharded import FullyShardedExperts
+from moeplan.runtime_client.models.gradients import ExpertGradients, expert_parameters
+from moeplan.runtime_client.models.replacing import replace_experts
+from moeplan.solvers import QuotaPlanner, SpillOptions
+
+Launch = Callable[..., list[Any]]
+KINDS = ["sharded", "resident"]
+STEPS, MAX_NORM = 4, 0.05
+
+
+def make_group(size: int | None = None) -> ExpertGroup:
+    """This rank's group of consecutive ranks; of all by default."""
+    world = dist.get_world_size()
+    groups = [list(range(first, first + (size or world))) for first in range(0, world, size or world)]
+    (mine,) = [group for group in map(ExpertGroup.create, groups) if group is not None]
+    return mine
+
+
+def make_ours(kind: str, group: ExpertGroup) -> FusedModel:
+    model = fused_model()
+    if kind == "sharded":
+        replace_experts(model, partial(FullyShardedExperts, group=group))
+    else:
+        planner = QuotaPlanner(SpillOptions.uniform(EXPERTS, group.size, 2), group.size)
+        replace_experts(model, partial(ResidentExperts, group=group, planner=planner))
+    return model
+
+
+def whole(parameter: Tensor) -> Tensor:
+    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter.detach()
+
+
+def average(model: nn.Module) -> None:
+    """What a user without wrappers does for all but the experts."""
+    experts = expert_parameters(model)
+    for name, parameter in model.named_parameters():
+        if name not in experts:
+            assert parameter.grad is not None
+            dist.all_reduce(parameter.grad)
+            parameter.grad /= dist.get_world_size()
+
+
+def train_in_one_process() -> tuple[FusedModel, list[float]]:
+    model = fused_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=2.0)
+    norms = []
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        for half in range(2):
+            (model(words_of(2 * step + half, 0, 1)) / 2).backward()
+        norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM)))
+        optimizer.step()
+    assert min(norms) > 2 * MAX_NORM
+    return model, norms
+
+
+def train_on_ranks(kind: str, wrapper: str, group_size: int | None) -> None:
+    """As in one process, each step of two backward passes."""
+    expected, norms = train_in_one_process()
+    model = make_ours(kind, make_group(group_size))
+    gradients = ExpertGradients(model)
+    wrapped: nn.Module = model
+    if wrapper == "ddp":
+        wrapped = DistributedDataParallel(model)
+    elif wrapper == "fsdp":
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        for block in model.blocks:
+            fully_shard(block, mesh=mesh, ignored_params=set(expert_parameters(model).values()))
+        fully_shard(model, mesh=mesh, ignored_params=set(expert_parameters(model).values()))
+    optimizer = torch.optim.SGD(wrapped.parameters(), lr=2.0)
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        for half in range(2):
+            later = wrapper == "ddp" and half == 0
+            with wrapped.no_sync() if later else contextlib.nullcontext():  # type: ignore[operator]
+                (wrapped(words_of(2 * step + half, dist.get_rank(), dist.get_world_size())) / 2).backward()
+        if wrapper == "plain":
+            average(model)
+        norm = float(gradients.clip_grad_norm_(MAX_NORM))
+        assert norm == pytest.approx(norms[step], rel=1e-11)
+        optimizer.step()
+    for name in ("embedding.weight", "head.weight", "blocks.0.gate.weight", "blocks.1.gate.weight"):
+        actual, reference = whole(model.get_parameter(name)), expected.get_parameter(name)
+        torch.testing.assert_close(actual, reference.detach(), rtol=1e-11, atol=1e-11)
+    for step in range(3):
+        actual = model(words_of(step, 0, 1))
+        torch.testing.assert_close(actual, expected(words_of(step, 0, 1)), rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("wrapper", ["plain", "ddp", "fsdp"])
+@pytest.mark.parametrize(("size", "group_size"), [(2, None), (4, 2), (2, 1)])
+def test_training_with_clipping_equals_one_process(
+    ranks: Launch, kind: str, wrapper: str, size: int, group_size: int | None
+) -> None:
+    ranks(size, train_on_ranks, kind, wrapper, group_size)
+
+
+def sum_gradients(norm_type: float) -> None:
+    """Without means, over replicas, and with another norm."""
+    words = [words_of(step, 0, 1) for step in range(2)]
+    plain, ours = fused_model(), make_ours("resident", make_group(1))
+    for batch in words:
+        (len(batch) * plain(batch)).backward()
+    expected = torch.nn.utils.clip_grad_norm_(plain.parameters(), 0.1, norm_type)
+    gradients = ExpertGradients(ours, mean=False)
+    for batch in words:
+        mine = batch.tensor_split(2)[dist.get_rank()]
+        (len(mine) * ours(mine)).backward()
+    average(ours)
+    for name, parameter in ours.named_parameters():
+        if name not in expert_parameters(ours):
+            assert parameter.grad is not None
+            parameter.grad *= 2
+    torch.testing.assert_close(gradients.clip_grad_norm_(0.1, norm_type), expected, rtol=1e-11, atol=0)
+    flat = ours.get_parameter("blocks.0.experts.flat").grad
+    inner = plain.get_parameter("blocks.0.experts.gate_up_proj").grad
+    assert flat is not None
+    assert inner is not None
+    torch.testing.assert_close(flat[:, : inner[0].numel()], inner.flatten(1), rtol=1e-11, atol=1e-14)
+
+
+@pytest.mark.parametrize("norm_type", [1.0, float("inf")])
+def test_sums_over_replicas_and_other_norms(ranks: Launch, norm_type: float) -> None:
+    ranks(2, sum_gradients, norm_type)
+
+
+class Outer(nn.Module):
+    """Wrapped under another name than the model that `replace_experts` was given."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, words: Tensor) -> Tensor:
+        loss: Tensor = self.inner(words)
+        return loss
+
+
+def refusal_of(kind: str, line: str) -> str:
+    """The first error of up to three steps after an ordinary line."""
+    group = make_group()
+    model: nn.Module = make_ours(kind, group)
+    clip = False
+    if line == "ddp":
+        model = DistributedDataParallel(model)
+    elif line == "ddp of an outer module":
+        inner, model = model, Outer(model)
+        ExpertGradients(inner)
+        model = DistributedDataParallel(model)
+    elif line == "ddp that does not broadcast":
+        model = DistributedDataParallel(Outer(model), init_sync=False)
+    elif line == "fsdp":
+        fully_shard(model, mesh=init_device_mesh("cpu", (group.size,)))
+    elif line == "broadcast":
+        for parameter in model.parameters():
+            dist.broadcast(parameter.data if kind == "sharded" else parameter.detach(), 0)
+    else:
+        clip = True
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for step in range(3):
+        try:
+            model(words_of(step, group.rank, group.size)).backward()
+        except RuntimeError as error:
+            return f"{type(error).__name__}: {error}"
+        if line == "gradients of one rank":
+            pass
+        elif clip:
+            average(model)
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 0.01)
+        optimizer.step()
+        optimizer.zero_grad()
+    return "nothing"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("ddp", "ExpertGradients(model)  # before DistributedDataParallel(model)"),
+        ("ddp of an outer module", "has broadcast the experts"),
+        ("ddp that does not broadcast", "has broadcast the experts"),
+        ("fsdp", "fully_shard(model, ignored_params=set(expert_parameters(model).values()))"),
+        ("broadcast", "hold the same part of the experts"),
+        ("clip", "gradients.clip_grad_norm_(1.0)"),
+        ("gradients of one rank", "differ on ranks [1] from rank 0's"),
+    ],
+)
+def test_lines_that_would_train_wrongly_are_refused_with_what_to_write(
+    ranks: Launch, kind: str, line: str, words: str
+) -> None:
+    for told in ranks(2, refusal_of, kind, line):
+        assert "blocks.0.experts: " in told
+        assert words in told
+
+
+def train_equal_experts() -> None:
+    """Experts copied from one network, as when a dense model is made sparse: all ranks hold the same, rightly."""
+    group = make_group()
+    plain = fused_model()
+    for name, parameter in plain.named_parameters():
+        if "experts" in name:
+            parameter.data[1:] = parameter.data[0]
+    expected = plain(words_of(0, group.rank, group.size))
+    replace_experts(plain, partial(ResidentExperts, group=group))
+    torch.testing.assert_close(plain(words_of(0, group.rank, group.size)), expected, rtol=1e-12, atol=0)
+
+
+def test_experts_that_are_copies_of_each_other_are_no_mistake(ranks: Launch) -> None:
+    ranks(2, train_equal_experts)
+
+
+def test_a_model_without_experts_of_ours_has_no_such_gradients() -> None:
+    with pytest.raises(ValueError, match="has no FullyShardedExperts or ResidentExperts"):
+        ExpertGradients(fused_model())
+
+
+def uneven_groups() -> None:
+    members = [[0], [1, 2]]
+    (group,) = [group for group in map(ExpertGroup.create, members) if group is not None]
+    layer = FullyShardedExperts(ExpertShape(4, 3), EXPERTS, group)
+    with pytest.raises(ValueError, match=r"expert groups \[\(0,\), \(1, 2\)\]: must be of one size"):
+        ExpertGradients(layer)
+
+
+def test_uneven_expert_groups_are_refused(ranks: Launch) -> None:
+    ranks(3, uneven_groups)

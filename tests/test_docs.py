@@ -1,0 +1,51 @@
+"""Documents: what they point to is there, and the map shows every room."""
+
+from __future__ import annotations
+
+import pkgutil
+import re
+from pathlib import Path
+
+import pytest
+from tests.support.repository import DOCUMENTS, ROOT, ROOTS
+
+FOLDERS = "solvers|planner|runtime_client|proto|tests|docs|examples|benchmarks|deploy"
+HISTORY = ROOT / "CHANGELOG.md"
+"""Names things that are gone."""
+
+
+def anchors(document: Path) -> set[str]:
+    """What links can name in a document: its headings, in small letters with hyphens."""
+    titles = re.findall(r"^#+ (.*)$", document.read_text(), re.M)
+    return {re.sub(r"[^\w -]", "", title).strip().lower().replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_links_lead_somewhere(document: Path) -> None:
+    for link in re.findall(r"\]\(([^)\s]+)\)", document.read_text()):
+        if re.match(r"[a-z]+:", link):
+            continue
+        path, _, anchor = link.partition("#")
+        target = (document.parent / path).resolve() if path else document
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_paths_are_in_the_repository(document: Path) -> None:
+    for path in re.findall(rf"(?<![\w./-])((?:{FOLDERS})/[\w./-]*\w)", document.read_text()):
+        assert (ROOT / path).exists(), path
+
+
+@pytest.mark.parametrize("document", sorted({*DOCUMENTS} - {HISTORY}), ids=lambda path: path.name)
+def test_names_with_dots_can_be_imported(document: Path) -> None:
+    for name in re.findall(r"\bmoeplan\.(?:solvers|api|planner|runtime_client)(?:\.\w+)*", document.read_text()):
+        pkgutil.resolve_name(name)
+
+
+@pytest.mark.parametrize("root", ["solvers", "planner", "runtime_client"])
+def test_the_map_shows_every_room(root: str) -> None:
+    text = (ROOT / "docs/architecture.md").read_text()
+    _, section = text.split(f"| room of `moeplan.{root}` | holds |")
+    shown = re.findall(r"^\| `(\w+)/` \|", section.split("\n\n")[0], re.M)
+    assert sorted(shown) == sorted(path.parent.name for path in ROOTS[root].glob("*/__init__.py"))
