@@ -1,5 +1,6 @@
 """The public names, once: `__init__.py` reads them from here, and so do type checkers."""
 
+from .device.break_even import measure_transfer
 from .device.exchange import DeviceExchange
 from .errors import AgreementError, LayoutMismatchError, MissedPassError, PassError, RanksDifferError, RouterError
 from .group import ExpertGroup, Traffic
@@ -47,6 +48,7 @@ __all__ = [
     "TrainingState",
     "chain",
     "expert_parameters",
+    "measure_transfer",
     "record",
     "replace_experts",
 ]

@@ -4,8 +4,8 @@ RuntimeError
 ├── RouterError            the router produced numbers that no expert can be chosen from
 ├── LayoutMismatchError    ranks are about to compute with different layouts
 ├── RanksDifferError       ranks hold weights that do not go together
+├── PassError              a pass on GPUs has no room for its tokens
 ├── MissedPassError        ranks are not in the same pass of the same layer
-├── PassError              a pass on GPUs was abandoned
 └── AgreementError         ranks did not agree in time
 """
 
@@ -32,15 +32,12 @@ class RanksDifferError(RuntimeError):
     """
 
 
+class PassError(RuntimeError):
+    """A pass that runs without the host has failed on all ranks, as a rank had more tokens than there is room for."""
+
+
 class MissedPassError(RuntimeError):
     """A rank has left out a pass of a layer, or has not come to it within the time limit of the group."""
-
-
-class PassError(RuntimeError):
-    """A pass that runs without the host was abandoned on all ranks; what it gave is not a number.
-
-    A rank had more tokens than there is room for, ran another layer, or did not take part in time.
-    """
 
 
 class AgreementError(RuntimeError):

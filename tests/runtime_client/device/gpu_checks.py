@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from moeplan.runtime_client.device.break_even import measure_transfer
 from moeplan.runtime_client.device.exchange import DeviceExchange
-from moeplan.runtime_client.errors import PassError, RouterError
+from moeplan.runtime_client.errors import MissedPassError, PassError, RouterError
 from moeplan.runtime_client.group import ExpertGroup
 from moeplan.runtime_client.layers.feed_forward import ExpertShape
 from moeplan.runtime_client.layers.resident import ResidentExperts
@@ -268,11 +268,11 @@ def other_layer(ranks: Ranks) -> str:
     assert own[ranks.group.rank % 2](hidden, index, weight).isnan().all()
     try:
         exchange.check()
-    except PassError as error:
+    except MissedPassError as error:
         return str(error)
     finally:
         exchange.mailbox.close()
-    raise AssertionError("no PassError")
+    raise AssertionError("no MissedPassError")
 
 
 def rank_missing(ranks: Ranks) -> str:
@@ -284,7 +284,7 @@ def rank_missing(ranks: Ranks) -> str:
         time.sleep(2)
         return layer(hidden, index, weight)
 
-    return fails(ranks, PassError, act, time_limit=timedelta(seconds=0.5))
+    return fails(ranks, MissedPassError, act, time_limit=timedelta(seconds=0.5))
 
 
 def beside_an_all_reduce(ranks: Ranks) -> str:

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from moeplan.runtime_client.device.exchange import DeviceExchange
 from moeplan.runtime_client.device.memory import symmetric_memory
-from moeplan.runtime_client.errors import PassError, RouterError
+from moeplan.runtime_client.errors import MissedPassError, PassError, RanksDifferError, RouterError
 from moeplan.runtime_client.group import ExpertGroup
 from moeplan.runtime_client.layers.feed_forward import ExpertShape
 from moeplan.runtime_client.layers.resident import ResidentExperts
@@ -157,8 +157,10 @@ def failure(folder: Path, kind: str) -> tuple[str, str, str]:
     hidden, index, weight, _ = batch(0, TOKENS + 3 * rank if kind == "tokens" else TOKENS, 1000.0 if short else 3.0)
     if kind == "router" and rank == 1:
         index[3, 1], weight[4, 0] = -1, float("nan")
-    if kind == "missing":
-        own._passes = 1  # without the first pass, in which ranks compare weights and the host waits
+    if kind == "broadcast":
+        own.flat.data.fill_(1.0)
+    if kind == "pass":
+        own._passes += rank
     if kind == "missing" and rank == 1:
         dist.barrier()  # comes when the other has given up
     output = own(hidden, index, weight)
@@ -178,10 +180,20 @@ def failure(folder: Path, kind: str) -> tuple[str, str, str]:
 @pytest.mark.parametrize(
     ("kind", "error", "message"),
     [
-        ("router", RouterError, "layer 0, rank 1: 1 choices outside 0..5 and 1 weights that are not finite"),
-        ("tokens", PassError, "layer 0, rank 1: 3 tokens more than max_tokens"),
+        (
+            "router",
+            RouterError,
+            "layer 1: router output of rank 1: 1 choices outside 0..5 and 1 weights that are not finite",
+        ),
+        ("tokens", PassError, "layer 1: 3 tokens more than max_tokens on rank 1"),
         ("capacity", InfeasibleError, "raise the cap or the capacity"),
-        ("missing", PassError, "rank 1 did not take part in a pass in time"),
+        ("broadcast", RanksDifferError, "layer 1: ranks 0 and 1 hold the same part of the experts"),
+        (
+            "pass",
+            MissedPassError,
+            "layer 1: the ranks are not in the same pass: rank 0 in pass 1 of layer 1",
+        ),
+        ("missing", MissedPassError, "rank 1 has not come to a pass in time"),
     ],
 )
 def test_all_ranks_fail_alike(ranks: Launch, tmp_path: Path, kind: str, error: type[Exception], message: str) -> None:

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moeplan.runtime_client.device.launches import Launch
-from moeplan.runtime_client.device.mailbox import ABORTED, ANSWERED, LAYER, REQUEST, Mailbox, MailboxSizes
+from moeplan.runtime_client.device.mailbox import ABORTED, ANSWERED, LAYER, REQUEST, TOLD, Mailbox, MailboxSizes, Turn
 from moeplan.runtime_client.device.memory import SymmetricMemory, places, symmetric_memory
 from moeplan.runtime_client.device.routes import BORROWED, LENT
 from moeplan.runtime_client.group import ExpertGroup
@@ -86,7 +86,7 @@ class DeviceExchange:
             the copy: one product does both. If it is the same, lent experts are computed apart, with rows of their own.
         device: This rank's GPU.
         capacity: Rows that a rank has room for; by default all of the group, so that no plan exceeds it.
-        time_limit: How long a pass waits for another rank.
+        time_limit: How long a pass waits for another rank; by default as long as the group does.
 
     Raises:
         ValueError: the layer cannot run this way; the message says why.
@@ -105,7 +105,7 @@ class DeviceExchange:
         dtype: torch.dtype = torch.bfloat16,
         weights: torch.dtype = torch.float32,
         capacity: int | None = None,
-        time_limit: timedelta = timedelta(minutes=10),
+        time_limit: timedelta | None = None,
         memory: Callable[[dist.ProcessGroup, int, torch.device], SymmetricMemory] = symmetric_memory,
     ) -> None:
         options = planner.options
@@ -140,8 +140,9 @@ class DeviceExchange:
         self.group, self.shape, self.choices, self.device = group, shape, choices, device
         self.dtype, self.weights = dtype, weights
         self.max_tokens, self.pairs = max_tokens, pairs
-        self.limit_ns = int(time_limit.total_seconds() * 1e9)
-        self.layers = 0
+        self.limit_ns = int((time_limit or group.timeout).total_seconds() * 1e9)
+        self._turns: dict[int, Turn] = {}
+        self._nothing_told = torch.zeros(3, dtype=torch.int64, device=device)
 
         self.mailbox = self._open_mailbox(replace(options, token_cap=options.token_cap.clip(max=self.capacity)))
         item, hidden = dtype.itemsize, shape.hidden
@@ -178,7 +179,11 @@ class DeviceExchange:
         self._piece = min(_ELEMENTS, _kernels().power_of_2(shape.elements))
         self._launches = self._make_launches()
 
-    def require(self, shape: Expert, home: Int32, weights: torch.dtype, compute: torch.dtype) -> None:
+    def __deepcopy__(self, memo: dict[int, object]) -> DeviceExchange:
+        """Itself: copies of layers share it, as layers do."""
+        return self
+
+    def require(self, shape: Expert, home: Int32, weights: torch.dtype) -> None:
         """Raise unless a layer of such experts can use this exchange.
 
         Raises:
@@ -188,7 +193,6 @@ class DeviceExchange:
         for name, own, other in (
             ("shape", self.shape, shape),
             ("home", options.home.tolist(), home.tolist()),
-            ("compute_dtype", self.dtype, compute),
             ("dtype", self.weights, weights),
         ):
             if own != other:
@@ -207,45 +211,49 @@ class DeviceExchange:
         sizes = MailboxSizes(self.rows, -1 if self.joined else self.capacity)
         return Mailbox(options, self.group.rank, sizes, pinned=self.device.type == "cuda")
 
-    def join(self) -> int:
-        """The number of one more layer; all ranks number their layers alike."""
-        self.layers += 1
-        return self.layers - 1
-
     def check(self) -> None:
         """Raise what has gone wrong in passes that are over; call it where the host waits for the device anyway.
 
         Raises:
             RouterError: a choice was out of range or a weight not finite, on any rank.
+            MissedPassError: the ranks were not in the same pass, or one did not come in time.
+            RanksDifferError: ranks held the same part of the experts, or the block's other weights differed.
             InfeasibleError: no plan kept every rank within its token cap.
-            PassError: a rank had more tokens than there is room for, ran another layer, or did not come in time.
+            PassError: a rank had more tokens than there is room for.
         """
-        self.mailbox.check()
+        self.mailbox.check(self._turns)
 
     def meet(self) -> None:
         """All ranks: what their kernels wrote before, all kernels see after."""
         self._launches.meet((1, 1, 1), *self._signals)
 
-    def plan(self, index: Tensor, weight: Tensor, excess: int, layer: int) -> Route:
+    def plan(self, index: Tensor, weight: Tensor, excess: int, turn: Turn) -> Route:
         """Count, agree, plan.
 
         Args:
             index: int64[tokens, choices].
             weight: [tokens, choices].
             excess: Tokens of this rank for which there is no room.
-            layer: Number of the layer, for messages.
+            turn: Which pass it is.
         """
         launch, mailbox, shape = self._launches, self.mailbox, self.mailbox.shape
         pairs = index.numel()
         chunks, columns = -(-pairs // _kernels().CHUNK), shape.experts + 2
+        self._turns[turn.layer] = turn
+        told = torch.stack(list(turn.checks)) if turn.checks else self._nothing_told
         order = torch.empty(pairs, dtype=torch.int32, device=self.device)
         tallies = torch.empty(chunks, columns, dtype=torch.int32, device=self.device)
         answer = torch.empty(shape.words, dtype=torch.int32, device=self.device)
         target = torch.empty(pairs, dtype=torch.int32, device=self.device)
         if pairs:
             launch.count((chunks, 1, 1), index, weight, order, tallies, pairs)
-        launch.total((-(-columns // 16), 1, 1), tallies, self.table, self.peers, self.group.rank, chunks, excess, layer)
-        launch.plan((1, 1, 1), *self._signals, self.table, answer, mailbox.words, mailbox.table, mailbox.answer, layer)
+        launch.total(
+            (-(-columns // 16), 1, 1), tallies, self.table, self.peers, self.group.rank, chunks, excess, turn.layer,
+            turn.number, told.view(torch.int32),
+        )  # fmt: skip
+        launch.plan(
+            (1, 1, 1), *self._signals, self.table, answer, mailbox.words, mailbox.table, mailbox.answer, turn.layer
+        )
         if pairs:
             launch.place((-(-pairs // 512), 1, 1), index, order, tallies, answer, target, pairs)
         return Route(answer, target, answer[shape.home_ends : shape.loans])
@@ -373,7 +381,7 @@ class DeviceExchange:
             meet=Launch(kernels.meet, 1, **lanes),
             count=Launch(kernels.count, 4, EXPERTS=experts, COLUMNS=columns, BLOCK=32),
             total=Launch(
-                kernels.total, 4, RANKS=size, COLUMNS=columns, ROW=self.mailbox.columns, BLOCK=16, CHUNKS=256
+                kernels.total, 4, RANKS=size, COLUMNS=columns, ROW=self.mailbox.columns, TOLD=TOLD, BLOCK=16, CHUNKS=256
             ),
             plan=Launch(
                 kernels.plan, 8, **lanes, TABLE=table, ANSWER=answer.words, REQUEST=REQUEST, LAYER=LAYER,

@@ -48,7 +48,7 @@ _UNFILLED = tl.constexpr(2**31 - 1)
 
 def program(function: Callable[..., Any]) -> Any:
     """A Triton kernel, or a part of one, compiled once for all numbers and for all places of single words."""
-    numbers = ["rank", "layer", "tokens", "pairs", "chunks", "excess", "limit"]
+    numbers = ["rank", "layer", "tokens", "pairs", "chunks", "excess", "limit", "number"]
     return triton.jit(function, do_not_specialize=[*numbers, "end", "at_home", "away", "used", "number_borrowed"])
 
 
@@ -179,9 +179,12 @@ def total(
     chunks: tl.tensor,
     excess: tl.tensor,
     layer: tl.tensor,
+    number: tl.tensor,
+    told: tl.tensor,
     RANKS: tl.constexpr,
     COLUMNS: tl.constexpr,
     ROW: tl.constexpr,
+    TOLD: tl.constexpr,
     BLOCK: tl.constexpr,
     CHUNKS: tl.constexpr,
 ) -> None:
@@ -190,7 +193,9 @@ def total(
     Args:
         tallies: int32[chunks, COLUMNS], changed in place.
         table: int32[ranks, ROW] in symmetric memory; this rank's row is written on every rank. Behind the totals
-            it holds `excess` and `layer`.
+            it holds `excess`, `layer`, `number` and `told`.
+        number: Of the pass of the layer.
+        told: int32[TOLD], what else the rank tells.
     """
     column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = column < COLUMNS
@@ -209,6 +214,9 @@ def total(
         if tl.program_id(0) == 0:
             tl.store(row + COLUMNS, excess)
             tl.store(row + COLUMNS + 1, layer)
+            tl.store(row + COLUMNS + 2, number)
+            words = tl.arange(0, 8)
+            tl.store(row + COLUMNS + 3 + words, tl.load(told + words, mask=words < TOLD, other=0), mask=words < TOLD)
 
 
 @program

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,22 +14,26 @@ import torch
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
+from torch import Tensor
 
 from moeplan.runtime_client.device.routes import FAULT, AnswerShape, Owners, write_answer
-from moeplan.runtime_client.errors import PassError, RouterError
+from moeplan.runtime_client.errors import MissedPassError, PassError, RouterError
 from moeplan.solvers import QuotaPlanner, SpillOptions
 from moeplan.solvers.problem.arrays import Int32, Int64
 from moeplan.solvers.problem.errors import InfeasibleError
 from moeplan.solvers.problem.kernel import kernel
 from moeplan.solvers.spill.quota import fill_plans
 
-__all__ = ["ABORTED", "ANSWERED", "LAYER", "REQUEST", "Mailbox", "MailboxSizes"]
+__all__ = ["ABORTED", "ANSWERED", "LAYER", "REQUEST", "TOLD", "Mailbox", "MailboxSizes", "Turn"]
 
 # Places in `words`, each in a cache line of its own.
 REQUEST, LAYER, ANSWERED, ABORTED, STOP, NOTED = range(0, 48, 8)
 _WORDS = 48
+TOLD = 6
+"""Words of the `checks` of a turn, two for each."""
+
 # Kinds of fault, and what `note` holds: kind, layer, rank, and two numbers for the message.
-_ROUTER, _EXCESS, _SHORT, _INVALID, _ELSEWHERE = range(1, 6)
+_ROUTER, _EXCESS, _SHORT, _INVALID, _DIFFER = range(1, 6)
 _KIND, _OF_LAYER, _RANK, _ONE, _TWO = range(5)
 
 _SPINS = 20_000
@@ -69,6 +74,27 @@ def _pointer(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
     return cgutils.get_item_pointer(context, builder, signature.args[0], array, [place], wraparound=False)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Turn:
+    """Which pass this is, and what the rank tells the others beside its counts.
+
+    Attributes:
+        layer: Number of the layer in the group.
+        number: Number of its pass.
+        compare: Called with what all ranks told, int64[size, 5]: ``layer << 32 | number``, 0, and `checks` or zeros;
+            raises if they do not go together.
+        title: What errors call the layer.
+        checks: int64 each, on the device: sum of this rank's experts, whether they are not what was loaded, and the sum
+            of weights that all ranks share; empty in most passes.
+    """
+
+    layer: int
+    number: int
+    compare: Callable[[Int64], None]
+    title: str
+    checks: Sequence[Tensor] = ()
+
+
 @dataclass(frozen=True, slots=True)
 class MailboxSizes:
     """Rows of each rank, and the first of lent experts; see `write_answer`."""
@@ -83,12 +109,27 @@ def _note(note: Int64, kind: int, layer: int, rank: int, one: int, two: int) -> 
 
 
 @kernel
+def _differ(told: Int64, table: Int32, experts: int) -> bool:
+    """Fill `told` from a table; whether what ranks tell does not go together, as `Turn.compare` finds it."""
+    for s in range(len(told)):
+        row = table[s, experts + 3 :]
+        told[s, 0] = (np.int64(row[0]) << 32) | row[1]
+        for check in range(3):
+            low, high = np.int64(row[2 + 2 * check]), np.int64(row[3 + 2 * check])
+            told[s, 2 + check] = (high << 32) | (low & 0xFFFFFFFF)
+    for s in range(len(told)):
+        if told[s, 0] != told[0, 0] or told[s, 4] != told[0, 4]:
+            return True
+        for other in range(len(told)):
+            if other != s and told[s, 3] and told[s, 2] and told[s, 2] == told[other, 2]:
+                return True
+    return False
+
+
+@kernel
 def _faults(note: Int64, layer: int, table: Int32, experts: int) -> bool:
     """Whether something is wrong with a row of counts; it is noted."""
     for s in range(len(table)):
-        if table[s, experts + 3] != layer:
-            _note(note, _ELSEWHERE, layer, s, table[s, experts + 3], 0)
-            return True
         if table[s, experts] or table[s, experts + 1]:
             _note(note, _ROUTER, layer, s, table[s, experts], table[s, experts + 1])
             return True
@@ -105,6 +146,7 @@ def _serve(
     table: Int32,
     answer: Int32,
     note: Int64,
+    told: Int64,
     counts: Int32,
     places: Int64,
     rank: int,
@@ -132,6 +174,9 @@ def _serve(
         answered = request
         layer = words[LAYER]
         failed = _load(words, NOTED) != 0
+        if not failed and _differ(told, table, experts):
+            _note(note, _DIFFER, layer, 0, 0, 0)
+            failed = True
         if not failed and _faults(note, layer, table, experts):
             failed = True
         if not failed:
@@ -173,7 +218,7 @@ class Mailbox:
         columns: Columns of a row of `table`.
         words: int64[48], request, answered request and the like.
         table: int32[ranks, columns], counts of all ranks: of each expert, then choices out of range, weights that are
-            not finite, tokens beyond what the pass has room for, and the number of the layer.
+            not finite, tokens beyond what the pass has room for, the numbers of the layer and of its pass, and checks.
         answer: int32[shape.words].
     """
 
@@ -183,12 +228,13 @@ class Mailbox:
         self.rank = rank
         self.options = options
         self.shape = AnswerShape(options.experts, int(spare.sum()), owned, int(spare[rank]))
-        self.columns = -(-(options.experts + 4) // 4) * 4
+        self.columns = -(-(options.experts + 5 + TOLD) // 4) * 4
         self.words = torch.zeros(_WORDS, dtype=torch.int64, pin_memory=pinned)
         self.table = torch.zeros(options.devices, self.columns, dtype=torch.int32, pin_memory=pinned)
         self.answer = torch.zeros(self.shape.words, dtype=torch.int32, pin_memory=pinned)
         self._words: Int64 = self.words.numpy()
         self._note = np.zeros(5, np.int64)
+        self._told = np.zeros((options.devices, 5), np.int64)
         own = QuotaPlanner(options, options.devices, dtype=np.int32)
         owners = Owners.of(options)
         arguments = (
@@ -197,6 +243,7 @@ class Mailbox:
             self.table.numpy(),
             self.answer.numpy(),
             self._note,
+            self._told,
             np.zeros((1, options.devices, options.experts), np.int32),
             self.shape.places(),
             rank,
@@ -213,41 +260,46 @@ class Mailbox:
         self.close = weakref.finalize(self, _stop, self._words, self._thread, pinned)
         """End the thread."""
 
-    def check(self) -> None:
-        """Raise what a pass has noted, if any.
+    def check(self, turns: Mapping[int, Turn]) -> None:
+        """Raise what a pass has noted, if any; see `DeviceExchange.check`.
 
-        Raises:
-            RouterError: a choice was out of range or a weight not finite, on any rank.
-            InfeasibleError: no plan kept every rank within its token cap.
-            PassError: a rank had more tokens than there is room for, ran another layer, or did not come in time.
+        Args:
+            turns: The last turn of each layer.
         """
         aborted = int(self._words[ABORTED])
         if aborted:
-            raise PassError(
-                f"rank {aborted - 1} did not take part in a pass in time (rank {self.rank} saw it last in layer "
-                f"{self._words[LAYER]}); the pass was abandoned on all ranks"
+            raise MissedPassError(
+                f"{_title(turns, int(self._words[LAYER]))}: rank {aborted - 1} has not come to a pass in time (seen by "
+                f"rank {self.rank}); the pass was abandoned on all ranks"
             )
         if not self._words[NOTED]:
             return
         kind, layer, rank, one, two = self._note.tolist()
-        where = f"layer {layer}, rank {rank}"
+        title = _title(turns, layer)
+        if kind == _DIFFER:
+            turns[layer].compare(self._told)
         if kind == _ROUTER:
             raise RouterError(
-                f"router output of {where}: {one} choices outside 0..{self.options.experts - 1} and {two} weights that "
-                "are not finite; the model has diverged or its inputs are wrong"
+                f"{title}: router output of rank {rank}: {one} choices outside 0..{self.options.experts - 1} and {two} "
+                "weights that are not finite; the model has diverged or its inputs are wrong"
             )
         if kind == _EXCESS:
-            raise PassError(f"{where}: {one} tokens more than max_tokens; raise it, or lower the micro-batch")
-        if kind == _ELSEWHERE:
-            raise PassError(f"rank {rank} runs layer {one} while rank {self.rank} runs layer {layer}")
+            raise PassError(
+                f"{title}: {one} tokens more than max_tokens on rank {rank}; raise it, or lower the micro-batch"
+            )
         if kind == _SHORT:
             raise InfeasibleError(
                 f"spill.token_cap[{rank}]",
-                f"{one} tokens planned in layer {layer}",
+                f"{one} tokens planned in {title}",
                 f"exceeds the cap by {two} tokens; raise the cap or the capacity, add spare slots, or lower the "
                 "micro-batch",
             )
-        raise PassError(f"{where}: counts that no plan can be made from; this is a fault of moeplan")
+        raise PassError(f"{title}: counts that no plan can be made from; this is a fault of moeplan")
+
+
+def _title(turns: Mapping[int, Turn], layer: int) -> str:
+    turn = turns.get(layer)
+    return f"layer {layer}" if turn is None else turn.title
 
 
 def _stop(words: npt.NDArray[Any], thread: threading.Thread, pinned: bool) -> None:

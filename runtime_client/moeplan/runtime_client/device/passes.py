@@ -11,35 +11,45 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from moeplan.runtime_client.device.exchange import DeviceExchange, Expert, Route
+from moeplan.runtime_client.device.mailbox import Turn
 
 __all__ = ["run_pass"]
 
 
 def run_pass(
-    exchange: DeviceExchange, layer: int, flat: Tensor, hidden: Tensor, index: Tensor, weight: Tensor
+    exchange: DeviceExchange,
+    turn: Turn,
+    flat: Tensor,
+    hidden: Tensor,
+    index: Tensor,
+    weight: Tensor,
+    dtype: torch.dtype,
 ) -> Tensor:
     """Apply to each token its experts, weighted and summed, without waiting for the device.
 
     Args:
         exchange: What the layers share.
-        layer: Number of the layer.
+        turn: Which pass it is.
         flat: [owned, elements], this rank's experts.
         hidden: [tokens, hidden].
         index: int64[tokens, k].
         weight: [tokens, k].
+        dtype: What to compute in, which must be that of the exchange.
 
     Returns:
         As `hidden`; not a number if the pass fails on any rank.
 
     Raises:
-        ValueError: the tokens have another number of choices than the exchange.
-        RouterError, InfeasibleError, PassError: an earlier pass has failed; see `DeviceExchange.check`.
+        ValueError: the pass has another type or another number of choices than the exchange.
+        RouterError, MissedPassError, RanksDifferError, InfeasibleError, PassError: an earlier pass has failed; see
+            `DeviceExchange.check`.
     """
-    if index.shape[1] != exchange.choices:
-        raise ValueError(f"index of {index.shape[1]} choices: the exchange was made for {exchange.choices}")
+    for name, own, other in (("dtype", exchange.dtype, dtype), ("choices", exchange.choices, index.shape[1])):
+        if own != other:
+            raise ValueError(f"{turn.title}: {name} = {other}: the exchange was made for {own}")
     exchange.check()
     repeated = torch.is_grad_enabled() and any(part.requires_grad for part in (flat, hidden, weight))
-    output: Tensor = _Pass.apply(flat, hidden, weight, index, exchange, layer, repeated)  # type: ignore[no-untyped-call]
+    output: Tensor = _Pass.apply(flat, hidden, weight, index, exchange, turn, repeated)  # type: ignore[no-untyped-call]
     return output
 
 
@@ -52,7 +62,7 @@ class _Pass(torch.autograd.Function):
         weight: Tensor,
         index: Tensor,
         exchange: DeviceExchange,
-        layer: int,
+        turn: Turn,
         repeated: bool,
     ) -> Tensor:
         # What there is no room for takes no part; the pass fails on all ranks.
@@ -65,7 +75,7 @@ class _Pass(torch.autograd.Function):
             own.copy_(flat)
         else:
             own, lent = _aligned(flat), flat.new_empty(spare, flat.shape[1])
-        route = exchange.plan(chosen, shares, excess, layer)
+        route = exchange.plan(chosen, shares, excess, turn)
         exchange.hand_out(route, some.to(exchange.dtype), own)
         if repeated:
             rows, label = exchange.keep(route, lent)

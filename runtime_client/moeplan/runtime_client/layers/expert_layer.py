@@ -179,16 +179,20 @@ class ExpertLayer(nn.Module, ABC):
 
     def _gather_counts(self, index: Tensor, weight: Tensor, layout: int = 0) -> Int64:
         """Tokens of each expert from each rank, int64[size, experts], once what ranks tell goes together."""
-        told = tell(self._number, self._passes, layout)
-        if self._compares:
-            own, shared = row_sums(self.weights).sum(), [row_sums(weights).sum() for weights in self._shared()]
-            # Equal experts on all ranks are no mistake if they were loaded so.
-            same = torch.zeros_like(own) if self._loaded is None else own == self._loaded.sum().to(own.device)
-            told = tell(
-                self._number, self._passes, layout, own, ~same.bool(), torch.stack(shared).sum() if shared else None
-            )
+        told = tell(self._number, self._passes, layout, *self._checks())
         what = f"pass {self._passes} of {self.title}"
         return gather_counts(self.group, index, weight, self.experts, what, told, partial(compare_ranks, self.title))
+
+    def _checks(self) -> tuple[Tensor, Tensor, Tensor | None] | tuple[()]:
+        """What a rank tells of its weights, in the order of `tell`; nothing in most passes."""
+        if not self._compares:
+            return ()
+        own, shared = row_sums(self.weights).sum(), [row_sums(weights).sum() for weights in self._shared()]
+        same = torch.zeros_like(own)
+        if self._loaded is not None:  # equal experts on all ranks are no mistake if they were loaded so
+            self._loaded = self._loaded.to(own.device)
+            same = own == self._loaded.sum()
+        return own, ~same.bool(), torch.stack(shared).sum() if shared else None
 
     @property
     def _compares(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -9,12 +10,14 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from moeplan.runtime_client.device.exchange import DeviceExchange
+from moeplan.runtime_client.device.mailbox import Turn
 from moeplan.runtime_client.device.passes import run_pass
 from moeplan.runtime_client.group import ExpertGroup, Transfer, beside, join
 from moeplan.runtime_client.layers.expert_layer import ExpertLayer
 from moeplan.runtime_client.layers.feed_forward import ExpertShape, feed_forward
 from moeplan.runtime_client.layers.lending import Homes, Loan, LoanBuffer, add_loan
-from moeplan.runtime_client.layers.routing import combine, dispatch, find_route
+from moeplan.runtime_client.layers.rank_checks import compare_ranks
+from moeplan.runtime_client.layers.routing import combine, dispatch, find_route, infers_shapes
 from moeplan.solvers import QuotaPlanner, SpillOptions, SpillPlan
 from moeplan.solvers.problem.arrays import Int64
 
@@ -83,9 +86,7 @@ class ResidentExperts(ExpertLayer):
         self.buffer = buffer or LoanBuffer()
         self.exchange = exchange
         if exchange is not None:
-            own = dtype or torch.get_default_dtype()
-            exchange.require(shape, planner.options.home, own, compute_dtype or own)
-            self.number = exchange.join()
+            exchange.require(shape, planner.options.home, dtype or torch.get_default_dtype())
         self.flat = nn.Parameter(torch.zeros(len(self.homes.owned), shape.elements, dtype=dtype, device=device))
 
     def _take(self, first: int, flat: Tensor) -> list[int]:
@@ -96,9 +97,11 @@ class ResidentExperts(ExpertLayer):
 
     def _run(self, rows: Tensor, index: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
         if self.exchange is not None:
-            if self._passes == 1:
-                self._gather_counts(index[:0], weight[:0])  # compares what ranks hold, while the host may still wait
-            return run_pass(self.exchange, self.number, self.flat, rows, index, weight)
+            if infers_shapes():
+                weight = torch.zeros_like(weight)  # they were never written
+            checks = [index.new_zeros(()) if check is None else check.long() for check in self._checks()]
+            turn = Turn(self._number, self._passes, partial(compare_ranks, self.title), self.title, checks)
+            return run_pass(self.exchange, turn, self.flat, rows, index, weight, dtype)
         group = self.group
         counts = self._gather_counts(index, weight)
         loan = Loan.of(self.planner.plan(counts).require_feasible(), self.homes, group.rank)

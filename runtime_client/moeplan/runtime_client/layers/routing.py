@@ -18,7 +18,7 @@ from moeplan.runtime_client.layers.copies import scatter_rows
 from moeplan.runtime_client.layers.fusing import fused
 from moeplan.solvers.problem.arrays import Int32, Int64
 
-__all__ = ["Route", "combine", "dispatch", "find_route", "gather_counts"]
+__all__ = ["Route", "combine", "dispatch", "find_route", "gather_counts", "infers_shapes"]
 
 
 def gather_counts(
@@ -63,7 +63,7 @@ def gather_counts(
         compare(table[:, experts + 3 :])
     for rank, (below, above, not_finite) in enumerate(table[:, [0, experts + 1, experts + 2]]):
         outside = below + above
-        if outside or (not_finite and not _infers_shapes()):
+        if outside or (not_finite and not infers_shapes()):
             raise RouterError(
                 f"router output of rank {rank}: {outside} choices outside 0..{experts - 1} and "
                 f"{not_finite} weights that are not finite; the model has diverged or its inputs are wrong"
@@ -71,7 +71,7 @@ def gather_counts(
     return np.ascontiguousarray(table[:, 1 : experts + 1])
 
 
-def _infers_shapes() -> bool:
+def infers_shapes() -> bool:
     """Whether ``torch.distributed.pipelining`` runs the model on memory that was never written, to see shapes."""
     return any(frame.f_code.co_name == "_forward_metadata_inference" for frame, _ in traceback.walk_stack(None))
 
