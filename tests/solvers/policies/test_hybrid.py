@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.support.instances import optimum, random_layout, small_problems
+from tests.support.instances import all_layouts, optimum, random_layout, small_problems
 
 from moeplan.solvers import (
     Cluster,
@@ -20,6 +21,7 @@ from moeplan.solvers import (
     Layout,
     Problem,
     SolveParameters,
+    SplitRule,
     Termination,
     available_policies,
     evaluate,
@@ -162,3 +164,27 @@ def test_what_cannot_fit_into_memory_is_refused_at_once() -> None:
     problem = Problem(cluster, Demand.of([[50] * 8]), ExpertSpec(weight_bytes=10, activation_bytes=1))
     with pytest.raises(InfeasibleError, match="one replica of each expert and the activations of 400 tokens need 480"):
         solve(problem, parameters=SolveParameters(deadline_s=0.01))
+
+
+@settings(max_examples=40, deadline=None)
+@given(small_problems(scenarios=2), st.integers(0, 999), st.sampled_from([None, 1, 3]))
+def test_even_splits_are_planned_for_nearly_as_well_as_by_brute_force(
+    problem: Problem, seed: int, moves: int | None
+) -> None:
+    even = replace(problem, split_rule=SplitRule.EVEN)
+    if moves is not None:
+        even = replace(even, current=random_layout(problem, seed), max_moves=moves)
+    tables = (
+        layout
+        for used in itertools.product(*(range(room + 1) for room in problem.capacity))
+        if sum(used) >= problem.experts
+        for layout in all_layouts(problem.experts, np.array(used, np.int32))
+    )
+    allowed = (layout for layout in tables if broken(even.limits, layout.placed) is None)
+    best = min(evaluate(even, layout).objective for layout in allowed)
+    assert solve(even).objective <= best * 1.1
+
+
+def test_an_even_split_may_be_perfect_where_a_replica_is_left_out() -> None:
+    problem = Problem(Cluster.uniform(2, 3), Demand.of([40, 30, 20, 10]), split_rule=SplitRule.EVEN)
+    assert solve(problem).objective == pytest.approx(1)

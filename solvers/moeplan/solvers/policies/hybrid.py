@@ -5,8 +5,9 @@
    devices where they do not; longest-first packing with swaps; the published policies, so that none is ever better; and
    the current layout. Each is scored by what counts: the best split in every scenario, averaged. A layout that is
    perfect for the mean is fragile.
-3. Local search (see `search.local`) from the best of them; where it stalls, large neighbourhoods (see
-   `neighbourhoods`), and if asked for, stronger bounds (see `configurations`).
+3. Local search (see `search.local`, or `search.even` where every replica takes an even share) from the best of them;
+   where it stalls, large neighbourhoods (see `neighbourhoods`), and if asked for, stronger bounds (see
+   `configurations`).
 4. Interchangeable devices are renamed so that the fewest replicas move. A limit of moves holds throughout: a
    construction that exceeds it is cut to the arrivals that it may have, and the search never steps over it.
 """
@@ -48,11 +49,18 @@ from moeplan.solvers.problem.limits import Limits, broken
 from moeplan.solvers.problem.moves import keep_slots, relabel
 from moeplan.solvers.problem.problem import Problem
 from moeplan.solvers.problem.split_rules import SplitRule
+from moeplan.solvers.search.even import improve_even
 from moeplan.solvers.search.local import Burst, Scenarios, improve
 from moeplan.solvers.search.neighbourhoods import neighbour
 from moeplan.solvers.split.flow import optimal_quota
 from moeplan.solvers.split.memory import best_quota, planning_speed
 from moeplan.solvers.split.rules import split
+
+SEARCHED = (SplitRule.OPTIMAL, SplitRule.EVEN)
+"""Rules that the local search knows."""
+
+EVEN_PER_CANDIDATE = 4
+"""Layouts whose even split is scored for one candidate of the work limit: nothing needs to be split anew."""
 
 ROUNDS = 1_000
 """Most exchanges of a construction's own descent."""
@@ -104,7 +112,7 @@ def hybrid(problem: Problem, parameters: SolveParameters) -> Iterator[Progress]:
         return
     state = _Search(problem, parameters, deadline)
     yield from state.construct()
-    if _rule(problem) is SplitRule.OPTIMAL:  # the search knows no other; its constructions are judged by any
+    if _rule(problem) in SEARCHED:  # constructions are judged by any
         yield from state.search()
     yield state.progress()  # which knows why the search ended
 
@@ -254,7 +262,7 @@ class _Search:
                     yield self.progress()
                     return
                 exact = False
-            if idle >= STALL and not self.over:
+            if idle >= STALL and _rule(problem) is SplitRule.OPTIMAL and not self.over:
                 self._neighbourhoods(rng)
                 if parameters.prove:
                     proofs = proofs or _proofs(problem, self._reached(), self.deadline)
@@ -270,7 +278,11 @@ class _Search:
         steps = min(burst, parameters.candidates - self.work)
         slots = self.walk.copy()
         effort = Burst(steps, parameters.seed * 1_000_003 + self.work, price, self.target)
-        improve(slots, self.scenarios, limit_arrays(self.limits), effort)
+        if _rule(self.problem) is SplitRule.EVEN:
+            effort = effort._replace(steps=steps * EVEN_PER_CANDIDATE)
+            improve_even(slots, self.scenarios, limit_arrays(self.limits), effort)
+        else:
+            improve(slots, self.scenarios, limit_arrays(self.limits), effort)
         self.work += steps
         self.walk = slots
         self.take(slots)
@@ -420,7 +432,8 @@ def _perfect(problem: Problem) -> bool:
 def _small(problem: Problem) -> bool:
     """Whether an exact model of the whole problem is small enough to be solved."""
     variables = problem.demand.scenarios * problem.devices * problem.experts
-    return problem.devices <= SMALL_DEVICES and variables <= SMALL_VARIABLES
+    small = problem.devices <= SMALL_DEVICES and variables <= SMALL_VARIABLES
+    return small and _rule(problem) is SplitRule.OPTIMAL
 
 
 def _window_applies(problem: Problem) -> bool:

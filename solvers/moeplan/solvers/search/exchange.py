@@ -16,7 +16,19 @@ from moeplan.solvers.problem.limits import NO_LIMIT
 from moeplan.solvers.search.random import next_random
 from moeplan.solvers.split.flow import host_table
 
-__all__ = ["Change", "Draft", "Exchange", "apply", "change_of", "draft_of", "exchange_of", "record", "undo", "within"]
+__all__ = [
+    "Change",
+    "Draft",
+    "Exchange",
+    "apply",
+    "change_of",
+    "draft_of",
+    "exchange_of",
+    "record",
+    "removal_of",
+    "undo",
+    "within",
+]
 
 
 GIVE_UP = 8
@@ -114,6 +126,14 @@ def exchange_of(p: int, q: int, draft: Draft, limits: LimitArrays, state: Int64)
         room = b >= 0 or draft.used[dq] < limits.capacity[dq]
         allowed = room and (replace or (not must[dp, a] if b < 0 else _may_take(dp, b, a, on, may, must)))
     return allowed, Exchange(a, b, p, q, dp, dq, replace)
+
+
+@kernel
+def removal_of(q: int, draft: Draft, limits: LimitArrays) -> tuple[bool, Exchange]:
+    """The exchange by which the replica at a position goes, and whether it is redundant and nobody asks for it."""
+    b, d = 0 + draft.slots[q], q // draft.width
+    allowed = b >= 0 and draft.replicas[b] > 1 and not limits.must[d, b]
+    return allowed, Exchange(-1, b, q, q, d, d, True)
 
 
 @kernel

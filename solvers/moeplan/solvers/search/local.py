@@ -38,7 +38,7 @@ from moeplan.solvers.search.exchange import (
 from moeplan.solvers.search.random import next_random, seeded
 from moeplan.solvers.split.flow import augment, pour, split_all
 
-__all__ = ["Burst", "Scenarios", "improve"]
+__all__ = ["Burst", "Scenarios", "draw_scenario", "improve", "scale_of"]
 
 STALE = 20
 """Candidates per slot without one to take, after which any is taken: a way out of a local optimum."""
@@ -132,7 +132,7 @@ def improve(slots: Int32, scenarios: Scenarios, limits: LimitArrays, burst: Burs
     draft = draft_of(slots, experts)
     positions = len(draft.slots)
     arrivals = arrivals_of(draft.on, limits)
-    scale = _scale(scenarios.mean)
+    scale = scale_of(scenarios.mean)
     now, trial = _no_splits(count, devices, positions), _no_splits(count, devices, positions)
     level = split_all(slots, scenarios.tokens, scenarios.speed, now.quota, now.load, now.tight)
     for s in range(count):
@@ -210,7 +210,7 @@ def _copy(splits: _Splits, to: _Splits) -> None:
 
 
 @kernel
-def _scale(mean: Float64) -> Float64:
+def scale_of(mean: Float64) -> Float64:
     """float64[scenarios]: imbalance per load per speed; 0 for a scenario without tokens."""
     scale = np.zeros(len(mean))
     for s in range(len(mean)):
@@ -220,7 +220,7 @@ def _scale(mean: Float64) -> Float64:
 
 
 @kernel
-def _draw(share: Float64, imbalance: Float64, state: Int64) -> int:
+def draw_scenario(share: Float64, imbalance: Float64, state: Int64) -> int:
     """A scenario, as likely as its part of the distance from perfect balance."""
     total = 0.0
     for s in range(len(share)):
@@ -244,7 +244,7 @@ def _candidate(
     """
     width = positions // tight.shape[1]
     for drawn in range(1, most + 1):
-        s = _draw(share, imbalance, state)
+        s = draw_scenario(share, imbalance, state)
         p = next_random(state) % positions
         q = next_random(state) % positions
         if stuck or (tight[s, p // width] and not tight[s, q // width]):
