@@ -64,6 +64,9 @@ def test_plan_in_the_daemon_is_plan_here(daemon: DaemonProcess, tmp_path: Path) 
     assert run(*base, "-o", str(here)).returncode == 0
     assert run(*base, "-o", str(there), "--server", daemon.address).returncode == 0
     assert json.loads(here.read_text()) == json.loads(there.read_text())
+    refused = run(*base, "-o", str(there), "--server", daemon.address, "--policy", "magic")
+    assert refused.returncode == 2
+    assert refused.stderr.startswith("moeplan: --policy = 'magic': must be one of base, eplb")
 
 
 def test_flags_over_environment_over_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

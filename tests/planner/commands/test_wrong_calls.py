@@ -165,9 +165,9 @@ def test_a_secret_that_cannot_be_read_is_a_wrong_call(call: Call) -> None:
     assert "none: No such file or directory; give a file" in call("jobs", "list", "--token", "none")
 
 
-def program(*arguments: object, folder: Path) -> subprocess.CompletedProcess[str]:
+def program(*arguments: object, folder: Path, wait_s: float = 280) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "moeplan.planner.commands.main", *map(str, arguments)]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=280, check=False)
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=wait_s, check=False)
 
 
 def test_a_trace_without_tokens_is_replayed(tmp_path: Path) -> None:
@@ -183,6 +183,15 @@ def test_a_reader_that_goes_away_is_no_error() -> None:
         ["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, timeout=280, check=False
     )
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_compiling_is_said_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    np.savez(tmp_path / "small.npz", counts=COUNTS)
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path / "cache"))
+    said = [program(*PLAN, "--work-limit", 100, folder=tmp_path, wait_s=800).stderr for _ in range(2)]
+    assert said == ["compiling kernels, once after an installation: about a minute\n", ""]
 
 
 def test_the_version_is_that_of_the_installation(capsys: pytest.CaptureFixture[str]) -> None:

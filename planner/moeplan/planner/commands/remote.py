@@ -13,6 +13,7 @@ import typer
 
 from moeplan.planner.commands.explained import EXIT_FAILED, EXIT_USAGE, fail
 from moeplan.planner.commands.options import DAEMON
+from moeplan.solvers.problem.errors import ProblemError
 
 if TYPE_CHECKING:
     from moeplan.api.client import Client
@@ -58,6 +59,10 @@ def connect(
         try:
             yield client
         except ServiceError as error:
+            field, equals, rest = error.message.partition(" = ")
+            if isinstance(error, InvalidRequestError) and equals:  # as if it had been found here: with its flag
+                value, _, reason = rest.partition(": ")
+                raise ProblemError(field.removeprefix("problems[0]."), value, reason) from None
             wrong = isinstance(error, (InvalidRequestError, PreconditionError))
             raise fail(f"{error.code.name}: {error.message}", EXIT_USAGE if wrong else EXIT_FAILED) from None
 

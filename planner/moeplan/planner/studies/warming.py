@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from moeplan.solvers import Cluster, Demand, Problem, SolveParameters, solve, warm_up
+from moeplan.solvers.policies.registry import find
 
 __all__ = ["load_kernels"]
 
@@ -15,6 +16,8 @@ def load_kernels(*policies: str) -> None:
     Raises:
         ProblemError: there is no such policy.
     """
+    for policy in policies:
+        find(policy)
     warm_up()
     tokens = np.random.default_rng(0).geometric(0.01, (2, 4, 12))
     problem = Problem(Cluster.uniform(8, 2, nodes=2), Demand.of(tokens))
