@@ -18,7 +18,7 @@ import numpy as np
 from moeplan.solvers.problem.arrays import Float64, Int32, Int64
 from moeplan.solvers.problem.kernel import kernel
 
-__all__ = ["adams", "average", "even_split", "exclusive", "lower_bound", "lower_bounds", "pigeonhole"]
+__all__ = ["adams", "average", "even_split", "exclusive", "lower_bound", "pigeonhole"]
 
 
 @kernel
@@ -100,14 +100,13 @@ def pigeonhole(hot: Float64, speed: Float64, slots: int) -> float:
 
 
 @kernel
-def _bounds(loads: Int64, speed: Float64, capacity: Int32) -> Float64:
+def _bound(loads: Int64, speed: Float64, capacity: Int32) -> float:
     hot = np.sort(loads.astype(np.float64))[::-1].copy()
     fast = np.sort(speed)[::-1].copy()
     room = np.sort(capacity.astype(np.int64))[::-1].copy()
     slots = room.sum()
-    return np.array(
-        [average(hot, fast), adams(hot, fast, slots), exclusive(hot, fast, room), pigeonhole(hot, fast, slots)]
-    )
+    proven = max(average(hot, fast), adams(hot, fast, slots))
+    return max(proven, exclusive(hot, fast, room), pigeonhole(hot, fast, slots))
 
 
 @kernel
@@ -131,16 +130,10 @@ def lower_bound(tokens: Int64, speed: Float64, capacity: Int32) -> Float64:
         if perfect:
             best[s] = tokens[s].sum() / speed.sum()
         else:
-            best[s] = _bounds(tokens[s], speed, capacity).max()
+            best[s] = _bound(tokens[s], speed, capacity)
         if equal:  # tokens are whole, so the largest load of equal devices is too
             best[s] = np.ceil(best[s] * speed[0] * (1 - 1e-14)) / speed[0]
     return best
-
-
-def lower_bounds(loads: Int64, speed: Float64, capacity: Int32) -> dict[str, float]:
-    """Each bound by name, for one scenario; see `lower_bound` for the arguments."""
-    values = _bounds(loads, speed, capacity)
-    return dict(zip(("average", "adams", "exclusive", "pigeonhole"), values.tolist(), strict=True))
 
 
 def even_split(loads: Int64, replicas: Int32, devices: int, slots: int) -> float:
