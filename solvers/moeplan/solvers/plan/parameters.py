@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from moeplan.solvers.problem.arrays import integer, number
 from moeplan.solvers.problem.errors import ProblemError
+from moeplan.solvers.problem.scalars import integer, number
 
 __all__ = ["DEFAULT_WORK", "UNLIMITED_WORK", "SolveParameters"]
 

@@ -1,16 +1,16 @@
-"""Checking and freezing the arrays and numbers that cross the library's edge."""
+"""Checking and freezing the arrays that cross the library's edge."""
 
 from __future__ import annotations
 
-from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from moeplan.solvers.problem.errors import ProblemError
+from moeplan.solvers.problem.scalars import short
 
-__all__ = ["Bool", "Float64", "Int32", "Int64", "any_array", "floats", "integer", "integers", "number"]
+__all__ = ["Bool", "Float64", "Int32", "Int64", "any_array", "floats", "integers"]
 
 Bool = npt.NDArray[np.bool_]
 Int32 = npt.NDArray[np.int32]
@@ -36,44 +36,10 @@ def any_array(field: str, values: npt.ArrayLike) -> npt.NDArray[Any]:
     try:
         array = np.asarray(values)
     except (TypeError, ValueError):
-        raise ProblemError(
-            field, _short(values), "must be an array of numbers whose lists have equal lengths"
-        ) from None
+        raise ProblemError(field, short(values), "must be an array of numbers whose lists have equal lengths") from None
     if array.dtype.kind not in "biuf":
-        raise ProblemError(field, _short(values), "must hold numbers, of lists of equal lengths")
+        raise ProblemError(field, short(values), "must hold numbers, of lists of equal lengths")
     return array
-
-
-def integer(field: str, value: object, low: int, high: int | None = None) -> int:
-    """A whole number as an int.
-
-    Raises:
-        ProblemError: `value` is not an integer within [low, high].
-    """
-    if isinstance(value, bool | np.bool_) or not isinstance(value, Integral):
-        raise ProblemError(field, _short(value), "must be an integer; round or cast it first")
-    whole = int(value)
-    if whole < low or (high is not None and whole > high):
-        limit = f"at least {low}" if high is None else f"{low} to {high if high < 2**53 else '2**53'}"
-        raise ProblemError(field, whole, f"must be {limit}")
-    return whole
-
-
-def number(field: str, value: object) -> float:
-    """A number as a float; its range is for the caller to check.
-
-    Raises:
-        ProblemError: `value` is not a number.
-    """
-    if isinstance(value, bool | np.bool_) or not isinstance(value, Real):
-        raise ProblemError(field, _short(value), "must be a number")
-    return float(value)
-
-
-def _short(value: object) -> str:
-    """A value for an error message, cut where it is long."""
-    text = repr(value)
-    return text if len(text) <= 64 else f"{text[:61]}..."
 
 
 def integers(

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from moeplan.solvers.problem.arrays import Float64, Int32, Int64, any_array, floats, integer, integers, number
+from moeplan.solvers.problem.arrays import Float64, Int32, Int64, any_array, floats, integers
 from moeplan.solvers.problem.errors import ProblemError
+from moeplan.solvers.problem.scalars import integer, number
 
 __all__ = ["Cluster", "Link", "source_devices"]
 

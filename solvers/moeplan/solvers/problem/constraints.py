@@ -7,8 +7,9 @@ from functools import cached_property
 
 import numpy as np
 
-from moeplan.solvers.problem.arrays import Int32, any_array, integer, integers
+from moeplan.solvers.problem.arrays import Int32, any_array, integers
 from moeplan.solvers.problem.errors import ProblemError
+from moeplan.solvers.problem.scalars import integer
 
 __all__ = ["Constraints"]
 

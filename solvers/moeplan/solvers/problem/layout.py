@@ -8,8 +8,9 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from moeplan.solvers.problem.arrays import Bool, Int32, integer, integers
+from moeplan.solvers.problem.arrays import Bool, Int32, integers
 from moeplan.solvers.problem.errors import ProblemError
+from moeplan.solvers.problem.scalars import integer
 
 __all__ = ["EMPTY", "Hosts", "Layout", "check_layout", "placed_in"]
 

@@ -8,7 +8,7 @@ from functools import cached_property, lru_cache
 
 import numpy as np
 
-from moeplan.solvers.problem.arrays import Float64, Int32, Int64, integer, integers, number
+from moeplan.solvers.problem.arrays import Float64, Int32, Int64, integers
 from moeplan.solvers.problem.cluster import Cluster, source_devices
 from moeplan.solvers.problem.compile_limits import compile_limits
 from moeplan.solvers.problem.constraints import Constraints
@@ -16,6 +16,7 @@ from moeplan.solvers.problem.demand import Demand
 from moeplan.solvers.problem.errors import InfeasibleError, ProblemError
 from moeplan.solvers.problem.layout import EMPTY, Layout, check_layout
 from moeplan.solvers.problem.limits import Limits
+from moeplan.solvers.problem.scalars import integer, number
 from moeplan.solvers.problem.split_rules import SplitRule, split_rule
 
 __all__ = ["ExpertSpec", "Problem", "check_experts"]
