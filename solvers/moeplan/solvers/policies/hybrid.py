@@ -383,13 +383,6 @@ def _constructions(problem: Problem, parameters: SolveParameters) -> Iterator[In
     swap(slots, loads / replicas, speed, ROUNDS)
     fill(slots, loads, capacity)
     yield _widen(slots, problem)
-    if problem.demand.scenarios > 1:  # what may be hot deserves replicas, too
-        peak: Float64 = problem.loads.max(axis=0).astype(np.float64)
-        replicas = adams_replicas(peak, int(capacity.sum()), problem.devices)
-        slots = pack(peak, replicas, capacity, speed)
-        swap(slots, loads / replicas, speed, ROUNDS)
-        fill(slots, loads, capacity)
-        yield _widen(slots, problem)
     for published in (eplb, flexmoe, laer, symi, static, base):  # the one that takes longest comes last
         try:
             slots = _widen(published(problem, parameters).slots.copy(), problem)

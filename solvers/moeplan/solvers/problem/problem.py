@@ -63,7 +63,8 @@ class Problem:
         current: Layout in force, from which moves are counted; None if there is none.
         max_moves: Most replicas that a new layout may load onto devices that do not hold them now; None for no limit.
             Needs `current`.
-        groups: Groups of consecutive experts that routing treats as units (group-limited routing); 1 for none.
+        groups: Groups of consecutive experts that routing treats as units (group-limited routing); 1 for none. `hybrid`
+            keeps each on a node where that is possible; `Constraints.groups_on_node` makes it a condition.
         tail: Part of the scenarios that a plan should suit, the worst ones: 1.0 for their mean, less for the mean of a
             tail (conditional value at risk).
         constraints: Further limits on where replicas may be.
