@@ -26,8 +26,8 @@ def serve(
     advertise: Annotated[str | None, typer.Option(help="Address by which others reach this daemon.")] = None,
     metrics: Annotated[str | None, typer.Option(help="host:port of Prometheus metrics. [127.0.0.1:7434]")] = None,
     store: Annotated[str | None, typer.Option(help="URL of a shared store, postgresql://... [SQLite]")] = None,
-    data: Annotated[Path | None, typer.Option(help="Folder of the embedded store.")] = None,
-    workers: Annotated[int | None, typer.Option(help="Processes that solve. [cores - 1]")] = None,
+    data: Annotated[str | None, typer.Option(help="Folder of the embedded store.", metavar="PATH")] = None,
+    workers: Annotated[int | None, typer.Option(help="Processes that solve. [cores - 1, at least 2]")] = None,
     certificate: Annotated[Path | None, typer.Option(help="PEM file of the server's certificate.")] = None,
     key: Annotated[Path | None, typer.Option(help="PEM file of the server's private key.")] = None,
     client_ca: Annotated[Path | None, typer.Option(help="PEM file: ask clients for a certificate of these.")] = None,
@@ -44,7 +44,7 @@ def serve(
     """
     from pydantic import ValidationError
 
-    from moeplan.planner.daemon.settings import load
+    from moeplan.planner.daemon.settings import UnknownSettingError, load
 
     given: dict[str, Any] = {
         "listen": listen,
@@ -66,6 +66,9 @@ def serve(
             place = ".".join(str(part) for part in problem["loc"])
             typer.echo(f"moeplan serve: {place + ': ' if place else ''}{problem['msg']}", err=True)
         raise typer.Exit(EXIT_USAGE) from None
+    except UnknownSettingError as error:
+        typer.echo(f"moeplan serve: {error}", err=True)
+        raise typer.Exit(EXIT_USAGE) from None
     except (OSError, tomllib.TOMLDecodeError) as error:
         typer.echo(f"moeplan serve: --config {config}: {error}", err=True)
         raise typer.Exit(EXIT_USAGE) from None
@@ -73,8 +76,8 @@ def serve(
         _show(settings)
         return
     from moeplan.planner.daemon import logs
+    from moeplan.planner.daemon.database import StoreError
     from moeplan.planner.daemon.server import StartError, serve
-    from moeplan.planner.daemon.store import StoreError
 
     logs.configure(settings.log_level)
     try:
