@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -15,12 +16,24 @@ from pathlib import Path
 
 import grpc
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from tests.support.daemon import WAIT_S, DaemonProcess, Rank, Start, eventually, small_job, small_problem, tokens
 
+from moeplan.api import wire
 from moeplan.api.client import Client
 from moeplan.api.errors import NotFoundError, ServiceError, UnavailableError
 from moeplan.solvers import SolveParameters
 from moeplan.v1 import planner_pb2
+
+SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
+
+
+def health(daemon: DaemonProcess, service: str = "moeplan.v1.PlannerService") -> int:
+    """What a daemon says of one of its services."""
+    with grpc.insecure_channel(daemon.address) as channel:
+        request = health_pb2.HealthCheckRequest(service=service)
+        status: int = health_pb2_grpc.HealthStub(channel).Check(request, timeout=WAIT_S).status
+        return status
 
 
 def test_kill_in_the_middle_of_writes_loses_nothing_acknowledged(start: Start, tmp_path: Path) -> None:
@@ -122,6 +135,95 @@ def test_a_damaged_store_is_refused_and_left_alone(start: Start, tmp_path: Path)
         assert client.job("jobs/kept")
 
 
+@pytest.mark.parametrize("damage", ["middle", "head", "empty", "one byte", "gone"])
+def test_a_store_that_lost_jobs_is_not_served(start: Start, tmp_path: Path, damage: str) -> None:
+    """SQLite would take what is left for all there is: nothing of an empty file, a part of a broken log."""
+    data = tmp_path / "data"
+    daemon = start(data=data).serving(solver=False)
+    with daemon.client() as client:
+        for number in range(20):
+            client.create_job(f"kept-{number}", small_job())
+    daemon.kill()
+    database, log = data / "moeplan.sqlite3", data / "moeplan.sqlite3-wal"
+    assert log.stat().st_size > 40_000
+    whole = {path: path.read_bytes() for path in (database, log)}
+    match damage:
+        case "middle" | "head":
+            place = len(whole[log]) // 3 if damage == "middle" else 0
+            log.write_bytes(whole[log][:place] + b"\xff" * 16 + whole[log][place + 16 :])
+        case "empty" | "one byte":
+            log.unlink()
+            database.write_bytes(b"" if damage == "empty" else b"S")
+        case "gone":
+            log.unlink()
+            database.unlink()
+    status, output = start(data=data).end()
+    assert status == 1
+    assert "is damaged" in output
+    assert "Traceback" not in output
+    for path, content in whole.items():
+        path.write_bytes(content)
+    again = start(data=data).serving(solver=False)
+    with again.client() as client:
+        assert len(list(client.jobs())) == 20
+
+
+def test_a_log_whose_last_transaction_is_incomplete_is_taken(start: Start, tmp_path: Path) -> None:
+    """The machine stopped within a write, which nobody was told of."""
+    data = tmp_path / "data"
+    daemon = start(data=data).serving(solver=False)
+    with daemon.client() as client:
+        for number in range(3):
+            client.create_job(f"kept-{number}", small_job())
+    daemon.kill()
+    log = data / "moeplan.sqlite3-wal"
+    log.write_bytes(log.read_bytes()[:-100] + bytes(100))
+    again = start(data=data).serving(solver=False)
+    with again.client() as client:
+        assert [job.name for job in client.jobs()] == ["jobs/kept-0", "jobs/kept-1"]
+
+
+def test_a_folder_that_is_removed_underneath_is_noticed(start: Start, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    daemon = start(data=data).serving(solver=False)
+    with daemon.client() as client:
+        client.create_job("kept", small_job())
+        assert health(daemon) == SERVING
+        data.rename(tmp_path / "elsewhere")
+        with pytest.raises(ServiceError, match="removed while in use") as error:
+            Client(daemon.address, timeout_s=5)._call("planner", "CreateJob", _create("lost"))
+        assert error.value.reason == "STORE_FAILED"
+        eventually(lambda: health(daemon) == NOT_SERVING)
+        assert daemon.metric("moeplan_store_errors_total") > 0
+        (tmp_path / "elsewhere").rename(data)
+        eventually(lambda: health(daemon) == SERVING)
+        client.create_job("after", small_job())
+
+
+def test_reads_go_on_while_another_process_writes(start: Start, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    daemon = start(data=data).serving(solver=False)
+    with daemon.client() as client:
+        client.create_job("kept", small_job())
+        with contextlib.closing(sqlite3.connect(data / "moeplan.sqlite3", isolation_level=None)) as connection:
+            connection.execute("BEGIN IMMEDIATE")
+            assert [job.name for job in client.jobs()] == ["jobs/kept"]
+            assert client.plan("jobs/kept/plans/1").version == 1
+
+
+def test_deleting_a_job_that_is_being_planned_raises_no_alarm(start: Start) -> None:
+    daemon = start().serving()
+    with daemon.client() as client:
+        for number in range(10):
+            name = client.create_job(f"brief-{number}", small_job()).name
+            rank = Rank(client, name, 0, hello={"reports_for": [0, 1]})
+            for step in range(5):
+                rank.report(step, tokens(step, ranks=2))
+            client.delete_job(name)
+            assert isinstance(rank.error(), NotFoundError)
+    assert not [line for line in daemon.lines if '"error"' in line or '"warning"' in line]
+
+
 def test_a_store_of_another_version_is_refused(start: Start, tmp_path: Path) -> None:
     data = tmp_path / "data"
     start(data=data).serving(solver=False).terminate()
@@ -175,6 +277,7 @@ def test_a_full_disk_refuses_and_keeps(start: Start, tiny_disk: Path) -> None:
         assert error.value.code is grpc.StatusCode.RESOURCE_EXHAUSTED
         assert error.value.reason == "STORE_FULL"
         assert {job.name for job in client.jobs()} == set(kept)
+        eventually(lambda: health(daemon) == NOT_SERVING)
         rank = Rank(client, kept[0], 0, hello={"reports_for": [0, 1]})
         rank.report(0, tokens(0, layers=40, ranks=2))
         decision = eventually(lambda: (d := client.job(kept[0]).status.decision) and d.detail and d)
@@ -182,11 +285,45 @@ def test_a_full_disk_refuses_and_keeps(start: Start, tiny_disk: Path) -> None:
         assert client.plan(f"{kept[0]}/plans/-").version == 1
         subprocess.run(["mount", "-o", "remount,size=2m", str(tiny_disk)], check=True)
         eventually(lambda: _report(rank) and client.plan(f"{kept[0]}/plans/-").version > 1)
+        eventually(lambda: health(daemon) == SERVING)
         rank.close()
     daemon.terminate()
     again = start(data=tiny_disk).serving(solver=False)
     with again.client() as client:
         assert {job.name for job in client.jobs()} == set(kept)
+
+
+@pytest.mark.parametrize("ends", ["killed", "terminated"])
+def test_a_full_disk_lets_jobs_be_deleted_and_the_daemon_restart(start: Start, tiny_disk: Path, ends: str) -> None:
+    daemon = start(data=tiny_disk).serving(solver=False)
+    kept: list[str] = []
+    with daemon.client() as client:
+
+        def fill(layers: int) -> None:
+            while True:
+                kept.append(client.create_job(f"job-{len(kept)}", small_job(layers=layers)).name)
+
+        for layers in (40, 1):
+            with pytest.raises(ServiceError, match="full"):
+                fill(layers)
+    if ends == "killed":
+        daemon.kill()
+    else:
+        daemon.terminate()
+    with contextlib.suppress(OSError), (tiny_disk / "other").open("wb") as file:
+        while True:
+            file.write(bytes(4096))
+            file.flush()
+    again = start(data=tiny_disk).serving(solver=False)
+    with again.client() as client:
+        assert {job.name for job in client.jobs()} == set(kept)
+        for name in kept:
+            client.delete_job(name)
+        assert not list(client.jobs())
+
+
+def _create(identity: str) -> planner_pb2.CreateJobRequest:
+    return planner_pb2.CreateJobRequest(job_id=identity, job=wire.write_job_spec(small_job()))
 
 
 def _report(rank: Rank) -> bool:
@@ -250,13 +387,9 @@ def test_a_stopped_client_holds_nobody_up(daemon: DaemonProcess, client: Client)
 
 
 def test_health_and_reflection_answer(daemon: DaemonProcess) -> None:
-    from grpc_health.v1 import health_pb2, health_pb2_grpc
-
+    for service in ("", "moeplan.v1.PlannerService", "moeplan.v1.SolverService"):
+        assert health(daemon, service) == SERVING
     with grpc.insecure_channel(daemon.address) as channel:
-        health = health_pb2_grpc.HealthStub(channel)
-        for service in ("", "moeplan.v1.PlannerService", "moeplan.v1.SolverService"):
-            reply = health.Check(health_pb2.HealthCheckRequest(service=service), timeout=WAIT_S)
-            assert reply.status == health_pb2.HealthCheckResponse.SERVING
         from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
         assert "moeplan.v1.PlannerService" in ProtoReflectionDescriptorDatabase(channel).get_services()

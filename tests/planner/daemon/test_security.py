@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import signal
 import socket
+import ssl
 import threading
 import urllib.error
 import urllib.request
 from dataclasses import dataclass
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Any
 
 import grpc
 import pytest
@@ -20,11 +21,12 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from tests.support.daemon import WAIT_S, Start, small_job
+from tests.support.daemon import WAIT_S, Start, eventually, small_job
 
 from moeplan.api.client import Client
 from moeplan.api.connection import Security
 from moeplan.api.errors import UnauthenticatedError, UnavailableError
+from moeplan.planner.daemon.certificates import expiry
 
 TOKEN, OTHER = "correct-horse-battery-staple", "incorrect-horse-battery-staple"
 NOW = datetime.datetime.now(datetime.UTC)
@@ -117,13 +119,15 @@ def test_nothing_is_read_before_the_token(start: Start, tmp_path: Path) -> None:
 
     before = memory()
     with grpc.insecure_channel(daemon.address, [("grpc.max_send_message_length", -1)]) as channel:
-        method: Any = channel.unary_unary("/moeplan.v1.SolverService/Solve", request_serializer=None)
+        method: grpc.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary("/moeplan.v1.SolverService/Solve")
         for compression in (grpc.Compression.NoCompression, grpc.Compression.Gzip):
             calls = [method.future(body, timeout=WAIT_S, compression=compression) for _ in range(2)]
-            assert [call.exception().code() for call in calls] == [grpc.StatusCode.UNAUTHENTICATED] * 2
+            for call in calls:
+                assert call.exception(WAIT_S) is not None
+            assert [call.code() for call in calls] == [grpc.StatusCode.UNAUTHENTICATED] * 2
         assert memory() < before + 60
-        silent: Any = channel.stream_unary("/grpc.health.v1.Health/Check", request_serializer=None)
-        waiting = [silent.future(iter(threading.Event().wait, None), timeout=WAIT_S) for _ in range(20)]
+        silent: grpc.StreamUnaryMultiCallable[bytes, bytes] = channel.stream_unary("/grpc.health.v1.Health/Check")
+        waiting = [silent.future((b"" for _ in iter(threading.Event().wait, False)), timeout=WAIT_S) for _ in range(20)]
         health = health_pb2_grpc.HealthStub(channel)
         assert health.Check(health_pb2.HealthCheckRequest(), timeout=WAIT_S).status
         watch = health.Watch(health_pb2.HealthCheckRequest(), timeout=WAIT_S)
@@ -179,6 +183,61 @@ def test_mutual_tls(start: Start, tmp_path: Path) -> None:
         assert client.policies()
     daemon.terminate()
     assert "PRIVATE KEY" not in "".join(daemon.lines)
+
+
+@pytest.mark.parametrize("by_signal", [False, True])
+def test_certificates_and_tokens_are_read_again(start: Start, tmp_path: Path, by_signal: bool) -> None:
+    """By themselves when a file changes, or at SIGHUP; open connections stay, and a broken file changes nothing."""
+    ours = Authority(tmp_path, "ours")
+    certificate, key = ours.issue("server", NOW + datetime.timedelta(days=5))
+    file = tmp_path / "tokens"
+    file.write_text(TOKEN)
+    options = ("--certificate", str(certificate), "--key", str(key), "--tokens", str(file))
+    daemon = start("--listen", "127.0.0.1:0", *options).serving(solver=False)
+    eventually(lambda: daemon.events("certificate ends soon"))
+    with (
+        Client(daemon.address, Security(TOKEN, ours.path)) as client,
+        Client(daemon.address, Security(OTHER, ours.path)) as other,
+    ):
+        assert client.policies()
+        key.write_text("rubbish")
+        eventually(lambda: daemon.events("certificates and tokens not reloaded"))
+        assert client.policies()
+        before = daemon.metric("moeplan_certificate_end_seconds")
+        file.write_text(f"{OTHER}\n{TOKEN}\n")
+        ours.issue("server", NOW + datetime.timedelta(days=90))
+        if by_signal:
+            daemon.process.send_signal(signal.SIGHUP)
+        eventually(lambda: daemon.metric("moeplan_certificate_end_seconds") > before)
+        assert eventually(lambda: daemon.events("certificates and tokens reloaded"))
+        assert other.policies()
+        assert client.policies()
+    loaded = x509.load_pem_x509_certificate(certificate.read_bytes())
+    found = ssl.get_server_certificate((daemon.address.rpartition(":")[0], int(daemon.address.rpartition(":")[2])))
+    assert x509.load_pem_x509_certificate(found.encode()).serial_number == loaded.serial_number
+    assert daemon.terminate() == 0
+
+
+def test_certificates_that_cannot_be_used_are_said(start: Start, tmp_path: Path) -> None:
+    ours, theirs = Authority(tmp_path, "ours"), Authority(tmp_path, "theirs")
+    certificate, key = ours.issue("server")
+    other = theirs.issue("other")[1]
+    rubbish = tmp_path / "rubbish.pem"
+    rubbish.write_text("rubbish")
+    for chosen in ((certificate, other, None), (rubbish, key, None), (certificate, key, rubbish)):
+        options = ["--certificate", str(chosen[0]), "--key", str(chosen[1])]
+        options += ["--client-ca", str(chosen[2])] if chosen[2] else []
+        status, output = start(*options).end()
+        assert status == 1
+        assert len(output.strip().splitlines()) == 1
+        assert "security.client_ca" in output if chosen[2] else "cannot be used together" in output
+
+
+def test_the_end_of_a_certificate_is_read(tmp_path: Path) -> None:
+    for days in (1, 20_000):  # before and after 2050, which certificates write differently
+        until = NOW + datetime.timedelta(days=days)
+        certificate, _ = Authority(tmp_path, "ours").issue("server", until)
+        assert expiry(certificate.read_text()) == until.replace(microsecond=0)
 
 
 def test_other_machines_need_tls_and_a_secret(start: Start, tmp_path: Path) -> None:

@@ -5,13 +5,23 @@ from __future__ import annotations
 import os
 import signal
 import threading
-import time
+from dataclasses import replace
 from pathlib import Path
 
 import grpc
 import numpy as np
 import pytest
-from tests.support.daemon import WAIT_S, DaemonProcess, Start, children, eventually, small_problem
+from tests.support.daemon import (
+    WAIT_S,
+    DaemonProcess,
+    Rank,
+    Start,
+    children,
+    eventually,
+    small_job,
+    small_problem,
+    tokens,
+)
 
 from moeplan.api import wire
 from moeplan.api.client import Client
@@ -30,7 +40,7 @@ from moeplan.solvers import (
     evaluate,
     solve,
 )
-from moeplan.v1 import problem_pb2, solver_pb2, tensor_pb2
+from moeplan.v1 import problem_pb2, solver_pb2, solver_pb2_grpc, tensor_pb2
 
 
 def hard_problem() -> Problem:
@@ -60,8 +70,8 @@ def test_solve_gives_what_the_library_gives(client: Client) -> None:
 
 def test_layers_are_solved_by_several_workers(start: Start) -> None:
     """The answer is the same, in the same order, and an error names the layer that the caller knows."""
-    daemon = start(workers=3).serving()
-    eventually(lambda: daemon.metric("moeplan_workers_ready") == 3)
+    daemon = start(workers=4).serving()
+    eventually(lambda: daemon.metric("moeplan_workers_ready") == 4)  # one is kept for jobs
     problems = [small_problem(seed) for seed in range(7)]
     with daemon.client() as client:
         plans = client.solve(problems)
@@ -204,8 +214,7 @@ def test_cancelling_frees_the_worker(daemon: DaemonProcess, client: Client) -> N
     before = daemon.metric('moeplan_solves_total{kind="solve",outcome="cancelled"}')
     request = client._solve([hard_problem()], "", ENDLESS)
     call = client.solver.Solve.future(request, timeout=WAIT_S)
-    eventually(lambda: daemon.metric('grpc_server_started_total{method="/moeplan.v1.SolverService/Solve"}'))
-    time.sleep(0.2)
+    eventually(lambda: daemon.metric("moeplan_workers_busy") == 1)
     call.cancel()
     eventually(lambda: daemon.metric('moeplan_solves_total{kind="solve",outcome="cancelled"}') > before)
     assert client.solve([small_problem()])
@@ -222,7 +231,7 @@ def test_a_killed_worker_is_replaced_and_its_request_fails_clearly(daemon: Daemo
                 response_deserializer=solver_pb2.SolveResponse.FromString,
             )
             call = solve_.future(request, timeout=WAIT_S)
-            time.sleep(0.3)
+            eventually(lambda: daemon.metric("moeplan_workers_busy") == 1)
             # The worker that the test before had killed may still be there for a moment.
             (worker,) = eventually(lambda: workers if len(workers := daemon.workers()) == 1 else None)
             os.kill(worker, signal.SIGKILL)
@@ -250,6 +259,88 @@ def test_a_dead_zygote_is_replaced(daemon: DaemonProcess, client: Client) -> Non
     eventually(lambda: not Path(f"/proc/{worker}").exists())  # workers do not outlive it
     assert client.solve([small_problem()])
     assert children(daemon.process.pid) != [zygote]
+
+
+def own(daemon: DaemonProcess) -> Client:
+    """A client with a connection of its own, as another process has."""
+    client = daemon.client()
+    channel = grpc.insecure_channel(daemon.address, [("grpc.use_local_subchannel_pool", 1)])
+    client._channels.append(channel)
+    client.solver = solver_pb2_grpc.SolverServiceStub(channel)
+    return client
+
+
+def test_one_callers_solves_hold_up_neither_jobs_nor_other_callers(start: Start) -> None:
+    """Whatever one has waiting: a job comes before it, and another caller has the next turn."""
+    daemon = start(workers=1).serving()
+    with own(daemon) as greedy, own(daemon) as modest:
+        request = greedy._solve([hard_problem()], "", ENDLESS)
+        calls = [greedy.solver.Solve.future(request, timeout=WAIT_S) for _ in range(9)]
+        eventually(lambda: daemon.metric("moeplan_queue_depth") == 8)
+        name = greedy.create_job("first", small_job()).name
+        rank = Rank(greedy, name, 0, hello={"reports_for": [0, 1]})
+        rank.report(0, tokens(0, ranks=2))
+        eventually(lambda: daemon.metric("moeplan_queue_depth") == 9)
+        small = modest.solver.Solve.future(modest._solve([small_problem()], "", SolveParameters()), timeout=WAIT_S)
+        eventually(lambda: daemon.metric("moeplan_queue_depth") == 10)
+        for pid in daemon.workers():  # the solve that runs ends, and the job's is the first turn
+            os.kill(pid, signal.SIGKILL)
+        assert rank.next("plan_update").plan.version == 2
+        assert daemon.metric('moeplan_queue_seconds_count{kind="job"}') >= 1
+        eventually(lambda: daemon.metric("moeplan_workers_busy") == 1)
+        if not small.done():  # at most one of the other's was before it
+            for pid in daemon.workers():
+                os.kill(pid, signal.SIGKILL)
+        assert small.result(WAIT_S).plans
+        for call in calls:
+            call.cancel()
+        rank.close()
+
+
+def test_a_full_queue_has_room_for_who_has_least_in_it(daemon: DaemonProcess) -> None:
+    with own(daemon) as greedy, own(daemon) as modest:
+        request = greedy._solve([hard_problem()], "", ENDLESS)
+        calls = [greedy.solver.Solve.future(request, timeout=WAIT_S) for _ in range(5)]
+        eventually(lambda: daemon.metric("moeplan_queue_depth") == 4)
+        small = modest.solver.Solve.future(modest._solve([small_problem()], "", SolveParameters()), timeout=WAIT_S)
+        refused = eventually(lambda: [call for call in calls if call.done()])
+        assert [call.code() for call in refused] == [grpc.StatusCode.RESOURCE_EXHAUSTED]
+        for call in calls:
+            call.cancel()
+        assert small.result(WAIT_S).plans
+    eventually(lambda: daemon.metric("moeplan_queue_depth") == 0)
+
+
+def test_the_last_of_several_workers_is_for_jobs(start: Start) -> None:
+    daemon = start(workers=2).serving()
+    eventually(lambda: daemon.metric("moeplan_workers_ready") == 2)
+    with daemon.client() as client:
+        request = client._solve([hard_problem()], "", ENDLESS)
+        calls = [client.solver.Solve.future(request, timeout=WAIT_S) for _ in range(2)]
+        eventually(lambda: daemon.metric("moeplan_queue_depth") == 1)
+        rank = Rank(client, client.create_job("first", small_job()).name, 0, hello={"reports_for": [0, 1]})
+        rank.report(0, tokens(0, ranks=2))
+        assert rank.next("plan_update").plan.version == 2
+        assert not any(call.done() for call in calls)
+        for call in calls:
+            call.cancel()
+        rank.close()
+
+
+def test_the_wait_for_a_worker_counts_towards_the_deadline(daemon: DaemonProcess, client: Client) -> None:
+    """A deadline in the request is of the whole, as that of a call is: not so long again once a worker is free."""
+    running = client.solver.Solve.future(client._solve([hard_problem()], "", ENDLESS), timeout=WAIT_S)
+    eventually(lambda: daemon.metric("moeplan_workers_busy") == 1)
+    with pytest.raises(DeadlineError, match="waiting for a worker"):
+        client.solve([hard_problem()], parameters=replace(ENDLESS, deadline_s=0.5))
+    running.cancel()
+
+
+def test_a_solve_without_a_deadline_has_one(start: Start) -> None:
+    daemon = start("--limit", "free_solve_s=0.5").serving()
+    with daemon.client() as client:
+        request = client._solve([hard_problem()], "", ENDLESS)
+        assert client.solver.Solve(request).plans  # would take hours
 
 
 def test_a_full_queue_says_when_to_come_back(daemon: DaemonProcess, client: Client) -> None:

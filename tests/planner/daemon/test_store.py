@@ -4,15 +4,33 @@ from __future__ import annotations
 
 import shutil
 import signal
+import socket
+import sqlite3
 import subprocess
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import grpc
 import psycopg
 import pytest
-from tests.support.daemon import Rank, Start, eventually, small_job, tokens
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from psycopg.conninfo import conninfo_to_dict
+from tests.support.daemon import WAIT_S, Rank, Start, eventually, small_job, tokens
+from tests.support.slow_link import SlowLink
 
 from moeplan.api.client import Client
 from moeplan.api.errors import ServiceError, UnavailableError
+
+SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
+
+
+def health_of(address: str, service: str = "moeplan.v1.PlannerService") -> int:
+    """What a daemon says of one of its services."""
+    with grpc.insecure_channel(address) as channel:
+        request = health_pb2.HealthCheckRequest(service=service)
+        status: int = health_pb2_grpc.HealthStub(channel).Check(request, timeout=WAIT_S).status
+        return status
 
 
 def test_two_daemons_share_a_store_and_one_takes_over(start: Start, postgres: str, tmp_path: Path) -> None:
@@ -116,6 +134,155 @@ def test_a_job_that_was_lost_and_comes_straight_back_is_served_anew(start: Start
         assert again.next("plan_update").plan.version == 2
         again.close()
         client.delete_job(name)
+
+
+@pytest.fixture
+def link(postgres: str) -> Iterator[Callable[[float], SlowLink]]:
+    """Makes links to the database."""
+    made: list[SlowLink] = []
+
+    def make(delay_s: float) -> SlowLink:
+        parts = conninfo_to_dict(postgres)
+        folder, port = str(parts["host"]), parts.get("port", 5432)
+
+        def connect() -> socket.socket:
+            connection = socket.socket(socket.AF_UNIX)
+            connection.connect(f"{folder}/.s.PGSQL.{port}")
+            return connection
+
+        made.append(SlowLink(connect, delay_s))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.dead.clear()
+        one.close()
+
+
+def through(link: SlowLink, postgres: str) -> str:
+    """URL of the database behind a link."""
+    parts = conninfo_to_dict(postgres)
+    return f"postgresql://{parts['user']}@{link.address}/{parts['dbname']}"
+
+
+def test_a_database_that_answers_no_more_ends_ownership(
+    start: Start, postgres: str, link: Callable[[float], SlowLink]
+) -> None:
+    """The owner lets go by its own clock; its rank goes to the daemon that takes over; it comes back by itself."""
+    path = link(0.0)
+    first = start(environment={"MOEPLAN_STORE": through(path, postgres), "MOEPLAN_LEASE_S": "2"}).serving()
+    second = start(environment={"MOEPLAN_STORE": postgres, "MOEPLAN_LEASE_S": "2"}).serving(solver=False)
+    with first.client() as one, Client(second.address, timeout_s=5) as two:
+        name = one.create_job("swallowed", small_job()).name
+        rank = Rank(one, name, 0, hello={"reports_for": [0, 1]})
+        rank.next("welcome")
+        path.dead.set()
+        error = rank.error()
+        assert isinstance(error, ServiceError)
+        assert error.reason == "OWNED_ELSEWHERE"
+        eventually(lambda: health_of(first.address) == NOT_SERVING)
+        eventually(lambda: two.job(name).status.owner == second.address, 30)
+        path.dead.clear()
+        eventually(lambda: one.job(name).status.owner == second.address, 60)
+        eventually(lambda: health_of(first.address) == SERVING, 60)
+        two.delete_job(name)
+
+
+def test_many_jobs_behind_a_slow_network_are_taken_over_at_once(
+    start: Start, postgres: str, link: Callable[[float], SlowLink]
+) -> None:
+    """Statements by job would take 1,000 x 50 ms, and the first leases would be over before the last were taken."""
+    environment = {"MOEPLAN_STORE": postgres, "MOEPLAN_LEASE_S": "10"}
+    daemon = start(environment=environment).serving(solver=False)
+    with daemon.client() as client:
+        client.create_job("many-0", small_job())
+    daemon.terminate()
+    with psycopg.connect(postgres, autocommit=True) as connection:
+        connection.execute(
+            "INSERT INTO moeplan_jobs SELECT 'many-' || n, incarnation, spec, created, version, '', '', 0 "
+            "FROM moeplan_jobs, generate_series(1, 999) n WHERE name = 'many-0'"
+        )
+        connection.execute(
+            "INSERT INTO moeplan_plans SELECT 'many-' || n, version, plan "
+            "FROM moeplan_plans, generate_series(1, 999) n WHERE job = 'many-0'"
+        )
+        try:
+            far = start(environment={"MOEPLAN_STORE": through(link(0.025), postgres), "MOEPLAN_LEASE_S": "10"}).serving(
+                solver=False
+            )
+            assert far.events("serving")[0]["jobs"] == 1_000
+            time.sleep(12)
+            assert len(far.events("job lost")) == 0
+            owners = connection.execute(
+                "SELECT count(*), min(leased_until) > extract(epoch from now()) FROM moeplan_jobs WHERE owner != ''"
+            )
+            assert owners.fetchone() == (1_000, True)
+        finally:
+            connection.execute("DELETE FROM moeplan_jobs")
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "UPDATE moeplan_jobs SET spec = 'rubbish' WHERE name = 'poison'",
+        "UPDATE moeplan_jobs SET spec = '' WHERE name = 'poison'",
+        "UPDATE moeplan_plans SET plan = 'rubbish' WHERE job = 'poison'",
+        "UPDATE moeplan_plans SET plan = '' WHERE job = 'poison'",
+        "UPDATE moeplan_plans SET plan = (SELECT plan FROM moeplan_plans WHERE job = 'other') WHERE job = 'poison'",
+        "DELETE FROM moeplan_plans WHERE job = 'poison'",
+        "UPDATE moeplan_jobs SET version = 7 WHERE name = 'poison'",
+    ],
+)
+def test_a_row_that_cannot_be_read_harms_no_other_job(start: Start, postgres: str, damage: str) -> None:
+    """It is left out, named and counted; a newer incarnation heals it, and so does deleting it."""
+    environment = {"MOEPLAN_STORE": postgres, "MOEPLAN_LEASE_S": "1"}
+    first = start(environment=environment).serving(solver=False)
+    with first.client() as client:
+        for name in ("healthy", "poison"):
+            client.create_job(name, small_job())
+        client.create_job("other", small_job(layers=3))
+        first.kill()
+    with psycopg.connect(postgres, autocommit=True) as connection:
+        assert connection.execute(damage).rowcount == 1
+    second = start(environment=environment).serving(solver=False)
+    with second.client() as client:
+        eventually(lambda: client.job("jobs/healthy").status.owner == second.address, 20)
+        eventually(lambda: second.metric("moeplan_jobs_unreadable") == 1, 20)
+        assert {event["job"] for event in second.events("job not readable")} == {"jobs/poison"}
+        assert "jobs/healthy" in {job.name for job in client.jobs()}
+        assert "jobs/poison" not in {job.name for job in client.jobs()}
+        for call in (
+            lambda: client.job("jobs/poison"),
+            lambda: client.create_job("poison", small_job()),
+            lambda: Rank(client, "jobs/poison", 0).next("welcome"),
+        ):
+            with pytest.raises((ServiceError, grpc.RpcError), match="cannot be read"):
+                call()
+        client.create_job("late", small_job())  # the lease task goes on
+        with psycopg.connect(postgres, autocommit=True) as connection:
+            connection.execute("UPDATE moeplan_jobs SET owner = 'gone', leased_until = 0 WHERE name = 'late'")
+        eventually(lambda: client.job("jobs/late").status.owner == second.address and second.events("job lost"), 20)
+        assert client.create_job("poison", small_job(), incarnation=1).status.plan_version > 1
+        assert second.metric("moeplan_jobs_unreadable") == 0
+        for name in ("healthy", "poison", "other", "late"):
+            client.delete_job(f"jobs/{name}")
+
+
+def test_a_row_that_cannot_be_read_can_be_deleted(start: Start, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    first = start(data=data).serving(solver=False)
+    with first.client() as client:
+        client.create_job("poison", small_job())
+    first.terminate()
+    with sqlite3.connect(data / "moeplan.sqlite3") as connection:
+        connection.execute("UPDATE moeplan_jobs SET spec = 'rubbish'")
+    connection.close()
+    second = start(data=data).serving(solver=False)
+    with second.client() as client:
+        assert not list(client.jobs())
+        client.delete_job("jobs/poison")
+        assert second.metric("moeplan_jobs_unreadable") == 0
+        assert client.create_job("poison", small_job()).status.plan_version == 1
 
 
 def test_a_store_that_is_away_is_said(start: Start) -> None:

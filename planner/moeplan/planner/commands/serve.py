@@ -46,14 +46,17 @@ def serve(
         ),
     ] = None,
     data: Annotated[
-        Path | None,
+        str | None,  # a Path would read an empty name as the folder one is in
         typer.Option(
-            help="Folder of the embedded store.", show_default="the user's data folder", rich_help_panel=DAEMON
+            help="Folder of the embedded store.",
+            metavar="PATH",
+            show_default="the user's data folder",
+            rich_help_panel=DAEMON,
         ),
     ] = None,
     workers: Annotated[
         int | None,
-        typer.Option(help="Processes that solve.", show_default="cores - 1", rich_help_panel=DAEMON),
+        typer.Option(help="Processes that solve.", show_default="cores - 1, at least 2", rich_help_panel=DAEMON),
     ] = None,
     limit: Annotated[
         list[str] | None,
@@ -94,7 +97,7 @@ def serve(
     """
     from pydantic import ValidationError
 
-    from moeplan.planner.daemon.settings import load
+    from moeplan.planner.daemon.settings import UnknownSettingError, load
 
     given: dict[str, Any] = {
         "listen": listen,
@@ -117,14 +120,16 @@ def serve(
             reason = problem["msg"].removeprefix("Value error, ")
             typer.echo(f"moeplan: {place + ': ' if place else ''}{reason}", err=True)
         raise typer.Exit(EXIT_USAGE) from None
+    except UnknownSettingError as error:
+        raise fail(str(error), EXIT_USAGE) from None
     except (OSError, tomllib.TOMLDecodeError) as error:
         raise fail(f"--config = {config}: {getattr(error, 'strerror', None) or error}", EXIT_USAGE) from None
     if show:
         _show(settings)
         return
     from moeplan.planner.daemon import logs
+    from moeplan.planner.daemon.database import StoreError
     from moeplan.planner.daemon.server import StartError, serve
-    from moeplan.planner.daemon.store import StoreError
 
     logs.configure(settings.log_level)
     try:

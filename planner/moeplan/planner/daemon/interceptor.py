@@ -14,9 +14,10 @@ from typing import Any
 import grpc
 import structlog
 
+from moeplan.planner.daemon.database import StoreError, StoreFullError
 from moeplan.planner.daemon.metrics import Metrics
 from moeplan.planner.daemon.statuses import RefusalError, exhausted, refusal_of, unavailable
-from moeplan.planner.daemon.store import LeaseLostError, StoreError, StoreFullError
+from moeplan.planner.daemon.store import LeaseLostError
 from moeplan.solvers.problem.errors import ProblemError
 
 __all__ = ["Gate", "read_tokens"]
@@ -56,7 +57,7 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc, unused-ignore]
     """Checks tokens, counts calls, and turns errors into statuses; unexpected ones say no more than an id."""
 
     def __init__(self, metrics: Metrics, tokens: tuple[bytes, ...]) -> None:
-        self._metrics, self._tokens = metrics, tokens
+        self._metrics, self.tokens = metrics, tokens
         self._reading = asyncio.Semaphore(PROBES)
 
     async def intercept_service(
@@ -70,7 +71,7 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc, unused-ignore]
         if handler is None:
             return None
         if method.startswith(OPEN):
-            return self._probe(handler) if self._tokens else handler
+            return self._probe(handler) if self.tokens else handler
         metadata = dict(handler_call_details.invocation_metadata or ())
         if not self._allowed(metadata.get("authorization", "")):
             return self._refusing(method)
@@ -156,13 +157,13 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc, unused-ignore]
         return wrapped
 
     def _allowed(self, header: str | bytes) -> bool:
-        if not self._tokens:
+        if not self.tokens:
             return True
         text = header.decode("latin-1") if isinstance(header, bytes) else header
         kind, _, token = text.partition(" ")
         digest = hashlib.sha256(token.strip().encode()).digest()
         # Every token is compared, so that the time taken tells nothing.
-        matches = [hmac.compare_digest(digest, known) for known in self._tokens]
+        matches = [hmac.compare_digest(digest, known) for known in self.tokens]
         return kind.lower() == "bearer" and any(matches)
 
 

@@ -13,9 +13,10 @@ import structlog
 from moeplan.api import wire
 from moeplan.api.job_plans import JobPlan
 from moeplan.api.jobs import JobSpec
+from moeplan.planner.daemon.database import StoreError
 from moeplan.planner.daemon.metrics import Metrics
 from moeplan.planner.daemon.statuses import RefusalError, precondition
-from moeplan.planner.daemon.store import LeaseLostError, Store, StoreError
+from moeplan.planner.daemon.store import LeaseLostError, Store
 from moeplan.planner.daemon.workers.frames import Kind
 from moeplan.planner.daemon.workers.pool import Workers
 from moeplan.planner.jobs.job import PlanningJob, SolveTask
@@ -280,7 +281,8 @@ class JobHost:
             return pickle.dumps(LayersTask(task.layers[own], task.outlooks[own], task.policy, task.parameters, end), 5)
 
         payloads = [await asyncio.to_thread(packed, first) for first in range(chunks)]
-        answers = await self._workers.run_all(Kind.LAYERS, payloads, limit_s=limit_s, label="job")
+        left_s = end - time.monotonic()
+        answers = await self._workers.run_all(Kind.LAYERS, payloads, limit_s=left_s, label="job")
         found: list[Candidate] = [candidate for answer in answers for candidate in pickle.loads(answer)]
         return sorted(found, key=lambda candidate: candidate.layer)
 
@@ -303,6 +305,8 @@ class JobHost:
                 self.id, incarnation=plan.incarnation, version=plan.version, plan=whole.SerializeToString()
             )
         except StoreError as error:
+            if self.ended is not None:  # deleted, or gone to another daemon, while it was solved
+                return
             log.error("plan not stored", job=self.name, version=plan.version, error=str(error))
             self.job.not_stored(plan, str(error))
             self._decided()

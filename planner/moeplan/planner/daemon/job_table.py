@@ -13,6 +13,7 @@ import structlog
 
 from moeplan.api import wire
 from moeplan.api.jobs import JobSpec
+from moeplan.planner.daemon.database import StoreError
 from moeplan.planner.daemon.job_host import MOST_WRITTEN, JobHost
 from moeplan.planner.daemon.metrics import Metrics
 from moeplan.planner.daemon.settings import Settings
@@ -25,7 +26,7 @@ from moeplan.planner.daemon.statuses import (
     precondition,
     unavailable,
 )
-from moeplan.planner.daemon.store import JobRow, PlanRow, Store, StoreError
+from moeplan.planner.daemon.store import CLAIMED, JobRow, PlanRow, Store
 from moeplan.planner.daemon.workers.pool import Workers
 from moeplan.planner.jobs.job import KEPT_PLANS, PlanningJob, StaleIncarnationError
 from moeplan.planner.jobs.job_plan import initial_plan
@@ -61,7 +62,9 @@ class JobTable:
     def __init__(self, settings: Settings, store: Store, workers: Workers, metrics: Metrics) -> None:
         self._settings, self._store, self._workers, self._metrics = settings, store, workers, metrics
         self._hosts: dict[str, JobHost] = {}
+        self._unreadable: dict[str, JobRow] = {}
         self._leases: asyncio.Task[None] | None = None
+        self._held_until = time.monotonic() + settings.lease_s
         self._creating = asyncio.Lock()
 
     async def start(self) -> None:
@@ -70,7 +73,7 @@ class JobTable:
         Raises:
             StoreError: the store does not answer.
         """
-        await self._adopt(await self._store.claim())
+        await self._claim()
         self._leases = asyncio.get_running_loop().create_task(self._keep_leases())
 
     async def stop(self, refusal: RefusalError) -> None:
@@ -96,7 +99,10 @@ class JobTable:
         async with self._creating:
             host = await self._find(identity)
             if host is None:
-                return await self._create(identity, message, spec)
+                broken = self._unreadable.get(identity)
+                if broken is not None and message.incarnation <= broken.incarnation:
+                    raise unreadable(broken)
+                return await self._create(identity, message, spec, broken)
             if message.incarnation < host.job.incarnation:
                 raise stale(StaleIncarnationError(message.incarnation, host.job.incarnation))
             known = job_pb2.Job()
@@ -121,6 +127,8 @@ class JobTable:
         """
         host = await self._find(identity)
         if host is None:
+            if identity in self._unreadable:
+                raise unreadable(self._unreadable[identity])
             raise missing(f"jobs/{identity}", "moeplan.v1/Job")
         return host
 
@@ -132,13 +140,27 @@ class JobTable:
             StoreError: the store failed; the job stays.
         """
         async with self._creating:
-            await self.get(identity)
+            if await self._find(identity) is None and identity not in self._unreadable:
+                raise missing(f"jobs/{identity}", "moeplan.v1/Job")
             await self._store.delete(identity)
             self._drop(identity, missing(f"jobs/{identity}", "moeplan.v1/Job"))
 
     def owned(self, identity: str) -> JobHost | None:
         """The job, if this daemon owns it."""
         return self._hosts.get(identity)
+
+    def unreadable(self, identity: str) -> JobRow | None:
+        """The row of a job of this daemon that cannot be read."""
+        return self._unreadable.get(identity)
+
+    @property
+    def failure(self) -> str:
+        """Why jobs cannot be kept now; empty where they can."""
+        if self._leases is None or self._leases.done():
+            return "leases are not kept"
+        if self._store.shared and time.monotonic() > self._held_until:
+            return "leases are over"
+        return self._store.failure
 
     @property
     def hosts(self) -> list[JobHost]:
@@ -174,16 +196,25 @@ class JobTable:
             )
         return spec
 
-    async def _create(self, identity: str, message: job_pb2.Job, spec: JobSpec) -> JobHost:
+    async def _create(self, identity: str, message: job_pb2.Job, spec: JobSpec, broken: JobRow | None) -> JobHost:
         count, limit = await self._store.count(), self._settings.limits.jobs
         if count >= limit:
             raise exhausted("JOBS", f"there are {count} jobs already (limits.jobs = {limit}); delete some", 60)
         self._make_room(_bytes(spec))
-        first = replace(initial_plan(spec, 1, message.incarnation), created=datetime.now(UTC))
+        version = 1 if broken is None else broken.version + 1
+        first = replace(initial_plan(spec, version, message.incarnation), created=datetime.now(UTC))
         saved = wire.write_job_plan(f"jobs/{identity}", first).SerializeToString()
         created = await self._store.create(
-            identity, message.incarnation, message.SerializeToString(), first.version, saved
+            identity,
+            message.incarnation,
+            message.SerializeToString(),
+            first.version,
+            saved,
+            replace=broken is not None,
         )
+        self._unreadable.pop(identity, None)
+        if identity in self._hosts:  # found in the store before this was told that it is there
+            return self._hosts[identity]
         log.info("job created", job=f"jobs/{identity}", layers=spec.layers, experts=spec.experts, ranks=spec.ranks)
         return self._add(identity, message, created, PlanningJob(spec, message.incarnation, first))
 
@@ -194,11 +225,28 @@ class JobTable:
         row = await self._store.job(identity)
         if row is None:
             return None
-        await self._adopt(await self._store.claim(identity))
+        self._adopt(await self._store.claim(self._held, identity))
         host = self._hosts.get(identity)
-        if host is None:
+        if host is None and identity not in self._unreadable:
             raise elsewhere(row)
         return host
+
+    @property
+    def _held(self) -> set[str]:
+        return self._hosts.keys() | self._unreadable.keys()
+
+    async def _claim(self) -> None:
+        """Take over what nobody owns."""
+        while True:
+            asked = time.monotonic()
+            rows = await self._store.claim(self._held)
+            if not self._held:
+                self._held_until = asked + self._settings.lease_s
+            self._adopt(rows)
+            if len(rows) < CLAIMED:
+                return
+            if self._left_s < self._settings.lease_s * 3 / 4:
+                await self._renew()
 
     def _make_room(self, more: int) -> None:
         limit = self._settings.limits.total_bytes
@@ -221,52 +269,105 @@ class JobTable:
         return host
 
     def _drop(self, identity: str, refusal: RefusalError) -> None:
+        self._unreadable.pop(identity, None)
         host = self._hosts.pop(identity, None)
         if host is not None:
             host.count()
             host.close(refusal)
-            self._show()
+        self._show()
 
     def _show(self) -> None:
         self._metrics.jobs.set(len(self._hosts))
+        self._metrics.unreadable.set(len(self._unreadable))
         self._metrics.window_bytes.set(self._total)
 
-    async def _adopt(self, rows: list[tuple[JobRow, PlanRow]]) -> None:
+    def _adopt(self, rows: list[tuple[JobRow, PlanRow | None]]) -> None:
         for row, stored in rows:
-            message = job_pb2.Job.FromString(row.spec)
-            message.incarnation = row.incarnation
-            try:
-                spec = wire.read_job_spec(message, checked=True)  # checking loads the compiler: longer than a lease
-                plan = wire.read_stored_plan(job_pb2.JobPlan.FromString(stored.plan), spec.experts)
-            except ProblemError as error:
-                log.error("job not readable", job=f"jobs/{row.name}", error=str(error))
+            if row.name in self._hosts:
                 continue
-            job = PlanningJob(spec, row.incarnation, plan)
+            try:
+                message, job = read_job(row, stored)
+            except Exception as error:  # whatever the row holds, the other jobs go on
+                if row.name not in self._unreadable:
+                    log.error(
+                        "job not readable", job=f"jobs/{row.name}", error=f"{type(error).__name__}: {error}"[:500]
+                    )
+                self._unreadable[row.name] = row
+                self._show()
+                continue
+            self._unreadable.pop(row.name, None)
             self._add(row.name, message, row.created, job)
-            log.info("job taken over", job=f"jobs/{row.name}", version=plan.version)
+            log.info("job taken over", job=f"jobs/{row.name}", version=job.plan.version)
 
     async def _keep_leases(self) -> None:
-        held_until = time.monotonic() + self._settings.lease_s
         while True:
             await asyncio.sleep(self._settings.lease_s / 4)
-            asked = time.monotonic()
-            before = set(self._hosts)
             try:
-                owned = await self._store.renew()
-                held_until = asked + self._settings.lease_s
-                lost = [identity for identity in before if identity not in owned]
+                await self._renew()
+                if self._store.failure:
+                    await self._store.probe()
+                await self._claim()
             except StoreError as error:
-                log.error("leases not renewed", error=str(error))
-                lost = list(self._hosts) if self._store.shared and time.monotonic() > held_until else []
-            # Before anything is claimed: a job may come straight back, and its old streams must not outlive its loss.
-            for identity in lost:
-                log.warning("job lost to another daemon", job=f"jobs/{identity}")
-                self._drop(identity, unavailable("OWNED_ELSEWHERE", f"jobs/{identity} went to another daemon", 0.2))
-            if self._store.shared:
-                try:
-                    await self._adopt(await self._store.claim())
-                except StoreError as error:
-                    log.error("free jobs not claimed", error=str(error))
+                log.error("store failed", error=str(error))
+            except Exception as error:  # leases are kept all the same
+                log.error("leases not kept", exc_info=error)
+
+    async def _renew(self) -> None:
+        """Renew the leases, and let go of the jobs whose lease is lost, or is over by this daemon's own clock."""
+        asked = time.monotonic()
+        before = self._held
+        try:
+            # Nobody says how long a store may take to answer, and a lease ends whether it answers or not.
+            async with asyncio.timeout(self._left_s if self._store.shared else None):
+                owned = await self._store.renew()
+            self._held_until = asked + self._settings.lease_s
+        except (TimeoutError, StoreError) as error:
+            if self._store.shared and time.monotonic() >= self._held_until:
+                for identity in before:
+                    self._lose(identity, "its lease could not be renewed")
+            raise error if isinstance(error, StoreError) else StoreError("leases were not renewed in time") from None
+        finally:
+            self._metrics.lease_age.set(time.monotonic() - self._held_until + self._settings.lease_s)
+        # Before anything is claimed: a job may come straight back, and its old streams must not outlive its loss.
+        for identity in before - owned:
+            self._lose(identity, "another daemon took it over")
+        for host in self.hosts:
+            if host.lost:  # a plan was refused: what is in the store is newer than what is here
+                self._lose(host.id, "its newest plan is not the one here")
+
+    @property
+    def _left_s(self) -> float:
+        """Time for which the jobs here are certainly this daemon's; without jobs there is nothing to lose."""
+        return max(0.0, self._held_until - time.monotonic()) if self._held else self._settings.lease_s
+
+    def _lose(self, identity: str, why: str) -> None:
+        if identity in self._hosts or identity in self._unreadable:
+            log.warning("job lost", job=f"jobs/{identity}", why=why)
+            self._drop(
+                identity, unavailable("OWNED_ELSEWHERE", f"jobs/{identity} is no longer served here: {why}", 0.2)
+            )
+
+
+def read_job(row: JobRow, stored: PlanRow | None) -> tuple[job_pb2.Job, PlanningJob]:
+    """A job from what the store holds of it.
+
+    Raises:
+        ProblemError: it describes no job, or its plan is missing or of another job.
+        DecodeError: it is no message.
+    """
+    message = job_pb2.Job.FromString(row.spec)
+    message.incarnation = row.incarnation
+    spec = wire.read_job_spec(message, checked=True)  # checking loads the compiler: longer than a lease
+    if stored is None:
+        raise ProblemError("plan", row.version, "is missing")
+    plan = wire.read_stored_plan(job_pb2.JobPlan.FromString(stored.plan), spec.experts)
+    if plan.version != row.version or [layer.layer for layer in plan.layers] != list(range(spec.layers)):
+        raise ProblemError("plan", row.version, "is not a plan of all layers of that version")
+    for layer in plan.layers:
+        slots = layer.layout.slots
+        if slots.ndim != 2 or len(slots) != spec.cluster.devices or not -1 <= slots.min() <= slots.max() < spec.experts:
+            raise ProblemError(f"plan.layers[{layer.layer}].layout", slots.shape, "is no layout of the job")
+    return message, PlanningJob(spec, row.incarnation, plan)
 
 
 def _bytes(spec: JobSpec) -> int:
@@ -286,6 +387,15 @@ def described(job: job_pb2.Job) -> job_pb2.Job:
 def stale(error: StaleIncarnationError) -> RefusalError:
     """An earlier start of a job speaks."""
     return precondition("STALE_INCARNATION", str(error), newest=str(error.newest))
+
+
+def unreadable(row: JobRow) -> RefusalError:
+    """A job is stored, but what is stored is damaged."""
+    return precondition(
+        "JOB_UNREADABLE",
+        f"what is stored of jobs/{row.name} cannot be read (the log says why); delete it, or create it again with an "
+        f"incarnation above {row.incarnation}",
+    )
 
 
 def elsewhere(row: JobRow) -> RefusalError:

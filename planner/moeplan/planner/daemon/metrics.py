@@ -30,9 +30,13 @@ class Metrics:
         self.solve = Histogram(
             "moeplan_solve_seconds", "Time in a worker", ["kind"], buckets=_SECONDS, registry=registry
         )
+        self.queue_wait = Histogram(
+            "moeplan_queue_seconds", "Wait for a worker", ["kind"], buckets=_SECONDS, registry=registry
+        )
         self.solves = Counter("moeplan_solves", "Solves by how they ended", ["kind", "outcome"], registry=registry)
         self.queue = Gauge("moeplan_queue_depth", "Solves that wait for a worker", registry=registry)
         self.workers = Gauge("moeplan_workers_ready", "Workers that are idle or solving", registry=registry)
+        self.busy = Gauge("moeplan_workers_busy", "Workers that are solving", registry=registry)
         self.worker_restarts = Counter("moeplan_worker_restarts", "Workers replaced", registry=registry)
         self.streams = Gauge("moeplan_streams", "Open streams", ["kind"], registry=registry)
         self.jobs = Gauge("moeplan_jobs_owned", "Jobs that this daemon plans for", registry=registry)
@@ -67,11 +71,27 @@ class Metrics:
         self.gap = Histogram("moeplan_gap", "Proven gap, per changed layer", buckets=_GAP, registry=registry)
         self.moved = Counter("moeplan_moved_replicas", "Replicas that plans move", registry=registry)
         self.store = Histogram("moeplan_store_seconds", "Time of a write", buckets=_SECONDS, registry=registry)
+        self.store_errors = Counter("moeplan_store_errors", "Times that the store failed", registry=registry)
+        self.unreadable = Gauge(
+            "moeplan_jobs_unreadable",
+            "Jobs in the store that cannot be planned for; the log names them",
+            registry=registry,
+        )
+        self.lease_age = Gauge(
+            "moeplan_lease_age_seconds", "Time since the leases were last renewed", registry=registry
+        )
+        self.certificate_end = Gauge(
+            "moeplan_certificate_end_seconds",
+            "When the certificate ends, seconds since 1970; 0 without TLS",
+            registry=registry,
+        )
         self.loop_lag = Gauge("moeplan_event_loop_lag_seconds", "Delay of the newest timer", registry=registry)
         for fate in _FATES:
             self.cells.labels(fate)
         for reason in set(Reason) - {Reason.UNKNOWN}:
             self.decisions.labels(reason.value)
+        for kind in ("job", "solve", "anytime", "evaluate"):
+            self.queue_wait.labels(kind)
         for kind in ("rank", "watch"):
             self.streams.labels(kind)
 

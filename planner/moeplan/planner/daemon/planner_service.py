@@ -13,14 +13,24 @@ from typing import Any
 
 import grpc
 import structlog
+from google.protobuf.message import DecodeError
 
 from moeplan.api import wire
 from moeplan.api.jobs import JobStatus
 from moeplan.planner.daemon.job_host import JobHost, RankStream
-from moeplan.planner.daemon.job_table import JobTable, described, job_id, stale
+from moeplan.planner.daemon.job_table import JobTable, described, job_id, stale, unreadable
 from moeplan.planner.daemon.metrics import Metrics
 from moeplan.planner.daemon.settings import ServiceLimits
-from moeplan.planner.daemon.statuses import RefusalError, exhausted, exists, invalid, missing, refusal_of, unavailable
+from moeplan.planner.daemon.statuses import (
+    RefusalError,
+    exhausted,
+    exists,
+    invalid,
+    missing,
+    precondition,
+    refusal_of,
+    unavailable,
+)
 from moeplan.planner.daemon.store import JobRow, Store
 from moeplan.planner.jobs.job import RankTakenError, StaleIncarnationError
 from moeplan.planner.jobs.messages import read_report
@@ -72,21 +82,30 @@ class PlannerService(planner_pb2_grpc.PlannerServiceServicer):
         row = await self._store.job(identity)
         if row is None:
             raise missing(request.name, "moeplan.v1/Job")
-        return planner_pb2.GetJobResponse(job=_stored(row))
+        stored = _stored(row)
+        if stored is None or self._table.unreadable(identity) is not None:
+            raise unreadable(row)
+        return planner_pb2.GetJobResponse(job=stored)
 
     async def ListJobs(  # noqa: N802
         self, request: planner_pb2.ListJobsRequest, context: Context
     ) -> planner_pb2.ListJobsResponse:
-        """List jobs, whoever owns them."""
+        """List jobs, whoever owns them; those that cannot be read are left out."""
         if request.page_size < 0:
             raise invalid("page_size", request.page_size, "must be at least 0")
         size = min(request.page_size or PAGE, LARGEST_PAGE)
-        rows = await self._store.jobs(_after(request.page_token), size + 1)
+        # A page is as long as asked for, unless its jobs are so large that a message would not hold them.
+        rows = await self._store.jobs(_after(request.page_token), size, self._limits.message_bytes // 2)
         jobs = []
-        for row in rows[:size]:
+        for row in rows:
             host = self._table.owned(row.name)
-            jobs.append(_stored(row) if host is None else self._job(host))
-        token = base64.urlsafe_b64encode(rows[size - 1].name.encode()).decode() if len(rows) > size else ""
+            if host is not None:
+                jobs.append(self._job(host))
+            elif self._table.unreadable(row.name) is None:
+                stored = _stored(row)
+                jobs += [] if stored is None else [stored]
+        more = rows and await self._store.jobs(rows[-1].name, 1, 0)
+        token = base64.urlsafe_b64encode(rows[-1].name.encode()).decode() if more else ""
         return planner_pb2.ListJobsResponse(jobs=jobs, next_page_token=token)
 
     async def DeleteJob(  # noqa: N802
@@ -111,7 +130,10 @@ class PlannerService(planner_pb2_grpc.PlannerServiceServicer):
         row = await self._store.plan(identity, None if version == "-" else int(version))
         if row is None:
             raise missing(request.name, "moeplan.v1/JobPlan")
-        return planner_pb2.GetPlanResponse(plan=job_pb2.JobPlan.FromString(row.plan))
+        try:
+            return planner_pb2.GetPlanResponse(plan=job_pb2.JobPlan.FromString(row.plan))
+        except DecodeError:
+            raise precondition("PLAN_UNREADABLE", f"what is stored of {request.name} cannot be read") from None
 
     async def WatchPlans(  # noqa: N802
         self, request: planner_pb2.WatchPlansRequest, context: Context
@@ -272,8 +294,14 @@ class PlannerService(planner_pb2_grpc.PlannerServiceServicer):
         return _with_status(host.message, host.name, job.incarnation, host.created, status)
 
 
-def _stored(row: JobRow) -> job_pb2.Job:
-    message = described(job_pb2.Job.FromString(row.spec))
+def _stored(row: JobRow) -> job_pb2.Job | None:
+    """A job that another daemon owns, which checks all of it; None where it is clearly no job."""
+    try:
+        message = described(job_pb2.Job.FromString(row.spec))
+    except DecodeError:
+        return None
+    if not (message.layers and message.experts and message.cluster.slots):
+        return None
     status = JobStatus(plan_version=row.version, owner=row.address)
     return _with_status(message, f"jobs/{row.name}", row.incarnation, datetime.fromtimestamp(row.created, UTC), status)
 

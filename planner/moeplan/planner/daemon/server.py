@@ -12,6 +12,8 @@ import sys
 import threading
 import time
 import uuid
+from importlib import metadata
+from logging import INFO, WARNING
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +23,14 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health
 from grpc_reflection.v1alpha import reflection
 
+from moeplan.planner.daemon.certificates import Certificates
 from moeplan.planner.daemon.interceptor import Gate, read_tokens
 from moeplan.planner.daemon.job_table import JobTable
 from moeplan.planner.daemon.metrics import Metrics
 from moeplan.planner.daemon.metrics_server import MetricsServer
 from moeplan.planner.daemon.notify import notify
 from moeplan.planner.daemon.planner_service import PlannerService
-from moeplan.planner.daemon.settings import Security, Settings
+from moeplan.planner.daemon.settings import Settings
 from moeplan.planner.daemon.solver_service import SolverService
 from moeplan.planner.daemon.statuses import unavailable
 from moeplan.planner.daemon.store import Store
@@ -40,7 +43,10 @@ PLANNER = planner_pb2.DESCRIPTOR.services_by_name["PlannerService"]
 SOLVER = solver_pb2.DESCRIPTOR.services_by_name["SolverService"]
 
 TICK_S = 0.5
-"""How often the metrics that are not events are brought up to date."""
+"""How often the metrics that are not events are brought up to date, and files looked at for changes."""
+
+NO_WORKER_S = 5.0
+"""How long there may be no worker before the daemon says that it does not solve: one is replaced in less."""
 
 WINDOW_BYTES = 4 * 1024**2
 """What a client may send on a stream before the daemon reads it."""
@@ -79,6 +85,11 @@ class Daemon:
         self._planner: PlannerService
         self._health = health.HealthServicer()
         self._scrapes: MetricsServer | None = None
+        self._ready: dict[str, bool] = {}
+        self._worker_seen_s = -NO_WORKER_S
+        self._gate: Gate
+        self._certificates: Certificates | None = None
+        self._secrets: list[tuple[int, ...]] = []
         self._background: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
@@ -91,13 +102,13 @@ class Daemon:
         settings, limits = self.settings, self.settings.limits
         try:
             tokens = read_tokens(settings.security.tokens) if settings.security.tokens else ()
-            credentials = _credentials(settings.security)
+            self._certificates = Certificates.of(settings.security)
         except (OSError, ValueError) as error:
             raise StartError(str(error)) from None
-        self._server = grpc.aio.server(
-            interceptors=(Gate(self.metrics, tokens),), options=_options(limits.message_bytes)
-        )
-        self._listen(credentials)
+        self._secrets = self._stamps()
+        self._gate = Gate(self.metrics, tokens)
+        self._server = grpc.aio.server(interceptors=(self._gate,), options=_options(limits.message_bytes))
+        self._listen()
         owner = uuid.uuid4().hex
         address = settings.advertise or self.address
         self._store = Store(
@@ -139,17 +150,43 @@ class Daemon:
             await self._scrapes.stop()
         log.info("stopped")
 
-    def _listen(self, credentials: grpc.ServerCredentials | None) -> None:
+    def reload(self) -> None:
+        """Read certificates and tokens again, for connections and calls from now on; on failure the old ones stay."""
+        self._secrets = self._stamps()
+        try:
+            if self._certificates is not None:
+                self._certificates.reload()
+            if self.settings.security.tokens is not None:
+                self._gate.tokens = read_tokens(self.settings.security.tokens)
+        except (OSError, ValueError) as error:
+            log.error("certificates and tokens not reloaded", error=str(error))
+        else:
+            log.info("certificates and tokens reloaded")
+
+    def _stamps(self) -> list[tuple[int, ...]]:
+        """What changes when a certificate or token file is written or replaced."""
+        tokens = self.settings.security.tokens
+        files = [*(self._certificates.files if self._certificates else ()), *([tokens] if tokens else ())]
+        stamps: list[tuple[int, ...]] = []
+        for path in files:
+            try:
+                found = path.stat()
+                stamps.append((found.st_mtime_ns, found.st_ino, found.st_size))
+            except OSError:
+                stamps.append(())
+        return stamps
+
+    def _listen(self) -> None:
         listen = self.settings.listen
         if listen.startswith("unix:"):
             path = Path(listen.removeprefix("unix:"))
             if path.is_socket() and _answers(path):
                 raise StartError(f"listen = {listen}: another daemon answers there; stop it, or choose another path")
         try:
-            if credentials is None:
+            if self._certificates is None:
                 port = self._server.add_insecure_port(listen)
             else:
-                port = self._server.add_secure_port(listen, credentials)
+                port = self._server.add_secure_port(listen, self._certificates.credentials)
         except RuntimeError as error:
             raise StartError(f"listen = {listen}: {error}; stop who uses it, or choose another address") from None
         self.address = listen if listen.startswith("unix:") else f"{listen.rpartition(':')[0]}:{port}"
@@ -167,18 +204,29 @@ class Daemon:
         )
         await self._start_metrics()
         await self._server.start()
-        serving = health_pb2.HealthCheckResponse.SERVING
-        for name in ("", PLANNER.full_name):
-            await self._health.set(name, serving)
-        await self._health.set(SOLVER.full_name, health_pb2.HealthCheckResponse.NOT_SERVING)
+        await self._health.set("", health_pb2.HealthCheckResponse.SERVING)
+        await self._show_health()
         loop = asyncio.get_running_loop()
         self._background = [loop.create_task(self._tick()), loop.create_task(self._solver_ready())]
         notify("READY=1")
-        log.info("serving", address=self.address, metrics=self.metrics_address, jobs=len(self._table.hosts))
+        security = self.settings.security
+        log.info(
+            "serving",
+            version=metadata.version("moeplan"),
+            address=self.address,
+            metrics=self.metrics_address,
+            store=self._store.shown,
+            jobs=len(self._table.hosts),
+            workers=self.settings.workers,
+            tls=self._certificates is not None,
+            client_certificates=security.client_ca is not None,
+            tokens=security.tokens is not None,
+            limits=self.settings.limits.model_dump(),
+        )
 
     async def _solver_ready(self) -> None:
         await self.workers.ready.wait()
-        await self._health.set(SOLVER.full_name, health_pb2.HealthCheckResponse.SERVING)
+        await self._show_health()
         log.info("workers ready", count=len(self.workers.pids))
 
     async def _tick(self) -> None:
@@ -188,7 +236,32 @@ class Daemon:
             self.metrics.loop_lag.set(time.monotonic() - before - TICK_S)
             for host in self._table.hosts:
                 host.count()
+            await self._show_health()
+            if self._stamps() != self._secrets:
+                self.reload()
+            if self._certificates is not None:
+                self.metrics.certificate_end.set(self._certificates.expires.timestamp())
+                self._certificates.warn()
             notify("WATCHDOG=1")
+
+    async def _show_health(self) -> None:
+        """Ready to plan while the store takes writes and leases are kept; ready to solve while there is a worker.
+
+        The whole server, "", lives as long as it answers: to start it again would not mend the store.
+        """
+        if self.workers.pids:
+            self._worker_seen_s = time.monotonic()
+        solves = time.monotonic() - self._worker_seen_s < NO_WORKER_S
+        states = {PLANNER.full_name: not self._table.failure, SOLVER.full_name: solves}
+        for name, good in states.items():
+            if self._ready.get(name) is good:
+                continue
+            if name in self._ready or good:
+                level, event = (INFO, "ready") if good else (WARNING, "not ready")
+                log.log(level, event, service=name, why=self._table.failure)
+            self._ready[name] = good
+            serving = health_pb2.HealthCheckResponse.SERVING if good else health_pb2.HealthCheckResponse.NOT_SERVING
+            await self._health.set(name, serving)
 
     async def _start_metrics(self) -> None:
         if not self.settings.metrics:
@@ -211,13 +284,17 @@ async def serve(settings: Settings) -> None:
     """
     sys.setswitchinterval(SWITCH_S)
     daemon = Daemon(settings)
-    await daemon.start()
-    gc.collect()
-    gc.freeze()  # modules and the like: looking through them again and again would hold up streams by tens of ms
     asked = asyncio.Event()
     loop = asyncio.get_running_loop()
+    # First of all: whoever is told that it serves, or sees it start, may ask it to end.
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, asked.set)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    log.debug("started")
+    await daemon.start()
+    loop.add_signal_handler(signal.SIGHUP, daemon.reload)
+    gc.collect()
+    gc.freeze()  # modules and the like: looking through them again and again would hold up streams by tens of ms
     await asked.wait()
     # If ending hangs, in native code for instance, the process ends all the same: what was acknowledged is on disk.
     watchdog = threading.Timer(settings.drain_s + LAST_RESORT_S, os._exit, (1,))
@@ -240,15 +317,6 @@ def _options(message_bytes: int) -> list[tuple[str, Any]]:
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
     ]
-
-
-def _credentials(security: Security) -> grpc.ServerCredentials | None:
-    if security.certificate is None or security.key is None:
-        return None
-    authority = security.client_ca.read_bytes() if security.client_ca else None
-    return grpc.ssl_server_credentials(
-        [(security.key.read_bytes(), security.certificate.read_bytes())], authority, authority is not None
-    )
 
 
 def _answers(path: Path) -> bool:

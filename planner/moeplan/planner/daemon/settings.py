@@ -2,19 +2,34 @@
 
 from __future__ import annotations
 
+import difflib
 import ipaddress
 import os
-import socket
+import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
 import platformdirs
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
 
-__all__ = ["Security", "ServiceLimits", "Settings", "default_data_folder", "load", "loopback"]
+from moeplan.planner.daemon.processors import processors
+
+__all__ = ["Security", "ServiceLimits", "Settings", "UnknownSettingError", "default_data_folder", "load", "loopback"]
 
 MIB = 1024**2
+
+
+PREFIX = "MOEPLAN_"
+OTHERS = {f"{PREFIX}{name}" for name in ("CONFIG", "SERVER", "TOKEN_FILE", "CA", "CERTIFICATE", "KEY")}
+"""Variables that others read: the command line and clients."""
+INJECTED = re.compile(r"MOEPLAN(_\w+)?_(SERVICE_(HOST|PORT(_\w+)?)|PORT(_\d+_\w+)?)")
+"""What Kubernetes sets in every pod beside a service whose name begins with moeplan."""
+
+
+class UnknownSettingError(Exception):
+    """A variable of the environment looks like a setting and is none; the message says which is near."""
 
 
 def default_data_folder() -> Path:
@@ -48,16 +63,17 @@ class ServiceLimits(_Section):
     job_bytes: int = Field(1_024 * MIB, ge=1, description="statistics of one job in memory")
     total_bytes: int = Field(4_096 * MIB, ge=1, description="statistics and plans of all jobs in memory")
     queue: int = Field(256, ge=0, description="solves that wait for a worker")
-    solve_s: float = Field(60.0, gt=0, description="time of one solve, whatever its request allows")
+    solve_s: float = Field(60.0, gt=0, le=86_400, description="time of one solve, whatever its request allows")
+    free_solve_s: float = Field(10.0, gt=0, le=86_400, description="time of a solve whose caller gives no deadline")
     worker_bytes: int = Field(8_192 * MIB, ge=512 * MIB, description="memory of one worker")
     kept_plans: int = Field(100, ge=1, description="plans of a job that the store keeps")
     unacknowledged: int = Field(16, ge=2, description="statistics messages of a stream without acknowledgement")
-    hello_s: float = Field(10.0, gt=0, description="time for a stream's hello")
+    hello_s: float = Field(10.0, gt=0, le=3_600, description="time for a stream's hello")
 
 
 def _readable(path: Path | None) -> Path | None:
-    if path is not None and not os.access(path, os.R_OK):
-        raise ValueError(f"{path} cannot be read")
+    if path is not None and not (path.is_file() and os.access(path, os.R_OK)):
+        raise ValueError(f"{path} is no file that can be read; give the path of one")
     return path
 
 
@@ -95,16 +111,23 @@ class Settings(BaseSettings):
     store: str = Field("", description="SQLAlchemy URL, for instance postgresql://host/moeplan; SQLite if empty")
     data: Path = Field(default_factory=default_data_folder, description="folder of the embedded store")
     workers: int = Field(
-        default_factory=lambda: max(1, (os.cpu_count() or 2) - 1), ge=1, le=1024, description="processes that solve"
+        default_factory=lambda: max(2, processors() - 1), ge=1, le=1024, description="processes that solve"
     )
     lease_s: float = Field(
-        10.0, ge=0.5, description="how long a dead daemon's jobs stay its own, behind a shared store"
+        10.0, ge=0.5, le=3_600, description="how long a dead daemon's jobs stay its own, behind a shared store"
     )
-    drain_s: float = Field(10.0, ge=0, description="time for calls to end after SIGTERM")
+    drain_s: float = Field(10.0, ge=0, le=3_600, description="time for calls to end after SIGTERM")
     log_level: str = Field("info", pattern="^(debug|info|warning|error)$", description="debug, info, warning or error")
     reflection: bool = Field(True, description="answer gRPC reflection")
     limits: ServiceLimits = ServiceLimits()
     security: Security = Security()
+
+    @field_validator("data", mode="before")
+    @classmethod
+    def _data_is_named(cls, value: object) -> object:
+        if value == "":  # a path would make it the current folder
+            raise ValueError("is empty; give a folder, or leave it out for the default one")
+        return value
 
     @model_validator(mode="after")
     def _address_is_safe(self) -> Settings:
@@ -128,16 +151,6 @@ class Settings(BaseSettings):
             )
         return self
 
-    @property
-    def advertised(self) -> str:
-        """The address that other daemons hand to clients."""
-        return self.advertise or (self.listen if loopback(self.listen) else f"{socket.getfqdn()}:{self.port}")
-
-    @property
-    def port(self) -> str:
-        """The port to listen on."""
-        return self.listen.rpartition(":")[2]
-
     @classmethod
     def settings_customise_sources(
         cls,
@@ -160,9 +173,11 @@ def load(file: Path | None, flags: dict[str, Any]) -> Settings:
 
     Raises:
         pydantic.ValidationError: a value is out of range, or a name is not known.
+        UnknownSettingError: a variable MOEPLAN_... is no setting.
         OSError: the file cannot be read.
         tomllib.TOMLDecodeError: the file is not TOML.
     """
+    _check_names(os.environ)
     if file is None:
         return Settings(**flags)
     file.open("rb").close()  # pydantic-settings takes a missing file for an empty one
@@ -171,3 +186,19 @@ def load(file: Path | None, flags: dict[str, Any]) -> Settings:
         model_config = SettingsConfigDict(toml_file=file)
 
     return FromFile(**flags)
+
+
+def _check_names(names: Iterable[str]) -> None:
+    known = set(OTHERS)
+    for name, info in Settings.model_fields.items():
+        section = info.annotation
+        if isinstance(section, type) and issubclass(section, _Section):
+            known |= {f"{PREFIX}{name}__{field}".upper() for field in section.model_fields}
+        else:
+            known.add(f"{PREFIX}{name}".upper())
+    for name in sorted(names):
+        if not name.startswith(PREFIX) or name in known or INJECTED.fullmatch(name):
+            continue
+        near = difflib.get_close_matches(name, known, 1)
+        hint = f"did you mean {near[0]}?" if near else "see `moeplan serve --show`"
+        raise UnknownSettingError(f"{name} is set, but is no setting: {hint}")

@@ -12,13 +12,14 @@ from typing import Any
 
 import grpc
 
-from moeplan.planner.daemon.settings import ServiceLimits
+from moeplan.api import wire
+from moeplan.planner.daemon.settings import ServiceLimits, loopback
 from moeplan.planner.daemon.statuses import invalid
 from moeplan.planner.daemon.workers.frames import Kind
 from moeplan.planner.daemon.workers.pool import Workers
 from moeplan.planner.daemon.workers.tasks import Limited
 from moeplan.solvers import available_policies
-from moeplan.v1 import solver_pb2, solver_pb2_grpc
+from moeplan.v1 import problem_pb2, solver_pb2, solver_pb2_grpc
 
 __all__ = ["SolverService"]
 
@@ -41,7 +42,7 @@ class SolverService(solver_pb2_grpc.SolverServiceServicer):
         self, request: solver_pb2.SolveRequest, context: Context
     ) -> solver_pb2.SolveResponse:
         """Solve one or several layers, in parallel where workers are idle."""
-        limit_s = self._limit_s(context)
+        limit_s = self._limit_s(context, request.parameters)
         layers = len(request.problems)
         parts = max(1, min(self._workers.idle, layers // FEWEST_LAYERS))
         tasks = [
@@ -55,7 +56,9 @@ class SolverService(solver_pb2_grpc.SolverServiceServicer):
             for first, after in pairwise(layers * i // parts for i in range(parts + 1))
         ]
         response = solver_pb2.SolveResponse()
-        for answer in await self._workers.run_all(Kind.SOLVE, tasks, limit_s=limit_s, label="solve"):
+        for answer in await self._workers.run_all(
+            Kind.SOLVE, tasks, limit_s=limit_s, label="solve", caller=_caller(context)
+        ):
             response.MergeFromString(answer)
         return response
 
@@ -65,8 +68,10 @@ class SolverService(solver_pb2_grpc.SolverServiceServicer):
         """Send better and better plans."""
         if context.time_remaining() is None and not request.parameters.HasField("deadline"):
             raise invalid("parameters.deadline", "absent", "give it, or a deadline of the call")
-        limit_s = self._limit_s(context)
-        answers = self._workers.stream(Kind.ANYTIME, _task(request, limit_s), limit_s=limit_s, label="anytime")
+        limit_s = self._limit_s(context, request.parameters)
+        answers = self._workers.stream(
+            Kind.ANYTIME, _task(request, limit_s), limit_s=limit_s, label="anytime", caller=_caller(context)
+        )
         async with contextlib.aclosing(answers):
             async for answer in answers:
                 yield solver_pb2.SolveAnytimeResponse.FromString(answer)
@@ -76,7 +81,9 @@ class SolverService(solver_pb2_grpc.SolverServiceServicer):
     ) -> solver_pb2.EvaluateResponse:
         """Judge a layout."""
         limit_s = self._limit_s(context)
-        answer = await self._workers.run(Kind.EVALUATE, _task(request, limit_s), limit_s=limit_s, label="evaluate")
+        answer = await self._workers.run(
+            Kind.EVALUATE, _task(request, limit_s), limit_s=limit_s, label="evaluate", caller=_caller(context)
+        )
         return solver_pb2.EvaluateResponse.FromString(answer)
 
     async def ListPolicies(  # noqa: N802
@@ -93,11 +100,22 @@ class SolverService(solver_pb2_grpc.SolverServiceServicer):
             ]
         )
 
-    def _limit_s(self, context: Context) -> float:
+    def _limit_s(self, context: Context, parameters: problem_pb2.SolveParameters | None = None) -> float:
+        """Seconds that a call may take from now, the wait for a worker included."""
+        limits = []
         remaining = context.time_remaining()
-        if remaining is None:
-            return self._limits.solve_s
-        return min(self._limits.solve_s, remaining - min(REPLY_S, remaining / 10))
+        if remaining is not None:
+            limits.append(remaining - min(REPLY_S, remaining / 10))
+        if parameters is not None and parameters.HasField("deadline"):
+            limits.append(wire.read_duration("parameters.deadline", parameters.deadline))
+        return min(self._limits.solve_s, *limits or [self._limits.free_solve_s])
+
+
+def _caller(context: Context) -> str:
+    """Who calls: the machine, or on this machine the connection."""
+    peer = str(context.peer())
+    address = peer.partition(":")[2]
+    return peer if not address or loopback(address) else peer.rpartition(":")[0]
 
 
 def _task(

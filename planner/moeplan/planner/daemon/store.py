@@ -6,20 +6,17 @@ from is on disk.
 
 Behind a shared database several daemons stand, and each job is owned by one at a time. A daemon holds a job by a lease
 that it renews; all times are the database's, so daemons' clocks do not matter, and every write names its owner, so that
-one that lost its lease cannot write. SQLite has one daemon (a lock on the folder holds that): its leases never end, and
-are taken over at the start.
+one that lost its lease cannot write. SQLite has one daemon (a lock on the folder holds that), which owns every job.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import fcntl
-import os
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -27,12 +24,19 @@ from typing import Any, TypeVar
 import sqlalchemy as sa
 from sqlalchemy import exc
 
+from moeplan.planner.daemon.database import Database, StoreError, StoreFullError, translate
 from moeplan.planner.daemon.metrics import Metrics
 
-__all__ = ["JobRow", "LeaseLostError", "PlanRow", "Store", "StoreError", "StoreFullError"]
+__all__ = ["JobRow", "LeaseLostError", "PlanRow", "Store"]
 
 SCHEMA = 1
+CLAIMED = 256
+"""Jobs that are taken over at a time."""
+OPEN_S = 30.0
+"""Longest that opening may take."""
+
 T = TypeVar("T")
+Work = Callable[[sa.Connection], T]
 
 _tables = sa.MetaData()
 _meta = sa.Table("moeplan_meta", _tables, sa.Column("schema", sa.Integer, primary_key=True))
@@ -61,16 +65,8 @@ _new_plan = _plans.insert()
 _old_plans = _plans.delete().where(_plans.c.job == sa.bindparam("of"), _plans.c.version <= sa.bindparam("last"))
 
 
-class StoreError(Exception):
-    """The store cannot do it; the message says what to do."""
-
-
-class StoreFullError(StoreError):
-    """There is no room left on the disk."""
-
-
 class LeaseLostError(StoreError):
-    """Another daemon owns the job."""
+    """This daemon does not own the job, or no longer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,27 +94,34 @@ class Store:
     """The store of one daemon. Open it before use, close it after."""
 
     def __init__(self, url: str, data: Path, *, owner: str, address: str, lease_s: float, kept: int, metrics: Metrics):
-        self._folder = None if url else data
-        self._url = sa.make_url(url or f"sqlite:///{data / 'moeplan.sqlite3'}")
-        if self._url.drivername == "postgresql":
-            self._url = self._url.set(drivername="postgresql+psycopg")
-        self._sqlite = self._url.get_backend_name() == "sqlite"
+        self._patience_s = lease_s / 2
+        self._database = Database(url, data, patience_s=self._patience_s)
+        self._sqlite = self._database.sqlite
         self._owner, self._address, self._lease_s, self._kept = owner, address, lease_s, kept
         self._metrics = metrics
-        mine = _jobs.update().where(_jobs.c.name == sa.bindparam("of"), _jobs.c.owner == owner)
-        self._mine = mine.where(_jobs.c.leased_until >= self._now())
-        self._mine_older = self._mine.where(_jobs.c.version < sa.bindparam("below"))
-        self._lock = -1
-        self._work: queue.SimpleQueue[tuple[Callable[[sa.Connection], Any], asyncio.Future[Any]] | None]
-        self._work = queue.SimpleQueue()
+        mine = _jobs.update().where(_jobs.c.name == sa.bindparam("of"), self._owned())
+        self._mine = mine
+        self._mine_older = mine.where(_jobs.c.version < sa.bindparam("below"))
+        self._failure = ""
+        self._wants_room = threading.Event()
+        self._work: queue.SimpleQueue[tuple[Work[Any], bool, asyncio.Future[Any]] | None] = queue.SimpleQueue()
         self._loop: asyncio.AbstractEventLoop
-        self._engine: sa.Engine
         self._thread: threading.Thread | None = None
 
     @property
     def shared(self) -> bool:
         """Whether other daemons may use the store too."""
         return not self._sqlite
+
+    @property
+    def failure(self) -> str:
+        """Why the newest write failed; empty where it did not."""
+        return self._failure
+
+    @property
+    def shown(self) -> str:
+        """Its URL, without a password."""
+        return self._database.shown
 
     async def open(self) -> None:
         """Connect, check, and make the tables if there are none.
@@ -127,7 +130,10 @@ class Store:
             StoreError: it cannot be used; nothing was changed.
         """
         self._loop = asyncio.get_running_loop()
-        await asyncio.to_thread(self._open)
+        opening = asyncio.create_task(asyncio.to_thread(self._open))
+        if not self._sqlite and not (await asyncio.wait([opening], timeout=OPEN_S))[0]:
+            self._database.hang_up()
+        await opening
         self._thread = threading.Thread(target=self._run, name="store", daemon=True)
         self._thread.start()
 
@@ -137,13 +143,15 @@ class Store:
             with contextlib.suppress(StoreError):  # a lease that cannot be given back ends by itself
                 await self._do(self._release)
             self._work.put(None)
-            await asyncio.to_thread(self._thread.join)
-            self._engine.dispose()
-        if self._lock >= 0:
-            os.close(self._lock)
+            await asyncio.to_thread(self._thread.join, 2 * self._patience_s)
+        self._database.close()
 
-    async def create(self, name: str, incarnation: int, spec: bytes, version: int, plan: bytes) -> float:
+    async def create(
+        self, name: str, incarnation: int, spec: bytes, version: int, plan: bytes, *, replace: bool = False
+    ) -> float:
         """Keep a new job and its first plan, owned by this daemon; its time of creation.
+
+        With `replace`, in the place of a job of this daemon that cannot be read.
 
         Raises:
             StoreError: it could not be kept; `exists` in the message's cause if the name is taken.
@@ -151,6 +159,8 @@ class Store:
         created = time.time()
 
         def write(connection: sa.Connection) -> None:
+            if replace:
+                self._forget(connection, name)
             connection.execute(
                 _jobs.insert().values(
                     name=name,
@@ -185,7 +195,7 @@ class Store:
 
         def write(connection: sa.Connection) -> None:
             if self._count(connection, self._mine_older if plan else self._mine, {"of": name, **values}) != 1:
-                raise LeaseLostError(f"jobs/{name} is owned by another daemon now")
+                raise LeaseLostError(f"jobs/{name} is owned by another daemon, or was deleted")
             if plan:
                 connection.execute(_new_plan, {"job": name, "version": version, "plan": plan})
                 # Versions of a job have no gaps.
@@ -195,26 +205,37 @@ class Store:
 
     async def delete(self, name: str) -> bool:
         """Forget a job of this daemon and its plans; whether there was one."""
-
-        def write(connection: sa.Connection) -> bool:
-            connection.execute(_plans.delete().where(_plans.c.job == name))
-            return self._count(connection, _jobs.delete().where(_jobs.c.name == name)) == 1
-
-        return await self._do(write)
+        try:
+            return await self._do(lambda connection: self._forget(connection, name))
+        except StoreFullError:
+            # To delete takes room too, until the space of what is deleted can be used again.
+            self._wants_room.set()
+            return await self._do(lambda connection: self._forget(connection, name))
 
     async def job(self, name: str) -> JobRow | None:
         """One job."""
-        rows = await self._do(lambda connection: self._rows(connection, _jobs.c.name == name, 1))
+        rows = await self._do(lambda connection: self._rows(connection, _jobs.c.name == name, 1), reads=True)
         return rows[0] if rows else None
 
-    async def jobs(self, after: str, limit: int) -> list[JobRow]:
-        """Jobs whose name follows `after`, by name."""
-        return await self._do(lambda connection: self._rows(connection, _jobs.c.name > after, limit))
+    async def jobs(self, after: str, limit: int, most_bytes: int) -> list[JobRow]:
+        """Jobs whose name follows `after`, by name: at most `limit`, and as many as `most_bytes` hold, or one."""
+
+        def read(connection: sa.Connection) -> list[JobRow]:
+            sizes = sa.select(sa.func.length(_jobs.c.spec)).where(_jobs.c.name > after)
+            total = count = 0
+            for size in connection.scalars(sizes.order_by(_jobs.c.name).limit(limit)):
+                total += size
+                if count and total > most_bytes:
+                    break
+                count += 1
+            return self._rows(connection, _jobs.c.name > after, count)
+
+        return await self._do(read, reads=True)
 
     async def count(self) -> int:
         """Number of jobs."""
         query = sa.select(sa.func.count()).select_from(_jobs)
-        return await self._do(lambda connection: int(connection.scalar(query) or 0))
+        return await self._do(lambda connection: int(connection.scalar(query) or 0), reads=True)
 
     async def plan(self, name: str, version: int | None) -> PlanRow | None:
         """A plan; the newest if `version` is None."""
@@ -224,58 +245,83 @@ class Store:
             if version is not None:
                 query = query.where(_plans.c.version == version)
             row = connection.execute(query.order_by(_plans.c.version.desc()).limit(1)).first()
-            return None if row is None else PlanRow(row.version, bytes(row.plan))
+            return None if row is None else PlanRow(row.version, _bytes(row.plan))
 
-        return await self._do(read)
+        return await self._do(read, reads=True)
 
-    async def claim(self, name: str | None = None) -> list[tuple[JobRow, PlanRow]]:
-        """Take over jobs that nobody owns, all or one, and read each with its newest plan."""
+    async def claim(self, held: Collection[str], name: str | None = None) -> list[tuple[JobRow, PlanRow | None]]:
+        """Take over jobs that nobody owns, or that are this daemon's although it does not hold them.
 
-        def write(connection: sa.Connection) -> list[tuple[JobRow, PlanRow]]:
-            free = sa.or_(_jobs.c.owner == "", _jobs.c.leased_until < self._now())
+        Args:
+            held: Jobs that this daemon has already.
+            name: The only job to take; None for any, at most `CLAIMED` at a time.
+
+        Returns:
+            Each with its newest plan, None where that is missing.
+        """
+
+        def write(connection: sa.Connection) -> list[tuple[JobRow, PlanRow | None]]:
+            free = sa.or_(_jobs.c.owner == "", _jobs.c.leased_until < self._now(), _jobs.c.owner == self._owner)
+            wanted = sa.and_(sa.true() if self._sqlite else free, _jobs.c.name.not_in(sorted(held)))
             if name is not None:
-                free = sa.and_(free, _jobs.c.name == name)
-            # Rows that another daemon has locked are its own for now: waiting for them would hold up all other work.
-            query = sa.select(_jobs.c.name).where(free).order_by(_jobs.c.name).with_for_update(skip_locked=True)
-            candidates = list(connection.scalars(query))
-            taken = []
-            for candidate in candidates:
-                take = _jobs.update().where(_jobs.c.name == candidate, free)
-                values = {
-                    "owner": self._owner,
-                    "address": self._address,
-                    "leased_until": self._now() + self._lease_s,
-                }
-                if self._count(connection, take.values(**values)) == 1:
-                    row = self._rows(connection, _jobs.c.name == candidate, 1)[0]
-                    query = sa.select(_plans.c.version, _plans.c.plan).where(
-                        _plans.c.job == candidate, _plans.c.version == row.version
-                    )
-                    plan = connection.execute(query).one()
-                    taken.append((row, PlanRow(plan.version, bytes(plan.plan))))
-            return taken
+                wanted = sa.and_(wanted, _jobs.c.name == name)
+            if self._sqlite:
+                rows = self._rows(connection, wanted, CLAIMED)
+            else:
+                # Rows that another daemon has locked are its own for now: to wait for them would hold up other work.
+                # A few statements for all jobs: one for each would take longer than a lease, behind a slow network.
+                candidates = sa.select(_jobs.c.name).where(wanted).order_by(_jobs.c.name).limit(CLAIMED)
+                take = _jobs.update().where(_jobs.c.name.in_(candidates.with_for_update(skip_locked=True)))
+                lease = self._now() + self._lease_s
+                take = take.values(owner=self._owner, address=self._address, leased_until=lease)
+                columns = [_jobs.c[column] for column in JobRow.__slots__]
+                rows = [_job_row(row) for row in connection.execute(take.returning(*columns)).mappings()]
+            newest = sa.select(_plans.c.job, _plans.c.version, _plans.c.plan).join(
+                _jobs, sa.and_(_jobs.c.name == _plans.c.job, _jobs.c.version == _plans.c.version)
+            )
+            found = connection.execute(newest.where(_jobs.c.name.in_([row.name for row in rows]))) if rows else ()
+            plans = {plan.job: PlanRow(plan.version, _bytes(plan.plan)) for plan in found}
+            return [(row, plans.get(row.name)) for row in sorted(rows, key=lambda row: row.name)]
 
-        return await self._do(write)
+        return await self._do(write, reads=self._sqlite)
 
     async def renew(self) -> set[str]:
         """Keep the leases; the names of the jobs that this daemon owns."""
 
         def write(connection: sa.Connection) -> set[str]:
-            mine = sa.and_(_jobs.c.owner == self._owner, _jobs.c.leased_until >= self._now())
-            if not self._sqlite:
-                connection.execute(_jobs.update().where(mine).values(leased_until=self._now() + self._lease_s))
-            return set(connection.scalars(sa.select(_jobs.c.name).where(mine)))
+            if self._sqlite:
+                return set(connection.scalars(sa.select(_jobs.c.name)))
+            lease = _jobs.update().where(self._owned()).values(leased_until=self._now() + self._lease_s)
+            return set(connection.scalars(lease.returning(_jobs.c.name)))
 
-        return await self._do(write)
+        return await self._do(write, reads=self._sqlite)
+
+    async def probe(self) -> None:
+        """Write something, to see whether that works again.
+
+        Raises:
+            StoreError: it does not.
+        """
+        if self._database.reserve():
+            await self._do(lambda connection: self._count(connection, _meta.update().values(schema=SCHEMA)))
+
+    def _owned(self) -> sa.ColumnElement[bool]:
+        if self._sqlite:
+            return sa.true()
+        return sa.and_(_jobs.c.owner == self._owner, _jobs.c.leased_until >= self._now())
+
+    def _forget(self, connection: sa.Connection, name: str) -> bool:
+        # Its plans go with it.
+        return self._count(connection, _jobs.delete().where(_jobs.c.name == name, self._owned())) == 1
 
     def _now(self) -> sa.ColumnElement[float]:
-        # Time stands still for SQLite: nobody else could take a lease.
-        if self._sqlite:
+        if self._sqlite:  # where nobody else could take a lease
             return sa.literal(0.0)
         return sa.cast(sa.extract("epoch", sa.func.clock_timestamp()), sa.Double)
 
     def _release(self, connection: sa.Connection) -> None:
-        connection.execute(_jobs.update().where(_jobs.c.owner == self._owner).values(owner="", address=""))
+        if not self._sqlite:
+            connection.execute(_jobs.update().where(_jobs.c.owner == self._owner).values(owner="", address=""))
 
     @staticmethod
     def _count(connection: sa.Connection, statement: sa.UpdateBase, values: dict[str, Any] | None = None) -> int:
@@ -285,42 +331,41 @@ class Store:
     def _rows(connection: sa.Connection, where: sa.ColumnElement[bool], limit: int) -> list[JobRow]:
         query = sa.select(*(_jobs.c[name] for name in JobRow.__slots__)).where(where)
         rows = connection.execute(query.order_by(_jobs.c.name).limit(limit))
-        return [JobRow(**{**row, "spec": bytes(row["spec"])}) for row in rows.mappings()]
+        return [_job_row(row) for row in rows.mappings()]
 
     def _open(self) -> None:
-        if self._folder is not None:
-            try:
-                self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-                self._lock = os.open(self._folder / "moeplan.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise StoreError(
-                    f"{self._folder} is used by another daemon; stop it, or give this one another folder with --data"
-                ) from None
-            except OSError as error:
-                raise StoreError(f"{self._folder} cannot be used: {error.strerror}; give --data") from None
-        shown = self._url.render_as_string(hide_password=True)
+        self._database.open()
         try:
-            self._engine = self._connect()
-            with self._engine.begin() as connection:
-                if self._sqlite:
-                    problems = connection.exec_driver_sql("PRAGMA quick_check(1)").scalar()
-                    if problems != "ok":
-                        raise StoreError(_damaged(self._url.database or "", str(problems)))
-                found = sa.inspect(connection).has_table("moeplan_meta")
-                schema = connection.scalar(sa.select(_meta.c.schema)) if found else None
-                if schema not in (None, SCHEMA):
-                    raise StoreError(
-                        f"{shown} has schema {schema}, but this moeplan knows {SCHEMA}; use the version that wrote it"
-                    )
-                if schema is None:
-                    self._create_tables(connection)
-                if self._sqlite:
-                    connection.execute(_jobs.update().values(owner="", address=""))
+            try:
+                self._prepare()
+            except exc.OperationalError:
+                # A full disk has no room for the files that SQLite works with.
+                self._database.release()
+                self._prepare()
         except exc.DatabaseError as error:
             if self._sqlite and not isinstance(error, exc.OperationalError):
-                raise StoreError(_damaged(self._url.database or "", str(error.orig))) from None
-            raise StoreError(f"{shown} cannot be used: {error.orig}") from None
+                raise self._database.damaged(str(error.orig)) from None
+            raise StoreError(
+                f"{self._database.shown} cannot be used: {str(error.orig).strip()}; see that it runs and can be reached"
+            ) from None
+        self._database.opened()
+
+    def _prepare(self) -> None:
+        with self._database.engine.connect().execution_options(reads=True) as connection:
+            if self._sqlite:
+                problems = connection.exec_driver_sql("PRAGMA quick_check(1)").scalar()
+                if problems != "ok":
+                    raise self._database.damaged(str(problems))
+            found = sa.inspect(connection).has_table("moeplan_meta")
+            schema = connection.scalar(sa.select(_meta.c.schema)) if found else None
+        if schema not in (None, SCHEMA):
+            raise StoreError(
+                f"{self._database.shown} has schema {schema}, but this moeplan knows {SCHEMA}; "
+                "use the version that wrote it"
+            )
+        if schema is None:
+            with self._database.engine.begin() as connection:
+                self._create_tables(connection)
 
     def _create_tables(self, connection: sa.Connection) -> None:
         if not self._sqlite:  # two daemons may begin at once
@@ -329,69 +374,75 @@ class Store:
         if connection.scalar(sa.select(_meta.c.schema)) is None:
             connection.execute(_meta.insert().values(schema=SCHEMA))
 
-    def _connect(self) -> sa.Engine:
-        if not self._sqlite:
-            engine = sa.create_engine(self._url, pool_size=1, max_overflow=1, pool_pre_ping=True)
-            patience_ms = max(1, round(self._lease_s * 1e3))
-
-            @sa.event.listens_for(engine, "connect")
-            def limit(connection: Any, _: object) -> None:
-                # A daemon that is stopped within a transaction, or its host lost, gives up its locks with its leases.
-                for setting in ("idle_in_transaction_session_timeout", "lock_timeout"):
-                    connection.execute(f"SET {setting} = {patience_ms}").close()
-                connection.commit()
-
-            return engine
-        engine = sa.create_engine(self._url, poolclass=sa.pool.StaticPool, connect_args={"check_same_thread": False})
-
-        @sa.event.listens_for(engine, "connect")
-        def configure(connection: Any, _: object) -> None:
-            connection.isolation_level = None  # transactions begin where we say so, below
-            for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
-                connection.execute(f"PRAGMA {pragma}").close()
-
-        @sa.event.listens_for(engine, "begin")
-        def begin(connection: sa.Connection) -> None:
-            connection.exec_driver_sql("BEGIN IMMEDIATE")
-
-        return engine
-
-    async def _do(self, work: Callable[[sa.Connection], T]) -> T:
+    async def _do(self, work: Work[T], *, reads: bool = False) -> T:
         future: asyncio.Future[T] = self._loop.create_future()
-        self._work.put((work, future))
-        return await future
+        self._work.put((work, reads, future))
+        try:
+            async with asyncio.timeout(None if self._sqlite else 2 * self._patience_s):
+                return await future
+        except TimeoutError:
+            self._database.hang_up()
+            self._fail("it does not answer")
+            raise StoreError(f"the store has not answered for {2 * self._patience_s:g} s") from None
 
     def _run(self) -> None:
         while True:
             batch = [self._work.get()]
             while not self._work.empty():
                 batch.append(self._work.get())
-            items = [item for item in batch if item is not None]
-            start = time.perf_counter()
-            results = self._commit([work for work, _ in items])
-            self._metrics.store.observe(time.perf_counter() - start)
-            if items:
-                self._loop.call_soon_threadsafe(_resolve, [future for _, future in items], results)
-            if len(items) < len(batch):
+            if self._wants_room.is_set():
+                self._wants_room.clear()
+                self._database.make_room()
+            # Who has stopped waiting is not served: what it wanted to write may be out of date by now.
+            items = [item for item in batch if item is not None and not item[2].done()]
+            for reads in (False, True):
+                chosen = [(work, future) for work, only_reads, future in items if only_reads is reads]
+                if not chosen:
+                    continue
+                start = time.perf_counter()
+                results = self._commit([work for work, _ in chosen], reads)
+                self._metrics.store.observe(time.perf_counter() - start)
+                self._loop.call_soon_threadsafe(_resolve, [future for _, future in chosen], results)
+            if None in batch:
                 return
 
-    def _commit(self, works: list[Callable[[sa.Connection], Any]]) -> list[Any]:
-        if not works:
-            return []
+    def _commit(self, works: list[Work[Any]], reads: bool) -> list[Any]:
         results: list[Any] = []
         try:
-            with self._engine.begin() as connection:
-                if len(works) == 1:
-                    return [works[0](connection)]
-                for work in works:
-                    try:
-                        with connection.begin_nested():
-                            results.append(work(connection))
-                    except (StoreError, exc.IntegrityError) as error:
-                        results.append(_translate(error))
+            self._database.check()
+            with self._database.engine.connect().execution_options(reads=reads) as connection, connection.begin():
+                if reads or len(works) == 1:
+                    results = [work(connection) for work in works]
+                else:
+                    for work in works:
+                        try:
+                            with connection.begin_nested():
+                                results.append(work(connection))
+                        except (StoreError, exc.IntegrityError) as error:
+                            results.append(translate(error))
+            self._database.check()  # what was written to a file that is gone is not kept
+        except (LeaseLostError, exc.IntegrityError) as error:
+            return [translate(error)] * len(works)
         except Exception as error:  # whatever it was, no work of this batch is on disk
-            return [_translate(error)] * len(works)
+            failure = translate(error)
+            self._fail(str(failure))
+            return [failure] * len(works)
+        if not reads:
+            self._failure = ""
         return results
+
+    def _fail(self, text: str) -> None:
+        self._failure = text
+        self._metrics.store_errors.inc()
+
+
+def _job_row(row: sa.RowMapping) -> JobRow:
+    return JobRow(**{**row, "spec": _bytes(row["spec"])})
+
+
+def _bytes(value: Any) -> bytes:
+    """What a column holds; SQLite would keep a text in it too, which is left to be refused as no message."""
+    return value.encode() if isinstance(value, str) else bytes(value)
 
 
 def _resolve(futures: list[asyncio.Future[Any]], results: list[Any]) -> None:
@@ -402,19 +453,3 @@ def _resolve(futures: list[asyncio.Future[Any]], results: list[Any]) -> None:
             future.set_exception(result)
         else:
             future.set_result(result)
-
-
-def _translate(error: Exception) -> StoreError:
-    if isinstance(error, StoreError):
-        return error
-    text = str(error.orig) if isinstance(error, exc.DBAPIError) else f"{type(error).__name__}: {error}"
-    if "full" in text or "No space left" in text:
-        return StoreFullError(f"the store's disk is full; make room: {text}")
-    return StoreError(f"the store failed: {text}")
-
-
-def _damaged(path: str, problem: str) -> str:
-    return (
-        f"{path} is damaged ({problem}). It was left as it is. Put a backup in its place, or try "
-        f"`sqlite3 {path} .recover`; or move it away to begin with no jobs"
-    )

@@ -68,6 +68,7 @@ def read_job_spec(message: job_pb2.Job, *, checked: bool = False) -> JobSpec:
         cluster = read_cluster(message.cluster)
         expert = read_expert(message.expert)
         parameters = read_parameters(message.parameters)
+        forecast = _read_forecast(message.forecast)
     if message.incarnation < 0:
         raise ProblemError("job.incarnation", message.incarnation, "must be at least 0")
     initial: tuple[Layout, ...] = ()
@@ -84,7 +85,7 @@ def read_job_spec(message: job_pb2.Job, *, checked: bool = False) -> JobSpec:
         expert=expert,
         policy=message.policy or JobSpec.policy,
         parameters=parameters,
-        forecast=_read_forecast(message.forecast),
+        forecast=forecast,
         replan=_read_replan(message.replan),
         closing=_read_closing(message.closing),
         max_moves=message.max_moves if message.HasField("max_moves") else None,
@@ -286,7 +287,7 @@ def _write_decision(decision: Decision) -> job_pb2.Decision:
 
 def _read_forecast(message: job_pb2.Forecast) -> Forecast:
     if message.method not in _METHODS:
-        raise ProblemError("job.forecast.method", message.method, "must be LAST, MEAN, EMA or SCENARIOS")
+        raise ProblemError("forecast.method", message.method, "must be LAST, MEAN, EMA or SCENARIOS")
     return Forecast(
         method=_METHODS[message.method],
         window_steps=message.window_steps or _FORECAST.window_steps,

@@ -1,4 +1,7 @@
-"""Worker processes that solve: a bounded queue, a time limit for each task, and replacement of those that die.
+"""Worker processes that solve: a fair, bounded queue, a time limit for each task, and replacement of those that die.
+
+Jobs come first: free solves, which callers ask for, wait for them, and never take the last of several workers. Among
+free solves each caller has its turn, however many another has waiting.
 
 A task that is cancelled, or that overruns, is ended by killing its worker: native solvers do not look for a flag.
 """
@@ -12,6 +15,7 @@ import signal
 import socket
 import sys
 import time
+from collections import deque
 from collections.abc import AsyncGenerator, Coroutine, Sequence
 from dataclasses import dataclass
 
@@ -46,14 +50,22 @@ class _Worker:
         self.writer.close()
 
 
+@dataclass(eq=False, slots=True)
+class _Waiting:
+    caller: str
+    worker: asyncio.Future[_Worker]
+
+
 class Workers:
     """A pool of `size` workers. `start` it before use, `stop` it after."""
 
     def __init__(self, size: int, *, queue: int, memory_bytes: int, metrics: Metrics) -> None:
         self._size, self._queue, self._memory_bytes, self._metrics = size, queue, memory_bytes, metrics
-        self._idle: asyncio.Queue[_Worker] = asyncio.Queue()
+        self._idle: deque[_Worker] = deque()
         self._all: dict[int, _Worker] = {}
-        self._waiting = 0
+        self._jobs: deque[_Waiting] = deque()
+        self._callers: dict[str, deque[_Waiting]] = {}
+        self._free_running = 0
         self._zygote: asyncio.subprocess.Process | None = None
         self._control: socket.socket | None = None
         self._forking = asyncio.Lock()
@@ -68,8 +80,12 @@ class Workers:
 
     @property
     def idle(self) -> int:
-        """Number of workers that wait for a task."""
-        return self._idle.qsize()
+        """Number of workers that a free solve would get now."""
+        return max(0, min(len(self._idle), self._free_most - self._free_running))
+
+    @property
+    def _free_most(self) -> int:
+        return max(1, self._size - 1)
 
     @property
     def pids(self) -> list[int]:
@@ -92,24 +108,26 @@ class Workers:
         self._all.clear()
         await self._end_zygote()
 
-    async def run(self, kind: Kind, payload: bytes, *, limit_s: float, label: str) -> bytes:
-        """Do a task with one answer.
+    async def run(self, kind: Kind, payload: bytes, *, limit_s: float, label: str, caller: str = "") -> bytes:
+        """Do a task with one answer; see `stream`.
 
         Raises:
             ProblemError: the task cannot be solved.
             RefusalError: the queue is full, the time is over, or the worker died.
         """
-        answers = self.stream(kind, payload, limit_s=limit_s, label=label)
+        answers = self.stream(kind, payload, limit_s=limit_s, label=label, caller=caller)
         return [answer async for answer in answers][-1]
 
-    async def run_all(self, kind: Kind, payloads: Sequence[bytes], *, limit_s: float, label: str) -> list[bytes]:
+    async def run_all(
+        self, kind: Kind, payloads: Sequence[bytes], *, limit_s: float, label: str, caller: str = ""
+    ) -> list[bytes]:
         """Do several tasks at once, each with one answer; all of them end before an error of one is raised.
 
         Raises:
             ProblemError: a task cannot be solved; the first of those that fail decides, here and below.
             RefusalError: the queue is full, the time is over, or the worker died.
         """
-        tasks = (self.run(kind, payload, limit_s=limit_s, label=label) for payload in payloads)
+        tasks = (self.run(kind, payload, limit_s=limit_s, label=label, caller=caller) for payload in payloads)
         # To cancel the others would kill their workers.
         answers = await asyncio.gather(*tasks, return_exceptions=True)
         for answer in answers:
@@ -117,7 +135,9 @@ class Workers:
                 raise answer
         return [answer for answer in answers if isinstance(answer, bytes)]
 
-    async def stream(self, kind: Kind, payload: bytes, *, limit_s: float, label: str) -> AsyncGenerator[bytes]:
+    async def stream(
+        self, kind: Kind, payload: bytes, *, limit_s: float, label: str, caller: str = ""
+    ) -> AsyncGenerator[bytes]:
         """Do a task with any number of answers.
 
         Args:
@@ -125,14 +145,20 @@ class Workers:
             payload: The task.
             limit_s: Seconds that it may take, the wait for a worker included.
             label: Name of the kind in the metrics.
+            caller: Who asks for a free solve; empty for a job.
 
         Raises:
             ProblemError: the task cannot be solved.
             RefusalError: the queue is full, the time is over, or the worker died.
         """
         end = time.monotonic() + limit_s
-        worker = await self._acquire(end)
+        asked = time.monotonic()
+        try:
+            worker = await self._acquire(end, caller)
+        finally:
+            self._metrics.queue_wait.labels(label).observe(time.monotonic() - asked)
         start = time.monotonic()
+        self._metrics.busy.inc()
         outcome = "cancelled"
         clean = False
         try:
@@ -164,28 +190,85 @@ class Workers:
         finally:
             self._metrics.solve.labels(label).observe(time.monotonic() - start)
             self._metrics.solves.labels(label, outcome).inc()
+            self._metrics.busy.dec()
+            self._free_running -= bool(caller)
             if clean:
-                self._idle.put_nowait(worker)
+                self._idle.append(worker)
             else:
                 self._replace(worker, outcome)
+            self._hand_out()
 
-    async def _acquire(self, end: float) -> _Worker:
+    async def _acquire(self, end: float, caller: str) -> _Worker:
         while True:
-            if self._idle.empty() and self._waiting >= self._queue:
-                raise exhausted("QUEUE_FULL", f"{self._waiting} solves wait already (limits.queue); try later", 0.5)
-            self._waiting += 1
-            self._metrics.queue.set(self._waiting)
+            waiting = _Waiting(caller, asyncio.get_running_loop().create_future())
+            if caller:
+                if not self._idle:
+                    self._make_room(caller)
+                self._callers.setdefault(caller, deque()).append(waiting)
+            else:
+                self._jobs.append(waiting)
+            self._hand_out()
             try:
                 async with asyncio.timeout(max(end - time.monotonic(), 0)):
-                    worker = await self._idle.get()
-            except TimeoutError:
-                raise _too_late(0, "waiting for a worker") from None
-            finally:
-                self._waiting -= 1
-                self._metrics.queue.set(self._waiting)
+                    worker = await waiting.worker
+            except BaseException as error:
+                self._withdraw(waiting)
+                if isinstance(error, TimeoutError):
+                    raise _too_late(0, "waiting for a worker") from None
+                raise
             if not worker.reader.at_eof():
                 return worker
+            self._free_running -= bool(caller)
             self._replace(worker, "died idle")
+
+    def _make_room(self, caller: str) -> None:
+        """Let a caller wait: where the queue is full, in the place of who has most waiting there."""
+        if self._depth < self._queue:
+            return
+        longest = max(self._callers, key=lambda name: len(self._callers[name]), default=caller)
+        refusal = exhausted("QUEUE_FULL", f"{self._depth} solves wait already (limits.queue); try later", 0.5)
+        if len(self._callers.get(longest, ())) <= len(self._callers.get(caller, ())) + 1:
+            raise refusal
+        last = self._callers[longest].pop()
+        if not last.worker.done():
+            last.worker.set_exception(refusal)
+
+    @property
+    def _depth(self) -> int:
+        return len(self._jobs) + sum(map(len, self._callers.values()))
+
+    def _hand_out(self) -> None:
+        """Give idle workers to who waits: jobs in order, then callers in turn."""
+        while self._idle:
+            if self._jobs:
+                waiting = self._jobs.popleft()
+            elif self._callers and self._free_running < self._free_most:
+                caller = next(iter(self._callers))
+                turns = self._callers.pop(caller)
+                waiting = turns.popleft()
+                if turns:
+                    self._callers[caller] = turns  # behind the others
+                self._free_running += 1
+            else:
+                break
+            waiting.worker.set_result(self._idle.popleft())
+        self._metrics.queue.set(self._depth)
+
+    def _withdraw(self, waiting: _Waiting) -> None:
+        """Who waited has gone; a worker that it was given just then goes back."""
+        if waiting.worker.done() and not waiting.worker.cancelled() and waiting.worker.exception() is None:
+            self._free_running -= bool(waiting.caller)
+            self._idle.append(waiting.worker.result())
+        elif waiting.caller in self._callers:
+            turns = self._callers[waiting.caller]
+            with contextlib.suppress(ValueError):
+                turns.remove(waiting)
+            if not turns:
+                del self._callers[waiting.caller]
+        else:
+            with contextlib.suppress(ValueError):
+                self._jobs.remove(waiting)
+        self._hand_out()
 
     def _replace(self, worker: _Worker, why: str) -> None:
         worker.kill()
@@ -209,7 +292,8 @@ class Workers:
                 delay_s = min(delay_s * 2, 10)
         self._all[worker.pid] = worker
         self._metrics.workers.set(len(self._all))
-        self._idle.put_nowait(worker)
+        self._idle.append(worker)
+        self._hand_out()
         self.ready.set()
 
     async def _fork(self) -> _Worker:

@@ -1,0 +1,52 @@
+"""A link to a server that is slow, or that swallows everything."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+import time
+from collections.abc import Callable
+
+__all__ = ["SlowLink"]
+
+
+class SlowLink:
+    """Passes connections on, each piece `delay_s` later; while `dead`, nothing passes and nothing is closed.
+
+    Attributes:
+        address: host:port to connect to.
+        dead: Set while it swallows everything.
+    """
+
+    def __init__(self, connect: Callable[[], socket.socket], delay_s: float = 0.0) -> None:
+        self._connect, self._delay_s = connect, delay_s
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
+        self.dead = threading.Event()
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def close(self) -> None:
+        """Take no further connections."""
+        self._listener.close()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                near, _ = self._listener.accept()
+            except OSError:
+                return
+            far = self._connect()
+            for source, target in ((near, far), (far, near)):
+                threading.Thread(target=self._pass, args=(source, target), daemon=True).start()
+
+    def _pass(self, source: socket.socket, target: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(2**16):
+                time.sleep(self._delay_s)
+                while self.dead.is_set():
+                    time.sleep(0.05)
+                target.sendall(data)
+        for end in (source, target):
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
