@@ -22,7 +22,7 @@ from rich.table import Table
 from moeplan.planner.pages.line_chart import lines_svg
 from moeplan.planner.studies.policies import Row, Setting, compare
 from moeplan.planner.traces.trace import Trace, Window
-from moeplan.solvers import Cluster
+from moeplan.solvers import Cluster, Forecast
 from result_file import write_result
 
 LIMITS = (0, 4, 8, 16, 28, 48, None)
@@ -68,7 +68,7 @@ def rows(
     trace: Trace, cluster: Cluster, policy: str, limit: int | None, offsets: Sequence[int], *, foresight: bool = False
 ) -> list[Row]:
     """What `compare` found from each offset."""
-    setting = Setting(cluster, range(trace.layers), max_moves=limit)
+    setting = Setting(cluster, range(trace.layers), max_moves=limit, forecast=Forecast(window_steps=WINDOW))
     found = []
     for offset in offsets:
         windows = trace.windows(WINDOW, EVERY, offset)

@@ -55,7 +55,7 @@ def call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
         ((*PLAN, "--window", 0), "--window = 0: must be at least 1"),
         ((*PLAN, "--window", 5000), "--window = 5000: must be 1 to 4096"),
         ((*PLAN, "--until", 13), "--until = 13: must be 1 to 12, the number of steps of the trace"),
-        ((*PLAN, "--seed", -1), "--seed = -1: must be 0 to 2**32 - 1"),
+        ((*PLAN, "--seed", -1), "--seed = -1: must be 0 to 4294967295"),
         ((*PLAN, "--deadline-ms", 0), "--deadline-ms = 0.0: must be above 0; leave it out for no limit"),
         ((*PLAN, "--max-moves", 3), "--max-moves = 3: needs --current, the plan file that moves start from"),
         ((*PLAN, "--share-slots", "--failed", 1), "drop --failed"),
@@ -137,7 +137,10 @@ def test_files_are_named(call: Call, arguments: tuple[object, ...], line: str) -
         ({"expert": 3}, "limits.json: expert = 3: must be an object"),
         ({"speed": -1}, "limits.json: speed = -1: must be a finite number above 0"),
         ({"forbidden": [[8, 0]]}, "--constraints: forbidden[0] = expert 8, device 0"),
-        ({"forbidden": [[1, 0], [1]]}, "limits.json: holds a list of the wrong shape"),
+        (
+            {"forbidden": [[1, 0], [1]]},
+            "forbidden = [[1, 0], [1]]: must be an array of numbers",
+        ),
         ({"min_tokens": "many"}, 'limits.json: min_tokens = "many": must be a whole number'),
     ],
 )

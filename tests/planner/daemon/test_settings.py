@@ -16,7 +16,7 @@ from moeplan.planner.daemon.processors import processors
     [
         (["--store", "nonsense"], {}, "write postgresql://user@host/name"),
         (["--store", "nonsense://host/name"], {}, "write postgresql://user@host/name"),
-        (["--data", ""], {}, "data: Value error, is empty; give a folder"),
+        (["--data", ""], {}, "data: is empty; give a folder"),
         ([], {"MOEPLAN_LEASE_S": "inf"}, "lease_s: Input should be less than or equal to 3600"),
         ([], {"MOEPLAN_LEASE_S": "nan"}, "lease_s: "),
         ([], {"MOEPLAN_DRAIN_S": "inf"}, "drain_s: "),
@@ -38,7 +38,7 @@ def test_what_cannot_work_is_refused_in_one_line(
     assert status in (1, 2)
     assert text in output
     assert "Traceback" not in output
-    assert all(line.startswith("moeplan serve: ") for line in output.splitlines())
+    assert all(line.startswith("moeplan: ") for line in output.splitlines())
 
 
 def test_variables_that_kubernetes_sets_are_no_settings(start: Start) -> None:

@@ -104,7 +104,7 @@ def test_every_parameter_travels(client: Client) -> None:
     assert plan.mean_imbalance == solve(problem, policy="ilp").mean_imbalance
     with pytest.raises(InvalidRequestError, match="'nonsense'") as error:
         client.solve([problem], policy="ilp", parameters=SolveParameters(solver="nonsense"))
-    assert list(error.value.violations) == ["problems[0].parameters.solver"]
+    assert list(error.value.violations) == ["parameters.solver"]
 
 
 def test_moves_are_told(client: Client) -> None:
