@@ -70,7 +70,7 @@ def quality(way: str, problem: Problem, seconds: float) -> tuple[float | None, f
         plan = solve(replace(problem, split_rule=SplitRule.OPTIMAL), policy="eplb")
         took = time.perf_counter() - start
         return (plan.mean_imbalance if took <= seconds + 0.02 else None), took
-    parameters = SolveParameters(deadline_s=seconds, work_limit=10**9, target_gap=0)
+    parameters = SolveParameters(deadline_s=seconds, target_gap=0)
     if way in ("hybrid", "cpsat hinted"):
         plan = solve(problem, policy="hybrid" if way == "hybrid" else "ilp", parameters=parameters)
         return plan.mean_imbalance, time.perf_counter() - start

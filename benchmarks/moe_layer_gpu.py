@@ -409,7 +409,7 @@ def dense(shape: ExpertShape, whole: Tensor, hidden: Tensor, index: Tensor, weig
     """The layer in one process, written apart from the code under test."""
     result = torch.zeros_like(hidden)
     for expert, flat in enumerate(whole):
-        inner, outer = flat.split(shape.parts)
+        inner, outer = flat.split([shape.inner_rows * shape.hidden, shape.hidden * shape.width])
         token, choice = torch.where(index == expert)
         gate, up = (hidden[token] @ inner.view(-1, shape.hidden).T).chunk(2, dim=1)
         output = nn.functional.silu(gate) * up @ outer.view(shape.hidden, -1).T

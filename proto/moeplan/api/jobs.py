@@ -31,6 +31,11 @@ MAX_LAYERS = 4_096
 MAX_EXPERTS = 65_536
 MAX_RANKS = 65_536
 MAX_LAG_STEPS = 1_024
+MAX_PLACES = 2**24
+"""Places in the layouts of all layers, empty ones too: 64 MiB of a plan. A table is as wide as the largest device."""
+MAX_PAIRS = 2**28
+"""Pairs of device and expert: one byte each, when the layouts of a layer are compared."""
+REPORT_BYTES, COUNT_BYTES, PLACE_BYTES = 1, 8, 4
 
 
 def _within(field_name: str, value: int, low: int, high: int) -> None:
@@ -136,9 +141,7 @@ class JobSpec:
     split_rule: SplitRule | None = None
 
     def __post_init__(self) -> None:
-        _within("job.layers", self.layers, 1, MAX_LAYERS)
-        _within("job.experts", self.experts, 1, MAX_EXPERTS)
-        _within("job.ranks", self.ranks, 0, MAX_RANKS)
+        check_size(self.cluster, self.layers, self.experts, self.ranks)
         check_experts(self.cluster, self.experts, self.expert, self.groups)
         if not self.ranks:
             object.__setattr__(self, "ranks", self.cluster.devices)
@@ -170,9 +173,16 @@ class JobSpec:
 
     @property
     def window_bytes(self) -> int:
-        """Most memory that the job's statistics take."""
+        """Most memory that the job's statistics take: counts, and who has reported."""
         steps = self.forecast.window_steps + self.max_open_steps + 1
-        return steps * self.layers * self.sources * self.experts * 8
+        per_layer = self.sources * self.experts * COUNT_BYTES + self.ranks * REPORT_BYTES
+        return steps * self.layers * per_layer
+
+    @property
+    def plan_bytes(self) -> int:
+        """Memory of the layouts of one plan."""
+        width = max(self.cluster.max_slots, *(layout.slots.shape[1] for layout in self.initial))
+        return self.layers * self.cluster.devices * width * PLACE_BYTES
 
     def problem(self, demand: Demand, current: Layout) -> Problem:
         """One layer's problem.
@@ -188,6 +198,29 @@ class JobSpec:
             max_moves=self.max_moves,
             groups=self.groups,
             split_rule=self.split_rule,
+        )
+
+
+def check_size(cluster: Cluster, layers: int, experts: int, ranks: int) -> None:
+    """Check the numbers, and the products of them that memory is taken for, before any is.
+
+    Raises:
+        ProblemError: one is out of range.
+    """
+    _within("job.layers", layers, 1, MAX_LAYERS)
+    _within("job.experts", experts, 1, MAX_EXPERTS)
+    _within("job.ranks", ranks, 0, MAX_RANKS)
+    places = layers * cluster.devices * cluster.max_slots
+    if places > MAX_PLACES:
+        raise ProblemError(
+            "job.cluster.slots",
+            f"at most {cluster.max_slots} on a device",
+            f"layers x devices x most slots are {places}, and {MAX_PLACES} are allowed; a device needs no more slots "
+            f"than there are experts ({experts})",
+        )
+    if cluster.devices * experts > MAX_PAIRS:
+        raise ProblemError(
+            "job.experts", experts, f"devices x experts are {cluster.devices * experts}, and {MAX_PAIRS} are allowed"
         )
 
 

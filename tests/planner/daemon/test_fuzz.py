@@ -20,7 +20,7 @@ from moeplan.api.errors import error_of
 from moeplan.solvers import SolveParameters
 from moeplan.v1 import planner_pb2, solver_pb2, tensor_pb2
 
-INTEGERS = st.sampled_from([0, 1, 2, 3, 7, 8, -1, 100, 2**31 - 1, -(2**31)]) | st.integers(-10, 100)
+INTEGERS = st.sampled_from([0, 1, 2, 3, 7, 8, -1, 100, 4_096, 65_536, 2**31 - 1, -(2**31)]) | st.integers(-10, 100)
 FLOATS = st.sampled_from([0.0, 1.0, -1.0, 1e308, 1e-308, float("inf"), float("nan")]) | st.floats()
 NAMES = st.sampled_from(
     ["", "jobs/fuzz", "jobs/fuzz/plans/-", "jobs/fuzz/plans/1", "hybrid", "eplb", "optimal", "fuzz"]
@@ -106,6 +106,18 @@ def mutated(draw: st.DrawFn, message: Message, depth: int = 0) -> Message:
     ("service", "method", "kind", "client_stream", "server_stream"), METHODS, ids=[method[1] for method in METHODS]
 )
 def test_fuzz(
+    frugal: DaemonProcess,
+    service: str,
+    method: str,
+    kind: Descriptor,
+    client_stream: bool,
+    server_stream: bool,
+) -> None:
+    with frugal.client() as client:
+        _fuzz(frugal, client, service, method, kind, client_stream, server_stream)
+
+
+def _fuzz(
     daemon: DaemonProcess,
     client: Client,
     service: str,

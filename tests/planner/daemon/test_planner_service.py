@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 
 import grpc
 import numpy as np
@@ -50,6 +51,29 @@ def test_create_get_list_delete(client: Client) -> None:
         client.job(names[0])
     with pytest.raises(NotFoundError):
         client.delete_job(names[0])
+
+
+def test_one_step_from_the_far_future_does_not_end_planning(client: Client, job: str) -> None:
+    rank = Rank(client, job, 0, hello={"reports_for": [0, 1]})
+    rank.report(2**62, tokens(0, ranks=2))
+    for step in range(20):
+        rank.report(step, tokens(step, ranks=2))
+    eventually(lambda: client.job(job).status.closed_step == 19)
+    rank.close()
+
+
+def test_statistics_that_all_come_in_vain_are_said(daemon: DaemonProcess, client: Client, job: str) -> None:
+    rank = Rank(client, job, 0, hello={"reports_for": [0, 1]})
+    rank.report(100, tokens(0, ranks=2))
+
+    def warned() -> bool:
+        rank.report(99, tokens(0, ranks=2))
+        time.sleep(0.1)
+        events = daemon.events("all statistics are late or early")
+        return any(event["job"] == job and event["closed_step"] == 100 for event in events)
+
+    eventually(warned)
+    rank.close()
 
 
 def test_creating_again_is_harmless_and_differing_is_not(client: Client) -> None:

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import socket
+import threading
+import urllib.error
+import urllib.request
 from dataclasses import dataclass
 from ipaddress import ip_address
 from pathlib import Path
@@ -96,6 +101,55 @@ def test_tokens(start: Start, tmp_path: Path) -> None:
     assert TOKEN[:-1] not in log
     assert OTHER not in log
     assert TOKEN not in repr(Security(token=TOKEN))
+
+
+def test_nothing_is_read_before_the_token(start: Start, tmp_path: Path) -> None:
+    """Calls of the largest size, also packed small, from someone without a token, cost no memory; nor do probes."""
+    file = tmp_path / "tokens"
+    file.write_text(TOKEN)
+    daemon = start("--tokens", str(file)).serving(solver=False)
+    body = bytes(60 * 1024**2)
+
+    def memory() -> int:
+        status = Path(f"/proc/{daemon.process.pid}/status").read_text()
+        return int(status.partition("VmHWM:")[2].split()[0]) // 1024
+
+    before = memory()
+    with grpc.insecure_channel(daemon.address, [("grpc.max_send_message_length", -1)]) as channel:
+        method = channel.unary_unary("/moeplan.v1.SolverService/Solve", request_serializer=None)
+        for compression in (grpc.Compression.NoCompression, grpc.Compression.Gzip):
+            calls = [method.future(body, timeout=WAIT_S, compression=compression) for _ in range(2)]
+            assert [call.exception().code() for call in calls] == [grpc.StatusCode.UNAUTHENTICATED] * 2
+        assert memory() < before + 60
+        silent = channel.stream_unary("/grpc.health.v1.Health/Check", request_serializer=None)
+        waiting = [silent.future(iter(threading.Event().wait, None), timeout=WAIT_S) for _ in range(20)]
+        health = health_pb2_grpc.HealthStub(channel)
+        assert health.Check(health_pb2.HealthCheckRequest(), timeout=WAIT_S).status
+        watch = health.Watch(health_pb2.HealthCheckRequest(), timeout=WAIT_S)
+        assert next(watch).status
+        watch.cancel()
+        for call in waiting:
+            call.cancel()
+
+
+def test_slow_scrapes_hold_up_nobody(start: Start) -> None:
+    """Connections to the metrics that say nothing, or say it slowly, are closed; others get their answer."""
+    daemon = start().serving(solver=False)
+    host, _, port = daemon.metrics.rpartition(":")
+    silent = [socket.create_connection((host, int(port)), timeout=WAIT_S) for _ in range(40)]
+    for connection in silent:
+        with contextlib.suppress(OSError):
+            connection.sendall(b"GET /metrics HTTP/1.1\r\nX: ")
+    threads = len(list(Path(f"/proc/{daemon.process.pid}/task").iterdir()))
+    for connection in silent:
+        with contextlib.suppress(OSError):
+            assert connection.recv(1) == b""
+        connection.close()
+    assert daemon.metric("moeplan_event_loop_lag_seconds") >= 0
+    assert daemon.metric('moeplan_streams{kind="rank"}') == 0
+    assert len(list(Path(f"/proc/{daemon.process.pid}/task").iterdir())) <= threads
+    with pytest.raises(urllib.error.HTTPError, match="404"):
+        urllib.request.urlopen(f"http://{daemon.metrics}/other", timeout=WAIT_S)
 
 
 def test_mutual_tls(start: Start, tmp_path: Path) -> None:

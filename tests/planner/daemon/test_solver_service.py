@@ -180,7 +180,7 @@ def test_shape_that_overflows(client: Client) -> None:
     problem.demand.tokens.CopyFrom(
         tensor_pb2.Tensor(shape=[2**62, 2**62, 4], type=tensor_pb2.DATA_TYPE_INT64, data=b"")
     )
-    with pytest.raises(InvalidRequestError, match="data"):
+    with pytest.raises(InvalidRequestError, match=r"demand\.tokens\.shape"):
         client._call("solver", "Solve", solver_pb2.SolveRequest(problems=[problem]))
 
 

@@ -120,6 +120,45 @@ def test_one_rank_with_a_wrong_step_closes_nothing() -> None:
     assert window.count.accepted <= 3 * LAYERS * RANKS + 4
 
 
+@pytest.mark.parametrize("quorum", [0.0, 0.5, 1.0])
+def test_a_step_from_the_far_future_does_not_end_planning(quorum: float) -> None:
+    """Whether it comes first or later: the window goes on, or comes back to where the ranks are."""
+    tokens = counts()
+    for first in (0, 3):
+        window = Window(spec(closing=Closing(quorum=quorum, timeout_s=1)))
+        now = 0.0
+        for step in range(20):
+            if step == first:
+                window.add(Report(2**62, np.arange(LAYERS), np.array([3]), tokens[0][:, [3]]), now)
+                now += 2
+                window.close(now)
+            window.add(Report(step, np.arange(LAYERS), np.arange(RANKS), tokens[step % 6]), now)
+            window.close(now)
+        assert window.closed_step == 19
+        assert len(window.layer(0)) == window.spec.forecast.window_steps
+
+
+def test_a_rank_that_is_always_far_moves_nothing() -> None:
+    tokens = counts()
+    window = Window(spec(closing=Closing(quorum=0.25)))
+    for step in range(50):
+        window.add(Report(step, np.arange(LAYERS), np.arange(3), tokens[0][:, :3]), 0.0)
+        window.add(Report(10**9 + step, np.arange(LAYERS), np.array([3]), tokens[0][:, [3]]), 0.0)
+        window.close(0.0)
+    assert window.closed_step == 44  # as if rank 3 were silent
+    assert window.count.early == 50 * LAYERS
+
+
+def test_ranks_that_all_go_elsewhere_take_the_window_along() -> None:
+    """Training that went back to a checkpoint, or skipped ahead, without a new incarnation."""
+    tokens = counts()
+    window = Window(spec())
+    for step in [*range(100_000, 100_010), *range(10), *range(50_000, 50_010)]:
+        window.add(Report(step, np.arange(LAYERS), np.arange(RANKS), tokens[step % 6]), 0.0)
+        window.close(0.0)
+    assert window.closed_step == 50_009
+
+
 @settings(deadline=None, max_examples=30)
 @given(st.lists(st.tuples(st.integers(0, 40), st.integers(0, RANKS - 1)), max_size=200))
 def test_memory_is_bounded_and_steps_close_in_order(reports: list[tuple[int, int]]) -> None:

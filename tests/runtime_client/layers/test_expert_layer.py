@@ -68,8 +68,8 @@ def dense(flat: Tensor, hidden: Tensor, index: Tensor, weight: Tensor) -> Tensor
     """The layer in one process, expert by expert, written apart from the code under test."""
     out = torch.zeros_like(hidden)
     for expert, row in enumerate(flat):
-        inner = row[: SHAPE.parts[0]].view(-1, SHAPE.hidden)
-        outer = row[SHAPE.parts[0] :].view(SHAPE.hidden, SHAPE.width)
+        inner = row[: SHAPE.inner_rows * SHAPE.hidden].view(-1, SHAPE.hidden)
+        outer = row[SHAPE.inner_rows * SHAPE.hidden :].view(SHAPE.hidden, SHAPE.width)
         token, choice = torch.where(index == expert)
         gate, up = (hidden[token] @ inner.T).chunk(2, dim=1)
         out = out.index_add(0, token, (functional.silu(gate) * up) @ outer.T * weight[token, choice, None])

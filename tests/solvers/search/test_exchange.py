@@ -61,3 +61,6 @@ def test_a_walk_of_allowed_exchanges_keeps_every_limit(
         for expert in range(problem.experts):
             hosts = draft.host[expert, : draft.replicas[expert]]
             np.testing.assert_array_equal(np.sort(hosts), np.flatnonzero(draft.slots == expert))
+        np.testing.assert_array_equal(draft.used, (draft.slots.reshape(problem.devices, -1) >= 0).sum(axis=1))
+        assert (draft.used <= problem.capacity).all()
+        assert (draft.replicas > 0).all()

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from moeplan.planner.commands.options import (
-    WORK_LIMIT,
     Deadline,
     Devices,
     ForecastBy,
@@ -56,7 +55,7 @@ def compare(
     groups: Groups = 1,
     max_moves: MaxMoves = None,
     deadline_ms: Deadline = None,
-    work_limit: Work = WORK_LIMIT,
+    work_limit: Work = None,
     seed: Seed = 0,
     forecast: ForecastBy = ForecastMethod.SCENARIOS,
     split_rule: Split = None,

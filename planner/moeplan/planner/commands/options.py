@@ -15,8 +15,6 @@ from moeplan.solvers.problem.errors import ProblemError
 from moeplan.solvers.problem.forecast_spec import ForecastMethod
 from moeplan.solvers.problem.split_rules import SplitRule
 
-WORK_LIMIT = SolveParameters().work_limit
-
 
 class Format(StrEnum):
     """A table to read, or JSON for programs."""
@@ -35,7 +33,12 @@ Nodes = Annotated[int, typer.Option(help="Nodes that the devices are spread over
 Layers = Annotated[str | None, typer.Option(help="Layers to plan, such as 0,3-5; all by default.")]
 Groups = Annotated[int, typer.Option(help="Expert groups that routing treats as units.")]
 Deadline = Annotated[float | None, typer.Option(help="Milliseconds per layer that a search may take.")]
-Work = Annotated[int, typer.Option(help="Candidate layouts per layer that a search may score.")]
+Work = Annotated[
+    int | None,
+    typer.Option(
+        help="Candidate layouts per layer that a search may score; 10,000 by default, no limit with a deadline."
+    ),
+]
 Solver = Annotated[str, typer.Option(help="Solver of exact models: cpsat, highs, cbc, or another that PuLP finds.")]
 Prove = Annotated[bool, typer.Option("--prove", help="Also spend time on a stronger bound.")]
 Seed = Annotated[int, typer.Option(help="Seed of every random choice.")]
@@ -77,7 +80,7 @@ def positive(name: str, value: int) -> int:
 
 
 def solve_parameters(
-    deadline_ms: float | None, work_limit: int, seed: int, solver: str = "cpsat", prove: bool = False
+    deadline_ms: float | None, work_limit: int | None, seed: int, solver: str = "cpsat", prove: bool = False
 ) -> SolveParameters:
     return SolveParameters(
         deadline_s=None if deadline_ms is None else deadline_ms / 1e3,

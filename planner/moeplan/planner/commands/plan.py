@@ -8,7 +8,6 @@ from typing import Annotated
 import typer
 
 from moeplan.planner.commands.options import (
-    WORK_LIMIT,
     Deadline,
     Devices,
     Format,
@@ -64,7 +63,7 @@ def plan(
         bool, typer.Option("--share-slots", help="Divide slots x layers over the layers by what each gains.")
     ] = False,
     deadline_ms: Deadline = None,
-    work_limit: Work = WORK_LIMIT,
+    work_limit: Work = None,
     traffic_tolerance: Annotated[
         float, typer.Option(help="With --policy traffic: how much larger the largest load may become, as a fraction.")
     ] = 0.01,

@@ -24,6 +24,12 @@ __all__ = ["Gate", "read_tokens"]
 OPEN = "/grpc.health.v1.Health/"
 """Probes carry no token."""
 
+PROBES = 16
+"""Probes whose request is read at a time: anyone may send one, of any size up to the limit."""
+
+PROBE_S = 5.0
+"""Longest that reading one may take."""
+
 log = structlog.get_logger()
 
 
@@ -51,19 +57,23 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc, unused-ignore]
 
     def __init__(self, metrics: Metrics, tokens: tuple[bytes, ...]) -> None:
         self._metrics, self._tokens = metrics, tokens
+        self._reading = asyncio.Semaphore(PROBES)
 
     async def intercept_service(
         self,
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any] | None]],
         handler_call_details: grpc.HandlerCallDetails,
     ) -> grpc.RpcMethodHandler[Any, Any] | None:
-        """Wrap the handler of a call."""
+        """Wrap the handler of a call. Nothing of a request is read before its token is known to be good."""
         handler = await continuation(handler_call_details)
         method = str(handler_call_details.method)
-        if handler is None or method.startswith(OPEN):
-            return handler
+        if handler is None:
+            return None
+        if method.startswith(OPEN):
+            return self._probe(handler) if self._tokens else handler
         metadata = dict(handler_call_details.invocation_metadata or ())
-        allowed = self._allowed(metadata.get("authorization", ""))
+        if not self._allowed(metadata.get("authorization", "")):
+            return self._refusing(method)
         codecs = {
             "request_deserializer": handler.request_deserializer,
             "response_serializer": handler.response_serializer,
@@ -74,7 +84,6 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc, unused-ignore]
             async def stream(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
                 with _Call(self._metrics, method) as call:
                     try:
-                        _require(allowed)
                         async for response in behavior(request, context):
                             yield response
                     except Exception as error:
@@ -91,7 +100,6 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc, unused-ignore]
             with _Call(self._metrics, method) as call:
                 start = time.perf_counter()
                 try:
-                    _require(allowed)
                     return await unary(request, context)
                 except Exception as error:
                     await call.end(error, context)
@@ -99,6 +107,53 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc, unused-ignore]
                     self._metrics.handling.labels(method).observe(time.perf_counter() - start)
 
         return grpc.unary_unary_rpc_method_handler(single, **codecs)
+
+    def _refusing(self, method: str) -> grpc.RpcMethodHandler[Any, Any]:
+        """Refuses any kind of call: to the handler all look like streams, and a stream is read only by who asks."""
+
+        async def refuse(_: Any, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
+            with _Call(self._metrics, method) as call:
+                await call.end(
+                    RefusalError(
+                        grpc.StatusCode.UNAUTHENTICATED,
+                        "no valid token: send the metadata `authorization: Bearer <token>` with one of the server's "
+                        "tokens",
+                    ),
+                    context,
+                )
+            yield
+
+        wrapped: grpc.RpcMethodHandler[Any, Any] = grpc.stream_stream_rpc_method_handler(refuse)
+        return wrapped
+
+    def _probe(self, handler: grpc.RpcMethodHandler[Any, Any]) -> grpc.RpcMethodHandler[Any, Any]:
+        """Reads the request of a probe when it is its turn."""
+
+        async def read(requests: AsyncIterator[Any], context: grpc.aio.ServicerContext[Any, Any]) -> Any:
+            try:
+                async with asyncio.timeout(PROBE_S), self._reading:
+                    return await anext(aiter(requests))
+            except (TimeoutError, StopAsyncIteration):
+                await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, f"no request within {PROBE_S} s")
+
+        codecs = {
+            "request_deserializer": handler.request_deserializer,
+            "response_serializer": handler.response_serializer,
+        }
+        if handler.unary_unary is not None:
+            check: Any = handler.unary_unary
+
+            async def single(requests: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
+                return await check(await read(requests, context), context)
+
+            return grpc.stream_unary_rpc_method_handler(single, **codecs)
+        watch: Any = handler.unary_stream
+
+        async def stream(requests: Any, context: grpc.aio.ServicerContext[Any, Any]) -> None:
+            await watch(await read(requests, context), context)  # it writes its answers by itself
+
+        wrapped: grpc.RpcMethodHandler[Any, Any] = grpc.stream_stream_rpc_method_handler(stream, **codecs)
+        return wrapped
 
     def _allowed(self, header: str | bytes) -> bool:
         if not self._tokens:
@@ -152,11 +207,3 @@ def _refusal(error: Exception, method: str) -> RefusalError:
     identity = uuid.uuid4().hex[:12]
     log.error("call failed", method=method, id=identity, exc_info=error)
     return RefusalError(grpc.StatusCode.INTERNAL, f"a fault of the server; its log has the details under id {identity}")
-
-
-def _require(allowed: bool) -> None:
-    if not allowed:
-        raise RefusalError(
-            grpc.StatusCode.UNAUTHENTICATED,
-            "no valid token: send the metadata `authorization: Bearer <token>` with one of the server's tokens",
-        )

@@ -30,6 +30,9 @@ __all__ = ["JobHost", "RankStream"]
 MOST_WRITTEN = 4
 """Forms of a plan that are kept written: streams that keep up all ask for the same one."""
 
+UNUSED_S = 10.0
+"""How long statistics may come without one that counts before the log says so, and from one time to the next."""
+
 log = structlog.get_logger()
 
 
@@ -90,6 +93,7 @@ class JobHost:
         self._timer: asyncio.TimerHandle | None = None
         self._writing = asyncio.Lock()
         self._counted = replace(job.count)
+        self._used_s = time.monotonic()
         self.ended: RefusalError | None = None
         self.lost = False
         self._written: dict[int, planner_pb2.StreamRankResponse] = {}
@@ -203,8 +207,22 @@ class JobHost:
         self._announce()
 
     def count(self) -> None:
-        """Bring the metrics of statistics up to date."""
+        """Bring the metrics of statistics up to date, and say so where all of them are in vain."""
         now = replace(self.job.count)
+        wasted = now.late + now.early - self._counted.late - self._counted.early
+        time_s = time.monotonic()
+        if now.accepted > self._counted.accepted:
+            self._used_s = time_s
+        elif wasted and time_s - self._used_s >= UNUSED_S:
+            self._used_s = time_s
+            log.warning(
+                "all statistics are late or early",
+                job=self.name,
+                closed_step=self.job.closed_step,
+                late=now.late,
+                early=now.early,
+                do="give one incarnation's ranks the same step numbers; a restarted training needs a later incarnation",
+            )
         for fate in ("accepted", "duplicate", "late", "missing", "early"):
             # A step that is dropped for an older one takes back what was accepted; a counter cannot.
             self._metrics.cells.labels(fate).inc(max(0, getattr(now, fate) - getattr(self._counted, fate)))

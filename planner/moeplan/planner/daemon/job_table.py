@@ -13,7 +13,7 @@ import structlog
 
 from moeplan.api import wire
 from moeplan.api.jobs import JobSpec
-from moeplan.planner.daemon.job_host import JobHost
+from moeplan.planner.daemon.job_host import MOST_WRITTEN, JobHost
 from moeplan.planner.daemon.metrics import Metrics
 from moeplan.planner.daemon.settings import Settings
 from moeplan.planner.daemon.statuses import (
@@ -27,13 +27,16 @@ from moeplan.planner.daemon.statuses import (
 )
 from moeplan.planner.daemon.store import JobRow, PlanRow, Store, StoreError
 from moeplan.planner.daemon.workers.pool import Workers
-from moeplan.planner.jobs.job import PlanningJob, StaleIncarnationError
+from moeplan.planner.jobs.job import KEPT_PLANS, PlanningJob, StaleIncarnationError
 from moeplan.planner.jobs.job_plan import initial_plan
 from moeplan.solvers import available_policies
 from moeplan.solvers.problem.errors import ProblemError
 from moeplan.v1 import job_pb2
 
 __all__ = ["JobTable", "job_id"]
+
+LAYER_BYTES = 1_024
+"""A layer of a plan in a message, beside its layout."""
 
 JOB_ID = re.compile(r"[a-z]([a-z0-9-]{0,61}[a-z0-9])?")
 
@@ -105,7 +108,7 @@ class JobTable:
                 raise exists(
                     host.name, "JOB_DIFFERS", f"{host.name} exists and differs; give a later incarnation to replace it"
                 )
-            self._make_room(spec.window_bytes - host.job.spec.window_bytes)
+            self._make_room(_bytes(spec) - _bytes(host.job.spec))
             await host.redefine(message, spec)
             self._show()
             return host
@@ -144,7 +147,7 @@ class JobTable:
 
     @property
     def _total(self) -> int:
-        return sum(host.job.spec.window_bytes for host in self._hosts.values())
+        return sum(_bytes(host.job.spec) for host in self._hosts.values())
 
     def _read(self, job: job_pb2.Job) -> JobSpec:
         spec = wire.read_job_spec(job)
@@ -161,13 +164,21 @@ class JobTable:
                 f"layers x ranks x experts x steps take {spec.window_bytes} bytes, and the server allows {limit} "
                 "(limits.job_bytes); take fewer steps, or merge_sources",
             )
+        message, allowed = spec.plan_bytes + spec.layers * LAYER_BYTES, self._settings.limits.message_bytes
+        if message > allowed:
+            raise invalid(
+                "job.cluster.slots",
+                f"at most {spec.cluster.max_slots} on a device",
+                f"a plan of layers x devices x most slots would take {message} bytes, and a message may have {allowed} "
+                "(limits.message_bytes); give no device more slots than it fills",
+            )
         return spec
 
     async def _create(self, identity: str, message: job_pb2.Job, spec: JobSpec) -> JobHost:
         count, limit = await self._store.count(), self._settings.limits.jobs
         if count >= limit:
             raise exhausted("JOBS", f"there are {count} jobs already (limits.jobs = {limit}); delete some", 60)
-        self._make_room(spec.window_bytes)
+        self._make_room(_bytes(spec))
         first = replace(initial_plan(spec, 1, message.incarnation), created=datetime.now(UTC))
         saved = wire.write_job_plan(f"jobs/{identity}", first).SerializeToString()
         created = await self._store.create(
@@ -192,9 +203,7 @@ class JobTable:
     def _make_room(self, more: int) -> None:
         limit = self._settings.limits.total_bytes
         if self._total + more > limit:
-            raise exhausted(
-                "MEMORY", f"statistics would take {self._total + more} bytes (limits.total_bytes = {limit})", 60
-            )
+            raise exhausted("MEMORY", f"jobs would take {self._total + more} bytes (limits.total_bytes = {limit})", 60)
 
     def _add(self, identity: str, message: job_pb2.Job, created: float, job: PlanningJob) -> JobHost:
         host = JobHost(
@@ -258,6 +267,11 @@ class JobTable:
                     await self._adopt(await self._store.claim())
                 except StoreError as error:
                     log.error("free jobs not claimed", error=str(error))
+
+
+def _bytes(spec: JobSpec) -> int:
+    """Most memory that a job takes here: its statistics, the plans that it remembers, and those written for streams."""
+    return spec.window_bytes + (KEPT_PLANS + MOST_WRITTEN + 1) * spec.plan_bytes
 
 
 def described(job: job_pb2.Job) -> job_pb2.Job:

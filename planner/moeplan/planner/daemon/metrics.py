@@ -36,7 +36,9 @@ class Metrics:
         self.worker_restarts = Counter("moeplan_worker_restarts", "Workers replaced", registry=registry)
         self.streams = Gauge("moeplan_streams", "Open streams", ["kind"], registry=registry)
         self.jobs = Gauge("moeplan_jobs_owned", "Jobs that this daemon plans for", registry=registry)
-        self.window_bytes = Gauge("moeplan_window_bytes", "Memory set aside for statistics", registry=registry)
+        self.window_bytes = Gauge(
+            "moeplan_window_bytes", "Memory set aside for statistics and plans", registry=registry
+        )
         self.statistics = Counter("moeplan_statistics_messages", "Statistics messages", registry=registry)
         self.statistics_bytes = Counter("moeplan_statistics_bytes", "Bytes of token counts received", registry=registry)
         self.cells = Counter(

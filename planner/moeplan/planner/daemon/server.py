@@ -14,18 +14,17 @@ import time
 import uuid
 from pathlib import Path
 from typing import Any
-from wsgiref.simple_server import WSGIServer
 
 import grpc
 import structlog
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health
 from grpc_reflection.v1alpha import reflection
-from prometheus_client import start_http_server
 
 from moeplan.planner.daemon.interceptor import Gate, read_tokens
 from moeplan.planner.daemon.job_table import JobTable
 from moeplan.planner.daemon.metrics import Metrics
+from moeplan.planner.daemon.metrics_server import MetricsServer
 from moeplan.planner.daemon.notify import notify
 from moeplan.planner.daemon.planner_service import PlannerService
 from moeplan.planner.daemon.settings import Security, Settings
@@ -79,8 +78,7 @@ class Daemon:
         self._table: JobTable
         self._planner: PlannerService
         self._health = health.HealthServicer()
-        self._http: WSGIServer | None = None
-        self._http_thread: threading.Thread | None = None
+        self._scrapes: MetricsServer | None = None
         self._background: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
@@ -137,9 +135,8 @@ class Daemon:
         await self._table.stop(unavailable("DRAINING", "the server is about to end; connect again", 0.5))
         await self.workers.stop()
         await self._store.close()
-        if self._http is not None:
-            await asyncio.to_thread(self._http.shutdown)
-            self._http.server_close()
+        if self._scrapes is not None:
+            await self._scrapes.stop()
         log.info("stopped")
 
     def _listen(self, credentials: grpc.ServerCredentials | None) -> None:
@@ -168,7 +165,7 @@ class Daemon:
         self.metrics.prepare(
             [f"/{service.full_name}/{method.name}" for service in (PLANNER, SOLVER) for method in service.methods]
         )
-        self._start_metrics()
+        await self._start_metrics()
         await self._server.start()
         serving = health_pb2.HealthCheckResponse.SERVING
         for name in ("", PLANNER.full_name):
@@ -193,16 +190,16 @@ class Daemon:
                 host.count()
             notify("WATCHDOG=1")
 
-    def _start_metrics(self) -> None:
+    async def _start_metrics(self) -> None:
         if not self.settings.metrics:
             return
         host, _, port = self.settings.metrics.rpartition(":")
         try:
-            server, thread = start_http_server(int(port), host, registry=self.metrics.registry)
+            self._scrapes = MetricsServer(self.metrics.registry)
+            bound = await self._scrapes.start(host.strip("[]"), int(port))
         except (OSError, ValueError, OverflowError) as error:
             raise StartError(f"metrics = {self.settings.metrics}: {error}; choose another address, or none") from None
-        self._http, self._http_thread = server, thread
-        self.metrics_address = f"{host}:{server.server_port}"
+        self.metrics_address = f"{host}:{bound}"
 
 
 async def serve(settings: Settings) -> None:

@@ -46,7 +46,7 @@ class ServiceLimits(_Section):
     streams: int = Field(4_096, ge=1, description="rank and watch streams at a time")
     jobs: int = Field(1_024, ge=1, description="jobs in the store")
     job_bytes: int = Field(1_024 * MIB, ge=1, description="statistics of one job in memory")
-    total_bytes: int = Field(4_096 * MIB, ge=1, description="statistics of all jobs in memory")
+    total_bytes: int = Field(4_096 * MIB, ge=1, description="statistics and plans of all jobs in memory")
     queue: int = Field(256, ge=0, description="solves that wait for a worker")
     solve_s: float = Field(60.0, gt=0, description="time of one solve, whatever its request allows")
     worker_bytes: int = Field(8_192 * MIB, ge=512 * MIB, description="memory of one worker")

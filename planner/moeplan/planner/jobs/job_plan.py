@@ -9,7 +9,7 @@ import numpy as np
 from moeplan.api.job_plans import Decision, JobPlan, LayerPlan, Reason
 from moeplan.api.jobs import JobSpec
 from moeplan.solvers.problem.cluster import Cluster
-from moeplan.solvers.problem.layout import Layout
+from moeplan.solvers.problem.layout import Layout, placed_in
 from moeplan.solvers.problem.problem import ExpertSpec
 from moeplan.solvers.problem.split_rules import SplitRule
 
@@ -58,7 +58,9 @@ def move_time_s(cluster: Cluster, expert: ExpertSpec, before: Layout, after: Lay
     Devices receive at the same time, each its own arrivals one after the other, over the link between nodes if there
     are several: what the busiest device needs.
     """
-    arrivals = (after.placed & ~before.placed).sum(axis=1)
+    # Not kept with the layouts: a job holds many of them, and devices x experts is far more than their slots.
+    had, has = placed_in(before.slots, before.experts), placed_in(after.slots, after.experts)
+    arrivals = (has & ~had).sum(axis=1)
     busiest = int(arrivals.max(initial=0))
     link = cluster.inter_node if cluster.nodes > 1 else cluster.intra_node
     seconds = busiest * (link.latency_s + expert.weight_bytes / link.bytes_per_s)

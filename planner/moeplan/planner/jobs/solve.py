@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from moeplan.planner.jobs.job_plan import Candidate
 from moeplan.planner.jobs.outlook import LayerOutlook
@@ -64,5 +64,4 @@ def plan_layers(task: LayersTask) -> list[Candidate]:
 
 def until(parameters: SolveParameters, end: float) -> SolveParameters:
     """The parameters with a deadline no later than `end` (``time.monotonic``)."""
-    left = max(end - time.monotonic(), 1e-6)
-    return replace(parameters, deadline_s=left if parameters.deadline_s is None else min(parameters.deadline_s, left))
+    return parameters.within(max(end - time.monotonic(), 1e-6))

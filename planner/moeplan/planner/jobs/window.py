@@ -12,6 +12,12 @@ from moeplan.solvers.problem.arrays import Bool, Int64
 
 __all__ = ["Report", "Window"]
 
+FAR_STEPS = 4_096
+"""A report further than this from the window is no straggler and no rank that runs ahead: its step is not to be
+believed before others say the same."""
+FAR_REPORTS = 4
+"""Reports of each rank of a quorum, more than those near the window, that move the window to where they are."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Report:
@@ -51,6 +57,9 @@ class Window:
     The frontier is the newest step that a quorum has reached. One rank with a wrong step number can neither move it nor
     close what lies beyond it, and its steps are the first to go when there are too many open ones.
 
+    One report far from the window counts for nothing; when a quorum reports far from it again and again, and more than
+    others report near it, then it was the window that was wrong, and it begins again where they are.
+
     The result is independent of the order of reports as long as each comes before its step is closed: a cell is written
     once, and sums are of integers.
     """
@@ -64,6 +73,7 @@ class Window:
     _newest: Int64 = field(init=False)
     _last: Int64 | None = None
     _frontier: int = -1
+    _far: int = 0
 
     def __post_init__(self) -> None:
         self._steps = [deque(maxlen=self.spec.forecast.window_steps) for _ in range(self.spec.layers)]
@@ -77,6 +87,12 @@ class Window:
             now_s: Time on a clock that never goes back.
         """
         cells = len(report.layers) * len(report.ranks)
+        if not self._near(report):
+            if report.step < self._frontier:
+                self.count.late += cells
+            else:
+                self.count.early += cells
+            return
         if self.closed_step is not None and report.step <= self.closed_step:
             self.count.late += cells
             return
@@ -136,22 +152,44 @@ class Window:
         """int64[sources, experts] of each step in the window of a layer, oldest first; never written to again."""
         return tuple(tokens for _, tokens in self._steps[layer])
 
+    def _near(self, report: Report) -> bool:
+        """Whether a report is near the window, which moves first if enough others were as far."""
+        if self._frontier < 0:
+            return True
+        if abs(report.step - self._frontier) <= FAR_STEPS:
+            self._far = max(0, self._far - len(report.ranks))
+            return True
+        self._far += len(report.ranks)
+        if self._far < FAR_REPORTS * self._quorum:
+            return False
+        while self._open:
+            self._drop(max(self._open))
+        self._newest[:] = -1
+        self._frontier, self._far, self.closed_step = -1, 0, None
+        return True
+
     def _evict(self, step: int) -> bool:
         """Make room for an older step by dropping the newest open one; whether there was one to drop."""
         newest = max(self._open)
         if newest <= max(step, self._frontier):
             return False
-        dropped = int(np.count_nonzero(self._open.pop(newest).seen))
+        self._drop(newest)
+        return True
+
+    def _drop(self, step: int) -> None:
+        dropped = int(np.count_nonzero(self._open.pop(step).seen))
         self.count.accepted -= dropped
         self.count.early += dropped
-        return True
+
+    @property
+    def _quorum(self) -> int:
+        return max(1, int(np.ceil(self.spec.closing.quorum * self.spec.ranks)))
 
     def _advance(self, report: Report) -> None:
         if report.step <= self._frontier or not len(report.ranks):
             return
         self._newest[report.ranks] = np.maximum(self._newest[report.ranks], report.step)
-        reached = max(1, int(np.ceil(self.spec.closing.quorum * self.spec.ranks)))
-        position = self.spec.ranks - reached
+        position = self.spec.ranks - self._quorum
         self._frontier = max(self._frontier, int(np.partition(self._newest, position)[position]))
 
     def _keep(self, number: int, step: _OpenStep) -> None:
@@ -163,9 +201,8 @@ class Window:
         if not self.spec.merge_sources:
             # Rows for ranks that miss the next step. An own array is needed only once a step was incomplete before.
             self._last = step.tokens
-        need = max(1, int(np.ceil(self.spec.closing.quorum * self.spec.ranks)))
         reported = step.seen.sum(axis=1)
-        for layer in np.flatnonzero(reported >= need):
+        for layer in np.flatnonzero(reported >= self._quorum):
             self._steps[layer].append((number, step.tokens[layer]))
 
     def _complete(self, step: _OpenStep) -> None:
@@ -176,5 +213,4 @@ class Window:
                 np.int64
             )
         elif self._last is not None:
-            layers, ranks = np.nonzero(~step.seen)
-            step.tokens[layers, ranks] = self._last[layers, ranks]
+            np.copyto(step.tokens, self._last, where=~step.seen[:, :, np.newaxis])

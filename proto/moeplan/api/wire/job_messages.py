@@ -16,6 +16,7 @@ from moeplan.api.jobs import (
     Payback,
     Replan,
     StatisticsCount,
+    check_size,
 )
 from moeplan.api.wire.problem_messages import (
     read_cluster,
@@ -72,6 +73,7 @@ def read_job_spec(message: job_pb2.Job, *, checked: bool = False) -> JobSpec:
     initial: tuple[Layout, ...] = ()
     if message.HasField("initial_layouts"):
         layers, experts = message.layers, message.experts
+        check_size(cluster, layers, experts, message.ranks)
         initial = read_layouts("job.initial_layouts", message.initial_layouts, layers, experts, checked=checked)
     return JobSpec(
         cluster=cluster,

@@ -182,7 +182,7 @@ def read_parameters(message: problem_pb2.SolveParameters) -> SolveParameters:
     deadline_s = read_duration("parameters.deadline", message.deadline) if message.HasField("deadline") else None
     return SolveParameters(
         deadline_s=deadline_s,
-        work_limit=message.work_limit if message.HasField("work_limit") else _DEFAULTS.work_limit,
+        work_limit=message.work_limit if message.HasField("work_limit") else None,
         target_gap=message.target_gap if message.HasField("target_gap") else _DEFAULTS.target_gap,
         seed=message.seed,
         traffic_tolerance=(

@@ -26,6 +26,9 @@ __all__ = [
     "write_layouts",
 ]
 
+LONGEST_EMPTY = 65_536
+"""Longest side of a tensor without data: memory may be taken for a side although no data back it."""
+
 _DTYPES: dict[int, np.dtype[Any]] = {
     tensor_pb2.DATA_TYPE_INT32: np.dtype("<i4"),
     tensor_pb2.DATA_TYPE_INT64: np.dtype("<i8"),
@@ -54,8 +57,9 @@ def read_array(name: str, tensor: tensor_pb2.Tensor) -> npt.NDArray[Any]:
     if dtype is None:
         raise ProblemError(f"{name}.type", tensor.type, "must be INT32, INT64, FLOAT32 or FLOAT64")
     shape = tuple(tensor.shape)
-    if len(shape) > 8 or any(length < 0 for length in shape):
-        raise ProblemError(f"{name}.shape", list(shape[:8]), "must be at most 8 numbers of at least 0")
+    longest = max(len(tensor.data), LONGEST_EMPTY)
+    if len(shape) > 8 or not all(0 <= length <= longest for length in shape):
+        raise ProblemError(f"{name}.shape", list(shape[:8]), f"must be at most 8 numbers, each 0 to {longest}")
     size = dtype.itemsize
     for length in shape:
         size *= length

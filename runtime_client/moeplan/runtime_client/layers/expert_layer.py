@@ -72,11 +72,6 @@ class ExpertLayer(nn.Module, ABC):
         parameter: nn.Parameter = getattr(self, self.own)
         return parameter
 
-    @property
-    def whole_names(self) -> tuple[str, str]:
-        """Names of the weights as a fused experts module holds them, [experts, rows, columns] each."""
-        return "gate_up_proj" if self.shape.gated else "up_proj", "down_proj"
-
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, hidden: Tensor, index: Tensor, weight: Tensor) -> Tensor:
         """Apply to each token its experts, weighted and summed.
@@ -225,7 +220,7 @@ class ExpertLayer(nn.Module, ABC):
                 '    dcp.save({"training": TrainingState(model, optimizer)}, checkpoint_id=folder)'
             )
         flat = self.weights if keep_vars else self.weights.detach()
-        for name, part in zip(self.whole_names, split_weights(self.shape, flat), strict=True):
+        for name, part in zip(self.shape.parts, split_weights(self.shape, flat), strict=True):
             destination[prefix + name] = part
 
     def _load_from_state_dict(
@@ -244,20 +239,17 @@ class ExpertLayer(nn.Module, ABC):
             )
             self._loaded = row_sums(self.weights)
             return
-        names = [prefix + name for name in self.whole_names]
-        unexpected_keys += [key for key in state_dict if strict and key.startswith(prefix) and key not in names]
-        missing_keys += [name for name in names if strict and name not in state_dict]
-        if not all(name in state_dict for name in names):
+        shapes = {prefix + name: (self.experts, *shape) for name, shape in self.shape.parts.items()}
+        unexpected_keys += [key for key in state_dict if strict and key.startswith(prefix) and key not in shapes]
+        missing_keys += [name for name in shapes if strict and name not in state_dict]
+        if not all(name in state_dict for name in shapes):
             return
-        rows, columns = (self.shape.inner_rows, self.shape.hidden), (self.shape.hidden, self.shape.width)
-        for name, matrix in zip(names, (rows, columns), strict=True):
-            if tuple(state_dict[name].shape) != (self.experts, *matrix):
-                error_msgs.append(
-                    f"size mismatch for {name}: {tuple(state_dict[name].shape)}, must be {(self.experts, *matrix)}"
-                )
+        for name, shape in shapes.items():
+            if tuple(state_dict[name].shape) != shape:
+                error_msgs.append(f"size mismatch for {name}: {tuple(state_dict[name].shape)}, must be {shape}")
                 return
         for expert in range(self.experts):  # one by one: never two copies of a layer
-            self.load_experts(expert, join_weights(*(state_dict[name][expert, None].detach() for name in names)))
+            self.load_experts(expert, join_weights(*(state_dict[name][expert, None].detach() for name in shapes)))
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies: without what belongs to passes, to other modules and to training with the original."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,77 +20,131 @@ __all__ = ["ExpertShape", "activation_name", "feed_forward", "join_weights", "sp
 _ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]] = {
     "silu": (functional.silu, torch.ops.aten.silu_backward),
     "gelu": (functional.gelu, torch.ops.aten.gelu_backward),
+    "gelu_tanh": (
+        lambda x: functional.gelu(x, approximate="tanh"),
+        lambda gradient, x: torch.ops.aten.gelu_backward(gradient, x, approximate="tanh"),
+    ),
     "relu": (functional.relu, lambda gradient, x: torch.ops.aten.threshold_backward(gradient, x, 0)),
+    "relu2": (lambda x: functional.relu(x).square(), lambda gradient, x: gradient * 2 * functional.relu(x)),
 }
 """Forward, and backward from the gradient and the input."""
 
 _HAS_GROUPED = hasattr(functional, "grouped_mm")
 
 
+class Form(NamedTuple):
+    """What an expert computes between its two matrices; the fields are those of `ExpertShape`."""
+
+    gated: bool
+    activation: str
+    slope: float
+    shift: float
+    limit: float | None
+    interleaved: bool
+
+
 @dataclass(frozen=True, slots=True)
 class ExpertShape:
-    """Dimensions of one expert.
+    """Dimensions and form of one expert.
+
+    With the default form the inner layer is ``act(gate(x)) * up(x)``, which with ``silu`` is SwiGLU.
 
     Attributes:
         hidden: Width of a token.
         width: Width of the inner layer.
-        gated: Whether the inner layer is ``act(gate(x)) * up(x)`` (SwiGLU with ``silu``) or ``act(up(x))``.
-        activation: ``silu``, ``gelu`` or ``relu``.
+        gated: Whether the inner layer has a gate; it is ``act(up(x))`` otherwise, and the next three do not apply.
+        activation: ``silu``, ``gelu``, ``gelu_tanh``, ``relu`` or ``relu2`` (its square).
+        slope: Of the argument of the activation: ``act(slope * gate) / slope``.
+        shift: Added to ``up``.
+        limit: Gates are cut above it, and ``up`` above it and below its negative; None for no limit.
+        bias: Whether both matrices have a bias.
+        interleaved: Whether rows of gate and up alternate, rather than gate being above up.
+        transposed: Whether matrices are kept as [inputs, outputs], rather than [outputs, inputs].
 
     Raises:
-        ValueError: a width is below 1, or the activation is unknown.
+        ValueError: a width is below 1, the limit or slope not above 0, or the activation is unknown.
     """
 
     hidden: int
     width: int
     gated: bool = True
     activation: str = "silu"
+    slope: float = 1.0
+    shift: float = 0.0
+    limit: float | None = None
+    bias: bool = False
+    interleaved: bool = False
+    transposed: bool = False
 
     def __post_init__(self) -> None:
         for name in ("hidden", "width"):
             if getattr(self, name) < 1:
                 raise ValueError(f"expert.{name} = {getattr(self, name)}: must be at least 1")
+        for name in ("slope", "limit"):
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
+                raise ValueError(f"expert.{name} = {getattr(self, name)}: must be above 0")
         if self.activation not in _ACTIVATIONS:
             raise ValueError(f"expert.activation = {self.activation}: must be one of {', '.join(_ACTIVATIONS)}")
 
     @property
     def inner_rows(self) -> int:
-        """Rows of the first matrix: gate above up, or up alone."""
+        """Outputs of the first matrix: gate and up, or up alone."""
         return self.width * (2 if self.gated else 1)
 
     @property
-    def parts(self) -> tuple[int, int]:
-        """Elements of the first and of the second matrix."""
-        return self.inner_rows * self.hidden, self.hidden * self.width
+    def form(self) -> Form:
+        """What is computed between the matrices."""
+        return Form(self.gated, self.activation, self.slope, self.shift, self.limit, self.interleaved)
+
+    @property
+    def parts(self) -> dict[str, tuple[int, ...]]:
+        """What a flat expert consists of, in order: names and shapes as a fused experts module has them."""
+        inner, outer = (self.inner_rows, self.hidden), (self.hidden, self.width)
+        name = "gate_up_proj" if self.gated else "up_proj"
+        parts: dict[str, tuple[int, ...]] = {name: inner, "down_proj": outer}
+        if self.transposed:
+            parts = {part: shape[::-1] for part, shape in parts.items()}
+        if self.bias:
+            parts |= {f"{name}_bias": inner[:1], "down_proj_bias": outer[:1]}
+        return parts
 
     @property
     def elements(self) -> int:
         """Parameters of one expert."""
-        return sum(self.parts)
+        return sum(map(math.prod, self.parts.values()))
 
 
 def activation_name(function: Callable[[Tensor], Tensor]) -> str | None:
     """The activation that gives the same values as `function`; None if none does."""
     probe = torch.linspace(-4, 4, 33, device="cpu")
-    values = function(probe)
+    try:
+        values = function(probe)
+    except TypeError:  # it takes something else than one tensor
+        return None
     return next((name for name, (forward, _) in _ACTIVATIONS.items() if torch.equal(forward(probe), values)), None)
 
 
-def join_weights(inner: Tensor, outer: Tensor) -> Tensor:
-    """[experts, elements]: flat experts, from [experts, inner_rows, hidden] and [experts, hidden, width]."""
-    return torch.cat([inner.flatten(1), outer.flatten(1)], dim=1)
+def join_weights(*parts: Tensor) -> Tensor:
+    """[experts, elements]: flat experts, from ``parts`` of their shape, each [experts, ...]."""
+    return torch.cat([part.flatten(1) for part in parts], dim=1)
 
 
-def split_weights(shape: ExpertShape, flat: Tensor) -> tuple[Tensor, Tensor]:
-    """The matrices [replicas, inner_rows, hidden] and [replicas, hidden, width], views of their flat form.
+def split_weights(shape: ExpertShape, flat: Tensor) -> tuple[Tensor, ...]:
+    """The ``parts`` of an expert's shape, each [replicas, ...], views of their flat form.
 
     Args:
         shape: Dimensions of an expert.
         flat: [replicas, elements or more]; the surplus is padding.
     """
-    first, second = shape.parts
-    inner, outer, _ = flat.split([first, second, flat.shape[1] - first - second], dim=1)
-    return inner.unflatten(1, (shape.inner_rows, shape.hidden)), outer.unflatten(1, (shape.hidden, shape.width))
+    sizes = shape.parts.values()
+    *parts, _ = flat.split([*map(math.prod, sizes), flat.shape[1] - shape.elements], dim=1)
+    return tuple(part.unflatten(1, size) for part, size in zip(parts, sizes, strict=True))
+
+
+def _matrices(shape: ExpertShape, flat: Tensor) -> tuple[Tensor, Tensor, Sequence[Tensor]]:
+    """The matrices as [replicas, outputs, inputs], and the biases if there are any."""
+    inner, outer, *biases = split_weights(shape, flat)
+    return (inner.mT, outer.mT, biases) if shape.transposed else (inner, outer, biases)
 
 
 def feed_forward(shape: ExpertShape, flat: Tensor, rows: Tensor, counts: Sequence[int]) -> Tensor:
@@ -120,11 +175,15 @@ class _FeedForward(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, flat: Tensor, rows: Tensor, shape: ExpertShape, counts: list[int]) -> Tensor:
-        inner, outer = split_weights(shape, flat)
-        ctx.shape, ctx.products = shape, _products(rows, inner, outer)(counts, rows.device)
+        inner, outer, biases = _matrices(shape, flat)
+        ctx.shape, ctx.counts, ctx.products = shape, counts, _products(rows, inner, outer)(counts, rows.device)
         with _plain(rows):
             first = ctx.products.forward(rows, inner)
-            results: Tensor = ctx.products.forward(_activate(first, shape.gated, shape.activation), outer)
+            if biases:
+                _add_bias(first, biases[0], counts)
+            results: Tensor = ctx.products.forward(_activate(first, shape.form), outer)
+            if biases:
+                _add_bias(results, biases[1], counts)
         ctx.save_for_backward(flat, rows, first)
         return results
 
@@ -133,42 +192,61 @@ class _FeedForward(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor, None, None]:
         flat, rows, first = ctx.saved_tensors
         shape, products = ctx.shape, ctx.products
-        inner, outer = split_weights(shape, flat)
+        inner, outer, _ = _matrices(shape, flat)
         gradient = gradient.contiguous()
         with _plain(rows):
-            to_first = _activate_backward(products.to_rows(gradient, outer), first, shape.gated, shape.activation)
+            to_first = _activate_backward(products.to_rows(gradient, outer), first, shape.form)
             to_rows = products.to_rows(to_first, inner)
             if not ctx.needs_input_grad[0]:  # frozen experts
                 return None, to_rows, None, None
             to_flat = torch.empty_like(flat)
             to_flat[:, shape.elements :] = 0
-            to_inner, to_outer = split_weights(shape, to_flat)
-            products.to_weights(gradient, _activate(first, shape.gated, shape.activation), to_outer)
+            to_inner, to_outer, to_biases = _matrices(shape, to_flat)
+            products.to_weights(gradient, _activate(first, shape.form), to_outer)
             products.to_weights(to_first, rows, to_inner)
+            for to_bias, part in zip(to_biases, (to_first, gradient), strict=False):
+                for mine, out in zip(part.split(ctx.counts), to_bias, strict=True):
+                    torch.sum(mine, dim=0, out=out)
             return to_flat, to_rows, None, None
+
+
+def _add_bias(rows: Tensor, bias: Tensor, counts: list[int]) -> None:
+    """Add each replica's bias, of [replicas, outputs], to its own rows."""
+    for part, mine in zip(rows.split(counts), bias, strict=True):
+        part.add_(mine)
 
 
 def _plain(rows: Tensor) -> torch.autocast:
     return torch.autocast(rows.device.type, enabled=False)
 
 
+def _halves(first: Tensor, form: Form) -> tuple[Tensor, Tensor]:
+    """Gate and up, as they are used."""
+    gate, up = (first[:, ::2], first[:, 1::2]) if form.interleaved else first.chunk(2, dim=1)
+    if form.limit is not None:
+        gate, up = gate.clamp(max=form.limit), up.clamp(-form.limit, form.limit)
+    return gate, up
+
+
 @fused
-def _activate(first: Tensor, gated: bool, activation: str) -> Tensor:
+def _activate(first: Tensor, form: Form) -> Tensor:
     """``act(gate) * up`` of rows [gate, up], or ``act(up)`` of a network without a gate."""
-    forward, _ = _ACTIVATIONS[activation]
-    if not gated:
+    forward, _ = _ACTIVATIONS[form.activation]
+    if not form.gated:
         return forward(first)
-    gate, up = first.chunk(2, dim=1)
-    return forward(gate).mul_(up)
+    gate, up = _halves(first, form)
+    if form.slope != 1:
+        return forward(form.slope * gate).mul_((up + form.shift) / form.slope)
+    return forward(gate).mul_(up if form.shift == 0 else up + form.shift)
 
 
-def _activate_backward(gradient: Tensor, first: Tensor, gated: bool, activation: str) -> Tensor:
+def _activate_backward(gradient: Tensor, first: Tensor, form: Form) -> Tensor:
     """Gradient of the argument of `_activate`; `gradient` may be changed."""
-    forward, backward = _ACTIVATIONS[activation]
-    if not gated:
+    forward, backward = _ACTIVATIONS[form.activation]
+    if not form.gated:
         return backward(gradient, first)
-    if gradient.is_cuda:
-        return _gated_backward(gradient, first, activation)
+    if gradient.is_cuda or form != Form(True, form.activation, 1.0, 0.0, None, False):
+        return _gated_backward(gradient, first, form)
     # In place where it can be: fresh memory costs as much as the arithmetic.
     gate, up = first.chunk(2, dim=1)
     result = torch.empty_like(first)
@@ -179,11 +257,22 @@ def _activate_backward(gradient: Tensor, first: Tensor, gated: bool, activation:
 
 
 @fused
-def _gated_backward(gradient: Tensor, first: Tensor, activation: str) -> Tensor:
+def _gated_backward(gradient: Tensor, first: Tensor, form: Form) -> Tensor:
     """`_activate_backward` with a gate, as one expression."""
-    forward, backward = _ACTIVATIONS[activation]
-    gate, up = first.chunk(2, dim=1)
-    return torch.cat([backward(gradient * up, gate), forward(gate).mul_(gradient)], dim=1)
+    forward, backward = _ACTIVATIONS[form.activation]
+    gate, up = _halves(first, form)
+    argument = gate if form.slope == 1 else form.slope * gate
+    factor = up if form.shift == 0 else up + form.shift
+    to_gate = backward(gradient * factor, argument)
+    to_up = forward(argument).mul_(gradient)
+    if form.slope != 1:
+        to_up = to_up / form.slope
+    if form.limit is not None:  # what has been cut has no gradient; a value at the limit has not been
+        before = first[:, ::2], first[:, 1::2]
+        raw_gate, raw_up = before if form.interleaved else first.chunk(2, dim=1)
+        to_gate = to_gate * (raw_gate <= form.limit)
+        to_up = to_up * (raw_up.abs() <= form.limit)
+    return torch.stack([to_gate, to_up], dim=2).flatten(1) if form.interleaved else torch.cat([to_gate, to_up], dim=1)
 
 
 class _Each:

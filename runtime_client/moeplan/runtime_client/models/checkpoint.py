@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
@@ -85,24 +86,23 @@ def logical_experts(layer: Layer, held: Tensor) -> dict[str, Pieces]:
         held: The layer's parameter, or a tensor of its shape such as an optimizer's state of it.
 
     Returns:
-        ``gate_up_proj`` [experts, 2 * width, hidden] (``up_proj`` [experts, width, hidden] of a plain network) and
-        ``down_proj`` [experts, hidden, width].
+        The ``parts`` of the layer's shape by their names, [experts, ...] each: ``gate_up_proj`` and ``down_proj``, say.
     """
-    shape = layer.shape
-    first, second = shape.parts
-    inner, outer = layer.whole_names
-    return {
-        inner: _pieces(layer, held, 0, (shape.inner_rows, shape.hidden)),
-        outer: _pieces(layer, held, first, (second // shape.width, shape.width)),
-    }
+    pieces, start = {}, 0
+    for name, shape in layer.shape.parts.items():
+        pieces[name] = _pieces(layer, held, start, shape)
+        start += math.prod(shape)
+    return pieces
 
 
-def _pieces(layer: Layer, held: Tensor, start: int, matrix: tuple[int, int]) -> Pieces:
-    rows, columns = matrix
+def _pieces(layer: Layer, held: Tensor, start: int, shape: tuple[int, ...]) -> Pieces:
+    rows, columns = shape if len(shape) == 2 else (1, *shape)
     cut = list(_sharded(layer, held, start, rows, columns) if isinstance(layer, FullyShardedExperts) else
                _resident(layer, held, start, rows, columns))  # fmt: skip
+    if len(shape) == 1:  # a bias
+        cut = [((expert, column), view.squeeze(1)) for (expert, _, column), view in cut]
     return Pieces(
-        torch.Size((layer.experts, rows, columns)),
+        torch.Size((layer.experts, *shape)),
         tuple(torch.Size(offset) for offset, _ in cut),
         tuple(view for _, view in cut),
         held,
@@ -111,7 +111,7 @@ def _pieces(layer: Layer, held: Tensor, start: int, matrix: tuple[int, int]) -> 
 
 def _sharded(
     layer: FullyShardedExperts, held: Tensor, start: int, rows: int, columns: int
-) -> Iterator[tuple[tuple[int, int, int], Tensor]]:
+) -> Iterator[tuple[tuple[int, ...], Tensor]]:
     """A range of a matrix's elements is at most three boxes: the end of a row, whole rows, the start of a row."""
     width = held.shape[1]
     own = layer.group.rank * width - start  # where this rank's columns start, counted in elements of the matrix
@@ -129,7 +129,7 @@ def _sharded(
 
 def _resident(
     layer: ResidentExperts, held: Tensor, start: int, rows: int, columns: int
-) -> Iterator[tuple[tuple[int, int, int], Tensor]]:
+) -> Iterator[tuple[tuple[int, ...], Tensor]]:
     """One box for each run of consecutive experts."""
     owned = layer.homes.owned
     breaks = [place for place in range(1, len(owned)) if owned[place] != owned[place - 1] + 1]
@@ -208,7 +208,7 @@ class TrainingState(Stateful):
         """Every layer, the name of its parameter, and the logical names by part."""
         for own, layer in self._layers.items():
             prefix = own.removesuffix(layer.own)
-            yield layer, own, {part: prefix + part for part in layer.whole_names}
+            yield layer, own, {part: prefix + part for part in layer.shape.parts}
 
 
 def _canonical(model: nn.Module, name: str) -> str:

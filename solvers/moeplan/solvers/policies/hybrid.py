@@ -8,7 +8,7 @@
 3. Local search (see `search.local`) from the best of them; where it stalls, large neighbourhoods (see
    `neighbourhoods`), and if asked for, stronger bounds (see `configurations`).
 4. Interchangeable devices are renamed so that the fewest replicas move. A limit of moves holds throughout: a
-   construction that exceeds it is dropped, and the search never steps over it.
+   construction that exceeds it is cut to the arrivals that it may have, and the search never steps over it.
 """
 
 from __future__ import annotations
@@ -56,9 +56,12 @@ from moeplan.solvers.split.rules import split
 ROUNDS = 1_000
 """Most exchanges of a construction's own descent."""
 
-PRICED = 0.8
-"""Part of the work during which arrivals cost something, so that the most useful ones come first: at first the distance
-to the target over `max_moves`, then less and less."""
+PRICED = 0.9
+"""Part of a round during which arrivals cost something, so that the most useful ones come first: at first the distance
+of the layout in force from the target over `max_moves`, then less and less."""
+
+PRICED_ROUNDS = 2
+"""Rounds of falling prices, where moves are limited: the second starts where the first ended."""
 
 STALL = 4_000
 """Candidates in a row without success after which local search gives way to large neighbourhoods."""
@@ -80,6 +83,9 @@ WORK_PER_SECOND = 1_000
 
 WORK_PER_BURST = 2_000_000
 """Scenario x slot visits between two looks at the clock: a few milliseconds."""
+
+LONGEST_BURST = 1_000
+"""Candidates of a burst at most, so that small problems, too, get through several bursts and to the exact model."""
 
 
 @policy("hybrid", source="moeplan", split=SplitRule.OPTIMAL, honours=ALL_LIMITS)
@@ -111,6 +117,7 @@ class _Search:
         self.best: Int32 | None = None
         self.walk: Int32 | None = None  # where the search stands while moves have a price: not always at the best
         self.score = np.inf
+        self.before = np.inf  # the first layout's objective: that of the one in force, if there is one
         self._shown: Layout | None = None
         self.work = 0
 
@@ -130,9 +137,18 @@ class _Search:
         return self.deadline is not None and time.perf_counter() >= self.deadline
 
     @property
+    def _spent(self) -> float:
+        """The part of the work, or of the time where only time is limited, that is over."""
+        parameters = self.parameters
+        if parameters.deadline_s is None or not parameters.paced_by_clock:
+            return self.work / max(1, parameters.candidates)
+        assert self.deadline is not None
+        return 1 - (self.deadline - time.perf_counter()) / parameters.deadline_s
+
+    @property
     def over(self) -> bool:
         """Whether to stop."""
-        return self.score <= self.target or self.late or self.work >= self.parameters.work_limit
+        return self.score <= self.target or self.late or self.work >= self.parameters.candidates
 
     def progress(self) -> Progress:
         """The best layout, the same object until there is a better one, and the bound."""
@@ -149,11 +165,12 @@ class _Search:
         """Why the search is over, if it is."""
         if self.late:
             return Termination.DEADLINE
-        return Termination.WORK_LIMIT if self.work >= self.parameters.work_limit else Termination.NOTHING_LEFT
+        return Termination.WORK_LIMIT if self.work >= self.parameters.candidates else Termination.NOTHING_LEFT
 
     def take(self, slots: Int32) -> bool:
         """Keep a layout if it is better."""
         score = _score(self.problem, slots)
+        self.before = min(self.before, score) if self.best is None else self.before
         if score >= self.score:
             return False
         self.best, self.score, self._shown = slots, score, None
@@ -161,25 +178,32 @@ class _Search:
 
     def construct(self) -> Iterator[Progress]:
         problem = self.problem
-        if not self.limits.simple or _lost(problem):
+        if not self.limits.simple or _lost(problem) or _crowded(problem):
             yield from self._within_limits()
             return
-        slots = _start(problem)
-        if slots is not None:
-            self.take(slots)
-            if self.best is not None:
-                yield self.progress()
-        for slots in _constructions(problem, self.parameters):
-            if problem.current is not None:
-                slots = relabel(problem.current, slots, problem.capacity, problem.cluster)
-                if problem.max_moves is not None and _arrivals(problem.current, slots) > problem.max_moves:
-                    continue
-            if self.take(slots):
-                yield self.progress()
-            if self.score <= self.target or self.late:
+        for slots in chain(_starts(problem), _constructions(problem, self.parameters)):
+            for within in self._within_moves(slots):
+                if self.take(within):
+                    yield self.progress()
+            if self.best is not None and (self.score <= self.target or self.late):
                 break
         if self.best is None:
             yield from self._within_limits()
+
+    def _within_moves(self, slots: Int32) -> Iterator[Int32]:
+        """A layout, int32[devices, width], with its devices renamed for the fewest moves, cut to the limit of moves."""
+        problem = self.problem
+        if problem.current is None:
+            yield slots
+            return
+        slots = relabel(problem.current, slots, problem.capacity, problem.cluster)
+        if problem.max_moves is None or _arrivals(problem.current, slots) <= problem.max_moves:
+            yield slots
+            return
+        for stay in (True, False):
+            cut = repair(problem, self.limits, slots, stay=stay)
+            if cut is not None:
+                yield cut
 
     def _within_limits(self) -> Iterator[Progress]:
         """Every construction repaired until it respects the limits; where that finds nothing, any valid layout."""
@@ -207,22 +231,23 @@ class _Search:
         """Local search; where it stalls, large neighbourhoods and proofs, in turn."""
         problem, parameters = self.problem, self.parameters
         rng = np.random.default_rng(parameters.seed)
-        burst = max(8, WORK_PER_BURST // (problem.demand.scenarios * problem.capacity.sum() * 16))
-        price = max(0.0, self.score - self.target) / problem.max_moves if problem.max_moves else 0.0
+        visits = problem.demand.scenarios * int(problem.capacity.sum()) * 16
+        burst = min(max(8, WORK_PER_BURST // visits), LONGEST_BURST)
+        price = max(0.0, self.before - self.target) / problem.max_moves if problem.max_moves else 0.0
         proofs: Iterator[Float64] | None = None
         idle = 0
         exact = _small(problem)
         while not self.over:
             before = self.score
-            price_now = price * max(0.0, 1 - self.work / (PRICED * parameters.work_limit))
+            price_now = price * max(0.0, 1 - self._spent * PRICED_ROUNDS % 1 / PRICED)
             self._descend(burst, price_now)
-            idle = 0 if self.score < before else idle + burst
+            idle = 0 if self.score < before or (price_now and not exact) else idle + burst
             if idle >= STALL and exact and not self.over:
                 if self._solve_whole():
                     yield self.progress()
                     return
                 exact = False
-            if idle >= STALL and price_now == 0 and not self.over:  # until then the search gives moves back, too
+            if idle >= STALL and not self.over:
                 self._neighbourhoods(rng)
                 if parameters.prove:
                     proofs = proofs or _proofs(problem, self._reached(), self.deadline)
@@ -235,7 +260,7 @@ class _Search:
         if self.walk is None or price == 0:
             self.walk = self.best
         assert self.walk is not None
-        steps = min(burst, parameters.work_limit - self.work)
+        steps = min(burst, parameters.candidates - self.work)
         slots = self.walk.copy()
         effort = Burst(steps, parameters.seed * 1_000_003 + self.work, price, self.target)
         improve(slots, self.scenarios, limit_arrays(self.limits), effort)
@@ -257,7 +282,7 @@ class _Search:
     def _solve_whole(self) -> bool:
         """Solve a small problem exactly; whether that is proven to be the best there is."""
         problem, parameters = self.problem, self.parameters
-        work = max(1, parameters.work_limit - self.work) / WORK_PER_SECOND
+        work = max(1, parameters.candidates - self.work) / WORK_PER_SECOND
         answer = run(whole(problem, self.best), parameters.solver, Effort(self.deadline, work, gap=0.0))
         if answer.placed is not None:
             self.take(table(problem, answer.placed))
@@ -313,17 +338,15 @@ def _repairs(problem: Problem, wanted: Int32) -> Iterator[tuple[Int32, Limits]]:
             yield slots, limits
 
 
-def _start(problem: Problem) -> Int32 | None:
-    """The current layout with its empty slots put to use, within the limit of moves; None if there is none."""
+def _starts(problem: Problem) -> Iterator[Int32]:
+    """The current layout, int32[devices, width], as it is, and with its empty slots put to use."""
     if problem.current is None:
-        return None
-    slots = np.full((problem.devices, max(1, problem.cluster.max_slots)), EMPTY, np.int32)
-    used = min(slots.shape[1], problem.current.slots.shape[1])
-    slots[:, :used] = problem.current.slots[:, :used]
+        return
+    slots = table(problem, problem.current.placed)
+    yield slots
     filled = slots.copy()
     fill(filled, problem.mean_load, problem.capacity)
-    within = problem.max_moves is None or _arrivals(problem.current, filled) <= problem.max_moves
-    return filled if within else slots
+    yield filled
 
 
 def _constructions(problem: Problem, parameters: SolveParameters) -> Iterator[Int32]:
@@ -349,6 +372,11 @@ def _constructions(problem: Problem, parameters: SolveParameters) -> Iterator[In
             yield slots.copy()  # a further replica may hurt where its tokens are not divided for the best
         fill(slots, loads, capacity)
         yield slots
+
+
+def _crowded(problem: Problem) -> bool:
+    """Whether a device holds more replicas than it has room for any more."""
+    return problem.current is not None and bool((problem.current.placed.sum(axis=1) > problem.capacity).any())
 
 
 def _lost(problem: Problem) -> bool:

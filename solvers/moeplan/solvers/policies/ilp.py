@@ -51,7 +51,7 @@ def ilp(problem: Problem, parameters: SolveParameters) -> Iterator[Progress]:
         return
     with_tokens = problem.mean_level > 0
     model = whole(problem, incumbent.slots)
-    work = max(1, parameters.work_limit) / WORK_PER_SECOND  # also under a deadline: the daemon sets one for everybody
+    work = max(1, parameters.candidates) / WORK_PER_SECOND
     effort = Effort(deadline, work, parameters.threads, parameters.seed, parameters.target_gap)
     answer = run(model, parameters.solver, effort)
     idle = float(weights[~with_tokens].sum()) if problem.tail >= 1 else 0.0  # the model of a tail counts them itself

@@ -67,10 +67,10 @@ def traffic(problem: Problem, parameters: SolveParameters) -> Layout:
     least = float(mean.sum()) - coverable(mean, int((slots >= 0).sum()))
     scenarios = SourcedScenarios(tokens, weights, caps, speed, domains(problem.cluster))
     remote, excess, stuck = np.inf, np.inf, 0
-    for first in range(0, parameters.work_limit, CANDIDATES_PER_BURST):
+    for first in range(0, parameters.candidates, CANDIDATES_PER_BURST):
         if parameters.deadline_s is not None and time.perf_counter() - start >= parameters.deadline_s:
             break
-        steps = min(CANDIDATES_PER_BURST, parameters.work_limit - first)
+        steps = min(CANDIDATES_PER_BURST, parameters.candidates - first)
         seed = parameters.seed * 1_000_003 + first
         before = (excess, remote)
         heat = HEAT if stuck % PATIENCE == PATIENCE - 1 else 0.0

@@ -46,7 +46,7 @@ def compile_limits(
         InfeasibleError: constraints contradict each other or the slots.
     """
     experts = len(mean_load)
-    limits = _unlimited(cluster, experts, (capacity > 0).tobytes())
+    limits = _unlimited(cluster, experts, capacity.tobytes())
     if current is not None:
         held = current.placed
         most = NO_LIMIT if max_moves is None else max_moves
@@ -68,12 +68,13 @@ def compile_limits(
 
 
 @lru_cache(maxsize=8)
-def _unlimited(cluster: Cluster, experts: int, has_room: bytes) -> Limits:
+def _unlimited(cluster: Cluster, experts: int, room: bytes) -> Limits:
     """No limit but that some devices hold nothing. Layers share it: to make it takes as long as a small solve."""
     devices = cluster.devices
-    room = np.frombuffer(has_room, np.bool_)
+    capacity = np.frombuffer(room, np.int32)
     return Limits(
-        may=np.repeat(room[:, None], experts, axis=1),
+        capacity=capacity,
+        may=np.repeat(capacity[:, None] > 0, experts, axis=1),
         must=np.zeros((devices, experts), np.bool_),
         most=np.full(experts, devices, np.int32),
         held=np.zeros((devices, experts), np.bool_),

@@ -16,6 +16,7 @@ __all__ = ["Arrivals", "LimitArrays", "arrivals_of", "arrive", "limit_arrays", "
 class LimitArrays(NamedTuple):
     """The attributes of `Limits`, narrowed to one region per unit."""
 
+    capacity: Int32
     may: Bool
     must: Bool
     most: Int32

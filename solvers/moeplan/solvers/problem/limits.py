@@ -25,6 +25,7 @@ class Limits:
     **unit** is a set of experts whose replicas share a **region** of devices.
 
     Attributes:
+        capacity: int32[devices], most replicas on each device.
         may: bool[devices, experts], pairs that are allowed.
         must: bool[devices, experts], pairs that are required.
         most: int32[experts], most replicas of each expert.
@@ -38,6 +39,7 @@ class Limits:
         region: int32[devices], 0..regions-1; all 0 where units may be anywhere.
     """
 
+    capacity: Int32
     may: Bool
     must: Bool
     most: Int32
@@ -101,6 +103,7 @@ class Limits:
         block = np.ix_(devices, experts)
         return replace(
             self,
+            capacity=self.capacity[devices],
             may=self.may[block],
             must=self.must[block],
             most=(self.most[experts] - outside[:, experts].sum(axis=0)).astype(np.int32),

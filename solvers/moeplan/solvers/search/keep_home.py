@@ -131,7 +131,7 @@ def keep_home(
         p = next_random(state) % positions
         q = next_random(state) % positions
         allowed, x = exchange_of(p, q, draft, limits, state)
-        if not allowed:
+        if not allowed or x.a < 0 or x.b < 0:
             continue
         change = change_of(x, limits)
         if not within(x, change, limits, arrivals):

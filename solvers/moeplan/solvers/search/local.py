@@ -118,7 +118,7 @@ def improve(slots: Int32, scenarios: Scenarios, limits: LimitArrays, burst: Burs
     """Improve `slots` in place.
 
     Args:
-        slots: int32[devices, width], a valid layout whose -1 entries mark slots that must stay empty.
+        slots: int32[devices, width], a valid layout, -1 for empty slots.
         scenarios: What the layout is judged by.
         limits: What it must respect.
         burst: How far to search.
@@ -169,7 +169,8 @@ def improve(slots: Int32, scenarios: Scenarios, limits: LimitArrays, burst: Burs
         for t in range(count):
             trial.imbalance[t] = max(1.0, inside[t] / cuts.speed[t] * scale[t])
         accepted = stuck or (
-            inside[s] < cuts.tokens[s] and tail_shares(trial.imbalance, weights, tail, scratch.share) <= most
+            (inside[s] < cuts.tokens[s] or x.a < 0)
+            and tail_shares(trial.imbalance, weights, tail, scratch.share) <= most
         )
         if accepted:
             scored += 1
@@ -278,6 +279,8 @@ def _add_inside(sign: int, x: Exchange, draft: Draft, tokens: Int64, tight: Bool
     host, count, width = draft.host, draft.replicas, draft.width
     for s in range(len(inside)):
         for e in (x.a, x.b):
+            if e < 0:
+                continue
             all_inside = True
             for i in range(count[e]):
                 if not tight[s, host[e, i] // width]:
@@ -333,6 +336,8 @@ def _pour_again(
 ) -> None:
     """Take both experts off their devices, after their exchange, and pour them anew: one scenario."""
     for e in (x.a, x.b):
+        if e < 0:
+            continue
         for i in range(count[e]):
             position = host[e, i]
             if position != x.p and position != x.q:
@@ -341,4 +346,5 @@ def _pour_again(
         load[position // width] -= quota[position]
         quota[position] = 0
     for e in (x.a, x.b):
-        pour(tokens[e], host[e], count[e], width, speed, quota, load, order)
+        if e >= 0:
+            pour(tokens[e], host[e], count[e], width, speed, quota, load, order)

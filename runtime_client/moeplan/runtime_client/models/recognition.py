@@ -1,0 +1,162 @@
+"""What an experts module of a model computes, found out by comparison with the forms that ours know."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from moeplan.runtime_client.layers.feed_forward import ExpertShape, activation_name, feed_forward, join_weights
+
+__all__ = ["shape_of"]
+
+_SIZES = (1.0, 1000.0)
+"""Of the rows that are compared: what models see, and what no clamp of theirs lets through."""
+
+_TOLERANCE = 1e-4
+"""Relative; both compute in single precision, which at any width of a model is within a tenth of it."""
+
+_ROWS = 6
+
+
+def shape_of(title: str, module: nn.Module, known: Iterable[ExpertShape] = ()) -> ExpertShape:
+    """Dimensions and form of a fused experts module.
+
+    Args:
+        title: What errors call it.
+        module: With parameters ``gate_up_proj`` or ``up_proj`` and ``down_proj``, [experts, rows, columns], perhaps
+            with biases, called as ``module(hidden, index, weight)``. Only its code runs, with weights of our own.
+        known: Shapes to try first, as those of the model's other layers.
+
+    Raises:
+        ValueError: it computes something that no `ExpertShape` describes, its parameters are others, only some of them
+            are frozen, or it is inside an adapter.
+    """
+    weights = dict(module.named_parameters())
+    candidates = list(_dimensions(title, weights))
+    if title.split(" ")[0].endswith("base_layer"):
+        raise ValueError(
+            f"{title}: is wrapped by an adapter, which reaches into it; adapters of experts are not supported, so "
+            "leave gate_up_proj and down_proj out of target_parameters"
+        )
+    if len({parameter.requires_grad for parameter in weights.values()}) > 1:
+        raise ValueError(f"{title}: only some of {', '.join(weights)} are frozen; freeze all or none")
+    nearest = math.inf
+    for size in candidates:
+        expert = _random_expert(size)
+        actual = _run(title, module, size.hidden, expert)
+        first = [shape for shape in known if shape.parts == size.parts and shape.transposed == size.transposed]
+        for shape in (*first, *_forms(title, module, size)):
+            difference = _difference(shape, join_weights(*expert.values()), actual)
+            if difference <= _TOLERANCE:
+                return shape
+            nearest = min(nearest, difference)
+    raise ValueError(
+        f"{title}: does not compute down(act(gate) * up) in a form that ExpertShape knows: on random rows, of ordinary "
+        f"or of large size, it differs by {nearest:.2g} of the largest result, at least"
+    )
+
+
+def _dimensions(title: str, weights: dict[str, nn.Parameter]) -> Iterator[ExpertShape]:
+    """Shapes, of the default form, whose parts are the parameters of a module."""
+    given = {name: tuple(parameter.shape[1:]) for name, parameter in weights.items()}
+    name = "gate_up_proj" if "gate_up_proj" in given else "up_proj"
+    known = {name, "down_proj"}
+    biases = {f"{name}_bias", "down_proj_bias"}
+    others = set(given) - known
+    if others and others != biases:
+        raise ValueError(f"{title}: has parameters {', '.join(sorted(others))}; only weights and both biases are known")
+    fitting = [
+        shape
+        for transposed, (hidden, width) in enumerate((given["down_proj"], given["down_proj"][::-1]))
+        for shape in [
+            ExpertShape(hidden, width, name == "gate_up_proj", bias=bool(others), transposed=bool(transposed))
+        ]
+        if shape.parts == given
+    ]
+    if not fitting or len({len(parameter) for parameter in weights.values()}) > 1:
+        shapes = ", ".join(f"{part} {tuple(parameter.shape)}" for part, parameter in weights.items())
+        raise ValueError(
+            f"{title}: {shapes}; must be [experts, 2 * width, hidden] and [experts, hidden, width], or both "
+            "transposed, of one number of experts"
+        )
+    yield from fitting
+
+
+def _forms(title: str, module: nn.Module, size: ExpertShape) -> Iterator[ExpertShape]:
+    """All that a module of these dimensions may compute, as its attributes suggest; the plain form first."""
+    act_fn: Callable[[Tensor], Tensor] | None = getattr(module, "act_fn", None)
+    activation = "silu" if act_fn is None else activation_name(act_fn)
+    if activation is None:
+        raise ValueError(f"{title}: act_fn = {act_fn}: must be SiLU, GELU, ReLU or squared ReLU")
+    plain = replace(size, activation=activation)
+    if not size.gated:
+        yield plain
+        return
+    numbers = sorted(
+        {
+            float(value)
+            for name, value in vars(module).items()
+            if isinstance(value, float) or (isinstance(value, int) and ("limit" in name or "alpha" in name))
+            if value > 0
+        }
+    )
+    forms = itertools.product((False, True), (None, *numbers), (1.0, *numbers), (0.0, 1.0))
+    for interleaved, limit, slope, shift in forms:
+        yield replace(plain, interleaved=interleaved, limit=limit, slope=slope, shift=shift)
+
+
+def _random_expert(shape: ExpertShape) -> dict[str, Tensor]:
+    """The parts of one expert, [1, ...] each, whose matrices keep the size of what they are multiplied with."""
+    rng = torch.Generator().manual_seed(0)
+    inputs = {True: shape.width, False: shape.hidden}
+    return {
+        name: torch.randn(1, *part, generator=rng, device="cpu") / inputs["down" in name] ** 0.5
+        for name, part in shape.parts.items()
+    }
+
+
+def _batch(hidden: int, experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    rng = torch.Generator().manual_seed(1)
+    rows = torch.randn(_ROWS, hidden, generator=rng, device="cpu")
+    index = torch.tensor([0, experts - 1], device="cpu").expand(_ROWS, 2)
+    return rows, index, torch.rand(_ROWS, 2, generator=rng, device="cpu")
+
+
+@torch.no_grad()
+def _run(title: str, module: nn.Module, hidden: int, expert: dict[str, Tensor]) -> list[Tensor]:
+    """Results of a module for rows of each size, with one expert's weights in the place of all of its own."""
+    experts = len(module.get_parameter("down_proj"))
+    twin = copy.copy(module)
+    twin._parameters = {
+        name: nn.Parameter(part.expand(experts, *part.shape[1:]), requires_grad=False) for name, part in expert.items()
+    }
+    twin._modules = copy.deepcopy(module._modules)
+    twin.train()  # a dropout would show
+    rows, index, weight = _batch(hidden, experts)
+    try:
+        with torch.autocast("cpu", enabled=False):
+            return [type(module).forward(twin, size * rows, index, weight) for size in _SIZES]
+    except Exception as error:
+        raise ValueError(f"{title}: cannot be called as experts(hidden, index, weight): {error}") from error
+
+
+@torch.no_grad()
+def _difference(shape: ExpertShape, flat: Tensor, actual: list[Tensor]) -> float:
+    """The first above the tolerance, or the last, relative to the largest result; infinite if shapes differ."""
+    rows, _, weight = _batch(shape.hidden, 1)
+    difference = 0.0
+    for size, result in zip(_SIZES, actual, strict=True):
+        with torch.autocast("cpu", enabled=False):
+            expected = feed_forward(shape, flat, size * rows, [_ROWS]) * weight.sum(1, keepdim=True)
+        if result.shape != expected.shape:
+            return math.inf
+        difference = float((result - expected).abs().max() / expected.abs().max())
+        if not difference <= _TOLERANCE:  # also if it is not a number
+            return math.inf if math.isnan(difference) else difference
+    return difference
