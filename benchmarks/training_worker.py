@@ -338,12 +338,37 @@ class Bench:
                 layer.flat = first.flat
         sharded = sharded_layers(size, group, self.device, dtype)
         for each in (static, quota, llep, sharded):
-            for block, module in enumerate(each):
-                module.register_forward_pre_hook(partial(self._see, block))
+            self._watch(each)
         memory = [Memory(*pair) for pair in zip(static, sharded, strict=True)]
         return {"force-balanced": static, "static": static, "quota": quota, "llep": llep, "sharded": sharded}, memory
 
+    def _watch(self, layers: Sequence[Experts]) -> None:
+        for block, module in enumerate(layers):
+            module.register_forward_pre_hook(partial(self._see, block))
+
+    def _device_layers(self, spare: int) -> list[ResidentExperts]:
+        """Layers whose passes run without the host, and which lend what earns its transfer."""
+        from moeplan.runtime_client import DeviceExchange, measure_transfer  # other checkouts may not have them
+
+        size, group = self.size, self.group
+        planner = QuotaPlanner(SpillOptions.uniform(size.experts, group.size, spare), group.size)
+        exchange = DeviceExchange(
+            group, planner, size.shape, max_tokens=size.tokens, choices=size.choices, device=self.device
+        )
+        if spare:
+            exchange.charge(measure_transfer(exchange))
+        planner = QuotaPlanner(exchange.mailbox.options, group.size)
+        layers = resident_layers(size, group, "meta", lambda: planner, torch.bfloat16, exchange=exchange)
+        for layer, first in zip(layers, self.layers["static"], strict=True):
+            layer.flat = first.weights
+        self._watch(layers)
+        return layers
+
     def _enter(self, mode: str) -> None:
+        if mode.endswith("-device") and mode not in self.layers:
+            static, spare = self._device_layers(0), spill_options(self.size, self.group.size).spare[0]
+            self.layers |= {"force-balanced-device": static, "static-device": static}
+            self.layers["quota-device"] = self._device_layers(int(spare))
         if self.is_sharded != (mode == "sharded"):
             self.is_sharded = mode == "sharded"
             for memory in self.memory:

@@ -7,6 +7,7 @@ import sysconfig
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -170,13 +171,25 @@ def compute_dtype(device: torch.device) -> torch.dtype:
 
 
 def resident_layers(
-    size: Size, group: ExpertGroup, device: torch.device | str, planner: Callable[[], SpillPlanner], dtype: torch.dtype
+    size: Size,
+    group: ExpertGroup,
+    device: torch.device | str,
+    planner: Callable[[], SpillPlanner],
+    dtype: torch.dtype,
+    **shared: Any,
 ) -> list[ResidentExperts]:
-    """The experts of each block, each at home on one rank, with one buffer for what is lent."""
+    """The experts of each block, each at home on one rank, with one buffer for what is lent; `exchange` as there."""
     buffer = LoanBuffer()
     return [
         ResidentExperts(
-            size.shape, size.experts, group, planner=planner(), buffer=buffer, compute_dtype=dtype, device=device
+            size.shape,
+            size.experts,
+            group,
+            planner=planner(),
+            buffer=buffer,
+            compute_dtype=dtype,
+            device=device,
+            **shared,
         )
         for _ in range(size.blocks)
     ]
