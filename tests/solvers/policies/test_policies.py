@@ -26,6 +26,7 @@ from moeplan.solvers import (
     solve_anytime,
 )
 from moeplan.solvers.construct.replica_counts import adams_replicas
+from moeplan.solvers.policies.flexmoe import flexmoe
 from moeplan.solvers.policies.symi import proportional
 from moeplan.solvers.problem.moves import keep_slots, relabel
 from moeplan.solvers.problem.split_rules import SplitRule
@@ -203,6 +204,13 @@ def test_flexmoe_waits_for_its_trigger_and_then_expands() -> None:
     plan = solve(hot, policy="flexmoe")
     assert plan.layout.replicas[0] > 2
     assert plan.mean_imbalance < evaluate(hot, current, "even").mean_imbalance
+
+
+def test_flexmoe_is_as_wide_as_the_devices_that_are_left() -> None:
+    cluster = Cluster(slots=np.array([1, 2, 3]), node=np.zeros(3, np.int64), speed=np.ones(3))
+    current = Layout(np.array([[2, -1, -1], [0, 1, -1], [1, 2, 0]], np.int32), 3)
+    left = Problem(cluster, Demand.of([[1, 1, 0]]), current=current).without([2])
+    assert flexmoe(left, SolveParameters()).slots.shape == (3, 2)
 
 
 @given(st.lists(st.integers(0, 50), min_size=1, max_size=6), st.integers(0, 8), st.integers(1, 4))

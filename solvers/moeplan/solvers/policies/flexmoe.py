@@ -42,6 +42,7 @@ def flexmoe(problem: Problem, parameters: SolveParameters) -> Layout:
     slots = np.full((problem.devices, width), EMPTY, np.int32)
     slots[:, : start.slots.shape[1]] = start.slots
     fill(slots, problem.mean_load, problem.capacity)
+    slots = slots[:, : problem.cluster.max_slots].copy()  # replicas come first; a failed device may have had more
     _adjust(slots, problem.mean_load, problem.cluster.speed, TRIGGER)
     return Layout(slots, problem.experts)
 

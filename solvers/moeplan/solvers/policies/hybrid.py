@@ -442,12 +442,8 @@ def _window(problem: Problem) -> Int32:
 
 
 def _widen(slots: Int32, problem: Problem) -> Int32:
-    """The same layout with one column per slot of the widest device; what a lost device had more is cut off."""
-    width = problem.cluster.max_slots
-    missing = width - slots.shape[1]
-    if missing < 0:
-        held_first = np.argsort(slots == EMPTY, axis=1, kind="stable")
-        return np.ascontiguousarray(np.take_along_axis(slots, held_first, axis=1)[:, :width])
+    """The same layout with one column per slot of the widest device."""
+    missing = problem.cluster.max_slots - slots.shape[1]
     return np.pad(slots, ((0, 0), (0, missing)), constant_values=EMPTY) if missing else slots
 
 
