@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from tests.runtime_client.device.shared_memory import shared_memory
+from tests.support.expert_groups import make_group
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -33,12 +34,6 @@ Launch = Callable[..., list[Any]]
 SHAPE, EXPERTS, CHOICES, TOKENS = ExpertShape(16, 24), 6, 2, 20
 CPU = torch.device("cpu")
 TOLERANCE = 1e-5
-
-
-def make_group() -> ExpertGroup:
-    group = ExpertGroup.create()
-    assert group is not None
-    return group
 
 
 def make_layers(

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tests.support.expert_groups import make_group
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -18,12 +19,6 @@ from moeplan.solvers.routing.balanced_assignment import optimal_assignment
 
 Launch = Callable[..., list[Any]]
 HIDDEN = 6
-
-
-def make_group() -> ExpertGroup:
-    group = ExpertGroup.create()
-    assert group is not None
-    return group
 
 
 def make_router(experts: int, group: ExpertGroup, **options: Any) -> BaseRouter:

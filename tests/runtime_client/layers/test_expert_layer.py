@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tests.support.expert_groups import make_group
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim.swa_utils import AveragedModel
@@ -32,12 +33,6 @@ Launch = Callable[..., list[Any]]
 Layer = FullyShardedExperts | ResidentExperts
 KINDS = ["sharded", "resident"]
 SHAPE, EXPERTS = ExpertShape(6, 5), 4
-
-
-def make_group() -> ExpertGroup:
-    group = ExpertGroup.create()
-    assert group is not None
-    return group
 
 
 def make_layer(kind: str, group: ExpertGroup, dtype: torch.dtype = torch.float64, device: str = "cpu") -> Layer:

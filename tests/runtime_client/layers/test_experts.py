@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tests.support.expert_groups import make_group
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -26,12 +27,6 @@ from moeplan.solvers.problem.split_rules import RANK_RULES
 Launch = Callable[..., list[Any]]
 Layer = FullyShardedExperts | ResidentExperts
 TOLERANCE = 1e-12
-
-
-def make_group() -> ExpertGroup:
-    group = ExpertGroup.create()
-    assert group is not None
-    return group
 
 
 def random_layout(rng: np.random.Generator, experts: int, devices: int) -> Layout:

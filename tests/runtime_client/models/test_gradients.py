@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from tests.support.expert_groups import make_group, make_ours
 from tests.support.fused_model import EXPERTS, FusedModel, fused_model, words_of
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -23,29 +24,10 @@ from moeplan.runtime_client.layers.resident import ResidentExperts
 from moeplan.runtime_client.layers.sharded import FullyShardedExperts
 from moeplan.runtime_client.models.gradients import ExpertGradients, expert_parameters
 from moeplan.runtime_client.models.replacing import replace_experts
-from moeplan.solvers import QuotaPlanner, SpillOptions
 
 Launch = Callable[..., list[Any]]
 KINDS = ["sharded", "resident"]
 STEPS, MAX_NORM = 4, 0.05
-
-
-def make_group(size: int | None = None) -> ExpertGroup:
-    """This rank's group of consecutive ranks; of all by default."""
-    world = dist.get_world_size()
-    groups = [list(range(first, first + (size or world))) for first in range(0, world, size or world)]
-    (mine,) = [group for group in map(ExpertGroup.create, groups) if group is not None]
-    return mine
-
-
-def make_ours(kind: str, group: ExpertGroup) -> FusedModel:
-    model = fused_model()
-    if kind == "sharded":
-        replace_experts(model, partial(FullyShardedExperts, group=group))
-    else:
-        planner = QuotaPlanner(SpillOptions.uniform(EXPERTS, group.size, 2), group.size)
-        replace_experts(model, partial(ResidentExperts, group=group, planner=planner))
-    return model
 
 
 def whole(parameter: Tensor) -> Tensor:

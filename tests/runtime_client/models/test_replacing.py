@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from tests.support.expert_groups import make_group
 from tests.support.fused_model import FusedExperts, fused_model, words_of
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict_loader import load as load_checkpoint
@@ -62,12 +63,6 @@ def make_model(family: str) -> nn.Module:
         if name.endswith("_bias"):  # zeros in a fresh model
             nn.init.normal_(parameter, std=0.1)
     return model
-
-
-def make_group() -> ExpertGroup:
-    group = ExpertGroup.create()
-    assert group is not None
-    return group
 
 
 def replace(model: nn.Module, kind: str, group: ExpertGroup) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from tests.support.expert_groups import make_group, make_ours
 from tests.support.fused_model import EXPERTS, HIDDEN, LAYERS, WORDS, FusedModel, fused_model, words_of
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
@@ -23,33 +24,12 @@ from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
-from moeplan.runtime_client.group import ExpertGroup
-from moeplan.runtime_client.layers.resident import ResidentExperts
-from moeplan.runtime_client.layers.sharded import FullyShardedExperts
 from moeplan.runtime_client.models.checkpoint import TrainingState
 from moeplan.runtime_client.models.gradients import ExpertGradients
-from moeplan.runtime_client.models.replacing import replace_experts
-from moeplan.solvers import QuotaPlanner, SpillOptions
 
 Launch = Callable[..., list[Any]]
 KINDS = ["sharded", "resident"]
 compiled = partial(torch.compile, backend="eager")
-
-
-def make_group(members: list[list[int]] | None = None) -> ExpertGroup:
-    every = members or [list(range(dist.get_world_size()))]
-    (mine,) = [group for group in map(ExpertGroup.create, every) if group is not None]
-    return mine
-
-
-def make_ours(kind: str, group: ExpertGroup, model: FusedModel | None = None) -> FusedModel:
-    model = model or fused_model()
-    if kind == "sharded":
-        replace_experts(model, partial(FullyShardedExperts, group=group))
-    else:
-        planner = QuotaPlanner(SpillOptions.uniform(EXPERTS, group.size, 2), group.size)
-        replace_experts(model, partial(ResidentExperts, group=group, planner=planner))
-    return model
 
 
 def quietly(function: str, *arguments: Any) -> Any:
@@ -193,7 +173,7 @@ def run_pipeline(kind: str) -> None:
     pipelines = [dist.new_group([0, 2]), dist.new_group([1, 3])]
     stages = [dist.new_group([0, 1]), dist.new_group([2, 3])]
     plain = fused_model()
-    whole = make_ours(kind, make_group([[0, 1], [2, 3]]))
+    whole = make_ours(kind, make_group(2))
     part = nn.Sequential(*([whole.embedding, whole.blocks[0]] if stage == 0 else [whole.blocks[1], whole.head]))
     gradients = ExpertGradients(part, ranks=stages[stage], stages=pipelines[place])
 
