@@ -89,34 +89,11 @@ class Certificates:
 
 
 def expiry(pem: str) -> datetime:
-    """When the first certificate of a PEM file ends (RFC 5280, section 4.1).
+    """When the first certificate of a PEM file ends.
 
     Raises:
         ValueError: there is none.
     """
-    end = "-----END CERTIFICATE-----"
-    start = pem.find("-----BEGIN CERTIFICATE-----")
-    der = ssl.PEM_cert_to_DER_cert(pem[start : pem.find(end, start) + len(end)])
-    (_, certificate), *_ = _elements(der)
-    (_, signed), *_ = _elements(certificate)
-    fields = [element for element in _elements(signed) if element[0] != 0xA0]  # without the version
-    (_, (tag, value)) = _elements(fields[3][1])  # serial, algorithm, issuer, validity
-    digits = value.decode("ascii")
-    if tag == 0x17:  # UTCTime has two digits of the year
-        digits = ("20" if digits < "50" else "19") + digits
-    return datetime.strptime(digits, "%Y%m%d%H%M%SZ").replace(tzinfo=UTC)
+    from cryptography import x509  # only where there are certificates: start-up waits for it otherwise
 
-
-def _elements(der: bytes) -> list[tuple[int, bytes]]:
-    """Tag and content of each element."""
-    found, place = [], 0
-    while place < len(der):
-        tag, length = der[place], der[place + 1]
-        place += 2
-        if length & 0x80:
-            count = length & 0x7F
-            length = int.from_bytes(der[place : place + count])
-            place += count
-        found.append((tag, der[place : place + length]))
-        place += length
-    return found
+    return x509.load_pem_x509_certificate(pem.encode()).not_valid_after_utc
