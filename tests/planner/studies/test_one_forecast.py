@@ -15,7 +15,7 @@ from tests.support.daemon import DaemonProcess, Rank, eventually
 from tests.support.repository import TRACE
 
 from moeplan.api.job_plans import JobPlan
-from moeplan.api.jobs import Forecast, JobSpec, Replan
+from moeplan.api.jobs import Closing, Forecast, JobSpec, Replan
 from moeplan.planner.files.plan_file import read_layouts
 from moeplan.planner.jobs.job import PlanningJob
 from moeplan.planner.jobs.solve import LayersTask, plan_layers
@@ -58,6 +58,7 @@ def job(current: dict[int, Layout], rule: SplitRule | None, sources: int) -> Job
         parameters=SolveParameters(work_limit=WORK),
         forecast=Forecast(window_steps=STEPS),
         replan=Replan(every_steps=STEPS),
+        closing=Closing(max_lag_steps=STEPS, timeout_s=600, quorum=1.0),  # on a busy machine a stream may fall behind
         split_rule=rule,
     )
 
