@@ -13,6 +13,7 @@ from moeplan.solvers.problem.errors import ProblemError
 from moeplan.solvers.problem.forecast_spec import Forecast, ForecastMethod
 from moeplan.solvers.problem.layout import Layout, check_layout
 from moeplan.solvers.problem.problem import ExpertSpec, Problem, check_experts
+from moeplan.solvers.problem.scalars import instance
 from moeplan.solvers.problem.split_rules import RANK_RULES, SplitRule, split_rule
 
 __all__ = [
@@ -141,6 +142,15 @@ class JobSpec:
     split_rule: SplitRule | None = None
 
     def __post_init__(self) -> None:
+        instance("job.cluster", self.cluster, Cluster, "Cluster.uniform(devices, slots)")
+        for name, kind in (
+            ("expert", ExpertSpec),
+            ("parameters", SolveParameters),
+            ("forecast", Forecast),
+            ("replan", Replan),
+            ("closing", Closing),
+        ):
+            instance(f"job.{name}", getattr(self, name), kind, f"{kind.__name__}(...)")
         check_size(self.cluster, self.layers, self.experts, self.ranks)
         check_experts(self.cluster, self.experts, self.expert, self.groups)
         if not self.ranks:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 
@@ -16,7 +16,7 @@ from moeplan.solvers.problem.demand import Demand
 from moeplan.solvers.problem.errors import InfeasibleError, ProblemError
 from moeplan.solvers.problem.layout import EMPTY, Layout, check_layout
 from moeplan.solvers.problem.limits import Limits
-from moeplan.solvers.problem.scalars import integer, number
+from moeplan.solvers.problem.scalars import instance, integer, number
 from moeplan.solvers.problem.split_rules import SplitRule, split_rule
 
 __all__ = ["ExpertSpec", "Problem", "check_experts"]
@@ -87,6 +87,12 @@ class Problem:
     split_rule: SplitRule | None = None
 
     def __post_init__(self) -> None:
+        instance("cluster", self.cluster, Cluster, "Cluster.uniform(devices, slots)")
+        instance("demand", self.demand, Demand, "Demand.of(tokens)")
+        instance("expert", self.expert, ExpertSpec, "ExpertSpec(weight_bytes=...)")
+        instance("constraints", self.constraints, Constraints, "Constraints(...)")
+        if self.current is not None:
+            instance("current", self.current, Layout, "Layout(slots, experts)")
         if self.split_rule is not None:
             rule = split_rule("split_rule", self.split_rule)
             object.__setattr__(self, "split_rule", rule)
@@ -116,6 +122,7 @@ class Problem:
             ProblemError: a device does not exist.
             InfeasibleError: the experts do not fit on the devices that remain.
         """
+        instance("failed", failed, Iterable, "a list of devices")
         for i, device in enumerate(failed):
             integer(f"failed[{i}]", device, 0, self.devices - 1)
         gone = np.array(failed, np.int64)

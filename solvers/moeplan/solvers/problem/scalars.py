@@ -6,7 +6,7 @@ from numbers import Integral, Real
 
 from moeplan.solvers.problem.errors import ProblemError
 
-__all__ = ["integer", "number", "short"]
+__all__ = ["instance", "integer", "number", "short"]
 
 
 def integer(field: str, value: object, low: int, high: int | None = None) -> int:
@@ -35,7 +35,17 @@ def number(field: str, value: object) -> float:
     return float(value)
 
 
+def instance(field: str, value: object, kind: type, write: str) -> None:
+    """Check that a value is of our type.
+
+    Raises:
+        ProblemError: it is not; the message says what to write instead.
+    """
+    if not isinstance(value, kind):
+        raise ProblemError(field, short(value), f"must be {kind.__name__}; write {write}")
+
+
 def short(value: object) -> str:
-    """A value for an error message, cut where it is long."""
-    text = repr(value)
+    """A value for an error message, on one line and cut where it is long."""
+    text = " ".join(repr(value).split())
     return text if len(text) <= 64 else f"{text[:61]}..."

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
-from moeplan.solvers.exact.run import require
 from moeplan.solvers.objective.score import score
 from moeplan.solvers.plan.cost import STEP
 from moeplan.solvers.plan.parameters import SolveParameters
@@ -22,7 +21,8 @@ from moeplan.solvers.plan.termination import Termination
 from moeplan.solvers.policies.registry import Policy, Progress, find
 from moeplan.solvers.problem.errors import ProblemError
 from moeplan.solvers.problem.problem import Problem
-from moeplan.solvers.solving.solver import check_asked, plan_of
+from moeplan.solvers.problem.scalars import instance
+from moeplan.solvers.solving.solver import check_asked, check_parameters, plan_of
 from moeplan.solvers.split.rules import split
 
 __all__ = ["solve_layers"]
@@ -51,7 +51,8 @@ def solve_layers(
         ProblemError: see `solve`.
     """
     chosen = find(policy)
-    require(parameters.solver)
+    check_parameters(parameters)
+    instance("problems", problems, Sequence, "a list of Problem, one per layer")
     start = time.perf_counter()
     deadline = float("inf") if parameters.deadline_s is None else start + parameters.deadline_s
     layers = []

@@ -18,13 +18,16 @@ from moeplan.solvers.problem.layout import Layout
 from moeplan.solvers.problem.limits import broken
 from moeplan.solvers.problem.moves import moves
 from moeplan.solvers.problem.problem import Problem
+from moeplan.solvers.problem.scalars import instance
 from moeplan.solvers.problem.split_rules import SplitRule, split_rule
 from moeplan.solvers.split.rules import split
 
-__all__ = ["check_asked", "evaluate", "plan_of", "solve", "solve_anytime"]
+__all__ = ["check_asked", "check_parameters", "evaluate", "plan_of", "solve", "solve_anytime"]
 
 EXACT = 1e-9
 """Relative distance from the bound within which a plan counts as proved: what rounding leaves."""
+
+_PROBLEM = "Problem(cluster, demand)"
 
 
 def solve(
@@ -48,7 +51,7 @@ def solve(
         InfeasibleError: the plan needs more memory than a device has.
     """
     chosen = check_asked(problem, find(policy))
-    require(parameters.solver)
+    check_parameters(parameters)
     start = time.perf_counter()
     *_, last = chosen.search(problem, parameters)
     return plan_of(problem, chosen, last, time.perf_counter() - start, parameters, model)
@@ -67,7 +70,7 @@ def solve_anytime(
     others are `Termination.UNFINISHED`. See `solve` for the arguments and errors.
     """
     chosen = check_asked(problem, find(policy))
-    require(parameters.solver)
+    check_parameters(parameters)
     start = time.perf_counter()
     best: Plan | None = None
     last: Progress | None = None
@@ -96,8 +99,20 @@ def evaluate(problem: Problem, layout: Layout, rule: str | None = None, *, model
             the demand by source.
         InfeasibleError: the plan needs more memory than a device has.
     """
+    instance("problem", problem, Problem, _PROBLEM)
+    instance("layout", layout, Layout, "Layout(slots, experts)")
     asked = split_rule("rule", rule or problem.split_rule or SplitRule.OPTIMAL)
     return _judge(problem, layout, asked, "given", model)
+
+
+def check_parameters(parameters: SolveParameters) -> None:
+    """Check the parameters before any work.
+
+    Raises:
+        ProblemError: they are not `SolveParameters`, or their solver does not exist.
+    """
+    instance("parameters", parameters, SolveParameters, "SolveParameters(...)")
+    require(parameters.solver)
 
 
 def check_asked(problem: Problem, policy: Policy) -> Policy:
@@ -106,6 +121,7 @@ def check_asked(problem: Problem, policy: Policy) -> Policy:
     Raises:
         ProblemError: it cannot honour a constraint, or cannot plan for the split rule.
     """
+    instance("problem", problem, Problem, _PROBLEM)
     if problem.max_moves is not None and "max_moves" not in policy.honours:
         raise ProblemError(
             "max_moves",
