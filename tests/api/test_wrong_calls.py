@@ -52,7 +52,7 @@ def problem(**fields: Any) -> Any:
         ),
         (lambda: sv.Demand.of(None), "demand.tokens = None: must hold numbers"),
         (
-            lambda: sv.Demand.of(np.ma.masked_array([1, 2], mask=[0, 1])),
+            lambda: sv.Demand.of(np.ma.masked_array([1, 2], mask=[False, True])),
             "must have a value everywhere; fill them first",
         ),
         (lambda: sv.Layout([[0, 0]], 1), "layout.slots[0] = [0, 0]: holds expert 0 twice"),
