@@ -52,7 +52,10 @@ fix: $(STAMP)  ## format, and mend what the linter can
 	@$(BIN)/ruff format .
 	@$(BIN)/ruff check --fix .
 
+tables: $(STAMP)  ## make the tables of the documents from the results of benchmarks
+	@$(BIN)/python benchmarks/tables.py
+
 bench: $(STAMP)  ## measure layouts against SGLang's planners (downloads their wheel once)
 	@$(BIN)/python benchmarks/layouts.py
 
-.PHONY: help install demo compare test test-all test-gpu docs check proto check-proto fix bench
+.PHONY: help install demo compare test test-all test-gpu docs check proto check-proto fix tables bench

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pkgutil
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -41,6 +43,11 @@ def test_paths_are_in_the_repository(document: Path) -> None:
 def test_names_with_dots_can_be_imported(document: Path) -> None:
     for name in re.findall(r"\bmoeplan\.(?:solvers|api|planner|runtime_client)(?:\.\w+)*", document.read_text()):
         pkgutil.resolve_name(name)
+
+
+def test_tables_are_those_of_the_results() -> None:
+    done = subprocess.run([sys.executable, ROOT / "benchmarks/tables.py", "--check"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("root", ["solvers", "planner", "runtime_client"])
