@@ -52,10 +52,18 @@ fix: $(STAMP)  ## format, and mend what the linter can
 	@$(BIN)/ruff format .
 	@$(BIN)/ruff check --fix .
 
+dist: $(STAMP)  ## build wheel and source archive into dist/; a tag of this commit must be the version
+	@tag=$$(git tag --points-at HEAD 'v*'); version=$$($(BIN)/python -m hatchling version); \
+		test -z "$$tag" || test "$$tag" = "v$$version" || { echo "tag $$tag: the version is $$version"; exit 1; }
+	@$(BIN)/python -m hatchling build
+
+coverage: $(STAMP)  ## which lines the tests run, in all their processes
+	@$(BIN)/coverage erase && $(BIN)/coverage run -m pytest; $(BIN)/coverage combine --quiet && $(BIN)/coverage report
+
 tables: $(STAMP)  ## make the tables of the documents from the results of benchmarks
 	@$(BIN)/python benchmarks/tables.py
 
 bench: $(STAMP)  ## measure layouts against SGLang's planners (downloads their wheel once)
 	@$(BIN)/python benchmarks/layouts.py
 
-.PHONY: help install demo compare test test-all test-gpu docs check proto check-proto fix tables bench
+.PHONY: help install demo compare test test-all test-gpu docs check proto check-proto fix dist coverage tables bench
