@@ -14,6 +14,8 @@ import pytest
 from tests.support.daemon import Start
 from tests.support.repository import ROOT, TRACE
 
+from moeplan.solvers import Layout
+
 STEPS = 24
 
 
@@ -46,3 +48,14 @@ def test_the_commands_of_the_readme_run(tmp_path: Path, start: Start) -> None:
             check=False,
         )
         assert done.returncode == 0, (words, done.stderr)
+
+
+def test_the_python_of_the_readme_runs() -> None:
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
+    assert blocks
+    names: dict[str, object] = {
+        "counts": np.random.default_rng(0).integers(1, 99, (16, 64)),
+        "layout": Layout.contiguous(64, np.full(16, 5)),
+    }
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), names)
