@@ -1,4 +1,4 @@
-"""How to connect to a daemon: token, certificates, and the channels of every client and rank."""
+"""Connections to a daemon: token, certificates, and the channels of every client and rank."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _POLICY = """{"methodConfig": [{"name": [{}], "retryPolicy": {"maxAttempts": 4, 
 
 @dataclass(frozen=True, slots=True)
 class Security:
-    """How to connect.
+    """Credentials of a connection.
 
     Attributes:
         token: Bearer token.
@@ -45,7 +45,7 @@ class Security:
         certificate: Path | None = None,
         key: Path | None = None,
     ) -> Self:
-        """What files hold: those given, and for the others those that the environment names.
+        """The content of files: those given, and for the others those that the environment names.
 
         Args:
             token: File with the bearer token; MOEPLAN_TOKEN_FILE by default.
@@ -66,7 +66,7 @@ class Security:
 
     @property
     def metadata(self) -> tuple[tuple[str, str], ...]:
-        """What is sent with each call."""
+        """Headers of each call."""
         return (("authorization", f"Bearer {self.token}"),) if self.token else ()
 
     def credentials(self) -> grpc.ChannelCredentials | None:

@@ -129,7 +129,7 @@ def error_of(error: grpc.RpcError, address: str = "") -> ServiceError:
 
 
 def _no_answer(cause: str, where: str) -> str:
-    """What gRPC means by `cause`, and what to do."""
+    """The meaning of gRPC's `cause`, and what to do."""
     if not cause.startswith(("failed to connect", "errors resolving")):
         return f"the connection to the daemon{where} was lost: {cause}"
     cause = cause.rpartition("last error: ")[2]

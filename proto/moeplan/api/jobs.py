@@ -1,4 +1,4 @@
-"""What a job is: its machines, its layers, how it wants to be planned, and where it stands."""
+"""Descriptions of a job: its machines, its layers, how it wants to be planned, and where it stands."""
 
 from __future__ import annotations
 
@@ -236,7 +236,7 @@ def check_size(cluster: Cluster, layers: int, experts: int, ranks: int) -> None:
 
 @dataclass(slots=True)
 class StatisticsCount:
-    """What became of statistics, in cells: one layer of one step of one rank.
+    """Statistics counted by their fate, in cells: one layer of one step of one rank.
 
     Attributes:
         accepted: Counted.
@@ -255,7 +255,7 @@ class StatisticsCount:
 
 @dataclass(frozen=True, slots=True)
 class JobStatus:
-    """What the server knows about a job.
+    """The state of a job as its server knows it.
 
     Attributes:
         plan_version: Version of the newest plan.

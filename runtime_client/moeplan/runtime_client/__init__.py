@@ -1,4 +1,4 @@
-"""What runs on a training rank: counting what routers choose, layers that execute layouts, the line to the planner.
+"""The part on a training rank: counts of what routers choose, layers that execute layouts, the line to the planner.
 
 The names are those of `__init__.pyi`, each imported at its first use. Needs torch: ``pip install moeplan[torch]``.
 """

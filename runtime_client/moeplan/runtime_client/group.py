@@ -144,7 +144,7 @@ class ExpertGroup:
         return table.view(self.size, len(row))
 
     def _wait(self, gathered: _Awaited, what: str) -> bool:
-        """Whether the others come within the time limit."""
+        """True if the others come within the time limit."""
         end = time.monotonic() + self.timeout.total_seconds()
         if gathered.within(min(_SLOW_S, self.timeout.total_seconds())):
             return True
@@ -213,7 +213,7 @@ class _Awaited:
             self.event.record(torch.cuda.current_stream(device))
 
     def within(self, seconds: float) -> bool:
-        """Whether it is over, waiting for so long at most."""
+        """True if it is over, after waiting for so long at most."""
         if self.event is None:
             try:
                 self.work.wait(timedelta(seconds=seconds))

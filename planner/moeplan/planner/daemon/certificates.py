@@ -15,13 +15,13 @@ from moeplan.planner.daemon.settings import Security
 __all__ = ["Certificates", "expiry"]
 
 WARN_S = 14 * 86_400.0
-"""How long before its end a certificate is warned of, once a day."""
+"""Time before the end of a certificate from which the log warns of it, once a day."""
 
 log = structlog.get_logger()
 
 
 class Certificates:
-    """What the server shows its clients, and by whom theirs must be signed.
+    """The server's certificate, and the authorities that must have signed its clients'.
 
     Raises:
         ValueError: the files cannot be used; the message says which and why.

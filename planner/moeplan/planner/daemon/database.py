@@ -164,7 +164,7 @@ class Database:
                 connection.shutdown(socket.SHUT_RDWR)
 
     def damaged(self, problem: str) -> StoreError:
-        """What a broken file is refused with."""
+        """The error that refuses a broken file."""
         path = self._url.database or ""
         return StoreError(
             f"{path} is damaged ({problem}). It was left as it is. Put a backup in its place, or try "

@@ -1,4 +1,4 @@
-"""What every call passes: who it is, what became of it, and how its errors look outside."""
+"""The interceptor of every call: authentication, metrics, and errors as statuses."""
 
 from __future__ import annotations
 

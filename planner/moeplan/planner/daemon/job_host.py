@@ -32,7 +32,7 @@ MOST_WRITTEN = 4
 """Forms of a plan that are kept written: streams that keep up all ask for the same one."""
 
 UNUSED_S = 10.0
-"""How long statistics may come without one that counts before the log says so, and from one time to the next."""
+"""Time for which statistics may come without one that counts before the log says so, and between such lines."""
 
 log = structlog.get_logger()
 
@@ -341,7 +341,7 @@ class JobHost:
 
 
 def _same_shape(old: JobSpec, new: JobSpec) -> bool:
-    """Whether layouts of one job suit the other."""
+    """True if layouts of one job suit the other."""
     return (
         old.layers == new.layers
         and old.experts == new.experts

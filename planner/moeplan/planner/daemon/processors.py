@@ -1,4 +1,4 @@
-"""How many processors this process may use: those that it is bound to, and what its control groups grant."""
+"""Processors that this process may use: those it is bound to, within what its control groups grant."""
 
 from __future__ import annotations
 

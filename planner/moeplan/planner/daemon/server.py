@@ -43,20 +43,20 @@ PLANNER = planner_pb2.DESCRIPTOR.services_by_name["PlannerService"]
 SOLVER = solver_pb2.DESCRIPTOR.services_by_name["SolverService"]
 
 TICK_S = 0.5
-"""How often the metrics that are not events are brought up to date, and files looked at for changes."""
+"""Period in which metrics that are not events are brought up to date, and files looked at for changes."""
 
 NO_WORKER_S = 5.0
-"""How long there may be no worker before the daemon says that it does not solve: one is replaced in less."""
+"""Time without a worker after which the daemon says that it does not solve: one is replaced in less."""
 
 WINDOW_BYTES = 4 * 1024**2
-"""What a client may send on a stream before the daemon reads it."""
+"""Bytes that a client may send on a stream before the daemon reads them."""
 
 SWITCH_S = 0.000_2
 """Longest that the event loop keeps the store's thread from running. Python's own 5 ms would pass several times in the
 writing of one plan, which needs the interpreter for many short moments."""
 
 LAST_RESORT_S = 5.0
-"""How much longer than its drain the end may take."""
+"""Time that the end may take beyond its drain."""
 
 log = structlog.get_logger()
 
@@ -164,7 +164,7 @@ class Daemon:
             log.info("certificates and tokens reloaded")
 
     def _stamps(self) -> list[tuple[int, ...]]:
-        """What changes when a certificate or token file is written or replaced."""
+        """A value that changes when a certificate or token file is written or replaced."""
         tokens = self.settings.security.tokens
         files = [*(self._certificates.files if self._certificates else ()), *([tokens] if tokens else ())]
         stamps: list[tuple[int, ...]] = []

@@ -1,4 +1,4 @@
-"""How the daemon is configured: a TOML file, then the environment (``MOEPLAN_*``), then flags; the later wins."""
+"""Configuration of the daemon: a TOML file, then the environment (``MOEPLAN_*``), then flags; the later wins."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PREFIX = "MOEPLAN_"
 OTHERS = {f"{PREFIX}{name}" for name in ("CONFIG", "SERVER", "TOKEN_FILE", "CA", "CERTIFICATE", "KEY")}
 """Variables that others read: the command line and clients."""
 INJECTED = re.compile(r"MOEPLAN(_\w+)?_(SERVICE_(HOST|PORT(_\w+)?)|PORT(_\d+_\w+)?)")
-"""What Kubernetes sets in every pod beside a service whose name begins with moeplan."""
+"""Variables that Kubernetes sets in every pod beside a service whose name begins with moeplan."""
 
 
 class UnknownSettingError(Exception):
@@ -38,7 +38,7 @@ def default_data_folder() -> Path:
 
 
 def loopback(address: str) -> bool:
-    """Whether only this machine can reach `address` (host:port or unix:path)."""
+    """True if only this machine can reach `address` (host:port or unix:path)."""
     if address.startswith("unix:"):
         return True
     host = address.rpartition(":")[0].strip("[]")
@@ -55,7 +55,7 @@ class _Section(BaseModel):
 
 
 class ServiceLimits(_Section):
-    """What the daemon accepts at most. Beyond a limit requests are refused; nothing that was accepted is dropped."""
+    """Limits of what the daemon accepts. Beyond one, requests are refused; nothing that was accepted is dropped."""
 
     message_bytes: int = Field(64 * MIB, ge=1024, le=2**31 - 1, description="size of one message")
     streams: int = Field(4_096, ge=1, description="rank and watch streams at a time")

@@ -109,7 +109,7 @@ def unavailable(reason: str, message: str, retry_s: float, **metadata: str) -> R
 
 
 def refusal_of(error: ProblemError) -> RefusalError:
-    """What the solvers refuse, as a status."""
+    """The status of a refusal by the solvers."""
     if isinstance(error, InfeasibleError):
         return precondition("INFEASIBLE", str(error), field=error.field)
     return invalid(error.field, error.value, error.reason)

@@ -110,7 +110,7 @@ class Store:
 
     @property
     def shared(self) -> bool:
-        """Whether other daemons may use the store too."""
+        """True if other daemons may use the store too."""
         return not self._sqlite
 
     @property
@@ -441,7 +441,7 @@ def _job_row(row: sa.RowMapping) -> JobRow:
 
 
 def _bytes(value: Any) -> bytes:
-    """What a column holds; SQLite would keep a text in it too, which is left to be refused as no message."""
+    """The bytes of a column; SQLite would keep a text in it too, which is left to be refused as no message."""
     return value.encode() if isinstance(value, str) else bytes(value)
 
 

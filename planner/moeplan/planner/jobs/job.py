@@ -116,7 +116,7 @@ class PlanningJob:
 
     @property
     def count(self) -> StatisticsCount:
-        """What became of the statistics."""
+        """Statistics counted by their fate."""
         return self._window.count
 
     @property
@@ -131,7 +131,7 @@ class PlanningJob:
 
     @property
     def solving(self) -> bool:
-        """Whether a task is out."""
+        """True if a task is out."""
         return self._running is not None
 
     def join(self, stream: int, incarnation: int, ranks: tuple[int, ...], session: str) -> list[int]:

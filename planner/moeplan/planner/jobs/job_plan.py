@@ -18,7 +18,7 @@ __all__ = ["Candidate", "back_to", "decide", "initial_plan", "move_time_s"]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Candidate:
-    """What a policy offers for one layer, and the layout in force on the same forecast.
+    """A policy's offer for one layer, beside the layout in force on the same forecast.
 
     Attributes:
         layer: Index of the layer.

@@ -153,7 +153,7 @@ class Window:
         return tuple(tokens for _, tokens in self._steps[layer])
 
     def _near(self, report: Report) -> bool:
-        """Whether a report is near the window, which moves first if enough others were as far."""
+        """True if a report is near the window, which moves first if enough others were as far."""
         if self._frontier < 0:
             return True
         if abs(report.step - self._frontier) <= FAR_STEPS:

@@ -57,7 +57,7 @@ _REASONS = {code: reason for reason, code in _CODES.items()}
 
 
 def read_job_spec(message: job_pb2.Job, *, checked: bool = False) -> JobSpec:
-    """What the owner of a job said; the fields that the server sets are ignored.
+    """The owner's description of a job; the fields that the server sets are ignored.
 
     If `checked`, it comes from the daemon's own store, and its layouts were checked before.
 
@@ -147,7 +147,7 @@ def read_job(message: job_pb2.Job) -> Job:
 
 
 def read_status(message: job_pb2.JobStatus) -> JobStatus:
-    """What the server knows about a job."""
+    """The state of a job as its server knows it."""
     count = message.statistics
     return JobStatus(
         plan_version=message.plan_version,

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["read_plan", "write_plan"]
 
 ROUNDING = 1e-6
-"""How far solvers of models may put a bound above what it bounds."""
+"""Tolerance by which solvers of models may put a bound above what it bounds."""
 _CODES = {reason: problem_pb2.Termination.Value(f"TERMINATION_{reason.name}") for reason in Termination}
 _TERMINATIONS = {code: reason for reason, code in _CODES.items()}
 

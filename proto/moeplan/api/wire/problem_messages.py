@@ -74,7 +74,7 @@ def write_cluster(cluster: Cluster) -> problem_pb2.Cluster:
 
 
 def read_expert(message: problem_pb2.ExpertSpec) -> ExpertSpec:
-    """What an expert costs.
+    """The costs of an expert.
 
     Raises:
         ProblemError: a field is out of range.

@@ -1,4 +1,4 @@
-"""What a loan costs and what a token saves, measured where a layer will run."""
+"""The price of a loan and the worth of a token, measured where a layer will run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What all layers of a model share to run their passes without the host: memory, planner, and the kernels' launches."""
+"""The share of all layers of a model in passes without the host: memory, planner, and launches of kernels."""
 
 from __future__ import annotations
 
@@ -271,7 +271,7 @@ class DeviceExchange:
         self.meet()
 
     def keep(self, route: Route, lent: Tensor) -> tuple[Tensor, Tensor]:
-        """What has arrived, for the backward pass: copies of rows and labels, and of lent experts in `lent`."""
+        """Arrivals, for the backward pass: copies of rows and labels, and of lent experts in `lent`."""
         rows, label = torch.empty_like(self.arrived), torch.empty_like(self.label)
         owned = self.mailbox.shape.owned
         borrowed = route.answer[BORROWED:]

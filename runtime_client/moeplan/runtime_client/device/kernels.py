@@ -57,7 +57,7 @@ def program(function: Callable[..., Any]) -> Any:
 
 @program
 def fence() -> tl.tensor:
-    """What this thread did and saw before, it did and saw before what follows, for all processors of the system."""
+    """A fence of the system: all processors see what this thread did before it ahead of what follows."""
     if _GPU:
         tl.inline_asm_elementwise("fence.acq_rel.sys; mov.u32 $0, 0;", "=r", [], dtype=tl.int32, is_pure=False, pack=1)
 

@@ -128,7 +128,7 @@ def _differ(told: Int64, table: Int32, experts: int) -> bool:
 
 @kernel
 def _faults(note: Int64, layer: int, table: Int32, experts: int) -> bool:
-    """Whether something is wrong with a row of counts; it is noted."""
+    """True if something is wrong with a row of counts; it is noted."""
     for s in range(len(table)):
         if table[s, experts] or table[s, experts + 1]:
             _note(note, _ROUTER, layer, s, table[s, experts], table[s, experts + 1])

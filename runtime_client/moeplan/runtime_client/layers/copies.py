@@ -39,7 +39,7 @@ def scatter_rows(out: Tensor, positions: Tensor, rows: Tensor) -> None:
 
 
 def _suits(tensor: Tensor, ratio: int) -> bool:
-    """Whether `ratio` elements of the last dimension can be seen as one."""
+    """True if `ratio` elements of the last dimension can be seen as one."""
     if ratio <= 1 or tensor.stride(-1) != 1 or tensor.data_ptr() % (ratio * tensor.element_size()):
         return False
     return all(size % ratio == 0 for size in (tensor.shape[-1], tensor.storage_offset(), *tensor.stride()[:-1]))

@@ -58,7 +58,7 @@ class Division:
 
 
 class PlannedLayer(NamedTuple):
-    """What a plan says of one layer: where replicas live, and how tokens are divided among them."""
+    """One layer of a plan: where replicas live, and how tokens are divided among them."""
 
     layout: Layout
     division: Division
@@ -66,7 +66,7 @@ class PlannedLayer(NamedTuple):
 
 @kernel
 def _of_rank(sent: Int64, device: Int32, slot: Int32, width: int, rank: int) -> tuple[Int64, Int64]:
-    """What `rank` sends and receives of ``sent[source, replica]``, where a replica is in ``slot`` of ``device``."""
+    """Rows that `rank` sends and receives of ``sent[source, replica]``; a replica is in ``slot`` of ``device``."""
     send = np.zeros((len(sent), width), np.int64)
     receive = np.zeros((len(sent), width), np.int64)
     for r in range(len(device)):

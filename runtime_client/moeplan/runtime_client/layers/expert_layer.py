@@ -1,4 +1,4 @@
-"""What fully sharded and resident experts have in common: how they are called, moved, copied and saved."""
+"""The common base of fully sharded and resident experts: calling, moving, copying and saving them."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ class ExpertLayer(nn.Module, ABC):
 
     @abstractmethod
     def _take(self, first: int, flat: Tensor) -> list[int]:
-        """What `load_experts` does; returns the rows of the parameter that it has written."""
+        """Load experts; returns the rows of the parameter that were written."""
 
     @torch.no_grad()
     def load_experts(self, first: int, flat: Tensor) -> None:
@@ -150,7 +150,7 @@ class ExpertLayer(nn.Module, ABC):
 
     @property
     def title(self) -> str:
-        """What errors call it."""
+        """The layer's name in errors."""
         return self.name or f"layer {self._number}"
 
     def _require_memory(self) -> None:
@@ -184,7 +184,7 @@ class ExpertLayer(nn.Module, ABC):
         return gather_counts(self.group, index, weight, self.experts, what, told, partial(compare_ranks, self.title))
 
     def _checks(self) -> tuple[Tensor, Tensor, Tensor | None] | tuple[()]:
-        """What a rank tells of its weights, in the order of `tell`; nothing in most passes."""
+        """Values by which ranks compare weights, in the order of `tell`; none in most passes."""
         if not self._compares:
             return ()
         own, shared = row_sums(self.weights).sum(), [row_sums(weights).sum() for weights in self._shared()]
@@ -196,7 +196,7 @@ class ExpertLayer(nn.Module, ABC):
 
     @property
     def _compares(self) -> bool:
-        """Whether ranks compare weights in this pass: in 1, 2, 4, 8 and so on, as what differs once stays different."""
+        """True if ranks compare weights in this pass: in 1, 2, 4, 8 and so on, as what differs once stays different."""
         return self.group.size > 1 and self._passes & (self._passes - 1) == 0
 
     def _shared(self) -> Iterator[Tensor]:

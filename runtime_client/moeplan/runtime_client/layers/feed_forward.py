@@ -33,7 +33,7 @@ _HAS_GROUPED = hasattr(functional, "grouped_mm")
 
 
 class Form(NamedTuple):
-    """What an expert computes between its two matrices; the fields are those of `ExpertShape`."""
+    """The computation between an expert's two matrices; the fields are those of `ExpertShape`."""
 
     gated: bool
     activation: str
@@ -93,12 +93,12 @@ class ExpertShape:
 
     @property
     def form(self) -> Form:
-        """What is computed between the matrices."""
+        """The computation between the matrices."""
         return Form(self.gated, self.activation, self.slope, self.shift, self.limit, self.interleaved)
 
     @property
     def parts(self) -> dict[str, tuple[int, ...]]:
-        """What a flat expert consists of, in order: names and shapes as a fused experts module has them."""
+        """Parts of a flat expert, in order: names and shapes as a fused experts module has them."""
         inner, outer = (self.inner_rows, self.hidden), (self.hidden, self.width)
         name = "gate_up_proj" if self.gated else "up_proj"
         parts: dict[str, tuple[int, ...]] = {name: inner, "down_proj": outer}

@@ -1,4 +1,4 @@
-"""What ranks tell each other beside the counts of a pass, so that none computes with what does not go together."""
+"""Facts that ranks exchange beside the counts of a pass, so that none computes with what does not go together."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def tell(
     rewritten: Tensor | None = None,
     shared: Tensor | None = None,
 ) -> list[int | Tensor]:
-    """What a rank says of itself, for `compare_ranks`.
+    """A rank's facts about itself, for `compare_ranks`.
 
     Args:
         layer: Number of the layer in the group.

@@ -25,7 +25,7 @@ __all__ = ["ResidentExperts", "SpillPlanner"]
 
 
 class SpillPlanner(Protocol):
-    """What plans a micro-batch: `QuotaPlanner` or `LlepPlanner`, or anything that is as deterministic."""
+    """A planner of micro-batches: `QuotaPlanner` or `LlepPlanner`, or anything that is as deterministic."""
 
     options: SpillOptions
 

@@ -72,7 +72,7 @@ def gather_counts(
 
 
 def infers_shapes() -> bool:
-    """Whether ``torch.distributed.pipelining`` runs the model on memory that was never written, to see shapes."""
+    """True if ``torch.distributed.pipelining`` runs the model on memory that was never written, to see shapes."""
     return any(frame.f_code.co_name == "_forward_metadata_inference" for frame, _ in traceback.walk_stack(None))
 
 

@@ -343,5 +343,5 @@ class _Announce(torch.autograd.Function):
 
 
 def _in_backward() -> bool:
-    """Whether autograd is running a backward pass on this thread, as it does while a checkpoint recomputes."""
+    """True if autograd is running a backward pass on this thread, as it does while a checkpoint recomputes."""
     return torch._C._current_graph_task_id() != -1

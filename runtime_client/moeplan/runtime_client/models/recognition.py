@@ -1,4 +1,4 @@
-"""What an experts module of a model computes, found out by comparison with the forms that ours know."""
+"""Recognition of what an experts module computes, by comparison with the forms that ours know."""
 
 from __future__ import annotations
 

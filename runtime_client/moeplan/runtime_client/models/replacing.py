@@ -21,7 +21,7 @@ L = TypeVar("L", bound=FullyShardedExperts | ResidentExperts)
 
 
 class MakeExperts(Protocol[L_co]):
-    """What makes a layer: one of our classes with its other arguments already given, for instance by ``partial``."""
+    """A maker of layers: one of our classes with its other arguments already given, for instance by ``partial``."""
 
     def __call__(self, shape: ExpertShape, experts: int, *, dtype: torch.dtype, device: torch.device) -> L_co: ...
 

@@ -65,7 +65,7 @@ class Aggregation:
 
     @property
     def leads(self) -> bool:
-        """Whether this rank holds a stream."""
+        """True if this rank holds a stream."""
         return self._leader == self._rank
 
     def exchange(self, step: int, counts: Int64) -> tuple[int, Int64] | None:

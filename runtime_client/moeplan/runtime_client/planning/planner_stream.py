@@ -54,7 +54,7 @@ class HeldPlan:
 
 @dataclass(frozen=True, slots=True)
 class StreamStatus:
-    """How the line is.
+    """The state of the line.
 
     Attributes:
         connected: Whether the planner has welcomed this rank and not gone since.
@@ -134,7 +134,7 @@ class PlannerStream:
 
     @property
     def status(self) -> StreamStatus:
-        """How the line is."""
+        """The state of the line."""
         return self._status
 
     def plan(self, version: int) -> HeldPlan | None:
@@ -318,7 +318,7 @@ class PlannerStream:
                 del self._held[old]
 
     def _complete(self, message: job_pb2.JobPlan) -> tuple[LayoutAndRule, ...]:
-        """What it says of all layers; raises ValueError where the job cannot have one."""
+        """The plan's layouts of all layers; raises ValueError where the job cannot have one."""
         spec, plan = self._spec, wire.read_job_plan(message)
         if plan.incarnation != self._incarnation:
             raise ValueError(f"it is for incarnation {plan.incarnation}, and this is {self._incarnation}")

@@ -1,4 +1,4 @@
-"""What a training loop calls once per step: counts go to the planner, and its layouts come into force on all ranks."""
+"""The session that a training loop calls once per step: counts out, layouts in, in force on all ranks at once."""
 
 from __future__ import annotations
 
@@ -149,7 +149,7 @@ class PlannerSession:
 
     @property
     def status(self) -> StreamStatus | None:
-        """How this rank's line to the planner is; None on a rank that another reports for."""
+        """The state of this rank's line to the planner; None on a rank that another reports for."""
         return None if self._stream is None else self._stream.status
 
     def step(self, counts: Int64 | None) -> bool:

@@ -14,7 +14,7 @@ __all__ = ["PROBES", "Form", "Probe"]
 
 
 class Form(StrEnum):
-    """What a tensor of choices holds."""
+    """The content of a tensor of choices."""
 
     INDEX = "index"
     """Integers [..., k]: experts of each token. Entries that are no expert, as of padding, are counted as ignored."""
@@ -26,7 +26,7 @@ class Form(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """How one kind of module shows its choices. Make your own for a kind that is not in `PROBES`.
+    """A way to see the choices of one kind of module. Make your own for a kind that is not in `PROBES`.
 
     Attributes:
         looks_for: The kind of module in words, for the error that says what was looked for.

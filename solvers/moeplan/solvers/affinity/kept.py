@@ -1,4 +1,4 @@
-"""What a placement keeps on its nodes, at most and as it is, and by how much it exceeds their caps of load."""
+"""Tokens that a placement keeps on its nodes, at most and as it is, and its excess over their caps of load."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ TOLERANCE = 1e-12
 
 
 def applies(experts: int, capacity: Int32, speed: Float64) -> bool:
-    """Whether the theorem covers these devices: all equal, and at least one spare slot for all of them but one."""
+    """True if the theorem covers these devices: all equal, and at least one spare slot for all of them but one."""
     devices, slots = len(capacity), int(capacity[0])
     equal = bool((capacity == slots).all() and (speed == speed[0]).all())
     return equal and experts <= devices * (slots - 1) + 1

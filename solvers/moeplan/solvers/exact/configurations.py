@@ -137,7 +137,7 @@ def _relaxed(load: Float64, price: Float64, devices: int, width: int) -> tuple[f
 
 
 def applies(experts: int, capacity: Int32, speed: Float64) -> bool:
-    """Whether the theorem covers these devices: all equal, and too few spare slots for perfect balance."""
+    """True if the theorem covers these devices: all equal, and too few spare slots for perfect balance."""
     width = int(capacity[0])
     equal = bool((capacity == width).all() and (speed == speed[0]).all())
     return equal and experts > len(capacity) * (width - 1) + 1

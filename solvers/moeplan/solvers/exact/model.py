@@ -91,12 +91,12 @@ class Model:
 
     @cached_property
     def equal_speeds(self) -> bool:
-        """Whether all devices are as fast as the first."""
+        """True if all devices are as fast as the first."""
         return bool((self.speed == self.speed[0]).all())
 
     @cached_property
     def interchangeable(self) -> bool:
-        """Whether devices can be renamed freely, so that an order may be imposed on them."""
+        """True if devices can be renamed freely, so that an order may be imposed on them."""
         limited = self.limits is not None or (self.memory is not None and bool((self.memory != self.memory[0]).any()))
         return not limited and self.equal_speeds and bool((self.capacity == self.capacity[0]).all())
 
@@ -132,7 +132,7 @@ class Model:
         return floor
 
     def objective(self, level: Float64) -> float:
-        """What is minimised, for the largest load per speed of each scenario, float64[scenarios]."""
+        """The objective, for the largest load per speed of each scenario, float64[scenarios]."""
         if self.tail >= 1:
             return float(self.weights @ level)
         share = self.weights * self.floor
@@ -167,7 +167,7 @@ class Model:
 
 @dataclass(frozen=True, slots=True)
 class Effort:
-    """How hard a solver may try.
+    """Limits of a solver.
 
     Attributes:
         deadline: Time on `time.perf_counter` to stop at; None for none.
@@ -191,7 +191,7 @@ class Effort:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Answer:
-    """What a solver found.
+    """A solver's answer.
 
     Attributes:
         placed: bool[devices, experts], its best placement; None if it found none.

@@ -29,7 +29,7 @@ __all__ = ["applies", "groups_of", "solve"]
 
 
 def applies(model: Model) -> bool:
-    """Whether the theorem covers the model: one scenario, interchangeable devices, and fewer than D - 1 spare slots."""
+    """True if the theorem covers the model: one scenario, interchangeable devices, and fewer than D - 1 spare slots."""
     spare = int(model.capacity.sum()) - model.experts
     return (
         model.incumbent is not None

@@ -13,7 +13,7 @@ from moeplan.solvers.problem.arrays import Bool
 __all__ = ["require", "run"]
 
 MARGIN_S = 0.03
-"""What a solver is told to leave of the time, because it looks at its clock rarely."""
+"""Time that a solver is told to leave, because it looks at its clock rarely."""
 
 
 def run(model: Model, solver: str, effort: Effort) -> Answer:

@@ -70,7 +70,7 @@ def imbalance(problem: Problem, quota: Int64) -> Float64:
 
 
 def objective(problem: Problem, value: Float64) -> float:
-    """What a plan minimises, of the imbalance of each scenario: its mean, or the mean of the worst part `tail`."""
+    """The objective of a plan, from the imbalance of each scenario: its mean, or the mean of the worst part `tail`."""
     return risk(value, problem.demand.weights, problem.tail)
 
 

@@ -22,7 +22,7 @@ __all__ = ["LAER", "STEP", "Cost", "CostModel", "Over", "between_nodes", "check_
 
 
 class Over(StrEnum):
-    """How the communication times of devices combine."""
+    """The way in which communication times of devices combine."""
 
     MAX = "max"
     SUM = "sum"
@@ -30,7 +30,7 @@ class Over(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class CostModel:
-    """What one layer does in a step.
+    """The work of one layer in a step.
 
     Attributes:
         compute_passes: Forward times of the experts: 3 for forward and backward, 4 with full recomputation.

@@ -1,4 +1,4 @@
-"""How hard to try."""
+"""Limits of a solve: time, work, and the gap at which to stop."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class SolveParameters:
 
     @property
     def paced_by_clock(self) -> bool:
-        """Whether the clock alone ends a search."""
+        """True if the clock alone ends a search."""
         return self.work_limit is None and self.deadline_s is not None
 
     def within(self, seconds: float) -> SolveParameters:

@@ -47,7 +47,7 @@ class Plan:
 
     @property
     def gap(self) -> float:
-        """How far from optimal the plan can be at most: ``objective / bound - 1``."""
+        """The most by which the plan can exceed the optimum: ``objective / bound - 1``."""
         return max(0.0, self.objective / self.bound - 1.0)
 
     def __repr__(self) -> str:

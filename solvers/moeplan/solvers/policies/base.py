@@ -27,9 +27,9 @@ from moeplan.solvers.problem.problem import Problem
 from moeplan.solvers.problem.split_rules import SplitRule
 
 LOCALITY = 0.1
-"""What sending a token over the slowest link costs, beside computing it on a device of average load."""
+"""Cost of sending a token over the slowest link, beside that of computing it on a device of average load."""
 MOVE = 0.05
-"""What loading a replica costs, per token that it will compute."""
+"""Cost of loading a replica, per token that it will compute."""
 
 CHOICE = 3
 """Replicas considered in a round, per device that takes one."""

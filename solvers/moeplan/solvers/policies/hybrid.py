@@ -147,7 +147,7 @@ class _Search:
 
     @property
     def late(self) -> bool:
-        """Whether the deadline has passed."""
+        """True if the deadline has passed."""
         return self.deadline is not None and time.perf_counter() >= self.deadline
 
     @property
@@ -161,7 +161,7 @@ class _Search:
 
     @property
     def over(self) -> bool:
-        """Whether to stop."""
+        """True if it is time to stop."""
         return self.score <= self.target or self.late or self.work >= self.parameters.candidates
 
     def progress(self) -> Progress:
@@ -407,23 +407,23 @@ def _with_groups(problem: Problem) -> Problem:
 
 
 def _crowded(problem: Problem) -> bool:
-    """Whether a device holds more replicas than it has room for any more."""
+    """True if a device holds more replicas than it has room for any more."""
     return problem.current is not None and bool((problem.current.placed.sum(axis=1) > problem.capacity).any())
 
 
 def _lost(problem: Problem) -> bool:
-    """Whether an expert has no replica in force any more."""
+    """True if an expert has no replica in force any more."""
     return problem.current is not None and not bool(problem.current.placed.any(axis=0).all())
 
 
 def _perfect(problem: Problem) -> bool:
-    """Whether nothing but slots limits a layout, so that the theorem of the sliding window holds."""
+    """True if nothing but slots limits a layout, so that the theorem of the sliding window holds."""
     memory = problem.cluster.memory_bytes is not None and problem.expert.activation_bytes > 0
     return problem.limits.free and not memory and _rule(problem) is SplitRule.OPTIMAL
 
 
 def _small(problem: Problem) -> bool:
-    """Whether an exact model of the whole problem is small enough to be solved."""
+    """True if an exact model of the whole problem is small enough to be solved."""
     variables = problem.demand.scenarios * problem.devices * problem.experts
     small = problem.devices <= SMALL_DEVICES and variables <= SMALL_VARIABLES
     return small and _rule(problem) is SplitRule.OPTIMAL

@@ -43,10 +43,10 @@ class Progress:
 
 
 ALL_LIMITS = ("max_moves", *(field.name for field in fields(Constraints)))
-"""What a policy honours that respects every limit of a problem."""
+"""Limits that a policy honours which respects every one of a problem."""
 
 ALL_RULES = frozenset(SplitRule)
-"""What a policy plans for whose layouts are judged, or simply made, under whichever rule is asked for."""
+"""Rules for a policy whose layouts are judged, or simply made, under whichever is asked for."""
 
 Make = Callable[[Problem, SolveParameters], Layout]
 

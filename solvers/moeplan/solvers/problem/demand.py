@@ -1,4 +1,4 @@
-"""What the router asks for: tokens of each expert from each source, in one or several scenarios."""
+"""Demand of a router: tokens of each expert from each source, in one or several scenarios."""
 
 from __future__ import annotations
 

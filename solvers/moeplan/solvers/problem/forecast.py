@@ -55,7 +55,7 @@ def forecast(window: Int64, how: Forecast = Forecast()) -> Demand:
 
 @dataclass(frozen=True, slots=True)
 class Widening:
-    """How scenarios are drawn from a window; see `docs/uncertainty.md` for what was tried.
+    """Scenarios drawn from a window; see `docs/uncertainty.md` for what was tried.
 
     Attributes:
         scenarios: How many, even.

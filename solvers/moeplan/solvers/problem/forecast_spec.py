@@ -1,4 +1,4 @@
-"""How demand is to be forecast, apart from the forecast itself, so that options can be read without the arrays."""
+"""Options of a forecast, apart from the forecast itself, so that they can be read without the arrays."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ MAX_WINDOW_STEPS = 4_096
 
 
 class ForecastMethod(StrEnum):
-    """How the demand of the coming steps follows from the window."""
+    """A way from the window to the demand of the coming steps."""
 
     LAST = "last"
     """The newest step."""
@@ -29,7 +29,7 @@ class ForecastMethod(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Forecast:
-    """How demand is forecast.
+    """A forecast of demand.
 
     Attributes:
         method: What to make of the window.

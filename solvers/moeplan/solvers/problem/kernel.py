@@ -1,4 +1,4 @@
-"""How numeric kernels are compiled."""
+"""The compilation of numeric kernels."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ class Arrivals(NamedTuple):
 
 
 def limit_arrays(limits: Limits) -> LimitArrays:
-    """What kernels read of limits that are narrowed to one region per unit."""
+    """Limits as kernels read them, narrowed to one region per unit."""
     return LimitArrays(*(getattr(limits, name) for name in LimitArrays._fields))
 
 
@@ -66,7 +66,7 @@ def arrive(d: int, e: int, limits: LimitArrays, arrivals: Arrivals) -> None:
 
 @kernel
 def may_arrive(d: int, e: int, limits: LimitArrays, arrivals: Arrivals) -> bool:
-    """Whether a further replica of expert `e` on device `d` stays within the limits of arrivals."""
+    """True if a further replica of expert `e` on device `d` stays within the limits of arrivals."""
     if limits.held[d, e]:
         return True
     n = limits.node[d]

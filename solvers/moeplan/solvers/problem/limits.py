@@ -19,7 +19,7 @@ NO_LIMIT = 2**53
 
 @dataclass(frozen=True, eq=False)
 class Limits:
-    """What a layout must respect, beyond the capacity of its devices.
+    """Limits of a layout beyond the capacity of its devices.
 
     An **arrival** is a replica on a device that does not hold it now; it is **far** if no device of its node does. A
     **unit** is a set of experts whose replicas share a **region** of devices.
@@ -59,18 +59,18 @@ class Limits:
 
     @cached_property
     def free(self) -> bool:
-        """Whether any device may hold any expert, as often as it has slots."""
+        """True if any device may hold any expert, as often as it has slots."""
         everywhere = bool(self.may.all()) and not self.must.any() and self.regions == 1
         return everywhere and bool((self.most >= len(self.may)).all())
 
     @cached_property
     def simple(self) -> bool:
-        """Whether `max_moves` is the only limit there may be."""
+        """True if `max_moves` is the only limit there may be."""
         return self.free and min(int(self.device_arrivals.min()), int(self.node_arrivals.min())) >= NO_LIMIT
 
     @cached_property
     def moves_limited(self) -> bool:
-        """Whether any limit of arrivals is set."""
+        """True if any limit of arrivals is set."""
         least = min(self.max_arrivals, int(self.device_arrivals.min()), int(self.node_arrivals.min()))
         return least < NO_LIMIT
 

@@ -1,4 +1,4 @@
-"""What must be copied to go from one layout to another, and how to rename devices so that it is least.
+"""Replicas to copy from one layout to another, and the renaming of devices that makes them fewest.
 
 Devices of one node with equal slots, speed and memory are interchangeable, and so are nodes of equal devices. Renaming
 them changes no load, so the renaming that keeps most replicas in place is a linear assignment: inside each pair of

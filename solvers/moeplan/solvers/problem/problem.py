@@ -24,7 +24,7 @@ __all__ = ["ExpertSpec", "Problem", "check_experts"]
 
 @dataclass(frozen=True, slots=True)
 class ExpertSpec:
-    """What one expert and one token of a layer cost. The zeros of the default leave out memory and traffic.
+    """Costs of one expert and one token of a layer. The zeros of the default leave out memory and traffic.
 
     Attributes:
         weight_bytes: Weights of one replica; also what moving a replica sends.

@@ -10,7 +10,7 @@ __all__ = ["RANK_RULES", "SplitRule", "split_rule"]
 
 
 class SplitRule(StrEnum):
-    """How the system that runs a layout divides tokens."""
+    """A rule by which the system that runs a layout divides tokens."""
 
     EVEN = "even"
     """Every replica takes the same share: vLLM, SGLang and TensorRT-LLM."""
@@ -25,7 +25,7 @@ class SplitRule(StrEnum):
 
     @property
     def needs_sources(self) -> bool:
-        """Whether it cannot be worked out without knowing where tokens come from."""
+        """True if it cannot be worked out without knowing where tokens come from."""
         return self in (SplitRule.HOME, SplitRule.LOCAL)
 
 

@@ -66,7 +66,7 @@ class Assignment:
 
     @property
     def gap(self) -> float:
-        """How much larger the optimal sum of scores can be at most: ``bound - value``."""
+        """The most by which the optimal sum of scores can be larger: ``bound - value``."""
         return max(0.0, self.bound - self.value)
 
 

@@ -78,7 +78,7 @@ class Exchange(NamedTuple):
 
 
 class Change(NamedTuple):
-    """What an exchange adds to the arrivals at both devices, and to the far ones at their nodes.
+    """Arrivals that an exchange adds at both devices, and far ones at their nodes.
 
     On one node, `far_q` counts both devices.
     """
@@ -138,20 +138,20 @@ def removal_of(q: int, draft: Draft, limits: LimitArrays) -> tuple[bool, Exchang
 
 @kernel
 def _may_go(d: int, e: int, redundant: bool, limits: LimitArrays) -> bool:
-    """Whether a redundant replica of expert `e` on device `d` takes up a limited arrival, and nobody asks for it."""
+    """True if a redundant replica of expert `e` on device `d` takes up a limited arrival, and nobody asks for it."""
     limited = redundant and e >= 0 and limits.max_arrivals < NO_LIMIT
     return limited and not limits.held[d, e] and not limits.must[d, e]
 
 
 @kernel
 def _may_take(d: int, e: int, old: int, on: Bool, may: Bool, must: Bool) -> bool:
-    """Whether device `d` may hold expert `e` in place of expert `old`, or in an empty slot."""
+    """True if device `d` may hold expert `e` in place of expert `old`, or in an empty slot."""
     return not on[d, e] and may[d, e] and not (old >= 0 and must[d, old])
 
 
 @kernel
 def change_of(x: Exchange, limits: LimitArrays) -> Change:
-    """What an exchange adds to the arrivals."""
+    """Arrivals that an exchange adds."""
     held, far, node = limits.held, limits.far, limits.node
     at_q = _arrives(x.dq, x.a, held) - _arrives(x.dq, x.b, held)
     far_q = _is_far(x.dq, x.a, far) - _is_far(x.dq, x.b, far)
@@ -178,13 +178,13 @@ def _is_far(d: int, e: int, far: Bool) -> int:
 
 @kernel
 def _fits(change: int, now: int, limit: int) -> bool:
-    """Whether a limit allows a change; what gives arrivals back is always allowed."""
+    """True if a limit allows a change; what gives arrivals back is always allowed."""
     return change <= 0 or now + change <= limit
 
 
 @kernel
 def within(x: Exchange, change: Change, limits: LimitArrays, arrivals: Arrivals) -> bool:
-    """Whether an exchange keeps every limit of arrivals."""
+    """True if an exchange keeps every limit of arrivals."""
     node_p, node_q = limits.node[x.dp], limits.node[x.dq]
     return (
         _fits(change.arrivals, arrivals.total[0], limits.max_arrivals)

@@ -32,14 +32,14 @@ from moeplan.solvers.split.flow import augment, pour, waterfill
 __all__ = ["SourcedScenarios", "keep_home"]
 
 LOAD_PRICE = 20.0
-"""What exceeding the cap by a fraction costs, beside the same fraction of tokens leaving their node."""
+"""Cost of exceeding the cap by a fraction, beside the same fraction of tokens leaving their node."""
 
 DRAWS = 200
 """Pairs of positions drawn at most, per candidate that is scored."""
 
 
 class SourcedScenarios(NamedTuple):
-    """What a layout is judged by, where it counts which domain tokens come from.
+    """The measure of a layout, where it counts which domain tokens come from.
 
     Attributes:
         tokens: int64[scenarios, domains, experts], tokens by the domain that they come from.

@@ -48,7 +48,7 @@ DRAWS = 100
 
 
 class Scenarios(NamedTuple):
-    """What a layout is judged by.
+    """The measure of a layout.
 
     Attributes:
         tokens: int64[scenarios, experts].
@@ -66,7 +66,7 @@ class Scenarios(NamedTuple):
 
 
 class Burst(NamedTuple):
-    """How far to search.
+    """Limits of a search.
 
     Attributes:
         steps: Candidates to score.
@@ -99,7 +99,7 @@ class _Splits(NamedTuple):
 
 
 class _Cuts(NamedTuple):
-    """What each scenario's tight set must hold, int64[scenarios], and its speed, float64[scenarios]."""
+    """Tokens that each scenario's tight set must hold, int64[scenarios], and its speed, float64[scenarios]."""
 
     tokens: Int64
     speed: Float64

@@ -117,7 +117,7 @@ class _Layer:
 
     @property
     def hope(self) -> float:
-        """What a further step may gain."""
+        """The gain that a further step may bring."""
         if self.last is None:
             return float("inf")
         return max(0.0, self.value / max(self.last.bound, 1.0) - 1) / (1 + self.idle)

@@ -57,7 +57,7 @@ class Domain(NamedTuple):
 
 
 class Costs(NamedTuple):
-    """What replicas cost, and what is worth doing.
+    """Costs of replicas, and the thresholds of what is worth doing.
 
     Attributes:
         transfer: Time of receiving a replica, in tokens at speed 1.

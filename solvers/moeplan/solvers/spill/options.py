@@ -1,4 +1,4 @@
-"""What a spill may use: homes, spare slots, link domains, speeds, memory, and what a transfer costs."""
+"""Means of a spill: homes, spare slots, link domains, speeds, memory, and the price of a transfer."""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ class _Topology(NamedTuple):
 
 
 class _Work(NamedTuple):
-    """What a call needs between its steps, and nothing beyond it: a row per name above.
+    """Memory of a call between its steps, and nothing beyond it: a row per name above.
 
     Attributes:
         devices: int64[5, devices].

@@ -1,1 +1,1 @@
-"""How an expert's tokens are divided among its replicas, for a layout that is given."""
+"""Division of an expert's tokens among its replicas, for a layout that is given."""

@@ -184,7 +184,7 @@ def waterfill(
 
 @kernel
 def _no_room_below(level: float, load: Int64, speed: Float64) -> bool:
-    """Whether all devices together cannot compute the tokens with every load per speed below `level`."""
+    """True if all devices together cannot compute the tokens with every load per speed below `level`."""
     room = 0
     for d in range(len(load)):
         room += int(np.ceil(level * speed[d])) - 1 - load[d]

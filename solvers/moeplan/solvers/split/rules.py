@@ -1,4 +1,4 @@
-"""How an expert's tokens are divided among its replicas: the rules `even`, `lite`, `optimal`, `home` and `local`.
+"""The rules that divide an expert's tokens among its replicas: `even`, `lite`, `optimal`, `home` and `local`.
 
 A rule decides each replica's integer quota. Rules that look at the origin of tokens (`lite`, `local`) also decide which
 source sends how many tokens to which replica; for the others `sources` derives it, nearest replica first, which moves
@@ -29,7 +29,7 @@ __all__ = ["RULES", "Fabric", "Split", "divide", "fabric_of", "route", "routes",
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Split:
-    """How the tokens of each scenario are divided.
+    """The tokens of each scenario, divided.
 
     Attributes:
         rule: The rule that made it.
@@ -149,7 +149,7 @@ def _lite(tokens: Int64, start: Int32, device: Int32, node: Int32, source_device
 
 
 LOCAL_TOLERANCE = 0.01
-"""How much larger than the optimum `local` and `home` let the largest load become, as a fraction."""
+"""Fraction by which `local` and `home` let the largest load exceed the optimum."""
 
 
 def local(fabric: Fabric, layout: Layout, tokens: Int64, tolerance: float = LOCAL_TOLERANCE) -> Split:

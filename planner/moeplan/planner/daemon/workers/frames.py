@@ -1,4 +1,4 @@
-"""What the daemon and its workers say to each other: a kind, a length and bytes, over a socket pair."""
+"""Frames between the daemon and its workers: a kind, a length and bytes, over a socket pair."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _HEADER = struct.Struct("<BQ")
 
 
 class Kind(IntEnum):
-    """What a frame holds. To a worker: a task. From a worker: `PART` before the last answer, `DONE`, or `ERROR`."""
+    """The kind of a frame. To a worker: a task. From a worker: `PART` before the last answer, `DONE`, or `ERROR`."""
 
     SOLVE = 1
     """A SolveRequest."""

@@ -30,7 +30,7 @@ from moeplan.planner.daemon.workers.frames import FORK, Kind
 __all__ = ["Workers"]
 
 OVERRUN_S = 0.25
-"""How much later than its limit a task is killed: searches stop by themselves within 20 ms, so it did not work."""
+"""Time past its limit after which a task is killed: searches stop by themselves within 20 ms, so it did not work."""
 
 START_S = 180.0
 """Longest wait for the zygote: the very first one compiles every kernel."""

@@ -28,7 +28,7 @@ class Limited:
 
 
 def failure(error: Exception) -> bytes:
-    """How an error of a task travels to the daemon."""
+    """An error of a task on its way to the daemon."""
     if isinstance(error, ProblemError):
         kind = "infeasible" if isinstance(error, InfeasibleError) else "problem"
         return pickle.dumps((kind, error.field, str(error.value)[:200], error.reason))

@@ -1,4 +1,4 @@
-"""What a worker process does with a task. Requests are read here, not in the daemon: their arrays never hold it up.
+"""Tasks as a worker process does them. Requests are read here, not in the daemon: their arrays never hold it up.
 
 The daemon itself never imports this module: it loads the compiler of the kernels, and with it most of a second.
 """
