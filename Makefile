@@ -23,8 +23,10 @@ demo: $(STAMP)  ## train a small MoE model on two ranks, as usual and with moepl
 compare: $(STAMP)  ## plan from a recorded trace and compare policies on steps they did not see
 	@$(BIN)/python examples/compare_policies.py
 
+# Files of tests side by side, as most of their time is spent waiting for daemons and ranks; kernels are compiled before.
 test: $(STAMP)  ## run the tests
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -c "from moeplan.solvers import warm_up; warm_up()"
+	@$(BIN)/python -m pytest -n 3 --dist loadfile
 
 test-all: $(STAMP) docs  ## run the tests, those that take minutes too, and build the documentation
 	@$(BIN)/python -m pytest -m "slow or not slow"

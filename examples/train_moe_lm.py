@@ -10,8 +10,9 @@ The text is what every Python has: the sources of its standard library, and its 
 every `--shift` steps, and with it the experts that are busy. No loss balances them.
 
 ``static`` is plain expert parallelism: each expert at home on one rank. ``spill`` lends experts to idle ranks, planned
-in each pass from exact counts. ``planned`` shards every expert over the ranks, and a planner's daemon decides which
-rank computes which; without a daemon it trains all the same.
+in each pass from exact counts. On GPUs of one NVLink domain both run their passes without the host. ``planned`` shards
+every expert over the ranks, and a planner's daemon decides which rank computes which; without a daemon it trains all
+the same.
 """
 
 from __future__ import annotations
@@ -48,10 +49,13 @@ from moe_lm import (
 from moeplan.api import Forecast, Replan
 from moeplan.runtime_client import (
     AgreementError,
+    DeviceExchange,
     ExpertGroup,
     FullyShardedExperts,
     PlannedLayer,
     PlannerSession,
+    ResidentExperts,
+    measure_transfer,
     record,
 )
 from moeplan.solvers import QuotaPlanner, SolveParameters, SpillOptions
@@ -66,9 +70,32 @@ def make_layers(mode: str, size: Size, group: ExpertGroup, device: torch.device)
     else:
         spill = spill_options(size, group.size)
         options = spill if mode == "spill" else SpillOptions.uniform(size.experts, group.size, 0)
-        layers += resident_layers(size, group, device, lambda: QuotaPlanner(options, group.size), dtype)
+        exchange = device_exchange(size, group, device, options)
+        layers += resident_layers(
+            size, group, device, lambda: QuotaPlanner(options, group.size), dtype, exchange=exchange
+        )
     load_random(size, layers, device)
     return layers
+
+
+def device_exchange(
+    size: Size, group: ExpertGroup, device: torch.device, options: SpillOptions
+) -> DeviceExchange | None:
+    """Passes without the host, on GPUs that can; experts are lent where that earns their transfer."""
+    if device.type == "cpu" or group.size == 1:
+        return None
+    planner = QuotaPlanner(options, group.size)
+    try:
+        exchange = DeviceExchange(
+            group, planner, size.shape, max_tokens=size.tokens, choices=size.choices, device=device
+        )
+    except RuntimeError as error:
+        if group.rank == 0:
+            print(f"tokens and lent experts travel by NCCL: {error}", file=sys.stderr)
+        return None
+    if options.spare.any():
+        exchange.charge(measure_transfer(exchange))
+    return exchange
 
 
 def main() -> None:
@@ -114,6 +141,7 @@ def main() -> None:
             optimizer.zero_grad()
             if device.type == "cuda":
                 torch.cuda.synchronize()
+                check(layers)
             seconds = time.perf_counter() - start
             recorder.step()
             counts = recorder.finish()
@@ -144,6 +172,13 @@ def main() -> None:
     finally:
         recorder.close()
     dist.destroy_process_group()
+
+
+def check(layers: Sequence[Experts]) -> None:
+    """Raise what went wrong in passes without the host; the next pass would, too."""
+    for exchange in {layer.exchange for layer in layers if isinstance(layer, ResidentExperts)}:
+        if exchange is not None:
+            exchange.check()
 
 
 def connect(arguments: argparse.Namespace, size: Size, layers: Sequence[Experts], group: ExpertGroup) -> PlannerSession:

@@ -70,6 +70,7 @@ def test_two_daemons_share_a_store_and_one_takes_over(start: Start, postgres: st
         two.delete_job(name)
 
 
+@pytest.mark.slow
 def test_a_daemon_that_slept_through_its_lease_cannot_write(start: Start, postgres: str) -> None:
     """SIGSTOP is the longest clock jump: the daemon wakes up believing that it still owns the job."""
     environment = {"MOEPLAN_STORE": postgres, "MOEPLAN_LEASE_S": "1"}
@@ -90,6 +91,7 @@ def test_a_daemon_that_slept_through_its_lease_cannot_write(start: Start, postgr
         two.delete_job(name)
 
 
+@pytest.mark.slow
 def test_a_daemon_that_stops_within_a_transaction_holds_nothing_up(start: Start, postgres: str) -> None:
     """It has rows locked and will never let go of them; another one takes its jobs over all the same."""
     environment = {"MOEPLAN_STORE": postgres, "MOEPLAN_LEASE_S": "1"}
@@ -110,6 +112,7 @@ def test_a_daemon_that_stops_within_a_transaction_holds_nothing_up(start: Start,
             two.delete_job(name)
 
 
+@pytest.mark.slow
 def test_a_job_that_was_lost_and_comes_straight_back_is_served_anew(start: Start, postgres: str) -> None:
     """Its old streams end, though this daemon owns it again a moment later."""
     environment = {"MOEPLAN_STORE": postgres, "MOEPLAN_LEASE_S": "1"}
@@ -165,6 +168,7 @@ def through(link: SlowLink, postgres: str) -> str:
     return f"postgresql://{parts['user']}@{link.address}/{parts['dbname']}"
 
 
+@pytest.mark.slow
 def test_a_database_that_answers_no_more_ends_ownership(
     start: Start, postgres: str, link: Callable[[float], SlowLink]
 ) -> None:
@@ -188,6 +192,7 @@ def test_a_database_that_answers_no_more_ends_ownership(
         two.delete_job(name)
 
 
+@pytest.mark.slow
 def test_many_jobs_behind_a_slow_network_are_taken_over_at_once(
     start: Start, postgres: str, link: Callable[[float], SlowLink]
 ) -> None:
@@ -221,6 +226,7 @@ def test_many_jobs_behind_a_slow_network_are_taken_over_at_once(
             connection.execute("DELETE FROM moeplan_jobs")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "damage",
     [
