@@ -15,8 +15,8 @@ recorded trace in `examples/traces`, with the busiest experts on the first ranks
 Every rank is a process for this checkout, and one for each other checkout given, with the same weights, seeds and
 text; they take turns. Weights stay as they are while steps are measured (the optimizer runs with a rate of zero), so
 all modes route the same tokens to the same experts. Times are of steps until the slowest rank is done. `idle` is the
-part of a step in which no kernel runs on the busiest rank but such as wait for other ranks, as far as can be told;
-kernels are those of one profiled step, the step's time is that without a profiler.
+part of a profiled step in which no kernel runs on the busiest rank but such as wait for other ranks, as far as can be
+told, from its first kernel to the end of its last.
 """
 
 from __future__ import annotations
@@ -267,7 +267,7 @@ def table(results: Result) -> str:
             cells += [share(rows, commit, row)]
             cells += [f"{statistics.median(row[part]):.1f}" for part in ("forward", "backward", "optimizer")]
             cells += [f"{max(row['memory']) / 2**30:.1f}" if any(row["memory"]) else ""]
-            cells += ["" if row["busy"] is None else percent(1 - row["busy"] / statistics.median(row["ms"]))]
+            cells += [idle(row)]
             for other in commits[1:]:
                 peer = rows.get((other, routing, mode))
                 cells.append(f"{statistics.median(peer['ms']):.1f}, {share(rows, other, peer)}" if peer else "")
@@ -283,6 +283,14 @@ def share(rows: dict[tuple[str, str, str], Result], commit: str, row: Result) ->
     """Part of the force-balanced throughput of the same checkout, with the faster way to run it."""
     balanced = [statistics.median(each["ms"]) for key, each in rows.items() if key[:2] == (commit, "even")]
     return percent(min(balanced) / statistics.median(row["ms"]))
+
+
+def idle(row: Result) -> str:
+    """Part of a step without work. Older results have only kernels of a profiled step beside a step that was not."""
+    if "busy_share" not in row:
+        row = {**row, "busy_share": row["busy"] and row["busy"] / statistics.median(row["ms"])}
+    share = row["busy_share"]
+    return "" if share is None or share > 1 else percent(1 - share)
 
 
 def percent(part: float) -> str:

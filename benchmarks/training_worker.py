@@ -275,12 +275,13 @@ class Bench:
         """What the device does in a step.
 
         Returns:
-            ``busy``: milliseconds in which a kernel runs that does more than wait, of the busiest rank; ``kernels``:
-            how many ran, and ``longest``: [name, milliseconds, calls] of those with most time, on this rank.
-            None of them without a device.
+            ``busy``: milliseconds in which a kernel runs that does more than wait, of the busiest rank; ``busy_share``:
+            the same as part of the time from the first kernel to the end of the last, which a profiler makes longer;
+            ``kernels``: how many ran, and ``longest``: [name, milliseconds, calls] of those with most time, on this
+            rank. None of them without a device.
         """
         if self.device.type != "cuda":
-            return {"busy": None}
+            return {"busy": None, "busy_share": None}
         self._enter(mode)
         self._set_layouts(layouts)
         first, text, *_ = self._texts(0)
@@ -296,13 +297,16 @@ class Bench:
             for event in profiler.events()
             if event.device_type.name == "CUDA" and not ASIDE.match(event.name)
         ]
-        busy = torch.tensor(union(self._working(kernels)) / 1e3, dtype=torch.float64, device=self.device)
+        worked = union(self._working(kernels))
+        span = max(end for *_, end in kernels) - min(start for _, _, start, _ in kernels)
+        busy = torch.tensor([worked / 1e3, worked / span], dtype=torch.float64, device=self.device)
         dist.all_reduce(busy, dist.ReduceOp.MAX)
+        busy_ms, busy_share = busy.tolist()
         spent, calls = Counter[str](), Counter(name[:80] for name, *_ in kernels)
         for name, _, start, end in kernels:
             spent[name[:80]] += (end - start) / 1e3
         longest = [[name, round(milliseconds, 3), calls[name]] for name, milliseconds in spent.most_common(12)]
-        return {"busy": float(busy), "kernels": len(kernels), "longest": longest}
+        return {"busy": busy_ms, "busy_share": busy_share, "kernels": len(kernels), "longest": longest}
 
     # Parts of the requests
 
