@@ -15,7 +15,18 @@ from moeplan.planner.commands.main import app
 FOLDER = Path(__file__).parent / "help"
 COMMANDS = (
     "",
-    *("trace", "trace generate", "trace info", "plan", "policies", "compare", "affinity", "replay", "serve"),
+    *(
+        "trace",
+        "trace generate",
+        "trace import",
+        "trace info",
+        "plan",
+        "policies",
+        "compare",
+        "affinity",
+        "replay",
+        "serve",
+    ),
     *("jobs", "jobs list", "jobs show", "jobs watch", "jobs delete"),
 )
 PANELS = {"Arguments", "Options", "Commands", "Cluster", "Problem", "Search", "Daemon", "Output"}
@@ -24,6 +35,7 @@ OWN_PANELS = {
     "replay": {"Model of time"},
     "serve": {"Security"},
     "trace generate": {"Routing"},
+    "trace import": {"Routing"},
 }
 ENVIRONMENT = {"COLUMNS": "100", "_TYPER_FORCE_DISABLE_TERMINAL": "1", "NO_COLOR": "1"}
 

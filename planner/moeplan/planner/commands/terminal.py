@@ -53,7 +53,7 @@ def show_table(
 class Advance:
     """Moves a progress bar on by one."""
 
-    def __init__(self, bar: Progress, total: int) -> None:
+    def __init__(self, bar: Progress, total: int | None) -> None:
         self._bar = bar
         self._task = bar.add_task("", total=total)
 
@@ -63,8 +63,8 @@ class Advance:
 
 
 @contextmanager
-def progress(what: str, total: int) -> Iterator[Advance]:
-    """A progress bar with an estimate, on standard error and only if that is a terminal."""
+def progress(what: str, total: int | None) -> Iterator[Advance]:
+    """A progress bar, with an estimate where the total is known, on standard error and only if that is a terminal."""
     console = Console(stderr=True)
     columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:

@@ -1,24 +1,42 @@
-"""`moeplan trace`: look at recorded routing, or make some."""
+"""`moeplan trace`: look at recorded routing, take it over from other programs, or make some."""
 
 from __future__ import annotations
 
+import sys
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from moeplan.planner.commands.explained import Command
-from moeplan.planner.commands.options import Format, Output, Seed, TraceFile, print_json, writable
+from moeplan.planner.commands.options import OUTPUT, Format, Output, Seed, TraceFile, print_json, writable
 
 __all__ = ["register"]
 
 ROUTING = "Routing"
 
 
+class RecordedBy(StrEnum):
+    """What a recording is of."""
+
+    SGLANG = "sglang"
+    VLLM = "vllm"
+    TENSORRT_LLM = "tensorrt-llm"
+    VLLM_ASCEND = "vllm-ascend"
+    MEGATRON = "megatron"
+    ULTRAEP = "ultraep"
+    HARMOENY = "harmoeny"
+    CSV = "csv"
+
+
 def register(app: typer.Typer) -> None:
     """Add the commands to the program."""
-    trace = typer.Typer(no_args_is_help=True, help="Look at recorded routing, or make some.")
+    trace = typer.Typer(
+        no_args_is_help=True, help="Look at recorded routing, take it over from elsewhere, or make some."
+    )
     trace.command(cls=Command)(generate)
+    trace.command("import", cls=Command)(import_recording)
     trace.command(cls=Command)(info)
     app.add_typer(trace, name="trace")
 
@@ -82,6 +100,42 @@ def generate(
         arrays = make(wanted, advance)
     write_trace(out, arrays)
     print(f"{out}: {steps} steps, {layers} layers, {sources} sources, {experts} experts")
+
+
+def import_recording(
+    files: Annotated[
+        list[Path], typer.Argument(metavar="FILE...", help="Files or the folder of the recording.", show_default=False)
+    ],
+    out: Annotated[
+        Path, typer.Option("--output", "-o", metavar="TRACE", help="The .npz file to write.", rich_help_panel=OUTPUT)
+    ],
+    kind: Annotated[
+        RecordedBy | None,
+        typer.Option("--from", help="What recorded it; by default the content shows that.", rich_help_panel=ROUTING),
+    ] = None,
+) -> None:
+    """Make a trace of what an engine or a framework recorded.
+
+    It reads the recorders of SGLang (stat and per_pass), TensorRT-LLM, UltraEP and Megatron-core, the load statistics
+    proposed for vLLM, loads for vllm-ascend's planner, HarMoEny's traces, and tables (CSV) with the columns step,
+    layer, source, expert, tokens. Steps are read one at a time. What is left out, such as dense layers and what was cut
+    off, is said.
+    """
+    from moeplan.planner.commands.terminal import progress
+    from moeplan.planner.traces.formats.opening import open_recording
+    from moeplan.planner.traces.writer import write_recording
+
+    writable("--output", out)
+    name, recording = open_recording(files, None if kind is None else kind.value)
+    with progress(f"reading {name}", recording.total) as advance:
+        steps = write_recording(out, recording, advance)
+    numbers = recording.layer_numbers
+    print(
+        f"{out}: {steps} steps of {name}, {len(numbers)} layers ({numbers[0]} to {numbers[-1]} of the model), "
+        f"{recording.sources} sources, {recording.experts} experts"
+    )
+    for left_out in recording.dropped:
+        print(f"left out: {left_out}", file=sys.stderr)
 
 
 def info(trace: TraceFile, output: Output = Format.TABLE) -> None:

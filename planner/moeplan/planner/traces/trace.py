@@ -2,7 +2,8 @@
 
 Steps are read in order through a small buffer, so a trace may be larger than memory, compressed or not. Optional
 scalars beside ``counts`` describe it: ``first_step`` (number of the first recorded step), ``top_k`` (experts per
-token) and ``tokens_per_rank`` (tokens that each source routes per step). An optional integer array ``pairs[layer,
+token) and ``tokens_per_rank`` (tokens that each source routes per step). An optional integer array ``layer_numbers``
+has the number in the model of each layer, where dense layers count too. An optional integer array ``pairs[layer,
 expert, next_expert]`` counts how many tokens of all steps and sources went from an expert to one of the next layer; a
 token with k experts per layer counts k * k times.
 """
@@ -59,6 +60,7 @@ class Trace:
         first_step: Training step of the first recorded one.
         top_k: Experts per token, if known.
         tokens_per_rank: Tokens that each source routes per step, if known.
+        layer_numbers: Number in the model of each layer, if known.
     """
 
     path: Path
@@ -70,6 +72,7 @@ class Trace:
     first_step: int = 0
     top_k: int | None = None
     tokens_per_rank: int | None = None
+    layer_numbers: tuple[int, ...] | None = None
 
     @classmethod
     def open(cls, path: Path | str) -> Trace:
@@ -91,6 +94,7 @@ class Trace:
                     for name in ("first_step", "top_k", "tokens_per_rank")
                     if f"{name}.npy" in archive.namelist()
                 }
+                numbers = _layer_numbers(archive, path, shape[1]) if len(shape) == 4 else None
         except FileNotFoundError:
             raise TraceError(path, "no such file; give the path of an .npz trace") from None
         except (OSError, zipfile.BadZipFile, EOFError, ValueError, zlib.error) as error:
@@ -106,7 +110,7 @@ class Trace:
             raise TraceError(path, "is empty", "counts", f"array of shape {shape}")
         if fortran:
             raise TraceError(path, "must be in C order; save np.ascontiguousarray(counts)", "counts", "Fortran order")
-        return cls(path, *shape, dtype=dtype, **scalars)
+        return cls(path, *shape, dtype=dtype, **scalars, layer_numbers=numbers)
 
     def read(self, start: int = 0, stop: int | None = None) -> Iterator[Int64]:
         """Steps `start` to `stop`, each int64[layers, sources, experts].
@@ -191,6 +195,18 @@ def _scalar(archive: zipfile.ZipFile, path: Path, name: str) -> int:
     if value.size != 1 or value.dtype.kind not in "iu":
         raise TraceError(path, "must be one integer", name, f"array of {value.dtype}, shape {value.shape}")
     return int(value.reshape(-1)[0])
+
+
+def _layer_numbers(archive: zipfile.ZipFile, path: Path, layers: int) -> tuple[int, ...] | None:
+    if "layer_numbers.npy" not in archive.namelist():
+        return None
+    with archive.open("layer_numbers.npy") as file:
+        value: npt.NDArray[Any] = np.lib.format.read_array(file, allow_pickle=False)
+    rising = value.ndim == 1 and len(value) == layers and value.dtype.kind in "iu" and bool((np.diff(value) > 0).all())
+    if not rising or (layers and value[0] < 0):
+        found = f"array of {value.dtype}, shape {value.shape}"
+        raise TraceError(path, f"must be {layers} rising integers, one for each layer", "layer_numbers", found)
+    return tuple(value.tolist())
 
 
 def _skip(file: IO[bytes], size: int) -> None:

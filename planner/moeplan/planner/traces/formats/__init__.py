@@ -1,0 +1,1 @@
+"""Recordings of serving engines and training frameworks, one file per format."""
