@@ -25,12 +25,14 @@ NEVER = {
     "planner": {"moeplan.runtime_client", "torch"},
     "runtime_client": {"moeplan.planner"},
 }
+READS_PT = ROOTS["planner"] / "traces/formats/recording.py"
+"""Imports torch to read files that it saved, and says what to install where it is missing."""
 ROOMS = {
     "solvers": (
         *("problem", "objective", "split", "construct", "plan", "exact", "search"),
         *("policies", "solving", "affinity", "homes", "routing", "spill"),
     ),
-    "planner": ("errors", "traces", "files", "jobs", "studies", "daemon", "pages", "commands"),
+    "planner": ("errors", "traces", "files", "exports", "jobs", "studies", "daemon", "pages", "commands"),
     "runtime_client": ("errors", "group", "recording", "device", "layers", "planning", "models", "integrations"),
 }
 """Rooms, and modules beside them, in the order in which they may import: later ones import earlier ones."""
@@ -66,7 +68,8 @@ def test_a_root_uses_only_its_libraries(root: str) -> None:
 @pytest.mark.parametrize("root", sorted(NEVER))
 def test_forbidden_imports(root: str) -> None:
     for path in ROOTS[root].rglob("*.py"):
-        assert not packages(path) & NEVER[root], path
+        allowed = {"torch"} if path == READS_PT else set()
+        assert not packages(path) & NEVER[root] - allowed, path
 
 
 @pytest.mark.parametrize("root", sorted(ROOMS))

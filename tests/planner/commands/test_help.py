@@ -21,6 +21,8 @@ COMMANDS = (
         "trace import",
         "trace info",
         "plan",
+        "export",
+        "evaluate",
         "policies",
         "compare",
         "affinity",

@@ -28,6 +28,16 @@ class Format(StrEnum):
     CSV = "csv"
 
 
+class EngineName(StrEnum):
+    """An engine or a transport that loads layouts."""
+
+    SGLANG = "sglang"
+    VLLM = "vllm"
+    TENSORRT_LLM = "tensorrt-llm"
+    VLLM_ASCEND = "vllm-ascend"
+    DEEPEP = "deepep"
+
+
 Output = Annotated[
     Format,
     typer.Option("--format", help="A table to read, or JSON or CSV on standard output.", rich_help_panel=OUTPUT),

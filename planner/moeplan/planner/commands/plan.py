@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -17,6 +18,7 @@ from moeplan.planner.commands.options import (
     SEARCH,
     Deadline,
     Devices,
+    EngineName,
     ForecastBy,
     Format,
     Groups,
@@ -46,6 +48,7 @@ from moeplan.solvers.problem.forecast_spec import Forecast, ForecastMethod
 if TYPE_CHECKING:
     from moeplan.api.client import Client
     from moeplan.planner.studies.planning import PlannedLayer, PlanRequest
+    from moeplan.solvers import Constraints, SplitRule
 
 __all__ = ["register"]
 
@@ -92,6 +95,14 @@ def plan(
         Path | None,
         typer.Option(
             help="JSON file with limits on where replicas may be; see docs/constraints.md.", rich_help_panel=PROBLEM
+        ),
+    ] = None,
+    engine: Annotated[
+        EngineName | None,
+        typer.Option(
+            "--for",
+            help="Engine that will run the layouts: sets the split rule, or keeps experts at home; see export.",
+            rich_help_panel=PROBLEM,
         ),
     ] = None,
     share_slots: Annotated[
@@ -152,6 +163,9 @@ def plan(
         require(solver)
     opened = Trace.open(trace)
     limits = read_limits(constraints)
+    demanded = limits.constraints
+    if engine is not None:
+        split_rule, demanded = _asked_by(engine, split_rule, demanded, opened.experts, devices)
     request = PlanRequest(
         opened,
         layer_numbers(layers, opened.layers),
@@ -163,7 +177,7 @@ def plan(
         forecast=Forecast(forecast, window_steps=positive("--window", window)),
         until=until,
         expert=limits.expert,
-        constraints=limits.constraints,
+        constraints=demanded,
         split_rule=split_rule,
         groups=groups,
         current={} if current is None else read_layouts(current),
@@ -173,7 +187,9 @@ def plan(
     with ExitStack() as stack:
         client = None if server is None else stack.enter_context(connect(server, token, ca, certificate, key))
         planned = _run(request, client, slots * len(request.layers) if share_slots else None)
-    document = plan_document({layer.layer: layer.plan for layer in planned}, {p.layer: _gains(p) for p in planned})
+    document = plan_document(
+        {layer.layer: layer.plan for layer in planned}, {p.layer: _said_of(p, opened.layer_numbers) for p in planned}
+    )
     write(out, document)
     if output is Format.JSON:
         print_json(document)
@@ -206,9 +222,33 @@ def _check_sharing(server: str | None, current: Path | None, failed: str | None)
             raise ProblemError("--share-slots", "on", f"plans anew, in this process, on all devices; drop {flag}")
 
 
-def _gains(planned: PlannedLayer) -> dict[str, object]:
+def _asked_by(
+    engine: EngineName, split_rule: SplitRule | None, constraints: Constraints, experts: int, devices: int
+) -> tuple[SplitRule | None, Constraints]:
+    """Split rule and constraints with those of the engine."""
+    from dataclasses import replace
+
+    import numpy as np
+
+    from moeplan.planner.exports.engines import ENGINES, homes
+
+    needs = ENGINES[engine.value]
+    if split_rule not in (None, needs.split_rule):
+        raise ProblemError(
+            "--split-rule", split_rule, f"{engine.value} divides by {needs.split_rule}; drop one of both"
+        )
+    if needs.at_home:
+        if experts % devices:
+            raise ProblemError("--devices", devices, f"{engine.value} needs a divisor of the {experts} experts")
+        pinned = [*np.asarray(constraints.pinned).reshape(-1, 2).tolist(), *homes(experts, devices)]
+        constraints = replace(constraints, pinned=pinned)
+    return needs.split_rule, constraints
+
+
+def _said_of(planned: PlannedLayer, layer_numbers: Sequence[int] | None) -> dict[str, object]:
     after = planned.next_step
     return {
+        **({} if layer_numbers is None else {"model_layer": layer_numbers[planned.layer]}),
         "imbalance_before": planned.window.before,
         "next_step": None if after is None else {"imbalance_before": after.before, "imbalance": after.after},
         "between_nodes": planned.between_nodes,

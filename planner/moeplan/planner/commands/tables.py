@@ -6,13 +6,14 @@ from collections.abc import Callable, Sequence
 
 from moeplan.planner.commands.options import Format
 from moeplan.planner.commands.terminal import show_table
+from moeplan.planner.studies.evaluating import Verdict
 from moeplan.planner.studies.planning import PlannedLayer
 from moeplan.planner.studies.policies import Comparison
 from moeplan.planner.studies.replay import Outcome
 from moeplan.planner.studies.replay_summary import summary
 from moeplan.planner.studies.spilling import KnownCountsComparison
 
-__all__ = ["show_comparison", "show_known_counts", "show_plans", "show_replay"]
+__all__ = ["show_comparison", "show_evaluation", "show_known_counts", "show_plans", "show_replay"]
 
 COLUMNS = (
     "imbalance",
@@ -50,6 +51,36 @@ def show_plans(title: str, planned: Sequence[PlannedLayer], output: Format) -> N
 
 def _number(value: float | None) -> str | None:
     return None if value is None else f"{value:.4f}"
+
+
+def show_evaluation(title: str, found: Verdict, output: Format) -> None:
+    """Print one row per layer and, but for CSV, what they come to."""
+    columns = ["layer", "imbalance", "new plan", "bound", "next step", "with the new plan", "moves"]
+    rows = [
+        [
+            str(row["layer"]),
+            f"{row['imbalance']:.4f}",
+            f"{row['planned']:.4f}",
+            f"{row['bound']:.4f}",
+            "" if row["next_step"] is None else f"{row['next_step']:.4f}",
+            "" if row["next_step_planned"] is None else f"{row['next_step_planned']:.4f}",
+            str(row["moves"]),
+        ]
+        for row in found["layers"]
+    ]
+    show_table(title, columns, rows, output)
+    if output is Format.CSV:
+        return
+    gain = found["mean"] / found["mean_planned"] - 1
+    said = (
+        f"a new plan makes steps {gain:.1%} faster as far as balance decides"
+        if gain > 0.005
+        else "a new plan gains nothing"
+    )
+    print(
+        f"mean {found['mean']:.4f}, 95th percentile {found['p95']:.4f}; with a new plan {found['mean_planned']:.4f} "
+        f"and {found['p95_planned']:.4f}, {found['moves']} replicas to copy: {said}"
+    )
 
 
 def show_comparison(title: str, comparison: Comparison, output: Format) -> None:

@@ -141,18 +141,18 @@ def import_recording(
 def info(trace: TraceFile, output: Output = Format.TABLE) -> None:
     """Summarise a trace: its size, and how uneven its experts are."""
     from moeplan.planner.commands.terminal import progress, show_table
-    from moeplan.planner.traces.summary import describe
+    from moeplan.planner.traces.summary import describe, head
     from moeplan.planner.traces.trace import Trace
 
     opened = Trace.open(trace)
+    if output is Format.TABLE:  # at once, as all of it stands in the head; CSV is one table, that of the layers
+        facts = [[name, str(value)] for name, value in head(opened).items() if value is not None]
+        show_table(str(trace), ["trace", ""], facts)
     with progress("reading", opened.steps) as advance:
         description = describe(opened, advance)
     if output is Format.JSON:
         print_json(description)
         return
-    if output is Format.TABLE:  # CSV is one table, that of the layers
-        facts = [[name, str(value)] for name, value in description.items() if name != "per_layer" and value is not None]
-        show_table(str(trace), ["trace", ""], facts)
     show_table(
         "Per layer, mean over steps",
         ["layer", "tokens per step", "hottest expert / mean", "idle experts", "change per step"],

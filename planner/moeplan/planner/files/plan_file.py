@@ -12,7 +12,7 @@ import numpy as np
 from moeplan.planner.errors import FileError
 from moeplan.solvers import Layout, Plan, ProblemError
 
-__all__ = ["FORMAT", "plan_document", "read_layouts", "write"]
+__all__ = ["FORMAT", "is_plan", "plan_document", "read_layouts", "read_model_layers", "write"]
 
 FORMAT = "moeplan.plan/1"
 
@@ -61,6 +61,17 @@ def write(path: Path, document: Mapping[str, object]) -> None:
     temporary = path.with_name(path.name + ".part")
     temporary.write_text(json.dumps(document) + "\n")
     temporary.replace(path)
+
+
+def is_plan(text: str) -> bool:
+    """True if a file's text is that of a plan."""
+    return f'"{FORMAT}"' in text
+
+
+def read_model_layers(path: Path) -> dict[int, int]:
+    """Number in the model of each layer of a plan file that `read_layouts` can read, where known, else its own."""
+    entries = json.loads(path.read_text())["layers"]
+    return {int(entry["layer"]): int(entry.get("model_layer", entry["layer"])) for entry in entries}
 
 
 def read_layouts(path: Path) -> dict[int, Layout]:

@@ -35,6 +35,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Gain", "PlanRequest", "PlannedLayer", "plan_trace"]
 
+MOST_BYTES = 2**29
+"""Memory for the steps of a window that are read together."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PlanRequest:
@@ -135,8 +138,7 @@ def plan_trace(
             with ``layers[number].``.
         ServiceError: the daemon has no answer.
     """
-    steps, after = _read(request)
-    problems = [_problem(request, layer, steps[:, layer]) for layer in request.layers]
+    problems, after = _read(request)
     with _numbered(request.layers):
         plans = _solve(problems, request, client, shared_slots, on_plan)
     return [
@@ -145,14 +147,23 @@ def plan_trace(
     ]
 
 
-def _read(request: PlanRequest) -> tuple[Int64, Int64 | None]:
-    """The window, int64[steps, layers, sources, experts], and the step after it, where there is one."""
+def _read(request: PlanRequest) -> tuple[list[Problem], Int64 | None]:
+    """A problem per layer, and the step after the window, where there is one.
+
+    A long window of a large model is more than memory holds, so its layers are read in as many passes as needed.
+    """
     trace, end = request.trace, request.end
     if not 1 <= end <= trace.steps:
         raise ProblemError("until", end, f"must be 1 to {trace.steps}, the number of steps of the trace")
     first = max(0, end - request.forecast.window_steps)
-    steps = list(trace.read(first, min(end + 1, trace.steps)))
-    return np.stack(steps[: end - first]), (steps[-1] if end < trace.steps else None)
+    together = max(1, MOST_BYTES // ((end - first) * trace.sources * trace.experts * 8))
+    problems = []
+    for start in range(0, len(request.layers), together):
+        layers = request.layers[start : start + together]
+        window = np.stack([step[list(layers)] for step in trace.read(first, end)], axis=1)
+        problems += [_problem(request, layer, steps) for layer, steps in zip(layers, window, strict=True)]
+    after = next(trace.read(end, end + 1)) if end < trace.steps else None
+    return problems, after
 
 
 def _problem(request: PlanRequest, layer: int, window: Int64) -> Problem:

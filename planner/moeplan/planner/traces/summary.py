@@ -8,7 +8,7 @@ import numpy as np
 
 from moeplan.planner.traces.trace import Trace
 
-__all__ = ["LayerInfo", "TraceInfo", "describe"]
+__all__ = ["LayerInfo", "TraceHead", "TraceInfo", "describe", "head"]
 
 from typing import TypedDict
 
@@ -27,8 +27,8 @@ class LayerInfo(TypedDict):
     change: float
 
 
-class TraceInfo(TypedDict):
-    """A whole trace."""
+class TraceHead(TypedDict):
+    """What a trace tells before its steps are read; None where it does not."""
 
     steps: int
     first_step: int
@@ -38,7 +38,29 @@ class TraceInfo(TypedDict):
     dtype: str
     top_k: int | None
     tokens_per_rank: int | None
+    layer_numbers: str | None
+
+
+class TraceInfo(TraceHead):
+    """A whole trace."""
+
     per_layer: list[LayerInfo]
+
+
+def head(trace: Trace) -> TraceHead:
+    """What needs no reading of steps."""
+    numbers = trace.layer_numbers
+    return TraceHead(
+        steps=trace.steps,
+        first_step=trace.first_step,
+        layers=trace.layers,
+        sources=trace.sources,
+        experts=trace.experts,
+        dtype=str(trace.dtype),
+        top_k=trace.top_k,
+        tokens_per_rank=trace.tokens_per_rank,
+        layer_numbers=None if numbers is None else f"{numbers[0]} to {numbers[-1]}",
+    )
 
 
 def describe(trace: Trace, on_step: Callable[[], None] = lambda: None) -> TraceInfo:
@@ -62,14 +84,7 @@ def describe(trace: Trace, on_step: Callable[[], None] = lambda: None) -> TraceI
         on_step()
     steps = trace.steps
     return TraceInfo(
-        steps=steps,
-        first_step=trace.first_step,
-        layers=trace.layers,
-        sources=trace.sources,
-        experts=trace.experts,
-        dtype=str(trace.dtype),
-        top_k=trace.top_k,
-        tokens_per_rank=trace.tokens_per_rank,
+        **head(trace),
         per_layer=[
             LayerInfo(
                 layer=layer,

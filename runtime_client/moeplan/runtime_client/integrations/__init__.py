@@ -1,0 +1,1 @@
+"""One file per framework or engine: moeplan where people already are."""
