@@ -34,9 +34,12 @@ def test_the_commands_of_the_readme_run(tmp_path: Path, start: Start) -> None:
         np.savez(tmp_path / "trace.npz", counts=whole["counts"][:STEPS, :1])
     (tmp_path / "limits.json").write_text(json.dumps({"forbidden": [[0, 1]]}))
     daemon = start().serving()
-    words_of_the_page = {"TRACE": "trace.npz", "127.0.0.1:7433": daemon.address}
+    (tmp_path / "loads.json").write_text(json.dumps({"logical_count": [[[3, 1, 2, 2]]] * 2}))
+    words_of_the_page = {"TRACE": "trace.npz", "RECORDING": "loads.json", "127.0.0.1:7433": daemon.address}
     for words in commands():
         arguments = [words_of_the_page.get(word, word) for word in words]
+        if words[:2] == ["trace", "import"]:  # the other commands want a larger trace than this one
+            arguments[-1] = "imported.npz"
         if words[0] == "jobs":  # the page's daemon is where commands look by default
             arguments += ["--server", daemon.address]
         done = subprocess.run(

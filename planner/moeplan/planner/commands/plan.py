@@ -241,7 +241,7 @@ def _asked_by(
         if experts % devices:
             raise ProblemError("--devices", devices, f"{engine.value} needs a divisor of the {experts} experts")
         pinned = [*np.asarray(constraints.pinned).reshape(-1, 2).tolist(), *homes(experts, devices)]
-        constraints = replace(constraints, pinned=pinned)
+        constraints = replace(constraints, pinned=np.array(pinned, np.int32))
     return needs.split_rule, constraints
 
 

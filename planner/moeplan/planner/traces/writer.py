@@ -49,7 +49,7 @@ def write_recording(path: Path, recording: Recording, on_step: Callable[[], None
                     raise TraceError(path, f"must be {shape}", f"step {steps}", counts.shape)
                 if counts.max(initial=0) > MAX_TOKENS:
                     raise TraceError(path, "must be 0 to 2**53", f"step {steps}", counts.max())
-                spool.write(np.ascontiguousarray(counts, np.int64))
+                spool.write(np.ascontiguousarray(counts, np.int64).data)
                 steps += 1
                 on_step()
             if not steps:

@@ -77,7 +77,7 @@ def _layout(slots: Int64, devices: int, experts: int) -> Layout | None:
     table = slots.reshape(devices, -1)
     if any(len(set(row)) < len(row) for row in table.tolist()):
         return None
-    return Layout(table, experts)
+    return Layout(table.astype(np.int32), experts)
 
 
 def _filled(layout: Layout, loads: Int64) -> Int64:

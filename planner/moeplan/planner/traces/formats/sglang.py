@@ -64,7 +64,7 @@ def _content(path: Path) -> dict[str, Any]:
     return content
 
 
-def _routed(any_tokens: np.ndarray[Any, Any], path: Path, dropped: list[str]) -> list[int]:
+def _routed(any_tokens: Any, path: Path, dropped: list[str]) -> list[int]:
     """Numbers of the layers that routed tokens."""
     routed = [int(layer) for layer in np.flatnonzero(any_tokens)]
     if not routed:
