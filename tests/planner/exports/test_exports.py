@@ -67,6 +67,14 @@ def test_plans_are_for_the_split_of_the_engine(call: Call, engine: str) -> None:
         assert (layout.slots >= 0).all()
 
 
+def test_every_slot_holds_an_expert_where_a_further_replica_does_harm(call: Call) -> None:
+    counts = np.full((12, 1, 4, 8), 50)
+    np.savez("trace.npz", counts=counts, layer_numbers=np.array([FIRST]))  # even: one replica of each is perfect
+    (layout,) = plan(call, "vllm").values()
+    assert (layout.slots >= 0).all()
+    call("export", "plan.json", "--to", "vllm", "-o", "layout.json")
+
+
 def test_sglang_gets_a_row_for_every_decoder_layer_and_no_other_key(call: Call) -> None:
     layouts = plan(call, "sglang")
     call("export", "plan.json", "--to", "sglang", "--decoder-layers", 6, "-o", "layout.json")

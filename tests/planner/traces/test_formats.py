@@ -125,7 +125,7 @@ def megatron(folder: Path) -> Written:
                 lines += [
                     {
                         "step": FIRST + step,
-                        "block": 0,
+                        "block": "decoder",
                         "layer": DENSE + layer,
                         "rank": rank,
                         "num_tokens": len(part),
@@ -134,6 +134,7 @@ def megatron(folder: Path) -> Written:
                     }
                     for part in np.array_split(chosen, 2)  # two micro-batches
                 ]
+            lines.append({**lines[-1], "block": "mtp", "mtp_idx": 0, "layer": 0})
         paths.append(folder / f"router_trace_rank{rank}.jsonl")
         paths[-1].write_text("".join(json.dumps(line) + "\n" for line in lines))
     return paths[::-1], COUNTS, [2, 3, 4]

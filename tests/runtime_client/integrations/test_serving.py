@@ -128,6 +128,13 @@ ours = eplb_algorithms.rebalance_experts(**asked)
 for a, b in zip(theirs, ours):
     assert a.dtype == b.dtype and a.ndim == b.ndim, (a, b)
 assert torch.equal(ours[0], rebalance_experts(**asked)[0])
+elastic = types.ModuleType("sglang.srt.elastic_ep.elastic_ep")
+elastic.ElasticEPStateManager = types.SimpleNamespace(
+    instance=lambda: None, healthy_rank_state=lambda: torch.ones({DEVICES}, dtype=torch.int32))
+sys.modules["sglang.srt.elastic_ep"] = types.ModuleType("sglang.srt.elastic_ep")
+sys.modules["sglang.srt.elastic_ep.elastic_ep"] = elastic
+theirs = eplb_algorithms.rebalance_experts(**{{**asked, "algorithm": eplb_algorithms.EplbAlgorithm.elasticity_aware}})
+assert not torch.equal(theirs[0], ours[0])
 print("taken")
 """
     environment = {**os.environ, "MOEPLAN_EPLB": "1"}

@@ -183,6 +183,7 @@ def plan(
         current={} if current is None else read_layouts(current),
         max_moves=max_moves,
         failed=[] if failed is None else numbers("--failed", failed, devices),
+        fill_slots=engine not in (None, EngineName.DEEPEP),
     )
     with ExitStack() as stack:
         client = None if server is None else stack.enter_context(connect(server, token, ca, certificate, key))

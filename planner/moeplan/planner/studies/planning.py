@@ -27,6 +27,7 @@ from moeplan.solvers import (
     share_slots,
     solve_layers,
 )
+from moeplan.solvers.construct.fill import fill_for_even_split
 from moeplan.solvers.plan.cost import between_nodes
 from moeplan.solvers.problem.arrays import Int64
 
@@ -58,6 +59,7 @@ class PlanRequest:
         current: Layouts in force, by layer.
         max_moves: Most replicas that a re-plan of a layer may copy; None for no limit.
         failed: Devices that are gone.
+        fill_slots: Whether every slot must hold an expert, as engines want it that divide tokens evenly.
     """
 
     trace: Trace
@@ -74,6 +76,7 @@ class PlanRequest:
     current: Mapping[int, Layout] = field(default_factory=dict)
     max_moves: int | None = None
     failed: Sequence[int] = ()
+    fill_slots: bool = False
 
     @property
     def end(self) -> int:
@@ -141,6 +144,8 @@ def plan_trace(
     problems, after = _read(request)
     with _numbered(request.layers):
         plans = _solve(problems, request, client, shared_slots, on_plan)
+        if request.fill_slots:
+            plans = [_filled(problem, plan) for problem, plan in zip(problems, plans, strict=True)]
     return [
         _judge(layer, problem, plan, None if after is None else after[layer])
         for layer, problem, plan in zip(request.layers, problems, plans, strict=True)
@@ -199,6 +204,16 @@ def _solve(
     if parameters.deadline_s is not None:
         parameters = replace(parameters, deadline_s=parameters.deadline_s * len(problems))
     return solve_layers(problems, policy=policy, parameters=parameters, on_plan=on_plan)
+
+
+def _filled(problem: Problem, plan: Plan) -> Plan:
+    """The plan with a replica in every slot."""
+    kept = None if problem.max_moves is None else problem.current
+    layout = fill_for_even_split(plan.layout, problem.mean_load, kept)
+    if layout is plan.layout:
+        return plan
+    full = evaluate(problem, layout, plan.split.rule)
+    return replace(full, policy=plan.policy, bound=plan.bound, seconds=plan.seconds, termination=plan.termination)
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from moeplan.solvers import Cluster, Demand, Layout, Problem, SolveParameters, SplitRule, solve
+from moeplan.solvers.construct.fill import fill_for_even_split
 from moeplan.solvers.problem.arrays import Int64
 
 __all__ = ["chosen", "plan_slots"]
@@ -68,7 +69,9 @@ def plan_slots(loads: Int64, slots: int, devices: int, *, groups: int, nodes: in
             split_rule=SplitRule.EVEN,
         )
         layout = solve(problem, parameters=parameters).layout
-        planned.append(_filled(layout, loads[:, layer].sum(axis=0)).reshape(-1))
+        total = loads[:, layer].sum(axis=0).astype(np.float64)
+        full = fill_for_even_split(layout, total, current if problem.max_moves is not None else None)
+        planned.append(full.slots.reshape(-1).astype(np.int64))
     return np.stack(planned)
 
 
@@ -78,18 +81,6 @@ def _layout(slots: Int64, devices: int, experts: int) -> Layout | None:
     if any(len(set(row)) < len(row) for row in table.tolist()):
         return None
     return Layout(table.astype(np.int32), experts)
-
-
-def _filled(layout: Layout, loads: Int64) -> Int64:
-    """The slots, with a replica of the busiest expert that is not yet there in each empty one."""
-    slots = layout.slots.astype(np.int64)
-    replicas = np.bincount(slots[slots >= 0], minlength=layout.experts)
-    for device, slot in np.argwhere(slots < 0):
-        share = loads / replicas
-        share[slots[device][slots[device] >= 0]] = -1
-        slots[device, slot] = expert = int(share.argmax())
-        replicas[expert] += 1
-    return slots
 
 
 def _integer(name: str) -> int | None:

@@ -1,10 +1,15 @@
 """SGLang's expert balancing (`--enable-eplb`), planned by moeplan: entry point ``sglang.srt.plugins``.
 
 ``eplb_algorithms.rebalance_experts`` is replaced; it is asked on every rank with counts that all ranks have summed, and
-does not tell the layout in force. Source: SGLang 0.5.23, srt/eplb/eplb_algorithms and srt/plugins/hook_registry.py.
+does not tell the layout in force. With `--eplb-algorithm elasticity_aware` SGLang plans around ranks that are gone,
+which it does not tell, so its own planner answers then. Source: SGLang 0.5.23, srt/eplb/eplb_algorithms and
+srt/plugins/hook_registry.py.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +19,7 @@ from moeplan.runtime_client.integrations.serving_policy import chosen, plan_slot
 
 __all__ = ["rebalance_experts", "register"]
 
+Maps = tuple[Tensor, Tensor, Tensor]
 TARGET = "sglang.srt.eplb.eplb_algorithms.rebalance_experts"
 
 
@@ -23,7 +29,15 @@ def register() -> None:
         return
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    HookRegistry.register(TARGET, rebalance_experts, HookType.REPLACE)
+    HookRegistry.register(TARGET, _instead, HookType.AROUND)
+
+
+def _instead(theirs: Callable[..., Maps], *arguments: Any, **named: Any) -> Maps:
+    """Our maps, but where ranks may be gone."""
+    algorithm = named.get("algorithm", arguments[-1] if arguments else None)
+    if "elasticity" in str(algorithm):
+        return theirs(*arguments, **named)
+    return rebalance_experts(*arguments, **named)
 
 
 def rebalance_experts(
@@ -33,7 +47,7 @@ def rebalance_experts(
     num_groups: int | None,
     num_nodes: int,
     algorithm: object = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> Maps:
     """Physical to logical [layers, slots], logical to physical [layers, experts, most replicas], replicas per expert.
 
     Args:

@@ -6,8 +6,9 @@ import numpy as np
 
 from moeplan.solvers.problem.arrays import Float64, Int32
 from moeplan.solvers.problem.kernel import kernel
+from moeplan.solvers.problem.layout import EMPTY, Layout
 
-__all__ = ["fill"]
+__all__ = ["fill", "fill_for_even_split"]
 
 
 @kernel
@@ -48,3 +49,33 @@ def fill(slots: Int32, loads: Float64, capacity: Int32) -> None:
             used[d] += 1
             on[d, best] = True
             replicas[best] += 1
+
+
+def fill_for_even_split(layout: Layout, loads: Float64, kept: Layout | None = None) -> Layout:
+    """A layout without empty slots, as engines want it, which divide tokens evenly among replicas.
+
+    Under an even split a further replica can do harm, so each slot takes that with which the largest load of a device
+    is least.
+
+    Args:
+        layout: The layout; returned as it is where no slot is empty.
+        loads: float64[experts], tokens.
+        kept: The layout in force where moves are limited: empty slots take back what their device held.
+    """
+    slots = layout.slots.copy()
+    replicas = np.bincount(slots[slots >= 0], minlength=layout.experts)
+    for device, slot in np.argwhere(slots == EMPTY):
+        held = slots[device][slots[device] >= 0]
+        best, least = EMPTY, np.inf
+        able = np.arange(layout.experts) if kept is None else kept.slots[device][kept.slots[device] >= 0]
+        for expert in np.setdiff1d(able, held):
+            slots[device, slot] = expert
+            replicas[expert] += 1
+            largest = np.where(slots >= 0, (loads / replicas)[slots], 0.0).sum(axis=1).max()
+            replicas[expert] -= 1
+            if largest < least:
+                best, least = int(expert), largest
+        slots[device, slot] = best
+        if best != EMPTY:  # there may be more slots than experts, or than the device held
+            replicas[best] += 1
+    return Layout(slots, layout.experts) if (layout.slots == EMPTY).any() else layout

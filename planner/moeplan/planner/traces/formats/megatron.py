@@ -1,7 +1,8 @@
 """Megatron-core's routing trace (`--moe-routing-trace-path`): a file ``router_trace_rank{r}.jsonl`` per rank.
 
-A line is one pass of one layer: step, block, layer, rank and the chosen experts of every token (``top_indices``), from
-which counts are made. Source: megatron/core/transformer/moe/router_trace.py.
+A line is one pass of one layer: step, block (``decoder`` or ``mtp``), layer, rank and the chosen experts of every token
+(``top_indices``), from which counts are made. Layers of multi-token prediction are left out. Source:
+megatron/core/transformer/moe/router_trace.py.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from moeplan.solvers.problem.arrays import Int64
 
 __all__ = ["is_megatron", "read_megatron"]
 
+MTP = "mtp"
 FIELDS = ("step", "layer", "rank", "top_indices")
 
 
@@ -30,14 +32,17 @@ def is_megatron(path: Path) -> bool:
 
 def read_megatron(paths: Sequence[Path]) -> Recording:
     """The steps that all files hold; files are read twice, as the number of experts is known only at their end."""
-    layers: set[tuple[int, int]] = set()
+    layers: set[int] = set()
     ranks: list[int] = []
-    experts, numbers = 0, []
+    experts, predicted, numbers = 0, 0, []
     dropped: list[str] = []
     for path in paths:
         lines: Counter[int] = Counter()
         rank = -1
         for line in json_lines(path, dropped):
+            if line.get("block") == MTP:
+                predicted += 1
+                continue
             step, layer, rank, chosen = _parts(path, line)
             layers.add(layer)
             lines[step] += 1
@@ -61,28 +66,28 @@ def read_megatron(paths: Sequence[Path]) -> Recording:
         for counts in zip(*by_rank, strict=True):
             yield np.stack(counts, axis=1)
 
-    names = [layer for _, layer in order]
-    layer_numbers = names if len(set(names)) == len(names) else range(len(names))  # blocks may count from 0 again
-    return Recording(layer_numbers, len(paths), experts, steps(), min(whole), len(whole), dropped)
+    if predicted:
+        dropped.append(f"{predicted} passes of multi-token prediction")
+    return Recording(order, len(paths), experts, steps(), min(whole), len(whole), dropped)
 
 
-def _parts(path: Path, line: dict[str, Any]) -> tuple[int, tuple[int, int], int, Int64]:
+def _parts(path: Path, line: dict[str, Any]) -> tuple[int, int, int, Int64]:
     try:
         step, layer, rank, chosen = (line[name] for name in FIELDS)
         flat = np.asarray(chosen, np.int64).reshape(-1)
         if flat.size and flat.min() < 0:
             raise ValueError("an expert below 0")
-        return int(step), (int(line.get("block") or 0), int(layer)), int(rank), flat
+        return int(step), int(layer), int(rank), flat
     except (KeyError, ValueError, TypeError) as error:
         raise TraceError(
             path, f"a line is none of Megatron's routing trace ({type(error).__name__}: {error})"
         ) from None
 
 
-def _steps(path: Path, whole: set[int], order: list[tuple[int, int]], experts: int) -> Iterator[Int64]:
+def _steps(path: Path, whole: set[int], order: list[int], experts: int) -> Iterator[Int64]:
     """int64[layers, experts] of each step, micro-batches added up."""
     row = {layer: i for i, layer in enumerate(order)}
-    lines = (_parts(path, line) for line in json_lines(path, []))
+    lines = (_parts(path, line) for line in json_lines(path, []) if line.get("block") != MTP)
     last = -1
     for step, group in groupby(lines, key=lambda parts: parts[0]):
         if step <= last:
