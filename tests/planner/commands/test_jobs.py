@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -137,8 +139,10 @@ def test_show_says_what_is_wrong_with_a_job(daemon: DaemonProcess) -> None:
         assert "late ranks  4, 5\n" in text
         assert "plan age  0:0" in text
 
-        # A solve that cannot be done in time: the reason stays there, whatever is decided later.
-        hasty = client.create_job("hasty", small_job(parameters=SolveParameters(deadline_s=1e-6))).name
+        # A solve that is not done in time: the reason stays there, whatever is decided later.
+        hasty = client.create_job("hasty", small_job(parameters=SolveParameters(deadline_s=0.5))).name
+        (worker,) = eventually(daemon.workers)
+        os.kill(worker, signal.SIGSTOP)
         rank = Rank(client, hasty, 0, hello={"reports_for": [0, 1]})
         rank.report(0, tokens(1, ranks=2))
         failure = eventually(lambda: client.job(hasty).status.failure)

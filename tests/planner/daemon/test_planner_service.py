@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
+from typing import Any
 
 import grpc
 import numpy as np
@@ -406,11 +407,11 @@ def test_metrics_tell_what_happened(daemon: DaemonProcess) -> None:
 def test_what_is_no_message_is_said_to_be_none(daemon: DaemonProcess) -> None:
     with grpc.insecure_channel(daemon.address) as channel:
         for method in ("PlannerService/GetJob", "SolverService/Solve"):
-            call = channel.unary_unary(f"/moeplan.v1.{method}")
+            call: Any = channel.unary_unary(f"/moeplan.v1.{method}")
             with pytest.raises(grpc.RpcError) as caught:
                 call(b"\xff\xff\xff", timeout=WAIT_S)
             assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
-        stream = channel.stream_stream("/moeplan.v1.PlannerService/StreamRank")
+        stream: Any = channel.stream_stream("/moeplan.v1.PlannerService/StreamRank")
         with pytest.raises(grpc.RpcError) as caught:
             next(stream(iter([b"\xff\xff\xff"]), timeout=WAIT_S))
         assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT

@@ -50,7 +50,12 @@ def move(
     client: Client,
     job: Name,
     to: Annotated[
-        str, typer.Option(help="Address of the daemon that gets it.", show_default="the one with the fewest jobs")
+        str,
+        typer.Option(
+            help="Address of the daemon that gets it.",
+            show_default="the one with the fewest jobs",
+            rich_help_panel=DAEMON,
+        ),
     ] = "",
 ) -> None:
     """Give a job to another daemon; its ranks connect there, and its versions go on.

@@ -215,8 +215,10 @@ class _Call:
         await context.abort_with_status(refusal.status())
 
 
-def _reader(deserialize: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
+def _reader(deserialize: Callable[[bytes], Any] | None) -> Callable[[bytes], Any] | None:
     """Reads a message, or says `UNREADABLE`: an exception here would end the call with UNKNOWN and no word of why."""
+    if deserialize is None:
+        return None
 
     def read(data: bytes) -> Any:
         try:

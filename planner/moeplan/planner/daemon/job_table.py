@@ -36,7 +36,6 @@ from moeplan.planner.daemon.workers.pool import Workers
 from moeplan.planner.jobs.job import KEPT_PLANS, PlanningJob, StaleIncarnationError
 from moeplan.planner.jobs.job_plan import initial_plan
 from moeplan.solvers import available_policies
-from moeplan.solvers.exact.run import require
 from moeplan.solvers.problem.errors import ProblemError
 from moeplan.v1 import job_pb2
 
@@ -266,6 +265,8 @@ class JobTable:
         return sum(_bytes(host.job.spec) for host in self._hosts.values())
 
     def _read(self, job: job_pb2.Job) -> JobSpec:
+        from moeplan.solvers.exact.run import require  # with the compiler, which no start waits for
+
         spec = wire.read_job_spec(job)
         known = available_policies()
         if spec.policy not in known:
