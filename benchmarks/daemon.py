@@ -2,6 +2,7 @@
 
     python benchmarks/daemon.py streams --jobs 16 --ranks 64 --seconds 60     1,024 rank streams, a report a second each
     python benchmarks/daemon.py streams --jobs 1 --ranks 1024 --seconds 60    the same as one job
+    python benchmarks/daemon.py streams --jobs 1 --ranks 10000 --node 8       10,000 ranks, one stream for 8 of them
     python benchmarks/daemon.py saturation --ranks 1024 --seconds 20          as fast as the streams take it
     python benchmarks/daemon.py solve                                         Solve against the same solve in process
     python benchmarks/daemon.py restart --jobs 100                            kill -9, start, everything there
@@ -109,23 +110,24 @@ def job(ranks: int, devices: int, every: int) -> JobSpec:
 
 
 async def _ranks(
-    address: str, streams: list[tuple[str, int, float]], seconds: float, interval: float
+    address: str, streams: list[tuple[str, range, float]], seconds: float, interval: float
 ) -> dict[str, Any]:
     """Ranks of one process; each reports a step, waits for its turn, and notes when plans come."""
     options = [("grpc.use_local_subchannel_pool", 1), ("grpc.max_receive_message_length", -1)]
     channels = [grpc.aio.insecure_channel(address, options) for _ in range(8)]
     rng = np.random.default_rng(len(streams))
-    payloads = [wire.write_array((rng.pareto(1.2, (LAYERS, 1, EXPERTS)) * 50).astype(np.int32)) for _ in range(16)]
+    shape = (LAYERS, len(streams[0][1]), EXPERTS)
+    payloads = [wire.write_array((rng.pareto(1.2, shape) * 50).astype(np.int32)) for _ in range(16)]
     start = time.time() + 3.0
     sent_at: dict[tuple[str, int], float] = {}
     arrivals: list[tuple[str, int, float, float]] = []
     sent = acknowledged = 0
 
-    async def rank(number: int, name: str, index: int, phase: float) -> None:
+    async def node(number: int, name: str, ranks: range, phase: float) -> None:
         nonlocal sent, acknowledged
         stub: Any = planner_pb2_grpc.PlannerServiceStub(channels[number % len(channels)])
         call = stub.StreamRank()
-        hello = planner_pb2.Hello(job=name, rank=index, session=str(number))
+        hello = planner_pb2.Hello(job=name, rank=ranks[0], reports_for=ranks, session=str(number))
         await call.write(planner_pb2.StreamRankRequest(hello=hello))
         credit = (await call.read()).welcome.credit
         room = asyncio.Semaphore(credit)
@@ -157,7 +159,7 @@ async def _ranks(
                 break
             async with asyncio.timeout(60):
                 await room.acquire()
-            statistics = planner_pb2.Statistics(sequence=step + 1, step=step, tokens=payloads[(index + step) % 16])
+            statistics = planner_pb2.Statistics(sequence=step + 1, step=step, tokens=payloads[(number + step) % 16])
             await call.write(planner_pb2.StreamRankRequest(statistics=statistics))
             sent_at[name, step] = max(sent_at.get((name, step), 0.0), time.time())
             sent += 1
@@ -166,7 +168,7 @@ async def _ranks(
         await call.write(planner_pb2.StreamRankRequest(leave=planner_pb2.Leave()))
         await receiver
 
-    await asyncio.gather(*(rank(n, name, index, phase) for n, (name, index, phase) in enumerate(streams)))
+    await asyncio.gather(*(node(n, name, ranks, phase) for n, (name, ranks, phase) in enumerate(streams)))
     for channel in channels:
         await channel.close()
     return {
@@ -182,15 +184,21 @@ def _process(queue: Queue[Any], *arguments: Any) -> None:
     queue.put(asyncio.run(_ranks(*arguments)))
 
 
-def streams(jobs: int, ranks: int, devices: int, every: int, seconds: float, interval: float) -> dict[str, Any]:
-    """Ranks of `jobs` jobs, reporting every `interval` seconds; jobs begin their steps spread over the interval."""
+def streams(
+    jobs: int, ranks: int, devices: int, every: int, seconds: float, interval: float, node: int
+) -> dict[str, Any]:
+    """Ranks of `jobs` jobs, one stream for `node` of them, reporting every `interval` seconds.
+
+    Jobs begin their steps spread over the interval.
+    """
     with tempfile.TemporaryDirectory() as folder:
         daemon = Daemon(Path(folder))
         daemon.ready()
         daemon.mute()
         with Client(daemon.address) as client:
             names = [client.create_job(f"job-{n}", job(ranks, devices, every)).name for n in range(jobs)]
-        all_streams = [(name, r, n * interval / jobs) for n, name in enumerate(names) for r in range(ranks)]
+        nodes = [range(first, first + node) for first in range(0, ranks, node)]
+        all_streams = [(name, own, n * interval / jobs) for n, name in enumerate(names) for own in nodes]
         context = multiprocessing.get_context("spawn")
         queue: Queue[Any] = context.Queue()
         parts = [all_streams[n::2] for n in range(2)]
@@ -221,13 +229,14 @@ def streams(jobs: int, ranks: int, devices: int, every: int, seconds: float, int
         (when - last[name, step] - took) * 1e3 for result in results for name, step, when, took in result["arrivals"]
     ]
     sent = sum(result["sent"] for result in results)
-    size = LAYERS * EXPERTS * 4
+    size = LAYERS * EXPERTS * 4 * node
     report: dict[str, Any] = {
-        "streams": jobs * ranks,
+        "streams": len(all_streams),
+        "ranks": jobs * ranks,
         "jobs": jobs,
         "messages_sent": sent,
-        "messages_accepted": sum(count.accepted for count in counts) / LAYERS,
-        "late_or_early": sum(count.late + count.early for count in counts) / LAYERS,
+        "messages_accepted": sum(count.accepted for count in counts) / LAYERS / node,
+        "late_or_early": sum(count.late + count.early for count in counts) / LAYERS / node,
         "messages_per_s": sent / seconds,
         "MB_per_s": sent * size / seconds / 1e6,
         "plan_versions": versions,
@@ -325,14 +334,17 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=64, help="ranks of each job")
     parser.add_argument("--devices", type=int, default=16, help="devices of each job")
     parser.add_argument("--every", type=int, default=5, help="steps from one plan to the next")
+    parser.add_argument("--node", type=int, default=1, help="ranks that one stream reports for")
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--rounds", type=int, default=50)
     given = parser.parse_args()
+    if given.ranks % given.node:
+        parser.error("--ranks must be a multiple of --node")
     match given.what:
         case "streams":
-            report = streams(given.jobs, given.ranks, given.devices, given.every, given.seconds, 1.0)
+            report = streams(given.jobs, given.ranks, given.devices, given.every, given.seconds, 1.0, given.node)
         case "saturation":
-            report = streams(1, given.ranks, given.devices, 10**9, given.seconds, 0.0)
+            report = streams(1, given.ranks, given.devices, 10**9, given.seconds, 0.0, given.node)
         case "solve":
             report = solve_overhead(given.rounds)
         case _:

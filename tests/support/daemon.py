@@ -151,10 +151,13 @@ def small_job(layers: int = 2, experts: int = 8, devices: int = 2, slots: int = 
 class Rank:
     """A rank's stream, driven by hand."""
 
-    def __init__(self, client: Client, job: str, rank: int, *, hello: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self, client: Client, job: str, rank: int, *, hello: dict[str, Any] | None = None, token: str = ""
+    ) -> None:
         self._requests: queue.SimpleQueue[planner_pb2.StreamRankRequest | None] = queue.SimpleQueue()
         self.sequence = 0
-        self.call = client.planner.StreamRank(iter(self._requests.get, None), timeout=WAIT_S)
+        metadata = (("authorization", f"Bearer {token}"),) if token else ()
+        self.call = client.planner.StreamRank(iter(self._requests.get, None), timeout=WAIT_S, metadata=metadata)
         values: dict[str, Any] = {"job": job, "rank": rank, "session": f"session-{rank}"} | (hello or {})
         if values["job"]:
             self.send(hello=planner_pb2.Hello(**values))

@@ -16,11 +16,12 @@ class SlowLink:
 
     Attributes:
         address: host:port to connect to.
+        delay_s: How much later pieces are passed on.
         dead: Set while it swallows everything.
     """
 
     def __init__(self, connect: Callable[[], socket.socket], delay_s: float = 0.0) -> None:
-        self._connect, self._delay_s = connect, delay_s
+        self._connect, self.delay_s = connect, delay_s
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
         self.dead = threading.Event()
@@ -43,7 +44,7 @@ class SlowLink:
     def _pass(self, source: socket.socket, target: socket.socket) -> None:
         with contextlib.suppress(OSError):
             while data := source.recv(2**16):
-                time.sleep(self._delay_s)
+                time.sleep(self.delay_s)
                 while self.dead.is_set():
                     time.sleep(0.05)
                 target.sendall(data)

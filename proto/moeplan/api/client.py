@@ -25,10 +25,11 @@ from moeplan.api.connection import Security, open_aio_channel, open_channel
 from moeplan.api.errors import ServiceError, error_of
 from moeplan.api.job_plans import JobPlan
 from moeplan.api.jobs import Job, JobSpec
+from moeplan.api.servers import Server, read_servers
 from moeplan.solvers.plan.parameters import SolveParameters
 from moeplan.solvers.problem.layout import Layout
 from moeplan.solvers.problem.problem import Problem
-from moeplan.v1 import planner_pb2, planner_pb2_grpc, solver_pb2, solver_pb2_grpc
+from moeplan.v1 import admin_pb2, admin_pb2_grpc, planner_pb2, planner_pb2_grpc, solver_pb2, solver_pb2_grpc
 
 if TYPE_CHECKING:
     from moeplan.solvers import Plan
@@ -135,6 +136,7 @@ class Client(_Base):
         self._address = address
         self.planner = planner_pb2_grpc.PlannerServiceStub(channel)
         self.solver = solver_pb2_grpc.SolverServiceStub(channel)
+        self.admin = admin_pb2_grpc.AdminServiceStub(channel)
 
     def __enter__(self) -> Self:
         return self
@@ -220,6 +222,21 @@ class Client(_Base):
             if not token:
                 return
 
+    def servers(self) -> list[Server]:
+        """The daemons behind the store."""
+        return read_servers(self._call("admin", "ListServers", admin_pb2.ListServersRequest()))
+
+    def move_job(self, name: str, address: str = "") -> str:
+        """Give a job to the daemon at an address, or to the one with the fewest jobs; its address."""
+        request = admin_pb2.MoveJobRequest(name=name, address=address)
+        response: admin_pb2.MoveJobResponse = self._call("admin", "MoveJob", request)
+        return response.address
+
+    def drain(self, *, end: bool = False) -> int:
+        """Have the daemon give its jobs to others and take none, or take some again; how many it gave."""
+        response: admin_pb2.DrainResponse = self._call("admin", "Drain", admin_pb2.DrainRequest(end=end))
+        return response.moved
+
     def delete_job(self, name: str) -> None:
         """Delete a job."""
         self._call("planner", "DeleteJob", planner_pb2.DeleteJobRequest(name=name))
@@ -265,6 +282,7 @@ class AsyncClient(_Base):
         self._address = address
         self.planner = planner_pb2_grpc.PlannerServiceStub(channel)
         self.solver = solver_pb2_grpc.SolverServiceStub(channel)
+        self.admin = admin_pb2_grpc.AdminServiceStub(channel)
 
     async def __aenter__(self) -> Self:
         return self
@@ -346,6 +364,21 @@ class AsyncClient(_Base):
             token = response.next_page_token
             if not token:
                 return
+
+    async def servers(self) -> list[Server]:
+        """The daemons behind the store."""
+        return read_servers(await self._call("admin", "ListServers", admin_pb2.ListServersRequest()))
+
+    async def move_job(self, name: str, address: str = "") -> str:
+        """Give a job to the daemon at an address, or to the one with the fewest jobs; its address."""
+        request = admin_pb2.MoveJobRequest(name=name, address=address)
+        response: admin_pb2.MoveJobResponse = await self._call("admin", "MoveJob", request)
+        return response.address
+
+    async def drain(self, *, end: bool = False) -> int:
+        """Have the daemon give its jobs to others and take none, or take some again; how many it gave."""
+        response: admin_pb2.DrainResponse = await self._call("admin", "Drain", admin_pb2.DrainRequest(end=end))
+        return response.moved
 
     async def delete_job(self, name: str) -> None:
         """Delete a job."""

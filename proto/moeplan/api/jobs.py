@@ -265,6 +265,11 @@ class JobStatus:
         decision: The newest decision, also where it was to stay; None from a server that does not own the job.
         statistics: Statistics counted since the owner took the job over.
         owner: Address of the server that owns the job; empty if none does.
+        silent_ranks: Ranks that no stream reports for, the first 32.
+        late_ranks: Connected ranks whose newest statistics are of a step before the newest closed one, the first 32.
+        saved_s: Predicted time that plans have saved since the owner took the job over: for each closed step, the cost
+            with the layouts that the newest plan replaced, less that with its own, seconds.
+        failure: The newest solve that failed since the owner took the job over; None if none did.
     """
 
     plan_version: int
@@ -274,6 +279,10 @@ class JobStatus:
     decision: Decision | None = None
     statistics: StatisticsCount = field(default_factory=StatisticsCount)
     owner: str = ""
+    silent_ranks: tuple[int, ...] = ()
+    late_ranks: tuple[int, ...] = ()
+    saved_s: float = 0.0
+    failure: Decision | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)

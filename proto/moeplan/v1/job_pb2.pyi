@@ -324,6 +324,10 @@ class JobStatus(_message.Message):
     DECISION_FIELD_NUMBER: _builtins.int
     STATISTICS_FIELD_NUMBER: _builtins.int
     OWNER_FIELD_NUMBER: _builtins.int
+    SILENT_RANKS_FIELD_NUMBER: _builtins.int
+    LATE_RANKS_FIELD_NUMBER: _builtins.int
+    SAVED_S_FIELD_NUMBER: _builtins.int
+    FAILURE_FIELD_NUMBER: _builtins.int
     plan_version: _builtins.int
     """Version of the newest plan."""
     connected_ranks: _builtins.int
@@ -334,6 +338,10 @@ class JobStatus(_message.Message):
     """Newest version that a rank reported as applied; 0 before the first."""
     owner: _builtins.str
     """Address of the server that owns the job; empty if none does."""
+    saved_s: _builtins.float
+    """Predicted time that plans have saved since this server took the job over: for each closed step, the cost with the
+    layouts that the newest plan replaced, less that with its own, seconds.
+    """
     @_builtins.property
     def decision(self) -> Global___Decision:
         """The newest decision, also where it was to stay."""
@@ -341,6 +349,18 @@ class JobStatus(_message.Message):
     @_builtins.property
     def statistics(self) -> Global___StatisticsCount:
         """Statistics counted since this server took the job over."""
+
+    @_builtins.property
+    def silent_ranks(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Ranks that no stream reports for, the first 32."""
+
+    @_builtins.property
+    def late_ranks(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Connected ranks whose newest statistics are of a step before the newest closed one, the first 32."""
+
+    @_builtins.property
+    def failure(self) -> Global___Decision:
+        """The newest solve that failed since this server took the job over, and why; absent if none did."""
 
     def __init__(
         self,
@@ -352,14 +372,23 @@ class JobStatus(_message.Message):
         decision: Global___Decision | None = ...,
         statistics: Global___StatisticsCount | None = ...,
         owner: _builtins.str = ...,
+        silent_ranks: _abc.Iterable[_builtins.int] | None = ...,
+        late_ranks: _abc.Iterable[_builtins.int] | None = ...,
+        saved_s: _builtins.float = ...,
+        failure: Global___Decision | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_closed_step", b"_closed_step", "closed_step", b"closed_step", "decision", b"decision", "statistics", b"statistics"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_closed_step", b"_closed_step", "_failure", b"_failure", "closed_step", b"closed_step", "decision", b"decision", "failure", b"failure", "statistics", b"statistics"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_closed_step", b"_closed_step", "applied_version", b"applied_version", "closed_step", b"closed_step", "connected_ranks", b"connected_ranks", "decision", b"decision", "owner", b"owner", "plan_version", b"plan_version", "statistics", b"statistics"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_closed_step", b"_closed_step", "_failure", b"_failure", "applied_version", b"applied_version", "closed_step", b"closed_step", "connected_ranks", b"connected_ranks", "decision", b"decision", "failure", b"failure", "late_ranks", b"late_ranks", "owner", b"owner", "plan_version", b"plan_version", "saved_s", b"saved_s", "silent_ranks", b"silent_ranks", "statistics", b"statistics"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__closed_step: _TypeAlias = _typing.Literal["closed_step"]  # noqa: Y015
     _WhichOneofArgType__closed_step: _TypeAlias = _typing.Literal["_closed_step", b"_closed_step"]  # noqa: Y015
+    _WhichOneofReturnType__failure: _TypeAlias = _typing.Literal["failure"]  # noqa: Y015
+    _WhichOneofArgType__failure: _TypeAlias = _typing.Literal["_failure", b"_failure"]  # noqa: Y015
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__closed_step) -> _WhichOneofReturnType__closed_step | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__failure) -> _WhichOneofReturnType__failure | None: ...
 
 Global___JobStatus: _TypeAlias = JobStatus  # noqa: Y015
 

@@ -30,6 +30,7 @@ COMMANDS = (
         "serve",
     ),
     *("jobs", "jobs list", "jobs show", "jobs watch", "jobs delete"),
+    *("admin", *(f"admin {name}" for name in ("servers", "move", "drain", "backup", "restore", "compact"))),
 )
 PANELS = {"Arguments", "Options", "Commands", "Cluster", "Problem", "Search", "Daemon", "Output"}
 OWN_PANELS = {

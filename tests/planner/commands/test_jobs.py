@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -10,9 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from pydantic import ValidationError
-from tests.support.daemon import WAIT_S, DaemonProcess, small_job
+from tests.support.daemon import WAIT_S, DaemonProcess, Rank, eventually, small_job, tokens
 
+from moeplan.api.jobs import Closing
 from moeplan.planner.daemon.settings import load, loopback
+from moeplan.solvers import SolveParameters
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -109,3 +113,43 @@ def test_a_missing_file_is_an_error(tmp_path: Path) -> None:
 )
 def test_loopback(address: str, expected: bool) -> None:
     assert loopback(address) is expected
+
+
+def test_show_says_what_is_wrong_with_a_job(daemon: DaemonProcess) -> None:
+    """Ranks that are silent or late, a solve that failed and why, the age of the plan, and what plans saved."""
+    server = ("--server", daemon.address)
+    with daemon.client() as client:
+        spec = small_job(ranks=6, closing=Closing(max_lag_steps=1, quorum=0.5))
+        name = client.create_job("watched", spec).name
+        leaders, slow = (Rank(client, name, first, hello={"reports_for": [first, first + 1]}) for first in (0, 4))
+        other = Rank(client, name, 2)
+        for step in range(6):
+            for rank in (leaders, *((slow,) if step == 0 else ())):
+                rank.report(step, tokens(step, ranks=2))
+            other.report(step, tokens(step + 100))
+        other.next("plan_update")
+        eventually(lambda: (client.job(name).status.closed_step or 0) >= 3)
+        status = client.job(name).status
+        assert status.silent_ranks == (3,)
+        assert status.late_ranks == (4, 5)
+        assert status.saved_s >= 0
+        assert status.failure is None
+        text = run("jobs", "show", "watched", *server).stdout
+        assert "silent ranks  3\n" in text
+        assert "late ranks  4, 5\n" in text
+        assert "plan age  0:0" in text
+
+        # A solve that is not done in time: the reason stays there, whatever is decided later.
+        hasty = client.create_job("hasty", small_job(parameters=SolveParameters(deadline_s=0.5))).name
+        (worker,) = eventually(daemon.workers)
+        os.kill(worker, signal.SIGSTOP)
+        rank = Rank(client, hasty, 0, hello={"reports_for": [0, 1]})
+        rank.report(0, tokens(1, ranks=2))
+        failure = eventually(lambda: client.job(hasty).status.failure)
+        assert failure.step == 0
+        assert "deadline" in failure.detail
+        assert "step 0: " in run("jobs", "show", "hasty", *server).stdout
+        for stream in (leaders, slow, other, rank):
+            stream.close()
+        client.delete_job(name)
+        client.delete_job(hasty)

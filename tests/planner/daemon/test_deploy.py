@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import subprocess
+import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -179,3 +182,77 @@ def test_the_daemon_starts_with_the_manifests_settings(start: Start, tmp_path: P
     grace_s = pod()[0]["spec"]["terminationGracePeriodSeconds"]
     assert grace_s >= Settings.model_fields["drain_s"].default + LAST_RESORT_S
     assert daemon.terminate() == 0
+
+
+def expressions() -> Iterator[tuple[str, str]]:
+    """What alerts and panels ask Prometheus for, with who asks."""
+    for rule in alerts():
+        yield rule["alert"], rule["expr"]
+    board = json.loads((ROOT / "deploy" / "grafana" / "moeplan.json").read_text())
+    for panel in board["panels"]:
+        for target in panel["targets"]:
+            yield panel["title"], target["expr"]
+
+
+def alerts() -> list[dict[str, Any]]:
+    """The alerts."""
+    groups = yaml.safe_load((ROOT / "deploy" / "prometheus" / "alerts.yaml").read_text())["groups"]
+    return [rule for group in groups for rule in group["rules"]]
+
+
+def test_alerts_and_panels_ask_for_what_a_daemon_shows(daemon: DaemonProcess) -> None:
+    """Every metric of every expression is there from the start, with the values of labels that it is asked for."""
+    with urllib.request.urlopen(f"http://{daemon.metrics}/metrics", timeout=WAIT_S) as reply:
+        series = [line for line in reply.read().decode().splitlines() if not line.startswith("#")]
+    names = {re.split(r"[{ ]", line)[0] for line in series}
+    asked = 0
+    for who, expression in expressions():
+        assert expression.count("(") == expression.count(")"), who
+        for name, labels in re.findall(r"\b((?:moeplan|grpc|process)_\w+)(?:\{([^}]*)\})?", expression):
+            asked += 1
+            assert name in names, f"{who} asks for {name}"
+            for label, how, value in re.findall(r'(\w+)(=~?)"([^"]*)"', labels):
+                if label in ("instance", "code"):
+                    continue  # Prometheus's own; and statuses come as they happen
+                for one in value.split("|") if how == "=~" else [value]:
+                    wanted = f'{label}="{one}"'
+                    assert any(line.startswith(name) and wanted in line for line in series), f"{who}: {name} {wanted}"
+    assert asked > 30
+
+
+def test_every_alert_is_in_the_runbook() -> None:
+    text = (ROOT / "docs" / "runbook.md").read_text()
+    entries = {line.removeprefix("### ").lower(): line for line in text.splitlines() if line.startswith("### ")}
+    for rule in alerts():
+        assert set(rule) <= {"alert", "expr", "for", "labels", "annotations"}
+        assert rule["labels"]["severity"] in ("page", "ticket")
+        page, _, anchor = rule["annotations"]["runbook"].partition("#")
+        assert (ROOT / page).is_file()
+        assert anchor in entries
+        assert anchor == rule["alert"].lower()
+    assert len(entries) == len(alerts())
+
+
+def test_kustomizations_name_files_that_are_there() -> None:
+    for folder in ("kubernetes", "prometheus"):
+        place = ROOT / "deploy" / folder
+        found = yaml.safe_load((place / "kustomization.yaml").read_text())
+        for resource in found["resources"]:
+            assert (place / resource).exists()
+    monitor = yaml.safe_load((ROOT / "deploy" / "prometheus" / "servicemonitor.yaml").read_text())["spec"]
+    service = documents()["Service"]
+    assert monitor["selector"]["matchLabels"].items() <= service["metadata"]["labels"].items()
+    ports = [port["name"] for port in service["spec"]["ports"]]
+    assert all(endpoint["port"] in ports for endpoint in monitor["endpoints"])
+
+
+def test_the_unit_is_strict() -> None:
+    tool = shutil.which("systemd-analyze")
+    if tool is None:
+        pytest.skip("no systemd-analyze")
+    command = [tool, "security", "--offline=true", str(ROOT / "deploy" / "systemd" / "moeplan.service")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=WAIT_S, check=False)
+    level = re.search(r"exposure level for \S+: ([\d.]+)", done.stdout)
+    if level is None:
+        pytest.skip("systemd-analyze cannot look at files")
+    assert float(level[1]) <= 2.0

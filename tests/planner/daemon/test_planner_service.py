@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import itertools
 import time
+from typing import Any
 
 import grpc
 import numpy as np
 import pytest
-from tests.support.daemon import WAIT_S, DaemonProcess, Rank, eventually, small_job, tokens
+from tests.support.daemon import WAIT_S, DaemonProcess, Rank, Start, eventually, small_job, tokens
 
 from moeplan.api import wire
 from moeplan.api.client import Client
@@ -21,8 +22,8 @@ from moeplan.api.errors import (
     UnavailableError,
 )
 from moeplan.api.job_plans import Reason
-from moeplan.api.jobs import Closing, Forecast, ForecastMethod, Payback, Replan
-from moeplan.solvers import Cluster, ExpertSpec, Layout
+from moeplan.api.jobs import Closing, Forecast, ForecastMethod, JobSpec, Payback, Replan
+from moeplan.solvers import Cluster, ExpertSpec, Layout, SolveParameters
 from moeplan.v1 import job_pb2, planner_pb2, tensor_pb2
 
 
@@ -401,3 +402,36 @@ def test_metrics_tell_what_happened(daemon: DaemonProcess) -> None:
     assert daemon.metric('moeplan_decisions_total{reason="gain"}') > 0
     assert daemon.metric("moeplan_statistics_bytes_total") > 0
     assert daemon.metric("moeplan_imbalance_before_count") == daemon.metric("moeplan_gap_count") > 0
+
+
+def test_what_is_no_message_is_said_to_be_none(daemon: DaemonProcess) -> None:
+    with grpc.insecure_channel(daemon.address) as channel:
+        for method in ("PlannerService/GetJob", "SolverService/Solve"):
+            call: Any = channel.unary_unary(f"/moeplan.v1.{method}")
+            with pytest.raises(grpc.RpcError) as caught:
+                call(b"\xff\xff\xff", timeout=WAIT_S)
+            assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        stream: Any = channel.stream_stream("/moeplan.v1.PlannerService/StreamRank")
+        with pytest.raises(grpc.RpcError) as caught:
+            next(stream(iter([b"\xff\xff\xff"]), timeout=WAIT_S))
+        assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert not daemon.events("call failed")
+
+
+def test_a_policy_or_solver_that_is_not_there_is_refused_at_once(client: Client) -> None:
+    with pytest.raises(InvalidRequestError, match="did you mean hybrid"):
+        client.create_job("typed", small_job(policy="hybird"))
+    with pytest.raises(InvalidRequestError, match=r"parameters\.solver"):
+        client.create_job("typed", small_job(parameters=SolveParameters(solver="gurobbi")))
+
+
+def test_pages_are_cut_by_bytes_too(start: Start) -> None:
+    """A page holds no more than half a message may; with its tokens every job comes, once."""
+    daemon = start("--limit", "message_bytes=20000").serving(solver=False)
+    with daemon.client() as client:
+        big = JobSpec(Cluster.uniform(400, 2), 1, 8, ranks=1, merge_sources=True)
+        names = [client.create_job(f"big-{number}", big).name for number in range(6)]
+        first = client.planner.ListJobs(planner_pb2.ListJobsRequest(page_size=100))
+        assert 0 < len(first.jobs) < len(names)
+        assert first.next_page_token
+        assert [job.name for job in client.jobs()] == names

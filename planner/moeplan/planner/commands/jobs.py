@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
@@ -17,13 +18,17 @@ if TYPE_CHECKING:
     from moeplan.api.job_plans import JobPlan
     from moeplan.api.jobs import Job
 
-__all__ = ["register"]
+__all__ = ["Name", "register", "resource"]
 
 TextOrJson = Annotated[
     Literal[Format.TABLE, Format.JSON],
     typer.Option("--format", help="Text to read, or JSON on standard output.", rich_help_panel=OUTPUT),
 ]
 Name = Annotated[str, typer.Argument(help="The job, with or without jobs/.")]
+
+
+SHOWN_RANKS = 32
+"""Ranks that a daemon names at most."""
 
 
 def register(app: typer.Typer) -> None:
@@ -67,7 +72,7 @@ def list_jobs(client: Client, output: Output = Format.TABLE) -> None:
 @with_client
 def show(client: Client, job: Name, output: TextOrJson = Format.TABLE) -> None:
     """Show a job, its newest decision and its plan."""
-    found = client.job(_name(job))
+    found = client.job(resource(job))
     plan = client.plan(f"{found.name}/plans/-")
     if output is Format.JSON:
         print_json({"job": _summary(found), "plan": _plan_summary(found.name, plan)})
@@ -75,7 +80,12 @@ def show(client: Client, job: Name, output: TextOrJson = Format.TABLE) -> None:
     for name, value in _summary(found).items():
         if isinstance(value, dict):
             value = ", ".join(f"{count:,} {what}" for what, count in value.items())
-        typer.echo(f"{name.replace('_', ' '):>16}  {'-' if value is None else value}")
+        elif isinstance(value, list):
+            value = ", ".join(map(str, value)) + (", ..." if len(value) == SHOWN_RANKS else "")
+        typer.echo(f"{name.replace('_', ' '):>16}  {'-' if value in (None, '') else value}")
+    if plan.created is not None:
+        age_s = (datetime.now(UTC) - plan.created).total_seconds()
+        typer.echo(f"{'plan age':>16}  {timedelta(seconds=round(max(0.0, age_s)))}")
     _print_plan(plan)
 
 
@@ -89,7 +99,7 @@ def watch(
     output: TextOrJson = Format.TABLE,
 ) -> None:
     """Print every new plan of a job as it is made."""
-    name = _name(job)
+    name = resource(job)
     for number, plan in enumerate(client.watch_plans(name), 1):
         if output is Format.JSON:
             typer.echo(json.dumps(_plan_summary(name, plan)))
@@ -102,10 +112,11 @@ def watch(
 @with_client
 def delete(client: Client, job: Name) -> None:
     """Delete a job and its plans, and end its streams."""
-    client.delete_job(_name(job))
+    client.delete_job(resource(job))
 
 
-def _name(job: str) -> str:
+def resource(job: str) -> str:
+    """A job's resource name."""
     return job if job.startswith("jobs/") else f"jobs/{job}"
 
 
@@ -125,6 +136,11 @@ def _summary(job: Job) -> dict[str, object]:
         "plan_version": status.plan_version,
         "applied_version": status.applied_version or None,
         "decision": None if status.decision is None else status.decision.reason.value,
+        "detail": (status.decision and status.decision.detail) or None,
+        "last_failure": None if status.failure is None else f"step {status.failure.step}: {status.failure.detail}",
+        "saved_s": status.saved_s,
+        "silent_ranks": list(status.silent_ranks),
+        "late_ranks": list(status.late_ranks),
         "statistics": asdict(status.statistics),
     }
 

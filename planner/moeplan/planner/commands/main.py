@@ -8,7 +8,19 @@ from typing import Annotated
 
 import typer
 
-from moeplan.planner.commands import affinity, compare, evaluate, export, jobs, plan, policies, replay, serve, trace
+from moeplan.planner.commands import (
+    admin,
+    affinity,
+    compare,
+    evaluate,
+    export,
+    jobs,
+    plan,
+    policies,
+    replay,
+    serve,
+    trace,
+)
 from moeplan.planner.commands.explained import EXIT_FAILED
 
 __all__ = ["app", "main"]
@@ -39,7 +51,7 @@ def _program(
     """
 
 
-for command in (trace, plan, export, evaluate, policies, compare, affinity, replay, serve, jobs):
+for command in (trace, plan, export, evaluate, policies, compare, affinity, replay, serve, jobs, admin):
     command.register(app)
 
 

@@ -78,6 +78,10 @@ def serve(
     tokens: Annotated[
         Path | None, typer.Option(help="File of bearer tokens, one a line.", rich_help_panel=SECURITY)
     ] = None,
+    tenants: Annotated[
+        Path | None,
+        typer.Option(help="TOML file of tenants: their tokens, roles, jobs and quotas.", rich_help_panel=SECURITY),
+    ] = None,
     insecure: Annotated[
         bool | None, typer.Option("--insecure", help="Allow anyone, on any address.", rich_help_panel=SECURITY)
     ] = None,
@@ -108,7 +112,12 @@ def serve(
         "workers": workers,
         "log_level": log_level,
         "security": _given(
-            certificate=certificate, key=key, client_ca=client_ca, tokens=tokens, insecure=insecure or None
+            certificate=certificate,
+            key=key,
+            client_ca=client_ca,
+            tokens=tokens,
+            tenants=tenants,
+            insecure=insecure or None,
         ),
         "limits": _limits(limit or []),
     }

@@ -16,7 +16,7 @@ import sqlalchemy as sa
 import structlog
 from sqlalchemy import exc
 
-__all__ = ["Database", "StoreError", "StoreFullError", "translate"]
+__all__ = ["FILE", "Database", "StoreError", "StoreFullError", "locked", "translate"]
 
 FILE = "moeplan.sqlite3"
 LOCK = "moeplan.lock"
@@ -81,7 +81,7 @@ class Database:
             StoreError: it cannot be used.
         """
         if self._folder is not None:
-            self._lock_folder(self._folder)
+            self._lock = _lock_folder(self._folder)
             self._look_for_damage(self._folder)
         try:
             self.engine = self._sqlite_engine() if self.sqlite else self._server_engine()
@@ -171,18 +171,6 @@ class Database:
             f"`sqlite3 {path} .recover`; or move the folder away to begin with no jobs"
         )
 
-    def _lock_folder(self, folder: Path) -> None:
-        try:
-            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            self._lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise StoreError(
-                f"{folder} is used by another daemon; stop it, or give this one another folder with --data"
-            ) from None
-        except OSError as error:
-            raise StoreError(f"{folder} cannot be used: {error.strerror}; give --data") from None
-
     def _look_for_damage(self, folder: Path) -> None:
         """SQLite takes an empty file for a new database, and leaves out the part of its log after a broken place."""
         path = folder / FILE
@@ -239,6 +227,36 @@ class Database:
             self._socket = None
 
         return engine
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[int]:
+    """Keep daemons from a folder; the descriptor of its lock.
+
+    Raises:
+        StoreError: a daemon uses it.
+    """
+    lock = _lock_folder(folder)
+    try:
+        yield lock
+    finally:
+        os.close(lock)
+
+
+def _lock_folder(folder: Path) -> int:
+    lock = -1
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(lock)
+        raise StoreError(
+            f"{folder} is used by another daemon; stop it, or give this one another folder with --data"
+        ) from None
+    except OSError as error:
+        raise StoreError(f"{folder} cannot be used: {error.strerror}; give --data") from None
+    return lock
 
 
 def translate(error: Exception) -> StoreError:

@@ -3,27 +3,33 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import hmac
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
-from pathlib import Path
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import Any
 
 import grpc
 import structlog
+from google.protobuf.message import DecodeError
 
+from moeplan.planner.daemon.audit import audit
 from moeplan.planner.daemon.database import StoreError, StoreFullError
 from moeplan.planner.daemon.metrics import Metrics
-from moeplan.planner.daemon.statuses import RefusalError, exhausted, refusal_of, unavailable
+from moeplan.planner.daemon.statuses import RefusalError, exhausted, invalid, refusal_of, unavailable
 from moeplan.planner.daemon.store import LeaseLostError
+from moeplan.planner.daemon.tenants import ANYONE, CALLER, NOBODY, Caller, Role, Tenant, Tenants, may
 from moeplan.solvers.problem.errors import ProblemError
 
-__all__ = ["Gate", "read_tokens"]
+__all__ = ["Gate"]
 
 OPEN = "/grpc.health.v1.Health/"
 """Probes carry no token."""
+
+READS = {"GetJob", "ListJobs", "GetPlan", "WatchPlans", "ListPolicies"}
+"""Methods that change nothing and cost little; all others need more than the role to read."""
+
+CHANGES = {"CreateJob": "job_id", "DeleteJob": "name", "MoveJob": "name", "Drain": ""}
+"""Methods that change something, with the field that names it."""
 
 PROBES = 16
 """Probes whose request is read at a time: anyone may send one, of any size up to the limit."""
@@ -31,33 +37,27 @@ PROBES = 16
 PROBE_S = 5.0
 """Longest that reading one may take."""
 
+UNREADABLE = object()
+"""In place of a request that is no message."""
+
 log = structlog.get_logger()
 
 
-def read_tokens(path: Path) -> tuple[bytes, ...]:
-    """SHA-256 of each bearer token of a file: one a line, # begins a comment.
-
-    Raises:
-        ValueError: there is none, or one is too short to be a secret. The message holds no token.
-    """
-    digests = []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
-        token = line.strip()
-        if not token or token.startswith("#"):
-            continue
-        if len(token) < 16:
-            raise ValueError(f"{path}:{number}: a token must have at least 16 characters; try `openssl rand -hex 32`")
-        digests.append(hashlib.sha256(token.encode()).digest())
-    if not digests:
-        raise ValueError(f"{path} holds no token; write one a line, for instance from `openssl rand -hex 32`")
-    return tuple(digests)
+def _role_of(method: str) -> Role:
+    service, _, name = method.strip("/").partition("/")
+    if not service.startswith("moeplan.") or name in READS:
+        return Role.READ
+    return Role.ADMIN if service == "moeplan.v1.AdminService" else Role.RUN
 
 
 class Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc, unused-ignore]
-    """Checks tokens, counts calls, and turns errors into statuses; unexpected ones say no more than an id."""
+    """Finds out who calls and whether that may, counts calls, and turns errors into statuses.
 
-    def __init__(self, metrics: Metrics, tokens: tuple[bytes, ...]) -> None:
-        self._metrics, self.tokens = metrics, tokens
+    Unexpected errors say no more than an id.
+    """
+
+    def __init__(self, metrics: Metrics, tenants: Tenants) -> None:
+        self._metrics, self._tenants = metrics, tenants
         self._reading = asyncio.Semaphore(PROBES)
 
     async def intercept_service(
@@ -71,12 +71,12 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc, unused-ignore]
         if handler is None:
             return None
         if method.startswith(OPEN):
-            return self._probe(handler) if self.tokens else handler
-        metadata = dict(handler_call_details.invocation_metadata or ())
-        if not self._allowed(metadata.get("authorization", "")):
-            return self._refusing(method)
+            return self._probe(handler) if self._tenants.asks else handler
+        known, refusal = self._known(dict(handler_call_details.invocation_metadata or ()), method)
+        if refusal is not None:
+            return self._refusing(method, refusal, known or NOBODY)
         codecs = {
-            "request_deserializer": handler.request_deserializer,
+            "request_deserializer": _reader(handler.request_deserializer),
             "response_serializer": handler.response_serializer,
         }
         if handler.response_streaming:
@@ -85,7 +85,9 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc, unused-ignore]
             async def stream(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
                 with _Call(self._metrics, method) as call:
                     try:
-                        async for response in behavior(request, context):
+                        self._identify(known, method, context)
+                        whole = _all_read(request) if handler.request_streaming else _read(request)
+                        async for response in behavior(whole, context):
                             yield response
                     except Exception as error:
                         await call.end(error, context)
@@ -101,27 +103,50 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc, unused-ignore]
             with _Call(self._metrics, method) as call:
                 start = time.perf_counter()
                 try:
-                    return await unary(request, context)
+                    self._identify(known, method, context)
+                    return await unary(_read(request), context)
                 except Exception as error:
                     await call.end(error, context)
                 finally:
                     self._metrics.handling.labels(method).observe(time.perf_counter() - start)
+                    call.audit(request)
 
         return grpc.unary_unary_rpc_method_handler(single, **codecs)
 
-    def _refusing(self, method: str) -> grpc.RpcMethodHandler[Any, Any]:
+    def _known(self, metadata: Mapping[str, str | bytes], method: str) -> tuple[Tenant | None, RefusalError | None]:
+        """Who calls, and why it may not; None for someone with a certificate, which is known once its call has begun.
+
+        Without a certificate that the authorities signed, nobody gets as far as this.
+        """
+        if not self._tenants.asks:
+            return ANYONE, None
+        tenant = self._tenants.with_token(metadata.get("authorization", ""))
+        if tenant is None:
+            return None, None if self._tenants.by_certificate else _unknown()
+        return tenant, may(tenant, _role_of(method), method)
+
+    def _identify(self, known: Tenant | None, method: str, context: grpc.aio.ServicerContext[Any, Any]) -> None:
+        """Say who calls to all that the call does, and raise RefusalError if it may not."""
+        names = context.auth_context() or {}
+        tenant = known or self._tenants.with_certificate(names)
+        if tenant is None:
+            raise _unknown()
+        shown = next(iter(names.get("x509_common_name", ())), b"")
+        if tenant is ANYONE and shown:
+            tenant = ANYONE.model_copy(update={"name": shown.decode("utf-8", "replace")})
+        CALLER.set(Caller(tenant, str(context.peer())))
+        refusal = may(tenant, _role_of(method), method)
+        if refusal is not None:
+            raise refusal
+
+    def _refusing(self, method: str, refusal: RefusalError, tenant: Tenant) -> grpc.RpcMethodHandler[Any, Any]:
         """Refuses any kind of call: to the handler all look like streams, and a stream is read only by who asks."""
 
         async def refuse(_: Any, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
             with _Call(self._metrics, method) as call:
-                await call.end(
-                    RefusalError(
-                        grpc.StatusCode.UNAUTHENTICATED,
-                        "no valid token: send the metadata `authorization: Bearer <token>` with one of the server's "
-                        "tokens",
-                    ),
-                    context,
-                )
+                CALLER.set(Caller(tenant, str(context.peer())))
+                call.audit(None, refusal.code)
+                await call.end(refusal, context)
             yield
 
         wrapped: grpc.RpcMethodHandler[Any, Any] = grpc.stream_stream_rpc_method_handler(refuse)
@@ -156,16 +181,6 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc, unused-ignore]
         wrapped: grpc.RpcMethodHandler[Any, Any] = grpc.stream_stream_rpc_method_handler(stream, **codecs)
         return wrapped
 
-    def _allowed(self, header: str | bytes) -> bool:
-        if not self.tokens:
-            return True
-        text = header.decode("latin-1") if isinstance(header, bytes) else header
-        kind, _, token = text.partition(" ")
-        digest = hashlib.sha256(token.strip().encode()).digest()
-        # Every token is compared, so that the time taken tells nothing.
-        matches = [hmac.compare_digest(digest, known) for known in self.tokens]
-        return kind.lower() == "bearer" and any(matches)
-
 
 class _Call:
     """Counts one call."""
@@ -183,6 +198,13 @@ class _Call:
             self._code = grpc.StatusCode.CANCELLED
         self._metrics.handled.labels(self._method, self._code.name).inc()
 
+    def audit(self, request: Any, code: grpc.StatusCode | None = None) -> None:
+        """Write down a change, or that it was refused before anything of it was read."""
+        name = self._method.rpartition("/")[2]
+        if name in CHANGES:
+            resource = str(getattr(request, CHANGES[name], ""))
+            audit(name, resource, (code or self._code).name)
+
     async def end(self, error: Exception, context: grpc.aio.ServicerContext[Any, Any]) -> None:
         """End the call with the status of an error."""
         if isinstance(error, grpc.aio.AbortError):
@@ -191,6 +213,39 @@ class _Call:
         self._code = refusal.code
         log.info("call refused", method=self._method, code=refusal.code.name, message=refusal.message)
         await context.abort_with_status(refusal.status())
+
+
+def _reader(deserialize: Callable[[bytes], Any] | None) -> Callable[[bytes], Any] | None:
+    """Reads a message, or says `UNREADABLE`: an exception here would end the call with UNKNOWN and no word of why."""
+    if deserialize is None:
+        return None
+
+    def read(data: bytes) -> Any:
+        try:
+            return deserialize(data)
+        except DecodeError:
+            return UNREADABLE
+
+    return read
+
+
+def _read(request: Any) -> Any:
+    if request is UNREADABLE:
+        raise invalid("request", "bytes", "is no message of this method; see proto/moeplan/v1")
+    return request
+
+
+async def _all_read(requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
+    async for request in requests:
+        yield _read(request)
+
+
+def _unknown() -> RefusalError:
+    return RefusalError(
+        grpc.StatusCode.UNAUTHENTICATED,
+        "no valid token: send the metadata `authorization: Bearer <token>` with one of the server's tokens, or use a "
+        "certificate that it knows",
+    )
 
 
 def _refusal(error: Exception, method: str) -> RefusalError:

@@ -15,7 +15,7 @@ from moeplan.api.job_plans import JobPlan
 from moeplan.api.jobs import JobSpec
 from moeplan.planner.daemon.database import StoreError
 from moeplan.planner.daemon.metrics import Metrics
-from moeplan.planner.daemon.statuses import RefusalError, precondition
+from moeplan.planner.daemon.statuses import RefusalError, precondition, unavailable
 from moeplan.planner.daemon.store import LeaseLostError, Store
 from moeplan.planner.daemon.workers.frames import Kind
 from moeplan.planner.daemon.workers.pool import Workers
@@ -26,13 +26,16 @@ from moeplan.planner.jobs.window import Report
 from moeplan.solvers.problem.errors import ProblemError
 from moeplan.v1 import job_pb2, planner_pb2
 
-__all__ = ["JobHost", "RankStream"]
+__all__ = ["JobHost", "RankStream", "given_to"]
 
 MOST_WRITTEN = 4
 """Forms of a plan that are kept written: streams that keep up all ask for the same one."""
 
 UNUSED_S = 10.0
 """Time for which statistics may come without one that counts before the log says so, and between such lines."""
+
+STALLED_S = 60.0
+"""How long no step may close while ranks are connected."""
 
 log = structlog.get_logger()
 
@@ -94,7 +97,8 @@ class JobHost:
         self._timer: asyncio.TimerHandle | None = None
         self._writing = asyncio.Lock()
         self._counted = replace(job.count)
-        self._used_s = time.monotonic()
+        self._used_s = self._closed_s = time.monotonic()
+        self._closed_step = job.closed_step
         self.ended: RefusalError | None = None
         self.lost = False
         self._written: dict[int, planner_pb2.StreamRankResponse] = {}
@@ -199,6 +203,16 @@ class JobHost:
             self.streams.clear()
             self._announce()
 
+    async def give(self, address: str) -> None:
+        """Give the job to another daemon, with the plan that is being written.
+
+        Raises:
+            StoreError: it could not be given; it stays.
+        """
+        async with self._writing:
+            await self._store.hand_over(self.id, address)
+            self.close(given_to(self.name, address))
+
     def close(self, refusal: RefusalError) -> None:
         """End the job in this daemon: its streams and watchers end with a status."""
         self.ended = refusal
@@ -209,6 +223,8 @@ class JobHost:
 
     def count(self) -> None:
         """Bring the metrics of statistics up to date, and say so where all of them are in vain."""
+        if self.job.closed_step != self._closed_step or not self.streams:
+            self._closed_step, self._closed_s = self.job.closed_step, time.monotonic()
         now = replace(self.job.count)
         wasted = now.late + now.early - self._counted.late - self._counted.early
         time_s = time.monotonic()
@@ -228,6 +244,11 @@ class JobHost:
             # A step that is dropped for an older one takes back what was accepted; a counter cannot.
             self._metrics.cells.labels(fate).inc(max(0, getattr(now, fate) - getattr(self._counted, fate)))
         self._counted = now
+
+    @property
+    def stalled(self) -> bool:
+        """Whether ranks are connected, and yet no step closes."""
+        return bool(self.streams) and time.monotonic() - self._closed_s > STALLED_S
 
     def _stop_work(self) -> None:
         if self._timer is not None:
@@ -265,6 +286,8 @@ class JobHost:
             self._decided()
         else:
             await self._decide(task, candidates, time.monotonic() - start)
+            if self.job.decision.changed_layers:
+                self._metrics.plan_delay.observe(time.monotonic() - start)
         self._solving = None
         self._act(self.job.tick(time.monotonic()))
 
@@ -282,7 +305,9 @@ class JobHost:
 
         payloads = [await asyncio.to_thread(packed, first) for first in range(chunks)]
         left_s = end - time.monotonic()
-        answers = await self._workers.run_all(Kind.LAYERS, payloads, limit_s=left_s, label="job")
+        answers = await self._workers.run_all(
+            Kind.LAYERS, payloads, limit_s=left_s, label="job", caller=self._workers.payer(self.id)
+        )
         found: list[Candidate] = [candidate for answer in answers for candidate in pickle.loads(answer)]
         return sorted(found, key=lambda candidate: candidate.layer)
 
@@ -338,6 +363,11 @@ class JobHost:
             stream.wake.set()
         for event in self._watchers:
             event.set()
+
+
+def given_to(name: str, address: str) -> RefusalError:
+    """A job is another daemon's from now on."""
+    return unavailable("OWNED_ELSEWHERE", f"{name} has moved to {address}", 0.05, owner=address)
 
 
 def _same_shape(old: JobSpec, new: JobSpec) -> bool:

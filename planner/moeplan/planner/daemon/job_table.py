@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import difflib
+import heapq
+import itertools
+import math
 import re
 import time
 from dataclasses import replace
@@ -14,7 +18,7 @@ import structlog
 from moeplan.api import wire
 from moeplan.api.jobs import JobSpec
 from moeplan.planner.daemon.database import StoreError
-from moeplan.planner.daemon.job_host import MOST_WRITTEN, JobHost
+from moeplan.planner.daemon.job_host import MOST_WRITTEN, JobHost, given_to
 from moeplan.planner.daemon.metrics import Metrics
 from moeplan.planner.daemon.settings import Settings
 from moeplan.planner.daemon.statuses import (
@@ -26,7 +30,8 @@ from moeplan.planner.daemon.statuses import (
     precondition,
     unavailable,
 )
-from moeplan.planner.daemon.store import CLAIMED, JobRow, PlanRow, Store
+from moeplan.planner.daemon.store import CLAIMED, VERSION, JobRow, PlanRow, ServerRow, Store
+from moeplan.planner.daemon.tenants import CALLER
 from moeplan.planner.daemon.workers.pool import Workers
 from moeplan.planner.jobs.job import KEPT_PLANS, PlanningJob, StaleIncarnationError
 from moeplan.planner.jobs.job_plan import initial_plan
@@ -35,6 +40,12 @@ from moeplan.solvers.problem.errors import ProblemError
 from moeplan.v1 import job_pb2
 
 __all__ = ["JobTable", "job_id"]
+
+SLACK, SLACK_FRACTION = 8, 0.25
+"""Jobs above the mean that a daemon keeps, at least and of the mean: to move one costs it its window."""
+
+MOVED = 32
+"""Jobs that are given away at a time, so that others see how many there are before more come."""
 
 LAYER_BYTES = 1_024
 """A layer of a plan in a message, beside its layout."""
@@ -59,7 +70,9 @@ def job_id(field: str, name: str) -> str:
 class JobTable:
     """Jobs by id. `start` it before use, `stop` it after."""
 
-    def __init__(self, settings: Settings, store: Store, workers: Workers, metrics: Metrics) -> None:
+    def __init__(self, settings: Settings, store: Store, workers: Workers, metrics: Metrics, address: str) -> None:
+        self._address = address
+        self._draining = False
         self._settings, self._store, self._workers, self._metrics = settings, store, workers, metrics
         self._hosts: dict[str, JobHost] = {}
         self._unreadable: dict[str, JobRow] = {}
@@ -74,6 +87,7 @@ class JobTable:
             StoreError: the store does not answer.
         """
         await self._claim()
+        await self._renew()
         self._leases = asyncio.get_running_loop().create_task(self._keep_leases())
 
     async def stop(self, refusal: RefusalError) -> None:
@@ -99,6 +113,8 @@ class JobTable:
         async with self._creating:
             host = await self._find(identity)
             if host is None:
+                if self._draining:
+                    raise unavailable("DRAINING", "this daemon takes no more jobs; use another one", 0.5)
                 broken = self._unreadable.get(identity)
                 if broken is not None and message.incarnation <= broken.incarnation:
                     raise unreadable(broken)
@@ -145,6 +161,83 @@ class JobTable:
             await self._store.delete(identity)
             self._drop(identity, missing(f"jobs/{identity}", "moeplan.v1/Job"))
 
+    async def servers(self) -> list[ServerRow]:
+        """The daemons behind the store, this one too."""
+        found = await self._store.servers()
+        return found or [ServerRow(self._address, VERSION, len(self._hosts), False)]
+
+    async def move(self, identity: str, address: str) -> str:
+        """Give a job to another daemon, with `address` empty to the one with the fewest; its address.
+
+        Raises:
+            RefusalError: this daemon does not own it, or there is no such daemon.
+            StoreError: it could not be given.
+        """
+        host = await self.get(identity)
+        others = await self._others()
+        chosen = next((server.address for server in others if address in ("", server.address)), None)
+        if chosen is None:
+            raise precondition(
+                "NO_SERVER", f"address = {address[:256]}: no other daemon there takes jobs; see `moeplan admin servers`"
+            )
+        await self._give(host, chosen)
+        return chosen
+
+    async def drain(self) -> int:
+        """Give all jobs to other daemons, and take no more; how many were given.
+
+        Raises:
+            RefusalError: no other daemon takes jobs.
+            StoreError: the store failed.
+        """
+        others = await self._others()
+        if not others:
+            raise precondition("NO_SERVER", "no other daemon behind this store takes jobs; start one first")
+        self._draining = True
+        await self._renew()
+        return await self._give_all(others)
+
+    async def undrain(self) -> None:
+        """Take jobs again."""
+        self._draining = False
+        await self._renew()
+
+    async def _others(self) -> list[ServerRow]:
+        """Daemons that take jobs, those with the fewest first."""
+        servers = [s for s in await self._store.servers() if s.address != self._address and not s.draining]
+        return sorted(servers, key=lambda server: server.jobs)
+
+    async def _give_all(self, others: list[ServerRow]) -> int:
+        load = [(server.jobs, server.address) for server in others]
+        heapq.heapify(load)
+        hosts = self.hosts
+        for host in hosts:
+            jobs, address = load[0]
+            await self._give(host, address)
+            heapq.heapreplace(load, (jobs + 1, address))
+        return len(hosts)
+
+    async def _give(self, host: JobHost, address: str) -> None:
+        await host.give(address)
+        self._drop(host.id, given_to(host.name, address))
+        log.info("job given", job=host.name, to=address)
+
+    async def _rebalance(self) -> None:
+        """Give away what this daemon has too many of, a few at a time; while it drains, everything."""
+        others = await self._others()
+        if not others:
+            return
+        if self._draining:
+            await self._give_all(others)
+            return
+        mean = (len(self._hosts) + sum(server.jobs for server in others)) / (len(others) + 1)
+        surplus = len(self._hosts) - math.ceil(mean)
+        if surplus <= max(SLACK, mean * SLACK_FRACTION):
+            return
+        for host, server in zip(self.hosts[: min(surplus, MOVED)], itertools.cycle(others)):
+            if server.jobs < mean:
+                await self._give(host, server.address)
+
     def owned(self, identity: str) -> JobHost | None:
         """The job, if this daemon owns it."""
         return self._hosts.get(identity)
@@ -172,10 +265,15 @@ class JobTable:
         return sum(_bytes(host.job.spec) for host in self._hosts.values())
 
     def _read(self, job: job_pb2.Job) -> JobSpec:
+        from moeplan.solvers.exact.run import require  # with the compiler, which no start waits for
+
         spec = wire.read_job_spec(job)
         known = available_policies()
         if spec.policy not in known:
-            raise invalid("job.policy", spec.policy, f"must be one of {', '.join(known)}")
+            near = difflib.get_close_matches(spec.policy, known, 1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise invalid("job.policy", spec.policy, f"must be one of {', '.join(known)}{hint}")
+        require(spec.parameters.solver)
         if spec.max_moves is not None and "max_moves" not in known[spec.policy].honours:
             raise invalid("job.max_moves", spec.max_moves, f"policy {spec.policy} cannot limit moves; use hybrid")
         limit = self._settings.limits.job_bytes
@@ -200,6 +298,11 @@ class JobTable:
         count, limit = await self._store.count(), self._settings.limits.jobs
         if count >= limit:
             raise exhausted("JOBS", f"there are {count} jobs already (limits.jobs = {limit}); delete some", 60)
+        tenant = CALLER.get().tenant
+        if tenant.jobs is not None and (count := await self._store.count(tenant.prefix)) >= tenant.jobs:
+            raise exhausted(
+                "TENANT_JOBS", f"{tenant.name} has {count} jobs already (jobs = {tenant.jobs}); delete some", 60
+            )
         self._make_room(_bytes(spec))
         version = 1 if broken is None else broken.version + 1
         first = replace(initial_plan(spec, version, message.incarnation), created=datetime.now(UTC))
@@ -225,7 +328,8 @@ class JobTable:
         row = await self._store.job(identity)
         if row is None:
             return None
-        self._adopt(await self._store.claim(self._held, identity))
+        if not self._draining:
+            self._adopt(await self._store.claim(self._held, identity))
         host = self._hosts.get(identity)
         if host is None and identity not in self._unreadable:
             raise elsewhere(row)
@@ -252,6 +356,16 @@ class JobTable:
         limit = self._settings.limits.total_bytes
         if self._total + more > limit:
             raise exhausted("MEMORY", f"jobs would take {self._total + more} bytes (limits.total_bytes = {limit})", 60)
+        tenant = CALLER.get().tenant
+        if tenant.memory_bytes is not None:
+            own = sum(_bytes(host.job.spec) for host in self.hosts if tenant.owns(host.id)) + more
+            if own > tenant.memory_bytes:
+                raise exhausted(
+                    "TENANT_MEMORY",
+                    f"jobs of {tenant.name} would take {own} bytes (memory_bytes = {tenant.memory_bytes}); take fewer "
+                    "steps in a window, or delete some",
+                    60,
+                )
 
     def _add(self, identity: str, message: job_pb2.Job, created: float, job: PlanningJob) -> JobHost:
         host = JobHost(
@@ -306,7 +420,10 @@ class JobTable:
                 await self._renew()
                 if self._store.failure:
                     await self._store.probe()
-                await self._claim()
+                if not self._draining:
+                    await self._claim()
+                if self._store.shared:
+                    await self._rebalance()
             except StoreError as error:
                 log.error("store failed", error=str(error))
             except Exception as error:  # leases are kept all the same
@@ -319,7 +436,7 @@ class JobTable:
         try:
             # Nobody says how long a store may take to answer, and a lease ends whether it answers or not.
             async with asyncio.timeout(self._left_s if self._store.shared else None):
-                owned = await self._store.renew()
+                owned = await self._store.renew(self._draining)
             self._held_until = asked + self._settings.lease_s
         except (TimeoutError, StoreError) as error:
             if self._store.shared and time.monotonic() >= self._held_until:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib import metadata
+
 import grpc
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.process_collector import ProcessCollector
@@ -71,6 +73,22 @@ class Metrics:
         self.gap = Histogram("moeplan_gap", "Proven gap, per changed layer", buckets=_GAP, registry=registry)
         self.moved = Counter("moeplan_moved_replicas", "Replicas that plans move", registry=registry)
         self.store = Histogram("moeplan_store_seconds", "Time of a write", buckets=_SECONDS, registry=registry)
+        self.lease = Gauge(
+            "moeplan_lease_seconds", "How long a lease lasts; infinite where no other daemon can be", registry=registry
+        )
+        self.ready = Gauge("moeplan_ready", "1 where the service is ready, else 0", ["service"], registry=registry)
+        self.stalled = Gauge(
+            "moeplan_jobs_stalled", "Jobs with ranks connected that have closed no step for a minute", registry=registry
+        )
+        self.plan_delay = Histogram(
+            "moeplan_plan_delay_seconds",
+            "From the statistics that close a step to the plan for ranks, stored",
+            buckets=_SECONDS,
+            registry=registry,
+        )
+        Gauge("moeplan_build_info", "1, with the version", ["version"], registry=registry).labels(
+            metadata.version("moeplan")
+        ).set(1)
         self.store_errors = Counter("moeplan_store_errors", "Times that the store failed", registry=registry)
         self.unreadable = Gauge(
             "moeplan_jobs_unreadable",

@@ -7,6 +7,7 @@ import base64
 import binascii
 import contextlib
 import itertools
+from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from datetime import UTC, datetime
 from typing import Any
@@ -32,6 +33,7 @@ from moeplan.planner.daemon.statuses import (
     unavailable,
 )
 from moeplan.planner.daemon.store import JobRow, Store
+from moeplan.planner.daemon.tenants import CALLER
 from moeplan.planner.jobs.job import RankTakenError, StaleIncarnationError
 from moeplan.planner.jobs.messages import read_report
 from moeplan.solvers.problem.errors import ProblemError
@@ -57,6 +59,7 @@ class PlannerService(planner_pb2_grpc.PlannerServiceServicer):
         self._table, self._store, self._metrics, self._limits, self._owner = table, store, metrics, limits, owner
         self._numbers = itertools.count(1)
         self._open = 0
+        self._streams: Counter[str] = Counter()
         self._draining = asyncio.Event()
 
     def drain(self) -> None:
@@ -69,13 +72,14 @@ class PlannerService(planner_pb2_grpc.PlannerServiceServicer):
         self, request: planner_pb2.CreateJobRequest, context: Context
     ) -> planner_pb2.CreateJobResponse:
         """Create a job."""
+        CALLER.get().tenant.check_job(request.job_id)
         return planner_pb2.CreateJobResponse(job=self._job(await self._table.create(request.job_id, request.job)))
 
     async def GetJob(  # noqa: N802
         self, request: planner_pb2.GetJobRequest, context: Context
     ) -> planner_pb2.GetJobResponse:
         """Read a job, whoever owns it."""
-        identity = job_id("name", request.name)
+        identity = _own("name", request.name)
         host = self._table.owned(identity)
         if host is not None:
             return planner_pb2.GetJobResponse(job=self._job(host))
@@ -95,7 +99,8 @@ class PlannerService(planner_pb2_grpc.PlannerServiceServicer):
             raise invalid("page_size", request.page_size, "must be at least 0")
         size = min(request.page_size or PAGE, LARGEST_PAGE)
         # A page is as long as asked for, unless its jobs are so large that a message would not hold them.
-        rows = await self._store.jobs(_after(request.page_token), size, self._limits.message_bytes // 2)
+        prefix = CALLER.get().tenant.prefix
+        rows = await self._store.jobs(_after(request.page_token), size, self._limits.message_bytes // 2, prefix)
         jobs = []
         for row in rows:
             host = self._table.owned(row.name)
@@ -104,7 +109,7 @@ class PlannerService(planner_pb2_grpc.PlannerServiceServicer):
             elif self._table.unreadable(row.name) is None:
                 stored = _stored(row)
                 jobs += [] if stored is None else [stored]
-        more = rows and await self._store.jobs(rows[-1].name, 1, 0)
+        more = rows and await self._store.jobs(rows[-1].name, 1, 0, prefix)
         token = base64.urlsafe_b64encode(rows[-1].name.encode()).decode() if more else ""
         return planner_pb2.ListJobsResponse(jobs=jobs, next_page_token=token)
 
@@ -112,7 +117,7 @@ class PlannerService(planner_pb2_grpc.PlannerServiceServicer):
         self, request: planner_pb2.DeleteJobRequest, context: Context
     ) -> planner_pb2.DeleteJobResponse:
         """Delete a job."""
-        await self._table.delete(job_id("name", request.name))
+        await self._table.delete(_own("name", request.name))
         log.info("job deleted", job=request.name)
         return planner_pb2.DeleteJobResponse()
 
@@ -121,7 +126,7 @@ class PlannerService(planner_pb2_grpc.PlannerServiceServicer):
     ) -> planner_pb2.GetPlanResponse:
         """Read a plan, whoever owns the job."""
         job, _, version = request.name.partition("/plans/")
-        identity = job_id("name", job)
+        identity = _own("name", job)
         host = self._table.owned(identity)
         if version != "-" and not (version.isascii() and version.isdecimal() and 0 < int(version[:19]) < 2**63):
             raise invalid("name", request.name, "must be jobs/{job}/plans/{version}, the version a number from 1, or -")
@@ -140,7 +145,7 @@ class PlannerService(planner_pb2_grpc.PlannerServiceServicer):
     ) -> AsyncIterator[planner_pb2.WatchPlansResponse]:
         """Send the plan whenever there is a newer one."""
         with self._stream("watch"):
-            host = await self._table.get(job_id("job", request.job))
+            host = await self._table.get(_own("job", request.job))
             sent = request.after_version
             changed = host.watch()
             try:
@@ -163,7 +168,7 @@ class PlannerService(planner_pb2_grpc.PlannerServiceServicer):
         """Take statistics in, give plans out."""
         with self._stream("rank"):
             hello = await self._hello(request_iterator)
-            host = await self._table.get(job_id("hello.job", hello.job))
+            host = await self._table.get(_own("hello.job", hello.job))
             ranks = _ranks(hello, host.job.spec.ranks)
             stream = RankStream(next(self._numbers))
             try:
@@ -213,12 +218,22 @@ class PlannerService(planner_pb2_grpc.PlannerServiceServicer):
             raise exhausted(
                 "STREAMS", f"{self._open} streams are open (limits.streams); let one rank of a node report for all", 5
             )
+        tenant = CALLER.get().tenant
+        if tenant.streams is not None and self._streams[tenant.name] >= tenant.streams:
+            raise exhausted(
+                "TENANT_STREAMS",
+                f"{tenant.name} has {tenant.streams} streams open (streams of its tenant); let one rank of a node "
+                "report for all",
+                5,
+            )
         self._open += 1
+        self._streams[tenant.name] += 1
         self._metrics.streams.labels(kind).inc()
         try:
             yield
         finally:
             self._open -= 1
+            self._streams[tenant.name] -= 1
             self._metrics.streams.labels(kind).dec()
 
     async def _hello(self, requests: Requests) -> planner_pb2.Hello:
@@ -290,8 +305,19 @@ class PlannerService(planner_pb2_grpc.PlannerServiceServicer):
             decision=job.decision,
             statistics=job.count,
             owner=self._owner,
+            silent_ranks=tuple(job.silent_ranks),
+            late_ranks=tuple(job.late_ranks),
+            saved_s=job.saved_s,
+            failure=job.failure,
         )
         return _with_status(host.message, host.name, job.incarnation, host.created, status)
+
+
+def _own(field: str, name: str) -> str:
+    """The id in a job's name, if whoever calls may use it."""
+    identity = job_id(field, name)
+    CALLER.get().tenant.check_job(identity)
+    return identity
 
 
 def _stored(row: JobRow) -> job_pb2.Job | None:

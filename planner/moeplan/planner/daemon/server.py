@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import math
 import os
 import signal
 import socket
@@ -23,8 +24,10 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health
 from grpc_reflection.v1alpha import reflection
 
+from moeplan.planner.daemon.admin_service import AdminService
+from moeplan.planner.daemon.budgets import Budgets
 from moeplan.planner.daemon.certificates import Certificates
-from moeplan.planner.daemon.interceptor import Gate, read_tokens
+from moeplan.planner.daemon.interceptor import Gate
 from moeplan.planner.daemon.job_table import JobTable
 from moeplan.planner.daemon.metrics import Metrics
 from moeplan.planner.daemon.metrics_server import MetricsServer
@@ -34,13 +37,16 @@ from moeplan.planner.daemon.settings import Settings
 from moeplan.planner.daemon.solver_service import SolverService
 from moeplan.planner.daemon.statuses import unavailable
 from moeplan.planner.daemon.store import Store
+from moeplan.planner.daemon.tenants import Tenants
 from moeplan.planner.daemon.workers.pool import Workers
-from moeplan.v1 import planner_pb2, planner_pb2_grpc, solver_pb2, solver_pb2_grpc
+from moeplan.v1 import admin_pb2, admin_pb2_grpc, planner_pb2, planner_pb2_grpc, solver_pb2, solver_pb2_grpc
 
 __all__ = ["Daemon", "StartError", "serve"]
 
 PLANNER = planner_pb2.DESCRIPTOR.services_by_name["PlannerService"]
 SOLVER = solver_pb2.DESCRIPTOR.services_by_name["SolverService"]
+
+ADMIN = admin_pb2.DESCRIPTOR.services_by_name["AdminService"]
 
 TICK_S = 0.5
 """Period in which metrics that are not events are brought up to date, and files looked at for changes."""
@@ -71,12 +77,6 @@ class Daemon:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.metrics = Metrics()
-        self.workers = Workers(
-            settings.workers,
-            queue=settings.limits.queue,
-            memory_bytes=settings.limits.worker_bytes,
-            metrics=self.metrics,
-        )
         self.address = ""
         self.metrics_address = ""
         self._server: grpc.aio.Server
@@ -87,7 +87,9 @@ class Daemon:
         self._scrapes: MetricsServer | None = None
         self._ready: dict[str, bool] = {}
         self._worker_seen_s = -NO_WORKER_S
-        self._gate: Gate
+        self._tenants: Tenants
+        self._budgets: Budgets
+        self.workers: Workers
         self._certificates: Certificates | None = None
         self._secrets: list[tuple[int, ...]] = []
         self._background: list[asyncio.Task[None]] = []
@@ -101,13 +103,15 @@ class Daemon:
         """
         settings, limits = self.settings, self.settings.limits
         try:
-            tokens = read_tokens(settings.security.tokens) if settings.security.tokens else ()
+            self._tenants = Tenants(settings.security.tenants, settings.security.tokens)
             self._certificates = Certificates.of(settings.security)
         except (OSError, ValueError) as error:
             raise StartError(str(error)) from None
         self._secrets = self._stamps()
-        self._gate = Gate(self.metrics, tokens)
-        self._server = grpc.aio.server(interceptors=(self._gate,), options=_options(limits.message_bytes))
+        self._budgets = Budgets(self._tenants)
+        self.workers = Workers(settings.workers, limits, self.metrics, self._budgets)
+        gate = Gate(self.metrics, self._tenants)
+        self._server = grpc.aio.server(interceptors=(gate,), options=_options(limits.message_bytes))
         self._listen()
         owner = uuid.uuid4().hex
         address = settings.advertise or self.address
@@ -123,7 +127,7 @@ class Daemon:
         try:
             await self._store.open()
             self.workers.start()
-            self._table = JobTable(settings, self._store, self.workers, self.metrics)
+            self._table = JobTable(settings, self._store, self.workers, self.metrics, address)
             await self._table.start()
             self._planner = PlannerService(self._table, self._store, self.metrics, limits, address)
             await self._serve()
@@ -151,13 +155,12 @@ class Daemon:
         log.info("stopped")
 
     def reload(self) -> None:
-        """Read certificates and tokens again, for connections and calls from now on; on failure the old ones stay."""
+        """Read all of them again, for connections and calls from now on; on failure the old ones stay."""
         self._secrets = self._stamps()
         try:
             if self._certificates is not None:
                 self._certificates.reload()
-            if self.settings.security.tokens is not None:
-                self._gate.tokens = read_tokens(self.settings.security.tokens)
+            self._tenants.reload()
         except (OSError, ValueError) as error:
             log.error("certificates and tokens not reloaded", error=str(error))
         else:
@@ -165,8 +168,7 @@ class Daemon:
 
     def _stamps(self) -> list[tuple[int, ...]]:
         """A value that changes when a certificate or token file is written or replaced."""
-        tokens = self.settings.security.tokens
-        files = [*(self._certificates.files if self._certificates else ()), *([tokens] if tokens else ())]
+        files = [*(self._certificates.files if self._certificates else ()), *self._tenants.files]
         stamps: list[tuple[int, ...]] = []
         for path in files:
             try:
@@ -192,16 +194,22 @@ class Daemon:
         self.address = listen if listen.startswith("unix:") else f"{listen.rpartition(':')[0]}:{port}"
 
     async def _serve(self) -> None:
-        solver = SolverService(self.workers, self.settings.limits)
+        solver = SolverService(self.workers, self.settings.limits, self._budgets)
         planner_pb2_grpc.add_PlannerServiceServicer_to_server(self._planner, self._server)
         solver_pb2_grpc.add_SolverServiceServicer_to_server(solver, self._server)
+        admin_pb2_grpc.add_AdminServiceServicer_to_server(AdminService(self._table), self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        names = [PLANNER.full_name, SOLVER.full_name, "grpc.health.v1.Health"]
+        names = [PLANNER.full_name, SOLVER.full_name, ADMIN.full_name, "grpc.health.v1.Health"]
         if self.settings.reflection:
             reflection.enable_server_reflection([*names, reflection.SERVICE_NAME], self._server)
         self.metrics.prepare(
-            [f"/{service.full_name}/{method.name}" for service in (PLANNER, SOLVER) for method in service.methods]
+            [
+                f"/{service.full_name}/{method.name}"
+                for service in (PLANNER, SOLVER, ADMIN)
+                for method in service.methods
+            ]
         )
+        self.metrics.lease.set(self.settings.lease_s if self._store.shared else math.inf)
         await self._start_metrics()
         await self._server.start()
         await self._health.set("", health_pb2.HealthCheckResponse.SERVING)
@@ -221,6 +229,7 @@ class Daemon:
             tls=self._certificates is not None,
             client_certificates=security.client_ca is not None,
             tokens=security.tokens is not None,
+            tenants=self._tenants.count,
             limits=self.settings.limits.model_dump(),
         )
 
@@ -236,6 +245,7 @@ class Daemon:
             self.metrics.loop_lag.set(time.monotonic() - before - TICK_S)
             for host in self._table.hosts:
                 host.count()
+            self.metrics.stalled.set(sum(host.stalled for host in self._table.hosts))
             await self._show_health()
             if self._stamps() != self._secrets:
                 self.reload()
@@ -254,6 +264,7 @@ class Daemon:
         solves = time.monotonic() - self._worker_seen_s < NO_WORKER_S
         states = {PLANNER.full_name: not self._table.failure, SOLVER.full_name: solves}
         for name, good in states.items():
+            self.metrics.ready.labels(name).set(good)
             if self._ready.get(name) is good:
                 continue
             if name in self._ready or good:

@@ -63,6 +63,7 @@ class ServiceLimits(_Section):
     job_bytes: int = Field(1_024 * MIB, ge=1, description="statistics of one job in memory")
     total_bytes: int = Field(4_096 * MIB, ge=1, description="statistics and plans of all jobs in memory")
     queue: int = Field(256, ge=0, description="solves that wait for a worker")
+    queue_bytes: int = Field(512 * MIB, ge=1024, description="problems of the free solves that wait for a worker")
     solve_s: float = Field(60.0, gt=0, le=86_400, description="time of one solve, whatever its request allows")
     free_solve_s: float = Field(10.0, gt=0, le=86_400, description="time of a solve whose caller gives no deadline")
     worker_bytes: int = Field(8_192 * MIB, ge=512 * MIB, description="memory of one worker")
@@ -87,6 +88,9 @@ class Security(_Section):
     key: Readable = Field(None, description="PEM file: the server's private key")
     client_ca: Readable = Field(None, description="PEM file: clients must show a certificate that one of these signed")
     tokens: Readable = Field(None, description="file of bearer tokens, one a line; # begins a comment")
+    tenants: Readable = Field(
+        None, description="TOML file of tenants: token_sha256, certificates, role, prefix, quotas"
+    )
     insecure: bool = Field(False, description="allow anyone on an address that other machines reach")
 
     @model_validator(mode="after")
@@ -96,6 +100,11 @@ class Security(_Section):
         if self.client_ca is not None and self.certificate is None:
             raise ValueError("client_ca needs certificate and key: clients are only asked for theirs over TLS")
         return self
+
+    @property
+    def identifies(self) -> bool:
+        """Whether clients must say who they are."""
+        return any(file is not None for file in (self.client_ca, self.tokens, self.tenants))
 
 
 class Settings(BaseSettings):
@@ -143,10 +152,10 @@ class Settings(BaseSettings):
                 "give security.certificate and security.key, "
                 "listen on 127.0.0.1, or say --insecure"
             )
-        if self.security.client_ca is None and self.security.tokens is None:
+        if not self.security.identifies:
             raise ValueError(
                 f"listen = {self.listen} can be reached from other machines: "
-                "give security.tokens or security.client_ca, "
+                "give security.tokens, security.tenants or security.client_ca, "
                 "listen on 127.0.0.1, or say --insecure"
             )
         return self

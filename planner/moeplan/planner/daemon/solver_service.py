@@ -13,8 +13,10 @@ from typing import Any
 import grpc
 
 from moeplan.api import wire
+from moeplan.planner.daemon.budgets import Budgets
 from moeplan.planner.daemon.settings import ServiceLimits, loopback
 from moeplan.planner.daemon.statuses import invalid
+from moeplan.planner.daemon.tenants import CALLER
 from moeplan.planner.daemon.workers.frames import Kind
 from moeplan.planner.daemon.workers.pool import Workers
 from moeplan.planner.daemon.workers.tasks import Limited
@@ -35,13 +37,14 @@ Context = grpc.aio.ServicerContext[Any, Any]
 class SolverService(solver_pb2_grpc.SolverServiceServicer):
     """moeplan.v1.SolverService."""
 
-    def __init__(self, workers: Workers, limits: ServiceLimits) -> None:
-        self._workers, self._limits = workers, limits
+    def __init__(self, workers: Workers, limits: ServiceLimits, budgets: Budgets) -> None:
+        self._workers, self._limits, self._budgets = workers, limits, budgets
 
     async def Solve(  # noqa: N802
         self, request: solver_pb2.SolveRequest, context: Context
     ) -> solver_pb2.SolveResponse:
         """Solve one or several layers, in parallel where workers are idle."""
+        self._budgets.check(CALLER.get().tenant)
         limit_s = self._limit_s(context, request.parameters)
         layers = len(request.problems)
         parts = max(1, min(self._workers.idle, layers // FEWEST_LAYERS))
@@ -68,6 +71,7 @@ class SolverService(solver_pb2_grpc.SolverServiceServicer):
         """Send better and better plans."""
         if context.time_remaining() is None and not request.parameters.HasField("deadline"):
             raise invalid("parameters.deadline", "absent", "give it, or a deadline of the call")
+        self._budgets.check(CALLER.get().tenant)
         limit_s = self._limit_s(context, request.parameters)
         answers = self._workers.stream(
             Kind.ANYTIME, _task(request, limit_s), limit_s=limit_s, label="anytime", caller=_caller(context)
@@ -80,6 +84,7 @@ class SolverService(solver_pb2_grpc.SolverServiceServicer):
         self, request: solver_pb2.EvaluateRequest, context: Context
     ) -> solver_pb2.EvaluateResponse:
         """Judge a layout."""
+        self._budgets.check(CALLER.get().tenant)
         limit_s = self._limit_s(context)
         answer = await self._workers.run(
             Kind.EVALUATE, _task(request, limit_s), limit_s=limit_s, label="evaluate", caller=_caller(context)
@@ -112,7 +117,10 @@ class SolverService(solver_pb2_grpc.SolverServiceServicer):
 
 
 def _caller(context: Context) -> str:
-    """Who calls: the machine, or on this machine the connection."""
+    """Who calls: the tenant; without tenants the machine, or on this machine the connection."""
+    tenant = CALLER.get().tenant
+    if tenant.listed:
+        return tenant.name
     peer = str(context.peer())
     address = peer.partition(":")[2]
     return peer if not address or loopback(address) else peer.rpartition(":")[0]

@@ -14,6 +14,7 @@ from moeplan.solvers.problem.errors import InfeasibleError, ProblemError
 __all__ = [
     "DOMAIN",
     "RefusalError",
+    "denied",
     "exhausted",
     "exists",
     "invalid",
@@ -96,6 +97,11 @@ def precondition(reason: str, message: str, **metadata: str) -> RefusalError:
         error_details_pb2.PreconditionFailure(violations=[violation]),
         _info(reason, **metadata),
     )
+
+
+def denied(message: str) -> RefusalError:
+    """Who calls is known, and may not do it."""
+    return RefusalError(grpc.StatusCode.PERMISSION_DENIED, message, _info("DENIED"))
 
 
 def exhausted(reason: str, message: str, retry_s: float) -> RefusalError:

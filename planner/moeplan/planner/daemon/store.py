@@ -18,6 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,9 +28,11 @@ from sqlalchemy import exc
 from moeplan.planner.daemon.database import Database, StoreError, StoreFullError, translate
 from moeplan.planner.daemon.metrics import Metrics
 
-__all__ = ["JobRow", "LeaseLostError", "PlanRow", "Store"]
+__all__ = ["JobRow", "LeaseLostError", "PlanRow", "ServerRow", "Store"]
 
 SCHEMA = 1
+"""Raised only where an older daemon could not work with the store; a table that it does not know does not matter."""
+VERSION = metadata.version("moeplan")
 CLAIMED = 256
 """Jobs that are taken over at a time."""
 OPEN_S = 30.0
@@ -60,6 +63,17 @@ _plans = sa.Table(
     sa.Column("plan", sa.LargeBinary, nullable=False),
 )
 
+_daemons = sa.Table(
+    "moeplan_daemons",  # an older daemon does not know it, and need not
+    _tables,
+    sa.Column("owner", sa.String(32), primary_key=True),
+    sa.Column("address", sa.String(256), nullable=False),
+    sa.Column("version", sa.String(64), nullable=False),
+    sa.Column("jobs", sa.BigInteger, nullable=False),
+    sa.Column("draining", sa.Boolean, nullable=False),
+    sa.Column("alive_until", sa.Double, nullable=False),
+)
+
 # What every plan waits for is made once: to build a statement takes longer than to run it.
 _new_plan = _plans.insert()
 _old_plans = _plans.delete().where(_plans.c.job == sa.bindparam("of"), _plans.c.version <= sa.bindparam("last"))
@@ -88,6 +102,16 @@ class PlanRow:
 
     version: int
     plan: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class ServerRow:
+    """A daemon behind the store."""
+
+    address: str
+    version: str
+    jobs: int
+    draining: bool
 
 
 class Store:
@@ -217,24 +241,25 @@ class Store:
         rows = await self._do(lambda connection: self._rows(connection, _jobs.c.name == name, 1), reads=True)
         return rows[0] if rows else None
 
-    async def jobs(self, after: str, limit: int, most_bytes: int) -> list[JobRow]:
-        """Jobs whose name follows `after`, by name: at most `limit`, and as many as `most_bytes` hold, or one."""
+    async def jobs(self, after: str, limit: int, most_bytes: int, prefix: str = "") -> list[JobRow]:
+        """Jobs of a prefix that follow `after`, by name: at most `limit`, and as many as `most_bytes` hold, or one."""
 
         def read(connection: sa.Connection) -> list[JobRow]:
-            sizes = sa.select(sa.func.length(_jobs.c.spec)).where(_jobs.c.name > after)
+            wanted = sa.and_(_jobs.c.name > after, _jobs.c.name.startswith(prefix, autoescape=True))
+            sizes = sa.select(sa.func.length(_jobs.c.spec)).where(wanted)
             total = count = 0
             for size in connection.scalars(sizes.order_by(_jobs.c.name).limit(limit)):
                 total += size
                 if count and total > most_bytes:
                     break
                 count += 1
-            return self._rows(connection, _jobs.c.name > after, count)
+            return self._rows(connection, wanted, count)
 
         return await self._do(read, reads=True)
 
-    async def count(self) -> int:
-        """Number of jobs."""
-        query = sa.select(sa.func.count()).select_from(_jobs)
+    async def count(self, prefix: str = "") -> int:
+        """Number of jobs of a prefix."""
+        query = sa.select(sa.func.count()).where(_jobs.c.name.startswith(prefix, autoescape=True))
         return await self._do(lambda connection: int(connection.scalar(query) or 0), reads=True)
 
     async def plan(self, name: str, version: int | None) -> PlanRow | None:
@@ -261,7 +286,10 @@ class Store:
         """
 
         def write(connection: sa.Connection) -> list[tuple[JobRow, PlanRow | None]]:
-            free = sa.or_(_jobs.c.owner == "", _jobs.c.leased_until < self._now(), _jobs.c.owner == self._owner)
+            meant = _jobs.c.address.in_(["", self._address])  # of a job that was given away, for whom
+            free = sa.or_(
+                sa.and_(_jobs.c.owner == "", meant), _jobs.c.leased_until < self._now(), _jobs.c.owner == self._owner
+            )
             wanted = sa.and_(sa.true() if self._sqlite else free, _jobs.c.name.not_in(sorted(held)))
             if name is not None:
                 wanted = sa.and_(wanted, _jobs.c.name == name)
@@ -285,16 +313,54 @@ class Store:
 
         return await self._do(write, reads=self._sqlite)
 
-    async def renew(self) -> set[str]:
-        """Keep the leases; the names of the jobs that this daemon owns."""
+    async def renew(self, draining: bool = False) -> set[str]:
+        """Keep the leases, and tell others that this daemon is alive; the names of the jobs that it owns."""
 
         def write(connection: sa.Connection) -> set[str]:
             if self._sqlite:
                 return set(connection.scalars(sa.select(_jobs.c.name)))
             lease = _jobs.update().where(self._owned()).values(leased_until=self._now() + self._lease_s)
-            return set(connection.scalars(lease.returning(_jobs.c.name)))
+            owned = set(connection.scalars(lease.returning(_jobs.c.name)))
+            gone = sa.or_(_daemons.c.owner == self._owner, _daemons.c.alive_until < self._now())
+            connection.execute(_daemons.delete().where(gone))
+            connection.execute(
+                _daemons.insert().values(
+                    owner=self._owner,
+                    address=self._address,
+                    version=VERSION,
+                    jobs=len(owned),
+                    draining=draining,
+                    alive_until=self._now() + self._lease_s,
+                )
+            )
+            return owned
 
         return await self._do(write, reads=self._sqlite)
+
+    async def servers(self) -> list[ServerRow]:
+        """The daemons that are alive, by address; none where there can be only one."""
+        columns = [_daemons.c[name] for name in ServerRow.__slots__]
+        query = sa.select(*columns).where(_daemons.c.alive_until >= self._now()).order_by(_daemons.c.address)
+        if self._sqlite:
+            return []
+        return await self._do(lambda connection: [ServerRow(*row) for row in connection.execute(query)], reads=True)
+
+    async def hand_over(self, name: str, address: str) -> None:
+        """Give a job to the daemon at an address; if that does not take it within a lease, anyone may.
+
+        Raises:
+            LeaseLostError: it was not this daemon's to give.
+        """
+
+        def write(connection: sa.Connection) -> None:
+            given = {"owner": "", "address": address, "leased_until": self._now() + self._lease_s}
+            if (
+                connection.execute(_jobs.update().where(_jobs.c.name == name, self._owned()).values(given)).rowcount
+                != 1
+            ):
+                raise LeaseLostError(f"jobs/{name} is owned by another daemon, or was deleted")
+
+        await self._do(write)
 
     async def probe(self) -> None:
         """Write something, to see whether that works again.
@@ -322,6 +388,7 @@ class Store:
     def _release(self, connection: sa.Connection) -> None:
         if not self._sqlite:
             connection.execute(_jobs.update().where(_jobs.c.owner == self._owner).values(owner="", address=""))
+            connection.execute(_daemons.delete().where(_daemons.c.owner == self._owner))
 
     @staticmethod
     def _count(connection: sa.Connection, statement: sa.UpdateBase, values: dict[str, Any] | None = None) -> int:
@@ -356,14 +423,15 @@ class Store:
                 problems = connection.exec_driver_sql("PRAGMA quick_check(1)").scalar()
                 if problems != "ok":
                     raise self._database.damaged(str(problems))
-            found = sa.inspect(connection).has_table("moeplan_meta")
+            tables = set(sa.inspect(connection).get_table_names())
+            found = "moeplan_meta" in tables
             schema = connection.scalar(sa.select(_meta.c.schema)) if found else None
         if schema not in (None, SCHEMA):
             raise StoreError(
                 f"{self._database.shown} has schema {schema}, but this moeplan knows {SCHEMA}; "
                 "use the version that wrote it"
             )
-        if schema is None:
+        if not tables >= set(_tables.tables):  # a new store, or one of an older version, which does not mind
             with self._database.engine.begin() as connection:
                 self._create_tables(connection)
 

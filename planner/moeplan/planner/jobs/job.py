@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import dataclass, field, replace
+from itertools import islice
 
 from moeplan.api.job_plans import Decision, JobPlan, Reason
 from moeplan.api.jobs import JobSpec, StatisticsCount
@@ -22,6 +23,10 @@ __all__ = ["PlanningJob", "RankTakenError", "SolveTask", "StaleIncarnationError"
 
 KEPT_PLANS = 16
 """Plans that a rank may still say are in force when it cannot apply a newer one."""
+
+
+SHOWN_RANKS = 32
+"""Ranks that are named where some are silent or late."""
 
 
 class StaleIncarnationError(Exception):
@@ -89,6 +94,9 @@ class PlanningJob:
         plan: The plan in force, or about to be.
         decision: The newest decision, also where it was to stay.
         applied_version: Newest version that a rank reported as applied.
+        failure: The newest solve that failed; None if none did.
+        saved_s: Predicted time that plans have saved: for each closed step, the cost with the layouts that the newest
+            plan replaced, less that with its own, seconds.
     """
 
     spec: JobSpec
@@ -96,6 +104,8 @@ class PlanningJob:
     plan: JobPlan
     decision: Decision = field(init=False)
     applied_version: int = 0
+    failure: Decision | None = None
+    saved_s: float = 0.0
     _window: Window = field(init=False)
     _kept: OrderedDict[int, JobPlan] = field(default_factory=OrderedDict)
     _streams: dict[int, _Stream] = field(default_factory=dict)
@@ -128,6 +138,16 @@ class PlanningJob:
     def connected_ranks(self) -> int:
         """Ranks that a stream reports for."""
         return len(self._holders)
+
+    @property
+    def silent_ranks(self) -> list[int]:
+        """Ranks that no stream reports for, the first `SHOWN_RANKS`."""
+        return list(islice((rank for rank in range(self.spec.ranks) if rank not in self._holders), SHOWN_RANKS))
+
+    @property
+    def late_ranks(self) -> list[int]:
+        """Connected ranks that lag behind the newest closed step, the first `SHOWN_RANKS`."""
+        return list(islice((rank for rank in self._window.late_ranks() if rank in self._holders), SHOWN_RANKS))
 
     @property
     def solving(self) -> bool:
@@ -174,7 +194,10 @@ class PlanningJob:
 
     def tick(self, now_s: float) -> SolveTask | None:
         """Time has passed; a task if it is time to look for a plan."""
+        before = self._window.closed_steps
         self._window.close(now_s)
+        gain_s = self.plan.decision.cost_before_s - self.plan.decision.cost_after_s
+        self.saved_s += (self._window.closed_steps - before) * gain_s
         due = self._window.closed_steps - self._looked_at >= self.spec.replan.every_steps
         return self._look() if due and self._running is None else None
 
@@ -202,6 +225,7 @@ class PlanningJob:
         if self._running is not None and self._running.ticket == task.ticket:
             self._running = None
             self.decision = Decision(Reason.SOLVE_FAILED, task.step, task.window_steps, detail=detail)
+            self.failure = self.decision
 
     def commit(self, plan: JobPlan) -> bool:
         """A plan is stored and becomes the newest; False if the job has gone on without it (a restart, a fall back)."""

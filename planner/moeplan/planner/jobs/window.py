@@ -148,6 +148,12 @@ class Window:
             return None
         return self._open[oldest].since_s + self.spec.closing.timeout_s
 
+    def late_ranks(self) -> list[int]:
+        """Ranks whose newest statistics are of a step before the newest closed one, or that never sent any."""
+        closed = -1 if self.closed_step is None else self.closed_step
+        found: list[int] = np.flatnonzero(self._newest < closed).tolist()
+        return found
+
     def layer(self, layer: int) -> tuple[Int64, ...]:
         """int64[sources, experts] of each step in the window of a layer, oldest first; never written to again."""
         return tuple(tokens for _, tokens in self._steps[layer])
@@ -186,9 +192,11 @@ class Window:
         return max(1, int(np.ceil(self.spec.closing.quorum * self.spec.ranks)))
 
     def _advance(self, report: Report) -> None:
-        if report.step <= self._frontier or not len(report.ranks):
+        if not len(report.ranks):
             return
         self._newest[report.ranks] = np.maximum(self._newest[report.ranks], report.step)
+        if report.step <= self._frontier:
+            return
         position = self.spec.ranks - self._quorum
         self._frontier = max(self._frontier, int(np.partition(self._newest, position)[position]))
 

@@ -157,6 +157,10 @@ def read_status(message: job_pb2.JobStatus) -> JobStatus:
         decision=_read_decision(message.decision) if message.HasField("decision") else None,
         statistics=StatisticsCount(count.accepted, count.duplicate, count.late, count.missing, count.early),
         owner=message.owner,
+        silent_ranks=tuple(message.silent_ranks),
+        late_ranks=tuple(message.late_ranks),
+        saved_s=message.saved_s,
+        failure=_read_decision(message.failure) if message.HasField("failure") else None,
     )
 
 
@@ -177,6 +181,10 @@ def write_status(status: JobStatus) -> job_pb2.JobStatus:
             early=count.early,
         ),
         owner=status.owner,
+        silent_ranks=status.silent_ranks,
+        late_ranks=status.late_ranks,
+        saved_s=status.saved_s,
+        failure=None if status.failure is None else _write_decision(status.failure),
     )
 
 

@@ -1,7 +1,7 @@
 """Worker processes that solve: a fair, bounded queue, a time limit for each task, and replacement of those that die.
 
 Jobs come first: free solves, which callers ask for, wait for them, and never take the last of several workers. Among
-free solves each caller has its turn, however many another has waiting.
+jobs each tenant has its turn, among free solves each caller, however many another has waiting.
 
 A task that is cancelled, or that overruns, is ended by killing its worker: native solvers do not look for a flag.
 """
@@ -16,16 +16,19 @@ import socket
 import sys
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from dataclasses import dataclass
 
 import grpc
 import structlog
 
+from moeplan.planner.daemon.budgets import Budgets
 from moeplan.planner.daemon.metrics import Metrics
+from moeplan.planner.daemon.settings import ServiceLimits
 from moeplan.planner.daemon.statuses import RefusalError, exhausted, unavailable
 from moeplan.planner.daemon.workers import frames, tasks
 from moeplan.planner.daemon.workers.frames import FORK, Kind
+from moeplan.planner.daemon.workers.turns import Turns
 
 __all__ = ["Workers"]
 
@@ -52,19 +55,28 @@ class _Worker:
 
 @dataclass(eq=False, slots=True)
 class _Waiting:
+    free: bool
     caller: str
+    size: int
     worker: asyncio.Future[_Worker]
 
 
 class Workers:
-    """A pool of `size` workers. `start` it before use, `stop` it after."""
+    """A pool of `size` workers. `start` it before use, `stop` it after.
 
-    def __init__(self, size: int, *, queue: int, memory_bytes: int, metrics: Metrics) -> None:
-        self._size, self._queue, self._memory_bytes, self._metrics = size, queue, memory_bytes, metrics
+    Args:
+        size: Number of workers.
+        limits: Of what waits, and of a worker's memory.
+        metrics: To count in.
+        budgets: Told of the seconds that workers solve for each caller.
+    """
+
+    def __init__(self, size: int, limits: ServiceLimits, metrics: Metrics, budgets: Budgets) -> None:
+        self._size, self._limits, self._metrics, self._budgets = size, limits, metrics, budgets
         self._idle: deque[_Worker] = deque()
         self._all: dict[int, _Worker] = {}
-        self._jobs: deque[_Waiting] = deque()
-        self._callers: dict[str, deque[_Waiting]] = {}
+        self._jobs: Turns[_Waiting] = Turns()
+        self._free: Turns[_Waiting] = Turns()
         self._free_running = 0
         self._zygote: asyncio.subprocess.Process | None = None
         self._control: socket.socket | None = None
@@ -77,6 +89,10 @@ class Workers:
     def size(self) -> int:
         """Number of workers."""
         return self._size
+
+    def payer(self, job: str) -> str:
+        """For whom the plans of a job, by its id, are solved."""
+        return self._budgets.payer(job)
 
     @property
     def idle(self) -> int:
@@ -145,7 +161,7 @@ class Workers:
             payload: The task.
             limit_s: Seconds that it may take, the wait for a worker included.
             label: Name of the kind in the metrics.
-            caller: Who asks for a free solve; empty for a job.
+            caller: Who asks for a free solve, or whose the job is.
 
         Raises:
             ProblemError: the task cannot be solved.
@@ -154,7 +170,7 @@ class Workers:
         end = time.monotonic() + limit_s
         asked = time.monotonic()
         try:
-            worker = await self._acquire(end, caller)
+            worker = await self._acquire(end, kind is not Kind.LAYERS, caller, len(payload))
         finally:
             self._metrics.queue_wait.labels(label).observe(time.monotonic() - asked)
         start = time.monotonic()
@@ -185,28 +201,29 @@ class Workers:
         except MemoryError:
             outcome = "memory"
             raise exhausted(
-                "WORKER_MEMORY", f"a solve may use {self._memory_bytes} bytes (limits.worker_bytes); ask for less", 60
+                "WORKER_MEMORY",
+                f"a solve may use {self._limits.worker_bytes} bytes (limits.worker_bytes); ask for less",
+                60,
             ) from None
         finally:
-            self._metrics.solve.labels(label).observe(time.monotonic() - start)
+            took = time.monotonic() - start
+            self._metrics.solve.labels(label).observe(took)
+            self._budgets.spend(caller, took)
             self._metrics.solves.labels(label, outcome).inc()
             self._metrics.busy.dec()
-            self._free_running -= bool(caller)
+            self._free_running -= kind is not Kind.LAYERS
             if clean:
                 self._idle.append(worker)
             else:
                 self._replace(worker, outcome)
             self._hand_out()
 
-    async def _acquire(self, end: float, caller: str) -> _Worker:
+    async def _acquire(self, end: float, free: bool, caller: str, size: int) -> _Worker:
         while True:
-            waiting = _Waiting(caller, asyncio.get_running_loop().create_future())
-            if caller:
-                if not self._idle:
-                    self._make_room(caller)
-                self._callers.setdefault(caller, deque()).append(waiting)
-            else:
-                self._jobs.append(waiting)
+            waiting = _Waiting(free, caller, size, asyncio.get_running_loop().create_future())
+            if free and not self._idle:
+                self._make_room(waiting)
+            (self._free if free else self._jobs).add(waiting)
             self._hand_out()
             try:
                 async with asyncio.timeout(max(end - time.monotonic(), 0)):
@@ -218,36 +235,49 @@ class Workers:
                 raise
             if not worker.reader.at_eof():
                 return worker
-            self._free_running -= bool(caller)
+            self._free_running -= free
             self._replace(worker, "died idle")
 
-    def _make_room(self, caller: str) -> None:
-        """Let a caller wait: where the queue is full, in the place of who has most waiting there."""
-        if self._depth < self._queue:
-            return
-        longest = max(self._callers, key=lambda name: len(self._callers[name]), default=caller)
-        refusal = exhausted("QUEUE_FULL", f"{self._depth} solves wait already (limits.queue); try later", 0.5)
-        if len(self._callers.get(longest, ())) <= len(self._callers.get(caller, ())) + 1:
+    def _make_room(self, new: _Waiting) -> None:
+        """Let a free solve wait: where the queue is full, in the place of who has most waiting there."""
+        most = self._limits.queue_bytes
+        while self._free.size + new.size > most:
+            self._give_way(
+                new,
+                self._free.fullest(),
+                lambda waiting: sum(one.size for one in waiting),
+                new.size,
+                f"solves of {self._free.size} bytes wait already (limits.queue_bytes = {most}); try later",
+            )
+        if self._depth >= self._limits.queue:
+            self._give_way(
+                new, self._free.longest(), len, 1, f"{self._depth} solves wait already (limits.queue); try later"
+            )
+
+    def _give_way(
+        self, new: _Waiting, who: str, measure: Callable[[Sequence[_Waiting]], int], more: int, text: str
+    ) -> None:
+        """The last of who has most waiting gives way to a caller that would still have less; or that is refused."""
+        theirs = self._free.of(who)
+        refusal = exhausted("QUEUE_FULL", text, 0.5)
+        if not theirs or who == new.caller or measure(theirs) <= measure(self._free.of(new.caller)) + more:
             raise refusal
-        last = self._callers[longest].pop()
+        last = theirs[-1]
+        self._free.remove(last)
         if not last.worker.done():
             last.worker.set_exception(refusal)
 
     @property
     def _depth(self) -> int:
-        return len(self._jobs) + sum(map(len, self._callers.values()))
+        return len(self._jobs) + len(self._free)
 
     def _hand_out(self) -> None:
-        """Give idle workers to who waits: jobs in order, then callers in turn."""
+        """Give idle workers to who waits: jobs first, tenants in turn; then free solves, callers in turn."""
         while self._idle:
             if self._jobs:
-                waiting = self._jobs.popleft()
-            elif self._callers and self._free_running < self._free_most:
-                caller = next(iter(self._callers))
-                turns = self._callers.pop(caller)
-                waiting = turns.popleft()
-                if turns:
-                    self._callers[caller] = turns  # behind the others
+                waiting = self._jobs.take()
+            elif self._free and self._free_running < self._free_most:
+                waiting = self._free.take()
                 self._free_running += 1
             else:
                 break
@@ -257,17 +287,10 @@ class Workers:
     def _withdraw(self, waiting: _Waiting) -> None:
         """Who waited has gone; a worker that it was given just then goes back."""
         if waiting.worker.done() and not waiting.worker.cancelled() and waiting.worker.exception() is None:
-            self._free_running -= bool(waiting.caller)
+            self._free_running -= waiting.free
             self._idle.append(waiting.worker.result())
-        elif waiting.caller in self._callers:
-            turns = self._callers[waiting.caller]
-            with contextlib.suppress(ValueError):
-                turns.remove(waiting)
-            if not turns:
-                del self._callers[waiting.caller]
         else:
-            with contextlib.suppress(ValueError):
-                self._jobs.remove(waiting)
+            (self._free if waiting.free else self._jobs).remove(waiting)
         self._hand_out()
 
     def _replace(self, worker: _Worker, why: str) -> None:
@@ -301,7 +324,9 @@ class Workers:
             control = await self._start_zygote()
             ours, theirs = socket.socketpair()
             try:
-                await asyncio.to_thread(socket.send_fds, control, [FORK.pack(self._memory_bytes)], [theirs.fileno()])
+                await asyncio.to_thread(
+                    socket.send_fds, control, [FORK.pack(self._limits.worker_bytes)], [theirs.fileno()]
+                )
                 (pid,) = FORK.unpack(await _exactly(control, FORK.size))
             except BaseException:
                 ours.close()
