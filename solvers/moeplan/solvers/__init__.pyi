@@ -1,6 +1,7 @@
 """The public names, once: `__init__.py` reads them from here, and so do type checkers."""
 
 from .affinity.placement import AffinityPlan, crossings, place_by_affinity
+from .homes.home_plan import HomePlan, plan_homes, spilled_imbalance
 from .plan.cost import LAER, STEP, Cost, CostModel
 from .plan.parameters import SolveParameters
 from .plan.plan import Plan
@@ -45,6 +46,7 @@ __all__ = [
     "ExpertSpec",
     "Forecast",
     "ForecastMethod",
+    "HomePlan",
     "InfeasibleError",
     "Layout",
     "Link",
@@ -71,12 +73,14 @@ __all__ = [
     "forecast",
     "optimal_assignment",
     "place_by_affinity",
+    "plan_homes",
     "policy",
     "share_slots",
     "solve",
     "solve_anytime",
     "solve_exactly",
     "solve_layers",
+    "spilled_imbalance",
     "transfer_tokens",
     "warm_up",
     "widened",
