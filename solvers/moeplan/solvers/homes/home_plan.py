@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from moeplan.solvers.homes.exchanges import Pools, deal, exchange, slowest
-from moeplan.solvers.problem.arrays import Float64, Int32, Int64
+from moeplan.solvers.problem.arrays import Int32, Int64
 from moeplan.solvers.problem.demand import Demand
 from moeplan.solvers.problem.errors import ProblemError
 from moeplan.solvers.problem.scalars import integer, number

@@ -1,0 +1,180 @@
+"""Homes that move between steps: the losses are those of a single process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from tests.support.expert_groups import make_group
+from torch import Tensor, nn
+
+from moeplan.runtime_client.errors import RanksDifferError
+from moeplan.runtime_client.group import ExpertGroup
+from moeplan.runtime_client.layers.dividing import Division, PlannedLayer
+from moeplan.runtime_client.layers.feed_forward import ExpertShape
+from moeplan.runtime_client.layers.home_moves import HomeMoves
+from moeplan.runtime_client.layers.resident import ResidentExperts
+from moeplan.runtime_client.models.checkpoint import TrainingState
+from moeplan.solvers import Cluster, ExpertSpec, Layout, QuotaPlanner, SpillOptions
+
+Launch = Callable[..., list[Any]]
+RANKS, EXPERTS, LAYERS, STEPS = 4, 12, 2, 24
+SHAPE = ExpertShape(6, 4)
+PLANS = {3: 1, 9: 2, 10: 3, 17: 4}
+"""Seed of the homes that are taken before a step."""
+
+
+class Model(nn.Module):
+    """Layers with residuals; routing is part of the batch."""
+
+    def __init__(self, group: ExpertGroup) -> None:
+        super().__init__()
+        options = SpillOptions.uniform(EXPERTS, group.size, 1, domain=max(1, group.size // 2))
+        self.layers = nn.ModuleList(
+            ResidentExperts(SHAPE, EXPERTS, group, planner=QuotaPlanner(options, group.size), dtype=torch.float64)
+            for _ in range(LAYERS)
+        )
+        torch.manual_seed(0)
+        for layer in self.experts:
+            layer.load_experts(0, 0.4 * torch.randn(EXPERTS, SHAPE.elements, dtype=torch.float64))
+
+    @property
+    def experts(self) -> list[ResidentExperts]:
+        return list(self.layers)  # type: ignore[arg-type]
+
+    def forward(self, hidden: Tensor, index: Tensor, weight: Tensor) -> Tensor:
+        for layer in self.layers:
+            hidden = hidden + layer(hidden, index, weight)
+        return hidden
+
+
+def batch(step: int, part: int, group: ExpertGroup) -> tuple[Tensor, Tensor, Tensor]:
+    """This rank's tokens, choices and weights; some ranks have none, and most tokens want the same experts."""
+    rng = np.random.default_rng([step, part])
+    sizes = rng.integers(0, 12, RANKS) * (rng.random(RANKS) < 0.8) + (np.arange(RANKS) == step % RANKS)
+    scores = np.log(rng.dirichlet(np.full(EXPERTS, 0.2)) + 1e-9) + rng.gumbel(size=(sizes.sum(), EXPERTS))
+    hidden = torch.from_numpy(rng.standard_normal((sizes.sum(), SHAPE.hidden)))
+    weight = torch.from_numpy(rng.random((sizes.sum(), 2)))
+    own = slice(None) if group.size == 1 else slice(sizes[: group.rank].sum(), sizes[: group.rank + 1].sum())
+    return hidden[own], torch.from_numpy(scores).topk(2, dim=1).indices[own], weight[own]
+
+
+def planned(seed: int, size: int) -> list[PlannedLayer]:
+    """Homes at random, as many on every rank as ever."""
+    rng = np.random.default_rng(seed)
+    division = Division(Cluster.uniform(size, EXPERTS // size), ExpertSpec(), "optimal")
+    return [
+        PlannedLayer(Layout(rng.permutation(EXPERTS).reshape(size, -1).astype(np.int32), EXPERTS), division)
+        for _ in range(LAYERS)
+    ]
+
+
+def train(
+    group: ExpertGroup, first: int, last: int, *, load: str = "", save: str = "", also_between: bool = False
+) -> tuple[list[float], list[int]]:
+    """Losses over all ranks of steps of two micro-batches each, and experts that moved after each."""
+    model = Model(group)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    moves = HomeMoves(model.experts, optimizer)
+    state = {"training": TrainingState(model, optimizer), "homes": moves}
+    if load:
+        dcp.load(state, checkpoint_id=load)
+    losses, moved = [], []
+    for step in range(first, last):
+        if step in PLANS and group.size > 1:
+            moves.take(planned(PLANS[step], group.size))
+        total = torch.zeros((), dtype=torch.float64)
+        for part in range(2):
+            loss = model(*batch(step, part, group)).square().sum() / 100
+            loss.backward()
+            total += loss.detach()
+            if part == 0 and also_between:
+                moves.step()
+        optimizer.step()
+        optimizer.zero_grad()
+        if group.size > 1:
+            dist.all_reduce(total)
+        losses.append(float(total))
+        moved.append(moves.step())
+    if save:
+        dcp.save(state, checkpoint_id=save)
+    return losses, moved
+
+
+def follow(folder: str) -> list[list[float]]:
+    """A run, one that also moves between micro-batches, and one that goes on from a checkpoint half-way."""
+    group = make_group()
+    whole, moved = train(group, 0, STEPS)
+    assert moved[:3] == [0, 0, 0]
+    assert sum(count > 0 for count in moved) > len(PLANS), "moves take several steps"
+    between, _ = train(group, 0, STEPS, also_between=True)
+    before, _ = train(group, 0, 11, save=folder)
+    after, rest = train(group, 11, STEPS, load=folder)
+    assert rest[0] == 0  # the plan is for those who know it to bring again; its homes half-way are in force
+    return [whole, between, before + after]
+
+
+def go_on(folder: str) -> tuple[list[float], list[int]]:
+    return train(make_group(), 11, STEPS, load=folder)
+
+
+def test_losses_are_those_of_a_single_process(ranks: Launch, tmp_path: Path) -> None:
+    expected, _ = train(ExpertGroup(), 0, STEPS)
+    for answers in ranks(RANKS, follow, str(tmp_path / "checkpoint")):
+        for losses in answers:
+            np.testing.assert_allclose(losses, expected, rtol=1e-10)
+    ((alone, _),) = ranks(1, go_on, str(tmp_path / "checkpoint"))
+    np.testing.assert_allclose(alone, expected[11:], rtol=1e-10)
+
+
+def resume(folder: str) -> tuple[int, list[list[int]]]:
+    model = Model(make_group())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    moves = HomeMoves(model.experts, optimizer)
+    if not Path(folder).exists():
+        moves.take(planned(7, RANKS))
+        moves.finish()
+        dcp.save({"homes": moves}, checkpoint_id=folder)
+    else:
+        dcp.load({"homes": moves}, checkpoint_id=folder)
+    assert moves.moving == 0
+    return moves.version, [layer.homes.device.tolist() for layer in model.experts]
+
+
+def test_a_checkpoint_holds_the_homes_and_their_version(ranks: Launch, tmp_path: Path) -> None:
+    folder = str(tmp_path / "homes")
+    saved = ranks(RANKS, resume, folder)
+    expected = [layer.layout.hosts.device.tolist() for layer in planned(7, RANKS)]
+    assert saved == ranks(RANKS, resume, folder) == [(1, expected)] * RANKS
+    ((version, homes),) = ranks(1, resume, folder)
+    assert version == 1
+    assert homes == [[0] * EXPERTS] * LAYERS
+
+
+def refuse() -> None:
+    group = make_group()
+    model = Model(group)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    moves = HomeMoves(model.experts, optimizer)
+    division = planned(1, group.size)[0].division
+    crowded = Layout(np.array([[0, 1, 2, 3, 4, 5, 6], [7, 8, 9, 10, 11, -1, -1]], np.int32), EXPERTS)
+    with pytest.raises(ValueError, match="the plan gives rank 0 7 experts, and it owns 6"):
+        moves.take([PlannedLayer(crowded, division)] * LAYERS)
+    twice = Layout(np.array([[0, 1, 2, 3, 4, 5, 6], [6, 7, 8, 9, 10, 11, -1]], np.int32), EXPERTS)
+    with pytest.raises(ValueError, match="13 replicas of 12 experts"):
+        moves.take([PlannedLayer(twice, division)] * LAYERS)
+    moves.take(planned(1, group.size))
+    if group.rank == 1:
+        model.experts[0].flat.grad = torch.zeros_like(model.experts[0].flat)
+    with pytest.raises(RanksDifferError, match=r"ranks \[1\] differ from rank 0"):
+        moves.step()
+
+
+def test_what_cannot_move_is_refused(ranks: Launch) -> None:
+    ranks(2, refuse)
