@@ -9,70 +9,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from tests.support.expert_groups import make_group
-from torch import Tensor, nn
+from tests.support.resident_training import EXPERTS, LAYERS, RANKS, Model, planned, train_step
 
 from moeplan.runtime_client.errors import RanksDifferError
 from moeplan.runtime_client.group import ExpertGroup
-from moeplan.runtime_client.layers.dividing import Division, PlannedLayer
-from moeplan.runtime_client.layers.feed_forward import ExpertShape
+from moeplan.runtime_client.layers.dividing import PlannedLayer
 from moeplan.runtime_client.layers.home_moves import HomeMoves
-from moeplan.runtime_client.layers.resident import ResidentExperts
 from moeplan.runtime_client.models.checkpoint import TrainingState
-from moeplan.solvers import Cluster, ExpertSpec, Layout, QuotaPlanner, SpillOptions
+from moeplan.solvers import Layout
 
 Launch = Callable[..., list[Any]]
-RANKS, EXPERTS, LAYERS, STEPS = 4, 12, 2, 24
-SHAPE = ExpertShape(6, 4)
+STEPS = 24
 PLANS = {3: 1, 9: 2, 10: 3, 17: 4}
 """Seed of the homes that are taken before a step."""
-
-
-class Model(nn.Module):
-    """Layers with residuals; routing is part of the batch."""
-
-    def __init__(self, group: ExpertGroup) -> None:
-        super().__init__()
-        options = SpillOptions.uniform(EXPERTS, group.size, 1, domain=max(1, group.size // 2))
-        self.layers = nn.ModuleList(
-            ResidentExperts(SHAPE, EXPERTS, group, planner=QuotaPlanner(options, group.size), dtype=torch.float64)
-            for _ in range(LAYERS)
-        )
-        torch.manual_seed(0)
-        for layer in self.experts:
-            layer.load_experts(0, 0.4 * torch.randn(EXPERTS, SHAPE.elements, dtype=torch.float64))
-
-    @property
-    def experts(self) -> list[ResidentExperts]:
-        return list(self.layers)  # type: ignore[arg-type]
-
-    def forward(self, hidden: Tensor, index: Tensor, weight: Tensor) -> Tensor:
-        for layer in self.layers:
-            hidden = hidden + layer(hidden, index, weight)
-        return hidden
-
-
-def batch(step: int, part: int, group: ExpertGroup) -> tuple[Tensor, Tensor, Tensor]:
-    """This rank's tokens, choices and weights; some ranks have none, and most tokens want the same experts."""
-    rng = np.random.default_rng([step, part])
-    sizes = rng.integers(0, 12, RANKS) * (rng.random(RANKS) < 0.8) + (np.arange(RANKS) == step % RANKS)
-    scores = np.log(rng.dirichlet(np.full(EXPERTS, 0.2)) + 1e-9) + rng.gumbel(size=(sizes.sum(), EXPERTS))
-    hidden = torch.from_numpy(rng.standard_normal((sizes.sum(), SHAPE.hidden)))
-    weight = torch.from_numpy(rng.random((sizes.sum(), 2)))
-    own = slice(None) if group.size == 1 else slice(sizes[: group.rank].sum(), sizes[: group.rank + 1].sum())
-    return hidden[own], torch.from_numpy(scores).topk(2, dim=1).indices[own], weight[own]
-
-
-def planned(seed: int, size: int) -> list[PlannedLayer]:
-    """Homes at random, as many on every rank as ever."""
-    rng = np.random.default_rng(seed)
-    division = Division(Cluster.uniform(size, EXPERTS // size), ExpertSpec(), "optimal")
-    return [
-        PlannedLayer(Layout(rng.permutation(EXPERTS).reshape(size, -1).astype(np.int32), EXPERTS), division)
-        for _ in range(LAYERS)
-    ]
 
 
 def train(
@@ -89,18 +40,8 @@ def train(
     for step in range(first, last):
         if step in PLANS and group.size > 1:
             moves.take(planned(PLANS[step], group.size))
-        total = torch.zeros((), dtype=torch.float64)
-        for part in range(2):
-            loss = model(*batch(step, part, group)).square().sum() / 100
-            loss.backward()
-            total += loss.detach()
-            if part == 0 and also_between:
-                moves.step()
-        optimizer.step()
-        optimizer.zero_grad()
-        if group.size > 1:
-            dist.all_reduce(total)
-        losses.append(float(total))
+        between = moves.step if also_between else lambda: 0
+        losses.append(train_step(model, optimizer, step, group, between))
         moved.append(moves.step())
     if save:
         dcp.save(state, checkpoint_id=save)

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -17,6 +14,7 @@ import pytest
 from tests.support import small_training
 from tests.support.daemon import DaemonProcess, Start, eventually, started
 from tests.support.repository import ROOT
+from tests.support.torchrun import torchrun
 
 from moeplan.runtime_client.planning.planner_stream import PlannerStream
 
@@ -123,24 +121,6 @@ def test_a_rank_that_is_slow_in_every_step(ranks: Launch, daemon: DaemonProcess,
     slowed, _ = run(ranks, tmp_path / "slow", **run_of)
     assert len(switched(slowed[0])) >= 2
     assert_undisturbed(ranks, tmp_path, slowed)
-
-
-def torchrun(*arguments: str) -> str:
-    """Run two ranks to their end; what they wrote."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *arguments]
-    paths = os.pathsep.join(filter(None, sys.path))
-    # A store that torchrun keeps over restarts still has the gloo addresses of dead ranks (torch 2.13's dynamic
-    # rendezvous makes one store for all rounds, pytorch#135712), and the second start then connects to those.
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
-    try:
-        output, _ = process.communicate(timeout=RUN_S)
-    finally:
-        if process.poll() is None:
-            process.terminate()  # it ends its ranks, which are in sessions of their own
-            process.communicate(timeout=60)
-    assert process.returncode == 0, output
-    return output
 
 
 def test_a_rank_is_killed_and_torchrun_starts_the_group_again(
