@@ -17,8 +17,9 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict_loader import load as load_checkpoint
+from torch.distributed.checkpoint.state_dict_saver import save as save_checkpoint
 
 from moeplan.runtime_client.group import ExpertGroup
 from moeplan.runtime_client.layers.dividing import Division, PlannedLayer
@@ -112,7 +113,7 @@ def main() -> None:
     state = {"training": TrainingState(model, optimizer), "homes": moves}
     first = 0
     if start != "0":
-        dcp.load(state, checkpoint_id=folder / "checkpoint")
+        load_checkpoint(state, checkpoint_id=folder / "checkpoint")
         first = SAVED
     with (folder / f"{start}-{group.rank}.jsonl").open("w") as lines:
         for step in range(first, LAST):
@@ -125,7 +126,7 @@ def main() -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
             moves.step()
             if step == SAVED - 1:
-                dcp.save(state, checkpoint_id=folder / "checkpoint")
+                save_checkpoint(state, checkpoint_id=folder / "checkpoint")
     dist.destroy_process_group()
 
 

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
 from tests.support.expert_groups import make_group
 from tests.support.resident_training import EXPERTS, LAYERS, RANKS, Model, planned, train_step
+from torch.distributed.checkpoint.state_dict_loader import load as load_checkpoint
+from torch.distributed.checkpoint.state_dict_saver import save as save_checkpoint
 
 from moeplan.runtime_client.errors import RanksDifferError
 from moeplan.runtime_client.group import ExpertGroup
@@ -35,8 +36,9 @@ def train(
     moves = HomeMoves(model.experts, optimizer)
     state = {"training": TrainingState(model, optimizer), "homes": moves}
     if load:
-        dcp.load(state, checkpoint_id=load)
-    losses, moved = [], []
+        load_checkpoint(state, checkpoint_id=load)
+    losses: list[float] = []
+    moved: list[int] = []
     for step in range(first, last):
         if step in PLANS and group.size > 1:
             moves.take(planned(PLANS[step], group.size))
@@ -44,7 +46,7 @@ def train(
         losses.append(train_step(model, optimizer, step, group, between))
         moved.append(moves.step())
     if save:
-        dcp.save(state, checkpoint_id=save)
+        save_checkpoint(state, checkpoint_id=save)
     return losses, moved
 
 
@@ -81,9 +83,9 @@ def resume(folder: str) -> tuple[int, list[list[int]]]:
     if not Path(folder).exists():
         moves.take(planned(7, RANKS))
         moves.finish()
-        dcp.save({"homes": moves}, checkpoint_id=folder)
+        save_checkpoint({"homes": moves}, checkpoint_id=folder)
     else:
-        dcp.load({"homes": moves}, checkpoint_id=folder)
+        load_checkpoint({"homes": moves}, checkpoint_id=folder)
     assert moves.moving == 0
     return moves.version, [layer.homes.device.tolist() for layer in model.experts]
 

@@ -59,7 +59,9 @@ def follow(address: str, job: str, folder: str) -> tuple[list[float], list[int],
         spill_slots=1,
         timeout=timedelta(seconds=LIMIT_S / 2),
     )
-    losses, moved, end = [], [], time.monotonic() + LIMIT_S
+    losses: list[float] = []
+    moved: list[int] = []
+    end = time.monotonic() + LIMIT_S
     with session:
         while not (sum(moved) and not moves.moving and len(moved) > 10):
             assert time.monotonic() < end, "no homes came"

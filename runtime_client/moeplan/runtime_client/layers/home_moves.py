@@ -74,7 +74,7 @@ class HomeMoves(Stateful):
     @property
     def layouts(self) -> list[Layout]:
         """The homes in force as layouts of one replica per expert, for a `PlannerSession`."""
-        return [layer.layout for layer in self._layers]
+        return [layer.home_layout for layer in self._layers]
 
     @property
     def moving(self) -> int:

@@ -96,7 +96,7 @@ class ResidentExperts(ExpertLayer):
         self.flat = nn.Parameter(torch.zeros(len(self.homes.owned), shape.elements, dtype=dtype, device=device))
 
     @property
-    def layout(self) -> Layout:
+    def home_layout(self) -> Layout:
         """The homes as a layout of one replica per expert, in the order of the rows."""
         return Layout(self.homes.slots, self.experts)
 
