@@ -5,13 +5,15 @@
     torchrun --nproc-per-node 2 examples/train_moe_lm.py --mode planned --planner 127.0.0.1:7433
     torchrun --nproc-per-node 4 examples/train_moe_lm.py --mode spill
     torchrun --nproc-per-node 8 examples/train_moe_lm.py --mode spill --size large    # on eight GPUs
+    torchrun --nproc-per-node 8 examples/train_moe_lm.py --mode auto --size large --planner 127.0.0.1:7433
 
 The text is what every Python has: the sources of its standard library, and its documentation. The kind of text changes
 every `--shift` steps, and with it the experts that are busy. No loss balances them.
 
 ``static`` is plain expert parallelism: each expert at home on one rank. ``spill`` lends experts to idle ranks, planned
 in each pass from exact counts. ``planned`` shards every expert over the ranks, and a planner's daemon decides which
-rank computes which; without a daemon it trains all the same.
+rank computes which; without a daemon it trains all the same. ``auto`` rehearses two batches, times a token and a byte,
+and has the cost model decide for each block whether its experts are sharded or lent; it says why on standard error.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from choosing import choose_kinds
 from moe_lm import (
     SIZES,
     Experts,
@@ -61,12 +64,19 @@ def make_layers(mode: str, size: Size, group: ExpertGroup, device: torch.device)
     """The experts of each block, with the same weights in every mode and on any number of ranks."""
     dtype = compute_dtype(device)
     layers: list[Experts] = []
-    if mode == "planned":
-        layers += sharded_layers(size, group, device, dtype)
-    else:
-        spill = spill_options(size, group.size)
-        options = spill if mode == "spill" else SpillOptions.uniform(size.experts, group.size, 0)
-        layers += resident_layers(size, group, device, lambda: QuotaPlanner(options, group.size), dtype)
+    kinds = ["sharded" if mode == "planned" else "resident"] * size.blocks
+    if mode == "auto":
+        choices = choose_kinds(size, group, device)
+        kinds = [choice.kind for choice in choices]
+        for block, choice in enumerate(choices if group.rank == 0 else ()):
+            print(f"block {block}: {choice.reason}", file=sys.stderr)
+    options = SpillOptions.uniform(size.experts, group.size, 0) if mode == "static" else spill_options(size, group.size)
+    count = kinds.count("sharded")
+    sharded = sharded_layers(replace(size, blocks=count), group, device, dtype)
+    resident = resident_layers(
+        replace(size, blocks=size.blocks - count), group, device, lambda: QuotaPlanner(options, group.size), dtype
+    )
+    layers += [sharded.pop(0) if kind == "sharded" else resident.pop(0) for kind in kinds]
     load_random(size, layers, device)
     return layers
 
@@ -74,8 +84,8 @@ def make_layers(mode: str, size: Size, group: ExpertGroup, device: torch.device)
 def main() -> None:
     """Train; the first rank writes one line of JSON per step."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--mode", choices=("static", "spill", "planned"), default="static")
-    parser.add_argument("--planner", help="address of the daemon, with --mode planned")
+    parser.add_argument("--mode", choices=("static", "spill", "planned", "auto"), default="static")
+    parser.add_argument("--planner", help="address of the daemon, for sharded experts")
     parser.add_argument("--job", default="train-moe-lm", help="id of the job at the daemon")
     parser.add_argument("--steps", type=int, default=80)
     parser.add_argument("--shift", type=int, default=20, help="steps of one kind of text")
@@ -101,7 +111,8 @@ def main() -> None:
     model = Model(size, layers).to(device)
     shared = model.shared()
     optimizer = torch.optim.AdamW(model.parameters(), lr=size.rate, fused=device.type == "cuda")
-    session = connect(arguments, size, layers, group) if arguments.mode == "planned" and arguments.planner else None
+    planned = [block for block, layer in enumerate(layers) if isinstance(layer, FullyShardedExperts)]
+    session = connect(arguments, size, layers, group) if planned and arguments.planner else None
     recorder = record(model)
     text = batches(size, group.rank, group.size, arguments.shift)
     lines = arguments.out.open("w") if arguments.out and group.rank == 0 else sys.stdout
@@ -135,7 +146,7 @@ def main() -> None:
                 }
                 print(json.dumps(line), file=lines, flush=True)
             if session is not None:
-                session.step(counts)
+                session.step(counts[planned])
         if session is not None:
             session.close()
     except AgreementError as error:

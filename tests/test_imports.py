@@ -28,7 +28,7 @@ NEVER = {
 ROOMS = {
     "solvers": (
         *("problem", "objective", "split", "construct", "plan", "exact", "search"),
-        *("policies", "solving", "affinity", "routing", "spill", "homes"),
+        *("policies", "solving", "affinity", "routing", "spill", "homes", "choice"),
     ),
     "planner": ("errors", "traces", "files", "jobs", "studies", "daemon", "pages", "commands"),
     "runtime_client": ("errors", "group", "recording", "device", "layers", "planning", "models", "integrations"),

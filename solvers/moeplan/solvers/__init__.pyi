@@ -1,6 +1,7 @@
 """The public names, once: `__init__.py` reads them from here, and so do type checkers."""
 
 from .affinity.placement import AffinityPlan, crossings, place_by_affinity
+from .choice.expert_kind import KindChoice, KindCost, choose_kind
 from .homes.home_plan import HomePlan, plan_homes, spilled_imbalance
 from .plan.cost import LAER, STEP, Cost, CostModel
 from .plan.parameters import SolveParameters
@@ -48,6 +49,8 @@ __all__ = [
     "ForecastMethod",
     "HomePlan",
     "InfeasibleError",
+    "KindChoice",
+    "KindCost",
     "Layout",
     "Link",
     "LlepPlanner",
@@ -68,6 +71,7 @@ __all__ = [
     "Widening",
     "available_policies",
     "balanced_assignment",
+    "choose_kind",
     "crossings",
     "evaluate",
     "forecast",
