@@ -28,7 +28,7 @@ from moeplan.runtime_client.planning.session import PlannerSession
 from moeplan.solvers import Cluster
 
 Launch = Callable[..., list[Any]]
-LIMIT_S = 60.0
+LIMIT_S = 120.0
 
 
 @pytest.fixture
@@ -85,7 +85,8 @@ def test_planned_homes_move_and_the_planner_may_die_meanwhile(ranks: Launch, sta
 
     daemon = start().serving()
     with ThreadPoolExecutor(1) as pool:
-        training = pool.submit(partial(ranks, RANKS, follow, daemon.address, "homes", str(tmp_path), timeout_s=90))
+        run = partial(ranks, RANKS, follow, daemon.address, "homes", str(tmp_path), timeout_s=2 * LIMIT_S)
+        training = pool.submit(run)
         eventually(lambda: training.done() or list(tmp_path.glob("moves-*")), LIMIT_S)
         with daemon.client() as client:
             job = client.job("jobs/homes")

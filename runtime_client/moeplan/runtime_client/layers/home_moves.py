@@ -67,8 +67,8 @@ class HomeMoves(Stateful):
         self._optimizers = optimizers
         self._share = share
         self._goal = [layer.homes.device for layer in self._layers]
-        self._ended: float | None = None
-        self._exchange_s = 0.0
+        # Of the last slice: when it ended, what an exchange took, and what the step before it took; 0 if not known.
+        self._ended = self._exchange_s = self._step_s = 0.0
         self.version = 0
 
     @property
@@ -114,18 +114,23 @@ class HomeMoves(Stateful):
             RanksDifferError: optimizers differ between ranks in what is not of single experts.
             ValueError: an optimizer keeps a tensor of the experts that has not the shape of their parameter.
         """
-        now, before = time.perf_counter(), self._ended
-        moved = 0
-        if self.moving:
-            moved = self._slice(self._allowed(now - before if before else 0.0))
-        self._ended = time.perf_counter()
-        if moved:
-            self._exchange_s = (self._ended - now) / (moved / 2)
+        if not self.moving:
+            self._ended = 0.0
+            return 0
+        allowed = self._allowed()  # waits for the work of the device, so that what follows is timed alone
+        begin = time.perf_counter()
+        moved = self._slice(allowed)
+        if self._layers[0].flat.is_cuda:
+            torch.cuda.synchronize(self._layers[0].flat.device)
+        end = time.perf_counter()
+        self._step_s = begin - self._ended if self._ended else 0.0
+        self._exchange_s = (end - begin) / (moved / 2)
+        self._ended = end
         return moved
 
     def finish(self) -> None:
         """Move all that is left; every rank calls it."""
-        self._require_alike(0.0)
+        self._require_alike()
         while self.moving:
             self._slice(self.moving)
 
@@ -152,15 +157,15 @@ class HomeMoves(Stateful):
                 "change by exchange, so every rank keeps as many"
             )
 
-    def _allowed(self, step_s: float) -> int:
+    def _allowed(self) -> int:
         """Exchanges of the next slice, the same on every rank."""
-        told = self._require_alike(step_s)
+        told = self._require_alike()
         shortest, longest = int(told[:, 0].min()), int(told[:, 1].max())
         return max(1, int(self._share * shortest / longest)) if longest else 1
 
-    def _require_alike(self, step_s: float) -> Int64:
+    def _require_alike(self) -> Int64:
         """int64[ranks, 3]: of each rank, nanoseconds of a step and of an exchange, and what moves with the weights."""
-        row = [int(step_s * 1e9), int(self._exchange_s * 1e9), self._fingerprint()]
+        row = [int(self._step_s * 1e9), int(self._exchange_s * 1e9), self._fingerprint()]
         device = self._layers[0].flat.device
         told: Int64 = self._group.gather_rows(torch.tensor(row, device=device), "homes that move").cpu().numpy()
         if (told[:, 2] != told[0, 2]).any():
