@@ -2,6 +2,7 @@
 
     torchrun --nproc-per-node 2 benchmarks/training.py --size large wide fine gpt-oss --out training.json
     torchrun --nproc-per-node 2 benchmarks/training.py --size large --against ec06be9=../moeplan-ec06be9
+    torchrun --nproc-per-node 2 benchmarks/training.py --size large --mode sharded --planner --out training.json
     torchrun --nproc-per-node 2 benchmarks/training.py --size tiny        # on CPU cores: only whether it works
     python benchmarks/training.py --show training.json
 
@@ -17,6 +18,11 @@ text; they take turns. Weights stay as they are while steps are measured (the op
 all modes route the same tokens to the same experts. Times are of steps until the slowest rank is done. `idle` is the
 part of a profiled step in which no kernel runs on the busiest rank but such as wait for other ranks, as far as can be
 told, from its first kernel to the end of its last.
+
+With `--planner` a daemon on this host plans the layouts of sharded experts while they train, from the layout in order
+on: so many steps of each of two kinds of text. Told are the steps until imbalance is at most 1.03 and stays there,
+switches, the age of the plans in use, the cores that the daemon kept busy, and the time of a step at the layouts in
+force.
 """
 
 from __future__ import annotations
@@ -74,6 +80,7 @@ def main() -> None:
     parser.add_argument("--train", type=int, default=20, help="steps that train the routers first")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=3, help="measured steps of a mode in a round")
+    parser.add_argument("--planner", nargs="?", type=int, const=40, metavar="STEPS", help="train so long with a daemon")
     parser.add_argument("--commit", help="name of this checkout, where git cannot tell")
     parser.add_argument("--against", action="append", default=[], metavar="COMMIT=PATH", help="another checkout")
     parser.add_argument("--out", type=Path, help="file for the results, as JSON")
@@ -82,6 +89,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if set(DEVICE_MODES) & set(arguments.mode) and not torch.cuda.is_available():
         parser.error(f"--mode {' '.join(DEVICE_MODES)}: need GPUs")
+    if arguments.planner and "sharded" not in arguments.mode:
+        parser.error("--planner: plans layouts of sharded experts; add sharded to --mode")
     if arguments.show:
         print(table(json.loads(arguments.show.read_text())))
     elif arguments.worker:
@@ -227,11 +236,33 @@ def measure_size(
             print(f"{time.perf_counter() - START:.0f} s, {size}, round {nth + 1}: ", end="")
             print(", ".join(f"{' '.join(key)} {row['ms'][-1]:.1f}" for key, row in rows.items()), flush=True)
     ours, rank = next(iter(ranks.items()))
+    beside = beside_planner(arguments, rank, size, is_first) if arguments.planner else {}
     for routing, mode in cases:
         planned = layouts.get((ours, routing)) if mode == "sharded" else None
         rows[ours, routing, mode] |= rank.call("profile", mode=mode, routing=routing, layouts=planned)
     listed = [{"commit": name, "routing": routing, "mode": mode} | row for (name, routing, mode), row in rows.items()]
-    return described[0]["machine"], described[0]["size"] | {"rows": listed}
+    return described[0]["machine"], described[0]["size"] | {"rows": listed} | beside
+
+
+def beside_planner(arguments: argparse.Namespace, rank: Rank, size: str, is_first: bool) -> Result:
+    """Sharded experts with a daemon on this host: what came of it, by routing; nothing on ranks but the first."""
+    from planner_beside import daemon, plan_steps, summary  # not above, as for plan_layouts
+
+    shift, found = arguments.planner, {}
+    with ExitStack() as stack:
+        planner = stack.enter_context(daemon([HERE.parents[1] / root for root in ROOTS])) if is_first else None
+        told = [planner and planner.address]
+        dist.broadcast_object_list(told)
+        for routing in arguments.routing:
+            if planner:
+                planner.mark()
+            job = f"{size}-{routing}"
+            run = rank.call("planned", routing=routing, address=told[0], job=job, steps=2 * shift, shift=shift)
+            if planner:
+                made_from = plan_steps(planner.address, job, run["version"])
+                found[routing] = summary(run, made_from, shift, planner.load()) | {"steps": run}
+        dist.barrier()
+    return {"planner": found}
 
 
 def plan_layouts(counts: list[Any]) -> list[Any]:
@@ -272,7 +303,23 @@ def table(results: Result) -> str:
                 peer = rows.get((other, routing, mode))
                 cells.append(f"{statistics.median(peer['ms']):.1f}, {share(rows, other, peer)}" if peer else "")
             lines.append(f"| {' | '.join(cells)} |")
+        lines += planner_table(size, rows, commits[0])
     return "\n".join(lines)
+
+
+def planner_table(size: Result, rows: dict[tuple[str, str, str], Result], commit: str) -> list[str]:
+    """A row for each routing that was trained with a daemon."""
+    columns = ["sharded, planned by a daemon", "steps until balanced", "switches", "plan age", "daemon's cores"]
+    columns += ["imbalance", "ms a step", "share"]
+    lines = ["", f"| {' | '.join(columns)} |", f"|---|{'---:|' * (len(columns) - 1)}"] if size.get("planner") else []
+    for routing, told in size.get("planner", {}).items():
+        until = ", ".join("never" if steps is None else str(steps) for steps in told["until_balanced"])
+        age = "" if told["plan_age"] is None else f"{told['plan_age']:.1f}"
+        cells = [routing, until, str(told["switches"]), age, f"{told['daemon_cores']:.2f}"]
+        cells += [f"{told['imbalance_first']:.2f} to {told['imbalance']:.2f}", f"{told['ms']:.1f}"]
+        cells += [share(rows, commit, {"ms": [told["ms"]]})]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
 
 
 def spread(values: Sequence[float]) -> str:

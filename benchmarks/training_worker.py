@@ -271,6 +271,71 @@ class Bench:
         sample = dict(zip(names, values.tolist(), strict=True))
         return sample | {"imbalance": imbalance, "loss": float(sum(losses)), "counts": warm.tolist()}
 
+    def planned(self, routing: str, address: str, job: str, steps: int, shift: int) -> dict[str, Any]:
+        """Train sharded experts with a planner beside them, from the layout in order on.
+
+        Args:
+            routing: As of `sample`; the kind of text changes every `shift` steps.
+            address: The daemon.
+            job: Id of the job there.
+            steps: Number of steps.
+            shift: Steps of one kind of text.
+
+        Returns:
+            ``ms`` of the slowest rank, the session included, ``imbalance`` and ``version``, of each step.
+        """
+        from moeplan.api import Forecast, Replan  # other checkouts may not have them
+        from moeplan.runtime_client import PlannedLayer, PlannerSession, record
+        from moeplan.solvers import SolveParameters
+
+        self._enter("sharded")
+        layers = [layer for layer in self.layers["sharded"] if isinstance(layer, FullyShardedExperts)]
+        width = -(-self.size.experts // self.group.size)
+        for layer in layers:
+            layer.layout = Layout.contiguous(self.size.experts, np.full(self.group.size, width, np.int32))
+
+        def apply(plan: Sequence[PlannedLayer]) -> None:
+            for layer, planned in zip(layers, plan, strict=True):
+                layer.plan = planned
+
+        run: dict[str, Any] = {"ms": [], "imbalance": [], "version": []}
+        text = batches(self.size, self.group.rank, self.group.size, shift)
+        with (
+            record(self.model) as recorder,
+            PlannerSession(
+                address,
+                job,
+                [layer.layout for layer in layers],
+                apply,
+                slots=width + 1,
+                parameters=SolveParameters(work_limit=500),
+                forecast=Forecast(window_steps=4),
+                replan=Replan(every_steps=1),
+                timeout=timedelta(minutes=2),
+            ) as session,
+        ):
+            for step in range(steps):
+                pieces = next(text).to(self.device)
+                self._forget()
+                self._choose(routing, step)
+                self._finish()
+                run["version"].append(session.version)
+                plans = [layer.plan for layer in layers]
+                start = time.perf_counter()
+                self._step(pieces)
+                session.step(recorder.step())
+                self._finish()
+                run["ms"].append(1e3 * (time.perf_counter() - start))
+                counts = next(self._counts())
+                loads = [
+                    plan.division.divide(plan.layout, each).device_loads()
+                    for plan, each in zip(plans, counts, strict=True)
+                ]
+                run["imbalance"].append(float(np.mean([load.max() / load.mean() for load in loads])))
+        slowest = torch.tensor(run["ms"], dtype=torch.float64, device=self.device)
+        dist.all_reduce(slowest, dist.ReduceOp.MAX)
+        return run | {"ms": slowest.tolist()}
+
     def profile(self, mode: str, routing: str, layouts: Sequence[Any] | None) -> dict[str, Any]:
         """What the device does in a step.
 

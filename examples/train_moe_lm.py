@@ -5,6 +5,7 @@
     torchrun --nproc-per-node 2 examples/train_moe_lm.py --mode planned --planner 127.0.0.1:7433
     torchrun --nproc-per-node 4 examples/train_moe_lm.py --mode spill
     torchrun --nproc-per-node 8 examples/train_moe_lm.py --mode spill --size large    # on eight GPUs
+    torchrun --nproc-per-node 8 examples/train_moe_lm.py --mode auto --size large --planner 127.0.0.1:7433
 
 The text is what every Python has: the sources of its standard library, and its documentation. The kind of text changes
 every `--shift` steps, and with it the experts that are busy. No loss balances them.
@@ -12,7 +13,8 @@ every `--shift` steps, and with it the experts that are busy. No loss balances t
 ``static`` is plain expert parallelism: each expert at home on one rank. ``spill`` lends experts to idle ranks, planned
 in each pass from exact counts. On GPUs of one NVLink domain both run their passes without the host. ``planned`` shards
 every expert over the ranks, and a planner's daemon decides which rank computes which; without a daemon it trains all
-the same.
+the same. ``auto`` rehearses two batches, times a token and a byte, and has the cost model decide for each block whether
+its experts are sharded or lent; it says why on standard error.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from choosing import choose_kinds
 from moe_lm import (
     SIZES,
     Experts,
@@ -65,15 +68,25 @@ def make_layers(mode: str, size: Size, group: ExpertGroup, device: torch.device)
     """The experts of each block, with the same weights in every mode and on any number of ranks."""
     dtype = compute_dtype(device)
     layers: list[Experts] = []
-    if mode == "planned":
-        layers += sharded_layers(size, group, device, dtype)
-    else:
-        spill = spill_options(size, group.size)
-        options = spill if mode == "spill" else SpillOptions.uniform(size.experts, group.size, 0)
-        exchange = device_exchange(size, group, device, options)
-        layers += resident_layers(
-            size, group, device, lambda: QuotaPlanner(options, group.size), dtype, exchange=exchange
-        )
+    kinds = ["sharded" if mode == "planned" else "resident"] * size.blocks
+    if mode == "auto":
+        choices = choose_kinds(size, group, device)
+        kinds = [choice.kind for choice in choices]
+        for block, choice in enumerate(choices if group.rank == 0 else ()):
+            print(f"block {block}: {choice.reason}", file=sys.stderr)
+    options = SpillOptions.uniform(size.experts, group.size, 0) if mode == "static" else spill_options(size, group.size)
+    count = kinds.count("sharded")
+    exchange = device_exchange(size, group, device, options) if count < size.blocks else None
+    sharded = sharded_layers(replace(size, blocks=count), group, device, dtype)
+    resident = resident_layers(
+        replace(size, blocks=size.blocks - count),
+        group,
+        device,
+        lambda: QuotaPlanner(options, group.size),
+        dtype,
+        exchange=exchange,
+    )
+    layers += [sharded.pop(0) if kind == "sharded" else resident.pop(0) for kind in kinds]
     load_random(size, layers, device)
     return layers
 
@@ -101,8 +114,8 @@ def device_exchange(
 def main() -> None:
     """Train; the first rank writes one line of JSON per step."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--mode", choices=("static", "spill", "planned"), default="static")
-    parser.add_argument("--planner", help="address of the daemon, with --mode planned")
+    parser.add_argument("--mode", choices=("static", "spill", "planned", "auto"), default="static")
+    parser.add_argument("--planner", help="address of the daemon, for sharded experts")
     parser.add_argument("--job", default="train-moe-lm", help="id of the job at the daemon")
     parser.add_argument("--steps", type=int, default=80)
     parser.add_argument("--shift", type=int, default=20, help="steps of one kind of text")
@@ -128,7 +141,8 @@ def main() -> None:
     model = Model(size, layers).to(device)
     shared = model.shared()
     optimizer = torch.optim.AdamW(model.parameters(), lr=size.rate, fused=device.type == "cuda")
-    session = connect(arguments, size, layers, group) if arguments.mode == "planned" and arguments.planner else None
+    planned = [block for block, layer in enumerate(layers) if isinstance(layer, FullyShardedExperts)]
+    session = connect(arguments, size, layers, group) if planned and arguments.planner else None
     recorder = record(model)
     text = batches(size, group.rank, group.size, arguments.shift)
     lines = arguments.out.open("w") if arguments.out and group.rank == 0 else sys.stdout
@@ -163,7 +177,7 @@ def main() -> None:
                 }
                 print(json.dumps(line), file=lines, flush=True)
             if session is not None:
-                session.step(counts)
+                session.step(counts[planned])
         if session is not None:
             session.close()
     except AgreementError as error:

@@ -30,7 +30,7 @@ READS_PT = ROOTS["planner"] / "traces/formats/recording.py"
 ROOMS = {
     "solvers": (
         *("problem", "objective", "split", "construct", "plan", "exact", "search"),
-        *("policies", "solving", "affinity", "homes", "routing", "spill"),
+        *("policies", "solving", "affinity", "routing", "spill", "homes", "choice"),
     ),
     "planner": ("errors", "traces", "files", "exports", "jobs", "studies", "daemon", "pages", "commands"),
     "runtime_client": ("errors", "group", "recording", "device", "layers", "planning", "models", "integrations"),

@@ -34,6 +34,7 @@ from moeplan.solvers.problem.split_rules import RANK_RULES, SplitRule
 from moeplan.v1 import job_pb2
 
 CLUSTER = Cluster.uniform(2, 6)
+BOTH_HOLD_0 = Layout(np.array([[0, 1, 2, 3, -1], [4, 5, 6, 7, 0]]), 8)
 COUNTS = st.integers(0, 2**62)
 SECONDS = st.floats(0, 1e6)
 TIMES = st.datetimes(datetime(1970, 1, 1), datetime(9999, 1, 1), timezones=st.just(UTC))
@@ -57,6 +58,7 @@ def specs(draw: st.DrawFn) -> JobSpec:
     problem = draw(problems())
     layers = draw(st.integers(1, 3))
     given_layouts = draw(st.booleans())
+    spill_slots = None if given_layouts else draw(st.none() | st.integers(0, 9))
     token_bytes = draw(st.sampled_from([0, 4096]))
     return JobSpec(
         cluster=problem.cluster,
@@ -66,6 +68,7 @@ def specs(draw: st.DrawFn) -> JobSpec:
         initial=tuple(random_layout(problem, layer) for layer in range(layers)) if given_layouts else (),
         expert=ExpertSpec(weight_bytes=draw(st.integers(0, 2**40)), token_bytes=token_bytes),
         policy=draw(st.sampled_from(["hybrid", "eplb"])),
+        spill_slots=spill_slots,
         parameters=SolveParameters(work_limit=draw(st.integers(0, 9999)), seed=draw(st.integers(0, 9))),
         forecast=draw(st.builds(Forecast, st.sampled_from(ForecastMethod), st.integers(1, 4096), st.floats(0.001, 1))),
         replan=Replan(
@@ -189,6 +192,11 @@ def test_a_job_of_the_server() -> None:
         (
             {"initial": (Layout(np.array([range(8), range(8)]), 8),) * 2},
             r"initial_layouts\[0\].slots\[0\] = 8 replicas",
+        ),
+        ({"spill_slots": -1}, "job.spill_slots = -1: must be 0 to"),
+        (
+            {"spill_slots": 1, "initial": (Layout(np.array([[0, 1, 2, 3], [4, 5, 6, 7]]), 8), BOTH_HOLD_0)},
+            r"job.initial_layouts\[1\] = 9 replicas: must be one per expert \(8\)",
         ),
         ({"merge_sources": True, "expert": ExpertSpec(token_bytes=1)}, "job.merge_sources"),
     ],

@@ -7,7 +7,7 @@ from datetime import datetime
 
 from moeplan.api.job_plans import Decision
 from moeplan.solvers.plan.parameters import SolveParameters
-from moeplan.solvers.problem.cluster import Cluster
+from moeplan.solvers.problem.cluster import MAX_SLOTS, Cluster
 from moeplan.solvers.problem.demand import Demand
 from moeplan.solvers.problem.errors import ProblemError
 from moeplan.solvers.problem.forecast_spec import Forecast, ForecastMethod
@@ -120,6 +120,8 @@ class JobSpec:
         groups: Groups of consecutive experts.
         merge_sources: Forget which rank tokens come from.
         split_rule: How ranks divide tokens among replicas, one of `RANK_RULES`; None for the policy's own.
+        spill_slots: Spare slots of each rank, where experts are resident and spill within their node: the job plans
+            their homes, layouts of one replica per expert, and asks no policy. None where it plans replicas.
 
     Raises:
         ProblemError: a field is out of range, or no layout can exist.
@@ -140,6 +142,7 @@ class JobSpec:
     groups: int = 1
     merge_sources: bool = False
     split_rule: SplitRule | None = None
+    spill_slots: int | None = None
 
     def __post_init__(self) -> None:
         instance("job.cluster", self.cluster, Cluster, "Cluster.uniform(devices, slots)")
@@ -170,6 +173,16 @@ class JobSpec:
             object.__setattr__(self, "split_rule", split_rule("job.split_rule", self.split_rule, RANK_RULES))
         for index, layout in enumerate(self.initial):
             check_layout(f"job.initial_layouts[{index}]", layout, self.experts, self.cluster.slots)
+        if self.spill_slots is not None:
+            _within("job.spill_slots", self.spill_slots, 0, MAX_SLOTS)
+            for index, layout in enumerate(self.initial):
+                replicas = len(layout.hosts.device)
+                if replicas != self.experts:
+                    raise ProblemError(
+                        f"job.initial_layouts[{index}]",
+                        f"{replicas} replicas",
+                        f"must be one per expert ({self.experts}): with spill_slots a layout says who owns what",
+                    )
 
     @property
     def sources(self) -> int:
@@ -193,6 +206,11 @@ class JobSpec:
         """Memory of the layouts of one plan."""
         width = max(self.cluster.max_slots, *(layout.slots.shape[1] for layout in self.initial))
         return self.layers * self.cluster.devices * width * PLACE_BYTES
+
+    @property
+    def moved_bytes(self) -> int:
+        """What a replica that moves sends: weights, and where homes move also gradients and optimizer state."""
+        return self.expert.weight_bytes if self.spill_slots is None else self.expert.replica_bytes
 
     def problem(self, demand: Demand, current: Layout) -> Problem:
         """One layer's problem.

@@ -50,6 +50,7 @@ class Job(_message.Message):
     CREATE_TIME_FIELD_NUMBER: _builtins.int
     STATUS_FIELD_NUMBER: _builtins.int
     SPLIT_RULE_FIELD_NUMBER: _builtins.int
+    SPILL_SLOTS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Resource name, "jobs/{job}"; the server sets it."""
     incarnation: _builtins.int
@@ -75,6 +76,10 @@ class Job(_message.Message):
     split_rule: _builtins.str
     """Rule by which ranks divide an expert's tokens among its replicas, as in Problem; the policy's own if empty. A rank
     cannot execute "local".
+    """
+    spill_slots: _builtins.int
+    """Spare slots of each rank, at least 0, where experts are resident and spill within their node: the job plans their
+    homes, layouts of one replica per expert that change by exchange, and asks no policy. Absent where it plans replicas.
     """
     @_builtins.property
     def cluster(self) -> _problem_pb2.Cluster:
@@ -134,14 +139,20 @@ class Job(_message.Message):
         create_time: _timestamp_pb2.Timestamp | None = ...,
         status: Global___JobStatus | None = ...,
         split_rule: _builtins.str = ...,
+        spill_slots: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_moves", b"_max_moves", "closing", b"closing", "cluster", b"cluster", "create_time", b"create_time", "expert", b"expert", "forecast", b"forecast", "initial_layouts", b"initial_layouts", "max_moves", b"max_moves", "parameters", b"parameters", "replan", b"replan", "status", b"status"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_moves", b"_max_moves", "_spill_slots", b"_spill_slots", "closing", b"closing", "cluster", b"cluster", "create_time", b"create_time", "expert", b"expert", "forecast", b"forecast", "initial_layouts", b"initial_layouts", "max_moves", b"max_moves", "parameters", b"parameters", "replan", b"replan", "spill_slots", b"spill_slots", "status", b"status"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_moves", b"_max_moves", "closing", b"closing", "cluster", b"cluster", "create_time", b"create_time", "expert", b"expert", "experts", b"experts", "forecast", b"forecast", "groups", b"groups", "incarnation", b"incarnation", "initial_layouts", b"initial_layouts", "layers", b"layers", "max_moves", b"max_moves", "merge_sources", b"merge_sources", "name", b"name", "parameters", b"parameters", "policy", b"policy", "ranks", b"ranks", "replan", b"replan", "split_rule", b"split_rule", "status", b"status"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_moves", b"_max_moves", "_spill_slots", b"_spill_slots", "closing", b"closing", "cluster", b"cluster", "create_time", b"create_time", "expert", b"expert", "experts", b"experts", "forecast", b"forecast", "groups", b"groups", "incarnation", b"incarnation", "initial_layouts", b"initial_layouts", "layers", b"layers", "max_moves", b"max_moves", "merge_sources", b"merge_sources", "name", b"name", "parameters", b"parameters", "policy", b"policy", "ranks", b"ranks", "replan", b"replan", "spill_slots", b"spill_slots", "split_rule", b"split_rule", "status", b"status"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__max_moves: _TypeAlias = _typing.Literal["max_moves"]  # noqa: Y015
     _WhichOneofArgType__max_moves: _TypeAlias = _typing.Literal["_max_moves", b"_max_moves"]  # noqa: Y015
+    _WhichOneofReturnType__spill_slots: _TypeAlias = _typing.Literal["spill_slots"]  # noqa: Y015
+    _WhichOneofArgType__spill_slots: _TypeAlias = _typing.Literal["_spill_slots", b"_spill_slots"]  # noqa: Y015
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__max_moves) -> _WhichOneofReturnType__max_moves | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__spill_slots) -> _WhichOneofReturnType__spill_slots | None: ...
 
 Global___Job: _TypeAlias = Job  # noqa: Y015
 

@@ -7,6 +7,7 @@ from .group import ExpertGroup, Traffic
 from .layers.base_router import BaseRouter
 from .layers.dividing import Division, PlannedLayer
 from .layers.feed_forward import ExpertShape
+from .layers.home_moves import HomeMoves
 from .layers.lending import LoanBuffer
 from .layers.resident import ResidentExperts, SpillPlanner
 from .layers.sharded import FullyShardedExperts, chain
@@ -30,6 +31,7 @@ __all__ = [
     "ExpertShape",
     "Form",
     "FullyShardedExperts",
+    "HomeMoves",
     "LayoutMismatchError",
     "LoanBuffer",
     "MissedPassError",

@@ -34,7 +34,8 @@ Traffic = Counter[str]
 """Bytes that a rank sent to *other* ranks, by purpose.
 
 Keys: ``tokens.forward``, ``tokens.backward`` (dispatch and combine), ``weights.forward``, ``weights.backward``
-(replicas sent to slots) and ``gradients`` (theirs on the way back). Counted from the split sizes of the collectives.
+(replicas sent to slots), ``gradients`` (theirs on the way back) and ``homes`` (experts that move for good). Counted
+from the split sizes of the collectives.
 """
 
 

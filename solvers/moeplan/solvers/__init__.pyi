@@ -1,6 +1,8 @@
 """The public names, once: `__init__.py` reads them from here, and so do type checkers."""
 
 from .affinity.placement import AffinityPlan, crossings, place_by_affinity
+from .choice.expert_kind import KindChoice, KindCost, choose_kind
+from .homes.home_plan import HomePlan, plan_homes, spilled_imbalance
 from .plan.cost import LAER, STEP, Cost, CostModel
 from .plan.parameters import SolveParameters
 from .plan.plan import Plan
@@ -45,7 +47,10 @@ __all__ = [
     "ExpertSpec",
     "Forecast",
     "ForecastMethod",
+    "HomePlan",
     "InfeasibleError",
+    "KindChoice",
+    "KindCost",
     "Layout",
     "Link",
     "LlepPlanner",
@@ -66,17 +71,20 @@ __all__ = [
     "Widening",
     "available_policies",
     "balanced_assignment",
+    "choose_kind",
     "crossings",
     "evaluate",
     "forecast",
     "optimal_assignment",
     "place_by_affinity",
+    "plan_homes",
     "policy",
     "share_slots",
     "solve",
     "solve_anytime",
     "solve_exactly",
     "solve_layers",
+    "spilled_imbalance",
     "transfer_tokens",
     "warm_up",
     "widened",

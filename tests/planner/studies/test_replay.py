@@ -155,7 +155,7 @@ def test_a_plan_is_taken_exactly_if_its_gain_pays(
     new = Layout(np.array([[0, 1, 2], [2, 3, 0], [4, 5, 0], [6, 7, 0]], np.int32), 8)
     candidate = Candidate(0, new, SplitRule.OPTIMAL, after, 1.0, 0.0, 1.0, before, 1.5, 0.0)
     decision, layers = decide(spec, initial_plan(spec, 1, 1), [candidate], step=3, window_steps=4)
-    seconds, moved = move_time_s(spec.cluster, spec.expert, spec.initial[0], new)
+    seconds, moved = move_time_s(spec.cluster, spec.moved_bytes, spec.initial[0], new)
     assert moved > 0
     pays = before > after and (before - after) * horizon > factor * seconds
     assert decision.changed_layers == pays == (layers[0].layout == new)

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -17,6 +14,7 @@ import pytest
 from tests.support import small_training
 from tests.support.daemon import DaemonProcess, Start, eventually, started
 from tests.support.repository import ROOT
+from tests.support.torchrun import torchrun
 
 from moeplan.runtime_client.planning.planner_stream import PlannerStream
 
@@ -125,24 +123,6 @@ def test_a_rank_that_is_slow_in_every_step(ranks: Launch, daemon: DaemonProcess,
     assert_undisturbed(ranks, tmp_path, slowed)
 
 
-def torchrun(*arguments: str) -> str:
-    """Run two ranks to their end; what they wrote."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *arguments]
-    paths = os.pathsep.join(filter(None, sys.path))
-    # A store that torchrun keeps over restarts still has the gloo addresses of dead ranks (torch 2.13's dynamic
-    # rendezvous makes one store for all rounds, pytorch#135712), and the second start then connects to those.
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
-    try:
-        output, _ = process.communicate(timeout=RUN_S)
-    finally:
-        if process.poll() is None:
-            process.terminate()  # it ends its ranks, which are in sessions of their own
-            process.communicate(timeout=60)
-    assert process.returncode == 0, output
-    return output
-
-
 def test_a_rank_is_killed_and_torchrun_starts_the_group_again(
     ranks: Launch, daemon: DaemonProcess, tmp_path: Path
 ) -> None:
@@ -188,10 +168,11 @@ def run_example(out: Path, mode: str, *arguments: str) -> Any:
 
 def test_the_example_learns_the_same_in_every_mode(daemon: DaemonProcess, tmp_path: Path) -> None:
     planner = ("--planner", daemon.address, "--job", "example")
-    modes: dict[str, tuple[str, ...]] = {"static": (), "spill": (), "planned": planner}
+    modes: dict[str, tuple[str, ...]] = {"static": (), "spill": (), "planned": planner, "auto": ()}
     with ThreadPoolExecutor(len(modes)) as pool:  # at once, as most of their time is importing and waiting
         runs = {mode: pool.submit(run_example, tmp_path / mode, mode, *rest) for mode, rest in modes.items()}
     np.testing.assert_allclose(runs["spill"].result(), runs["static"].result(), rtol=1e-5)
-    np.testing.assert_allclose(runs["planned"].result(), runs["static"].result(), rtol=1e-5)
+    for mode in ("planned", "auto"):
+        np.testing.assert_allclose(runs[mode].result(), runs["static"].result(), rtol=1e-5)
     with daemon.client() as client:
         assert client.job("jobs/example").spec.layers == 2

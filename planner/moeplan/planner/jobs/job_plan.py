@@ -10,10 +10,9 @@ from moeplan.api.job_plans import Decision, JobPlan, LayerPlan, Reason
 from moeplan.api.jobs import JobSpec
 from moeplan.solvers.problem.cluster import Cluster
 from moeplan.solvers.problem.layout import Layout, placed_in
-from moeplan.solvers.problem.problem import ExpertSpec
 from moeplan.solvers.problem.split_rules import SplitRule
 
-__all__ = ["Candidate", "back_to", "decide", "initial_plan", "move_time_s"]
+__all__ = ["Candidate", "back_to", "decide", "initial_plan", "move_time_s", "replica_time_s"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -52,8 +51,8 @@ def initial_plan(spec: JobSpec, version: int, incarnation: int) -> JobPlan:
     return JobPlan(version, incarnation, layers, Decision(Reason.INITIAL, changed_layers=len(layers)))
 
 
-def move_time_s(cluster: Cluster, expert: ExpertSpec, before: Layout, after: Layout) -> tuple[float, int]:
-    """Seconds to send the weights that `after` needs where `before` has none, and how many replicas that is.
+def move_time_s(cluster: Cluster, replica_bytes: int, before: Layout, after: Layout) -> tuple[float, int]:
+    """Seconds to send the replicas that `after` needs where `before` has none, and how many that is.
 
     Devices receive at the same time, each its own arrivals one after the other, over the link between nodes if there
     are several: what the busiest device needs.
@@ -62,9 +61,13 @@ def move_time_s(cluster: Cluster, expert: ExpertSpec, before: Layout, after: Lay
     had, has = placed_in(before.slots, before.experts), placed_in(after.slots, after.experts)
     arrivals = (has & ~had).sum(axis=1)
     busiest = int(arrivals.max(initial=0))
+    return busiest * replica_time_s(cluster, replica_bytes), int(arrivals.sum())
+
+
+def replica_time_s(cluster: Cluster, replica_bytes: int) -> float:
+    """Seconds to send one replica, over the link between nodes if there are several."""
     link = cluster.inter_node if cluster.nodes > 1 else cluster.intra_node
-    seconds = busiest * (link.latency_s + expert.weight_bytes / link.bytes_per_s)
-    return seconds, int(arrivals.sum())
+    return link.latency_s + replica_bytes / link.bytes_per_s
 
 
 def decide(
@@ -91,7 +94,7 @@ def decide(
         old = current.layers[candidate.layer]
         gain_s = candidate.cost_before_s - candidate.cost_s
         before_s += candidate.cost_before_s
-        seconds, moved = move_time_s(spec.cluster, spec.expert, old.layout, candidate.layout)
+        seconds, moved = move_time_s(spec.cluster, spec.moved_bytes, old.layout, candidate.layout)
         better = gain_s > 0 and not np.array_equal(old.layout.slots, candidate.layout.slots)
         cheaper += better
         if not better or (payback and gain_s * payback.horizon_steps <= payback.cost_factor * seconds):

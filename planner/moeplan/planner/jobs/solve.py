@@ -39,6 +39,10 @@ def plan_layers(task: LayersTask) -> list[Candidate]:
     """
     from moeplan.solvers import evaluate, solve_layers  # the compiler loads slowly, and the daemon only passes tasks on
 
+    if task.outlooks[0].spec.spill_slots is not None:
+        from moeplan.planner.jobs.home_candidates import home_candidate  # likewise
+
+        return [home_candidate(layer, outlook) for layer, outlook in zip(task.layers, task.outlooks, strict=True)]
     candidates = []
     problems = [outlook.problem() for outlook in task.outlooks]
     plans = solve_layers(problems, policy=task.policy, parameters=until(task.parameters, task.end))

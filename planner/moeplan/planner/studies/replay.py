@@ -174,7 +174,7 @@ class _Run:
         if plan is not None:
             job.commit(plan)
             for old, new in zip(before.layers, plan.layers, strict=True):
-                seconds, moved = move_time_s(spec.cluster, spec.expert, old.layout, new.layout)
+                seconds, moved = move_time_s(spec.cluster, spec.moved_bytes, old.layout, new.layout)
                 self.pending_moves_s += seconds
                 self.outcome.moved_replicas += moved
         self.outcome.decisions.append(job.decision)

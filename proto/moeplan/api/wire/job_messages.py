@@ -92,6 +92,7 @@ def read_job_spec(message: job_pb2.Job, *, checked: bool = False) -> JobSpec:
         groups=message.groups or 1,
         merge_sources=message.merge_sources,
         split_rule=split_rule("job.split_rule", message.split_rule) if message.split_rule else None,
+        spill_slots=message.spill_slots if message.HasField("spill_slots") else None,
     )
 
 
@@ -128,6 +129,7 @@ def write_job_spec(spec: JobSpec, incarnation: int = 0) -> job_pb2.Job:
         groups=spec.groups,
         merge_sources=spec.merge_sources,
         split_rule=spec.split_rule or "",
+        spill_slots=spec.spill_slots,
     )
 
 

@@ -46,6 +46,7 @@ class ExpertLayer(nn.Module, ABC):
         compute_dtype: Type that weights travel and compute in; None for that of autocast, or else of the parameter.
         traffic: Bytes sent to other ranks since the counter was last cleared.
         name: What errors call it; `replace_experts` gives it the name that it has in the model.
+        loaded: int64[rows], sums of the parameter's rows as they were loaded; None where they were not.
         prepare: Called with the parameter before a pass that will have gradients; `ExpertGradients` sets it.
     """
 
@@ -63,7 +64,7 @@ class ExpertLayer(nn.Module, ABC):
         self.prepare: Callable[[nn.Parameter], None] | None = None
         self._number = next(group.numbers)
         self._passes = 0
-        self._loaded: Tensor | None = None
+        self.loaded: Tensor | None = None
         self._block: weakref.ref[nn.Module] | None = None
 
     @property
@@ -140,9 +141,9 @@ class ExpertLayer(nn.Module, ABC):
         """
         self._require_memory()
         rows = self._take(first, flat)
-        if self._loaded is None:
-            self._loaded = torch.zeros(len(self.weights), dtype=torch.int64)
-        self._loaded[rows] = row_sums(self.weights[rows]).to(self._loaded.device)
+        if self.loaded is None:
+            self.loaded = torch.zeros(len(self.weights), dtype=torch.int64)
+        self.loaded[rows] = row_sums(self.weights[rows]).to(self.loaded.device)
 
     def watch(self, block: nn.Module) -> None:
         """Say which module calls the layer, so that a pass can tell if its other weights differ between ranks."""
@@ -189,9 +190,9 @@ class ExpertLayer(nn.Module, ABC):
             return ()
         own, shared = row_sums(self.weights).sum(), [row_sums(weights).sum() for weights in self._shared()]
         same = torch.zeros_like(own)
-        if self._loaded is not None:  # equal experts on all ranks are no mistake if they were loaded so
-            self._loaded = self._loaded.to(own.device)
-            same = own == self._loaded.sum()
+        if self.loaded is not None:  # equal experts on all ranks are no mistake if they were loaded so
+            self.loaded = self.loaded.to(own.device)
+            same = own == self.loaded.sum()
         return own, ~same.bool(), torch.stack(shared).sum() if shared else None
 
     @property
@@ -237,7 +238,7 @@ class ExpertLayer(nn.Module, ABC):
             super()._load_from_state_dict(
                 state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
             )
-            self._loaded = row_sums(self.weights)
+            self.loaded = row_sums(self.weights)
             return
         shapes = {prefix + name: (self.experts, *shape) for name, shape in self.shape.parts.items()}
         unexpected_keys += [key for key in state_dict if strict and key.startswith(prefix) and key not in shapes]

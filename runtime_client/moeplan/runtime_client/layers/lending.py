@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -18,22 +22,41 @@ __all__ = ["Homes", "Loan", "LoanBuffer"]
 class Homes:
     """Who owns which expert.
 
+    Args:
+        home: int[experts], the owner of each.
+        group: The ranks.
+        row: int64[experts], see the attribute; in ascending order of experts by default.
+
     Attributes:
         device: int64[experts], the owner.
-        owned: Experts of this rank, ascending.
-        row: int64[experts], place of an expert among those of its owner.
-        slots: int32[devices, most owned], the experts of each rank, -1 beyond.
+        row: int64[experts], place of an expert among those of its owner, which are numbered from 0.
+        owned: Experts of this rank, by row.
+        slots: int32[devices, most owned], the experts of each rank by row, -1 beyond.
+        fingerprint: Equal on ranks that hold the same homes, and hardly on others.
     """
 
-    def __init__(self, home: Int32, group: ExpertGroup) -> None:
+    def __init__(self, home: npt.NDArray[Any], group: ExpertGroup, row: Int64 | None = None) -> None:
         self.device = home.astype(np.int64)
-        counts = np.bincount(home, minlength=group.size)
-        order = np.argsort(home, kind="stable")
-        self.row = np.empty(len(home), np.int64)
-        self.row[order] = np.arange(len(home)) - (np.cumsum(counts) - counts)[home[order]]
+        counts = np.bincount(self.device, minlength=group.size)
+        if row is None:
+            order = np.argsort(self.device, kind="stable")
+            row = np.empty(len(home), np.int64)
+            row[order] = np.arange(len(home)) - (np.cumsum(counts) - counts)[self.device[order]]
+        self.row = row
         self.slots = np.full((group.size, int(counts.max())), -1, np.int32)
-        self.slots[home, self.row] = np.arange(len(home))
-        self.owned: list[int] = np.flatnonzero(home == group.rank).tolist()
+        self.slots[self.device, self.row] = np.arange(len(home))
+        self.owned: list[int] = self.slots[group.rank, : counts[group.rank]].tolist()
+        digest = hashlib.blake2b(self.slots.tobytes(), digest_size=8).digest()
+        self.fingerprint = int.from_bytes(digest, "little") >> 2
+        self._group = group
+
+    def exchanged(self, pairs: Sequence[tuple[int, int]]) -> Homes:
+        """The homes after the experts of each pair, which are in one pair at most, have changed places."""
+        device, row = self.device.copy(), self.row.copy()
+        first, second = np.array(pairs, np.int64).reshape(-1, 2).T
+        for places in (device, row):
+            places[first], places[second] = places[second], places[first]
+        return Homes(device, self._group, row)
 
 
 @dataclass(frozen=True, eq=False)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, Self
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
@@ -19,7 +20,8 @@ from moeplan.runtime_client.layers.lending import Homes, Loan, LoanBuffer, add_l
 from moeplan.runtime_client.layers.rank_checks import compare_ranks
 from moeplan.runtime_client.layers.routing import combine, dispatch, find_route, infers_shapes
 from moeplan.solvers import QuotaPlanner, SpillOptions, SpillPlan
-from moeplan.solvers.problem.arrays import Int64
+from moeplan.solvers.problem.arrays import Int32, Int64
+from moeplan.solvers.problem.layout import Layout
 
 __all__ = ["ResidentExperts", "SpillPlanner"]
 
@@ -31,6 +33,10 @@ class SpillPlanner(Protocol):
 
     def plan(self, counts: Int64) -> SpillPlan:
         """The plan for known counts int64[sources, experts]; the same on every rank."""
+        ...
+
+    def with_home(self, home: Int32) -> Self:
+        """A planner that differs in the homes only."""
         ...
 
 
@@ -55,7 +61,7 @@ class ResidentExperts(ExpertLayer):
         device: Device of the parameter.
 
     Attributes:
-        flat: Parameter [owned, elements], the flat experts of this rank in ascending order.
+        flat: Parameter [owned, elements], the flat experts of this rank, by row of `homes`.
         traffic: Bytes sent to other ranks since the counter was last cleared; passes of an `exchange` are not counted.
     """
 
@@ -89,6 +95,25 @@ class ResidentExperts(ExpertLayer):
             exchange.require(shape, planner.options.home, dtype or torch.get_default_dtype())
         self.flat = nn.Parameter(torch.zeros(len(self.homes.owned), shape.elements, dtype=dtype, device=device))
 
+    @property
+    def home_layout(self) -> Layout:
+        """The homes as a layout of one replica per expert, in the order of the rows."""
+        return Layout(self.homes.slots, self.experts)
+
+    def rehome(self, homes: Homes) -> None:
+        """Take other homes for the passes to come, once the weights are there: `HomeMoves` calls it on every rank.
+
+        Raises:
+            ValueError: passes run by a `DeviceExchange`, whose tables hold the homes of the start.
+        """
+        if self.exchange is not None:
+            raise ValueError(
+                f"{self.title}: its passes run by a DeviceExchange, which knows the homes of the start only; make the "
+                "layer without exchange= to move homes"
+            )
+        self.planner = self.planner.with_home(homes.device.astype(np.int32))
+        self.homes = homes
+
     def _take(self, first: int, flat: Tensor) -> list[int]:
         taken = {row: expert for row, expert in enumerate(self.homes.owned) if first <= expert < first + len(flat)}
         for row, expert in taken.items():
@@ -103,7 +128,7 @@ class ResidentExperts(ExpertLayer):
             turn = Turn(self._number, self._passes, partial(compare_ranks, self.title), self.title, checks)
             return run_pass(self.exchange, turn, self.flat, rows, index, weight, dtype)
         group = self.group
-        counts = self._gather_counts(index, weight)
+        counts = self._gather_counts(index, weight, self.homes.fingerprint)
         loan = Loan.of(self.planner.plan(counts).require_feasible(), self.homes, group.rank)
         lending = _Lending(self, loan, dtype) if loan.total else None
         home: Tensor = self.flat

@@ -73,6 +73,8 @@ class PlannerSession:
         groups: Groups of consecutive experts that routing treats as units.
         merge_sources: Forget which rank tokens come from.
         split_rule: How ranks divide tokens among replicas, one of `RANK_RULES`; None for the policy's own.
+        spill_slots: Spare slots of a rank, where experts are resident and `HomeMoves` moves their homes; None where
+            layouts are of replicas.
         reporting: How many streams there are.
         security: Token and certificates; by default what the environment names, see `Security.from_files`.
         timeout: How long to wait for another rank.
@@ -103,6 +105,7 @@ class PlannerSession:
         groups: int = 1,
         merge_sources: bool = False,
         split_rule: SplitRule | None = None,
+        spill_slots: int | None = None,
         reporting: Reporting = "rank",
         security: Security | None = None,
         timeout: timedelta = timedelta(minutes=5),
@@ -129,6 +132,7 @@ class PlannerSession:
             groups=groups,
             merge_sources=merge_sources,
             split_rule=split_rule,
+            spill_slots=spill_slots,
         )
         self._division = cache(partial(Division, spec.cluster, spec.expert))
         self._aggregation = Aggregation(leaders(reporting, nodes), self._rank, self._group, timeout=timeout)

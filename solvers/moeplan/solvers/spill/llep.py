@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from moeplan.solvers.problem.arrays import Int64
+from moeplan.solvers.problem.arrays import Int32, Int64
 from moeplan.solvers.problem.errors import ProblemError
 from moeplan.solvers.problem.kernel import kernel
 from moeplan.solvers.spill.options import SpillOptions
@@ -62,6 +63,16 @@ class LlepPlanner:
         self.alpha, self.min_tokens, self.threshold = alpha, min_tokens, threshold
         self.source_device = options.source_device(sources)
         self._places = Places(options.home.astype(np.int64), sort_sources(self.source_device, options.node))
+
+    def with_home(self, home: Int32) -> LlepPlanner:
+        """A planner that differs in the homes, int32[experts], only."""
+        return LlepPlanner(
+            replace(self.options, home=home),
+            self.sources,
+            alpha=self.alpha,
+            min_tokens=self.min_tokens,
+            threshold=self.threshold,
+        )
 
     def plan(self, counts: npt.NDArray[Any]) -> SpillPlan:
         """The plan of one layer.

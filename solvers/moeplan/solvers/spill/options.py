@@ -11,7 +11,7 @@ from moeplan.solvers.problem.arrays import Float64, Int32, Int64, floats, intege
 from moeplan.solvers.problem.cluster import MAX_DEVICES, MAX_SLOTS, Link, source_devices
 from moeplan.solvers.problem.errors import ProblemError
 
-__all__ = ["MAX_TOTAL", "NO_CAP", "SpillOptions", "transfer_tokens"]
+__all__ = ["MAX_TOTAL", "NO_CAP", "SpillOptions", "contiguous_home", "transfer_tokens"]
 
 MAX_TOTAL = 2**46
 """Largest total of one layer's tokens: kernels pack a token count and a device number into one 64-bit word."""

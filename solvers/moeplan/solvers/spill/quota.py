@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from moeplan.solvers.problem.arrays import Float64, Int64
+from moeplan.solvers.problem.arrays import Float64, Int32, Int64
 from moeplan.solvers.problem.errors import ProblemError
 from moeplan.solvers.problem.kernel import kernel
 from moeplan.solvers.spill.domain_search import lower_bound, solve_domain
@@ -150,6 +151,10 @@ class QuotaPlanner:
         self.workspace: tuple[Any, ...] = (*_topology(options, self.source_device), *work, *self._plans)
         self._views: list[dict[int, SpillPlan]] = [{} for _ in range(layers)]
         self.plan(np.zeros((sources, experts), self.dtype))  # compiles, or loads what is compiled
+
+    def with_home(self, home: Int32) -> QuotaPlanner:
+        """A planner that differs in the homes, int32[experts], only; it has a workspace of its own."""
+        return QuotaPlanner(replace(self.options, home=home), self.sources, layers=self.layers, dtype=self.dtype)
 
     def plan(self, counts: npt.NDArray[Any]) -> SpillPlan:
         """The plan of one layer.

@@ -86,12 +86,14 @@ def _end_with_parent() -> None:
 
 
 def _warm() -> None:
-    """Load what workers need: every kernel of the default policy, compiled for the types that requests bring."""
+    """Load what workers need: the kernels of the default policy and of homes, for the types that requests bring."""
     cluster = Cluster.uniform(4, 3, nodes=2)
     tokens = np.arange(1, 65, dtype=np.int64).reshape(2, 4, 8) ** 2 % 97
     current = Layout.contiguous(8, cluster.slots)
-    outlook = LayerOutlook(JobSpec(cluster, layers=1, experts=8, ranks=4, initial=(current,)), tuple(tokens), current)
-    plan_layers(LayersTask((0,), (outlook,), "hybrid", SolveParameters(work_limit=8), time.monotonic() + 600))
+    for spill_slots in (None, 1):
+        spec = JobSpec(cluster, layers=1, experts=8, ranks=4, initial=(current,), spill_slots=spill_slots)
+        outlook = LayerOutlook(spec, tuple(tokens), current)
+        plan_layers(LayersTask((0,), (outlook,), "hybrid", SolveParameters(work_limit=8), time.monotonic() + 600))
     solve(Problem(cluster, Demand.of(tokens[0, 0])))
 
 

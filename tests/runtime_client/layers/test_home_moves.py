@@ -1,0 +1,124 @@
+"""Homes that move between steps: the losses are those of a single process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tests.support.expert_groups import make_group
+from tests.support.resident_training import EXPERTS, LAYERS, RANKS, Model, planned, train_step
+from torch.distributed.checkpoint.state_dict_loader import load as load_checkpoint
+from torch.distributed.checkpoint.state_dict_saver import save as save_checkpoint
+
+from moeplan.runtime_client.errors import RanksDifferError
+from moeplan.runtime_client.group import ExpertGroup
+from moeplan.runtime_client.layers.dividing import PlannedLayer
+from moeplan.runtime_client.layers.home_moves import HomeMoves
+from moeplan.runtime_client.models.checkpoint import TrainingState
+from moeplan.solvers import Layout
+
+Launch = Callable[..., list[Any]]
+LIMIT_S = 240.0
+STEPS, HALF_WAY = 14, 7
+PLANS = {2: 1, 5: 2, 6: 3, 10: 4}
+"""Seed of the homes that are taken before a step."""
+
+
+def train(
+    group: ExpertGroup, first: int, last: int, *, load: str = "", save: str = "", also_between: bool = False
+) -> tuple[list[float], list[int]]:
+    """Losses over all ranks of steps of two micro-batches each, and experts that moved after each."""
+    model = Model(group)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    moves = HomeMoves(model.experts, optimizer)
+    state = {"training": TrainingState(model, optimizer), "homes": moves}
+    if load:
+        load_checkpoint(state, checkpoint_id=load)
+    losses: list[float] = []
+    moved: list[int] = []
+    for step in range(first, last):
+        if step in PLANS and group.size > 1:
+            moves.take(planned(PLANS[step], group.size))
+        between = moves.step if also_between else lambda: 0
+        losses.append(train_step(model, optimizer, step, group, between))
+        moved.append(moves.step())
+    if save:
+        save_checkpoint(state, checkpoint_id=save)
+    return losses, moved
+
+
+def follow(folder: str) -> list[list[float]]:
+    """A run, one that also moves between micro-batches, and one that goes on from a checkpoint half-way."""
+    group = make_group()
+    whole, moved = train(group, 0, STEPS)
+    assert moved[:2] == [0, 0]
+    assert sum(count > 0 for count in moved) > len(PLANS), "moves take several steps"
+    between, _ = train(group, 0, STEPS, also_between=True)
+    before, _ = train(group, 0, HALF_WAY, save=folder)
+    after, rest = train(group, HALF_WAY, STEPS, load=folder)
+    assert rest[0] == 0  # the plan is for those who know it to bring again; its homes half-way are in force
+    return [whole, between, before + after]
+
+
+def go_on(folder: str) -> tuple[list[float], list[int]]:
+    return train(make_group(), HALF_WAY, STEPS, load=folder)
+
+
+def test_losses_are_those_of_a_single_process(ranks: Launch, tmp_path: Path) -> None:
+    expected, _ = train(ExpertGroup(), 0, STEPS)
+    for answers in ranks(RANKS, follow, str(tmp_path / "checkpoint"), timeout_s=LIMIT_S):
+        for losses in answers:
+            np.testing.assert_allclose(losses, expected, rtol=1e-10)
+    ((alone, _),) = ranks(1, go_on, str(tmp_path / "checkpoint"), timeout_s=LIMIT_S)
+    np.testing.assert_allclose(alone, expected[HALF_WAY:], rtol=1e-10)
+
+
+def resume(folder: str) -> tuple[int, list[list[int]]]:
+    model = Model(make_group())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    moves = HomeMoves(model.experts, optimizer)
+    if not Path(folder).exists():
+        moves.take(planned(7, RANKS))
+        moves.finish()
+        save_checkpoint({"homes": moves}, checkpoint_id=folder)
+    else:
+        load_checkpoint({"homes": moves}, checkpoint_id=folder)
+    assert moves.moving == 0
+    return moves.version, [layer.homes.device.tolist() for layer in model.experts]
+
+
+def test_a_checkpoint_holds_the_homes_and_their_version(ranks: Launch, tmp_path: Path) -> None:
+    folder = str(tmp_path / "homes")
+    saved = ranks(RANKS, resume, folder)
+    expected = [layer.layout.hosts.device.tolist() for layer in planned(7, RANKS)]
+    assert saved == ranks(RANKS, resume, folder) == [(1, expected)] * RANKS
+    ((version, homes),) = ranks(1, resume, folder)
+    assert version == 1
+    assert homes == [[0] * EXPERTS] * LAYERS
+
+
+def refuse() -> None:
+    group = make_group()
+    model = Model(group)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    moves = HomeMoves(model.experts, optimizer)
+    division = planned(1, group.size)[0].division
+    crowded = Layout(np.array([[0, 1, 2, 3, 4, 5, 6], [7, 8, 9, 10, 11, -1, -1]], np.int32), EXPERTS)
+    with pytest.raises(ValueError, match="the plan gives rank 0 7 experts, and it owns 6"):
+        moves.take([PlannedLayer(crowded, division)] * LAYERS)
+    twice = Layout(np.array([[0, 1, 2, 3, 4, 5, 6], [6, 7, 8, 9, 10, 11, -1]], np.int32), EXPERTS)
+    with pytest.raises(ValueError, match="13 replicas of 12 experts"):
+        moves.take([PlannedLayer(twice, division)] * LAYERS)
+    moves.take(planned(1, group.size))
+    if group.rank == 1:
+        model.experts[0].flat.grad = torch.zeros_like(model.experts[0].flat)
+    with pytest.raises(RanksDifferError, match=r"ranks \[1\] differ from rank 0"):
+        moves.step()
+
+
+def test_what_cannot_move_is_refused(ranks: Launch) -> None:
+    ranks(2, refuse)

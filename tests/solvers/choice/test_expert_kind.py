@@ -1,0 +1,52 @@
+"""Sharded or resident: what the cost model says at the ends of what it weighs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from moeplan.solvers import Cluster, Demand, ExpertSpec, InfeasibleError, Link, choose_kind
+
+RANKS, EXPERTS = 4, 16
+SKEWED = Demand.of(np.random.default_rng(0).multinomial(4_096, 0.6 ** np.arange(EXPERTS) * 0.4, (3, RANKS)))
+EVEN = Demand.of(np.full((RANKS, EXPERTS), 256))
+EXPERT = ExpertSpec(weight_bytes=10**7, state_bytes=7 * 10**7, token_bytes=4_096, seconds_per_token=1e-6)
+
+
+def cluster(memory: int | None = None) -> Cluster:
+    return Cluster.uniform(RANKS, 0, memory_bytes=memory, intra_node=Link(1e11))
+
+
+def test_even_loads_lend_nothing_and_gathers_cost() -> None:
+    choice = choose_kind(EVEN, cluster(), EXPERT, slots=5, spill_slots=2)
+    assert choice.kind == "resident"
+    assert choice.resident.weights_s == 0
+    # Three of four parts of each slot come from other ranks, and their gradients go back.
+    assert choice.sharded.weights_s == pytest.approx(2 * 5 * 10**7 * 3 / 4 / 1e11)
+    assert choice.sharded.compute_s == choice.resident.compute_s == pytest.approx(3 * 4_096e-6)
+    assert choice.sharded.tokens_s == choice.resident.tokens_s > 0
+    assert choice.reason.startswith("resident: ")
+    assert "weights; sharded: " in choice.reason
+
+
+def test_loads_that_spilling_cannot_leave_a_node_for_are_sharded_where_links_are_fast() -> None:
+    fast = Cluster.uniform(RANKS, 0, nodes=4, intra_node=Link(1e12), inter_node=Link(1e12))
+    choice = choose_kind(SKEWED, fast, EXPERT, slots=5, spill_slots=2)
+    assert choice.kind == "sharded"
+    assert choice.resident.compute_s > 1.5 * choice.sharded.compute_s
+    slow = Cluster.uniform(RANKS, 0, nodes=4, intra_node=Link(1e12), inter_node=Link(1e9))
+    assert choose_kind(SKEWED, slow, replace(EXPERT, token_bytes=0), slots=5, spill_slots=2).kind == "resident"
+
+
+def test_memory_decides_where_only_one_fits() -> None:
+    free = choose_kind(SKEWED, cluster(), EXPERT, slots=5, spill_slots=2)
+    sharded = free.sharded.memory_bytes
+    assert sharded == 4 * 8 * 10**7 + 2 * 5 * 10**7
+    assert free.resident.memory_bytes == 4 * 8 * 10**7 + 2 * 2 * 10**7
+    choice = choose_kind(SKEWED, cluster(memory=sharded - 1), EXPERT, slots=5, spill_slots=2)
+    assert choice.kind == "resident"
+    assert choice.reason == "resident: sharded experts need 1 bytes more"
+    with pytest.raises(InfeasibleError, match=r"sharded experts need .* and resident ones"):
+        choose_kind(SKEWED, cluster(memory=10**6), EXPERT, slots=5, spill_slots=2)
