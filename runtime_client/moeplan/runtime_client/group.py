@@ -104,6 +104,13 @@ class ExpertGroup:
             return None
         return cls(members.index(dist.get_rank()), len(members), tokens, weights, timeout=timeout)
 
+    @property
+    def members(self) -> tuple[int, ...]:
+        """Global ranks of the group."""
+        if self.tokens is None:
+            return (dist.get_rank() if dist.is_initialized() else 0,)
+        return tuple(dist.get_process_group_ranks(self.tokens))
+
     def __deepcopy__(self, memo: object) -> ExpertGroup:
         """Itself: copies of a layer run on the same process groups."""
         return self

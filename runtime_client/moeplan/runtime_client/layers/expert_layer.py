@@ -139,10 +139,25 @@ class ExpertLayer(nn.Module, ABC):
             flat: [n, elements], experts ``first`` to ``first + n - 1`` in flat form.
         """
         self._require_memory()
-        rows = self._take(first, flat)
+        self._remember(self._take(first, flat))
+
+    def _remember(self, rows: list[int]) -> None:
+        """Note what these rows of the parameter are now."""
         if self._loaded is None:
             self._loaded = torch.zeros(len(self.weights), dtype=torch.int64)
         self._loaded[rows] = row_sums(self.weights[rows]).to(self._loaded.device)
+
+    @abstractmethod
+    def read_experts(self, read: Callable[[int], Tensor]) -> None:
+        """Take over whole experts, each read by one rank of the group. Every rank calls it.
+
+        Args:
+            read: Reads an expert, [1, elements] in flat form; called one by one for those that this rank shall read.
+        """
+
+    @abstractmethod
+    def gather_experts(self, rank: int) -> Tensor | None:
+        """All experts on one rank of the group, [experts, elements]; None on the others. Every rank calls it."""
 
     def watch(self, block: nn.Module) -> None:
         """Say which module calls the layer, so that a pass can tell if its other weights differ between ranks."""

@@ -18,7 +18,7 @@ from moeplan.runtime_client.layers.expert_layer import state_in_parts
 from moeplan.runtime_client.layers.resident import ResidentExperts
 from moeplan.runtime_client.layers.sharded import FullyShardedExperts
 
-__all__ = ["Pieces", "TrainingState", "logical_experts"]
+__all__ = ["Pieces", "TrainingState", "expert_layers", "logical_experts"]
 
 Layer = FullyShardedExperts | ResidentExperts
 
@@ -157,11 +157,7 @@ class TrainingState(Stateful):
     def __init__(self, model: nn.Module, *optimizers: Optimizer) -> None:
         self.model = model
         self.optimizers = optimizers
-        self._layers = {
-            _canonical(model, f"{name}.{module.own}" if name else module.own): module
-            for name, module in model.named_modules()
-            if isinstance(module, FullyShardedExperts | ResidentExperts)
-        }
+        self._layers = expert_layers(model)
 
     def state_dict(self) -> dict[str, Any]:
         """Weights and optimizer state in logical form, as views of what the rank holds.
@@ -206,9 +202,18 @@ class TrainingState(Stateful):
 
     def _names(self) -> Iterator[tuple[Layer, str, dict[str, str]]]:
         """Every layer, the name of its parameter, and the logical names by part."""
-        for own, layer in self._layers.items():
-            prefix = own.removesuffix(layer.own)
-            yield layer, own, {part: prefix + part for part in layer.shape.parts}
+        for name, layer in self._layers.items():
+            prefix = f"{name}." if name else ""
+            yield layer, prefix + layer.own, {part: prefix + part for part in layer.shape.parts}
+
+
+def expert_layers(model: nn.Module) -> dict[str, Layer]:
+    """Our layers by their names in a model, whatever it is wrapped in."""
+    return {
+        _canonical(model, f"{name}.{module.own}" if name else module.own).removesuffix(module.own).removesuffix("."): module
+        for name, module in model.named_modules()
+        if isinstance(module, FullyShardedExperts | ResidentExperts)
+    }
 
 
 def _canonical(model: nn.Module, name: str) -> str:

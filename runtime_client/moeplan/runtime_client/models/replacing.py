@@ -6,12 +6,11 @@ from typing import Protocol, TypeVar
 
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from moeplan.runtime_client.layers.feed_forward import ExpertShape, join_weights
 from moeplan.runtime_client.layers.resident import ResidentExperts
 from moeplan.runtime_client.layers.sharded import FullyShardedExperts, chain
-from moeplan.runtime_client.models.gradients import expert_parameters
+from moeplan.runtime_client.models.gradients import ignore_experts
 from moeplan.runtime_client.models.recognition import shape_of
 
 __all__ = ["replace_experts"]
@@ -78,7 +77,7 @@ def replace_experts(model: nn.Module, make: MakeExperts[L]) -> dict[str, L]:
         layer.watch(block)
         layers[name] = layer
     chain([layer for layer in layers.values() if isinstance(layer, FullyShardedExperts)])
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, list(expert_parameters(model)))
+    ignore_experts(model)
     return layers
 
 
