@@ -46,7 +46,8 @@ class ExpertLayer(nn.Module, ABC):
         compute_dtype: Type that weights travel and compute in; None for that of autocast, or else of the parameter.
         traffic: Bytes sent to other ranks since the counter was last cleared.
         name: What errors call it; `replace_experts` gives it the name that it has in the model.
-        prepare: Called with the parameter before a pass that will have gradients; `ExpertGradients` sets it.
+        prepare: Called with the parameter before a pass that will have gradients, and with whether FSDP2 averages them
+            over replicas; `ExpertGradients` sets it.
     """
 
     own: ClassVar[str]
@@ -60,7 +61,8 @@ class ExpertLayer(nn.Module, ABC):
         self.compute_dtype = compute_dtype
         self.traffic = Traffic()
         self.name = ""
-        self.prepare: Callable[[nn.Parameter], None] | None = None
+        self.prepare: Callable[[nn.Parameter, bool], None] | None = None
+        self._cut = False
         self._number = next(group.numbers)
         self._passes = 0
         self._loaded: Tensor | None = None
@@ -71,6 +73,12 @@ class ExpertLayer(nn.Module, ABC):
         """This rank's part of the experts."""
         parameter: nn.Parameter = getattr(self, self.own)
         return parameter
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == self.own and isinstance(value, DTensor):  # as fully_shard puts it there
+            self._require_cut_over_replicas(value)
+            self._cut = True
+        super().__setattr__(name, value)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, hidden: Tensor, index: Tensor, weight: Tensor) -> Tensor:
@@ -100,7 +108,7 @@ class ExpertLayer(nn.Module, ABC):
         self._passes += 1
         if weights.requires_grad and torch.is_grad_enabled():
             if self.prepare is not None:
-                self.prepare(weights)
+                self.prepare(weights, self._cut)
             if self._compares:
                 self._require_own_gradients(weights)
         rows = hidden.reshape(-1, hidden.shape[-1])
@@ -113,7 +121,8 @@ class ExpertLayer(nn.Module, ABC):
         dtype = self._dtype()
         if self.compute_dtype is None and dtype != weights.dtype:  # of autocast
             rows = rows.to(dtype)
-        return self._run(rows, index.long(), weight, dtype).to(hidden.dtype).view_as(hidden)
+        output = self._run(rows, index.long(), weight, dtype).to(hidden.dtype).view_as(hidden)
+        return output.clone() if self._cut else output  # FSDP2 hangs a hook on it, which operations on views may lose
 
     def _dtype(self) -> torch.dtype:
         """Type that weights travel and compute in."""
@@ -175,6 +184,20 @@ class ExpertLayer(nn.Module, ABC):
                 "then load a checkpoint"
             )
 
+    def _require_cut_over_replicas(self, weights: DTensor) -> None:
+        """Refuse a parameter cut up over ranks that do not all hold the same experts.
+
+        Raises:
+            ValueError: it is.
+        """
+        common = set(weights.device_mesh.mesh.flatten().tolist()) & set(self.group.members)
+        if len(common) > 1:
+            raise ValueError(
+                f"{self.title}: FSDP2 would cut up, over ranks {sorted(common)}, experts of which each of them holds its "
+                "own part. Write\n"
+                "    fully_shard(model, ignored_params=set(expert_parameters(model).values()))"
+            )
+
     def _require_own_gradients(self, weights: nn.Parameter) -> None:
         data_parallel = DistributedDataParallel._get_active_ddp_module()
         if data_parallel is None:
@@ -204,7 +227,9 @@ class ExpertLayer(nn.Module, ABC):
             return ()
         own, shared = row_sums(self.weights).sum(), [row_sums(weights).sum() for weights in self._shared()]
         same = torch.zeros_like(own)
-        if self._loaded is not None:  # equal experts on all ranks are no mistake if they were loaded so
+        if self._cut:  # by FSDP2 over replicas, which has been checked
+            own = same
+        elif self._loaded is not None:  # equal experts on all ranks are no mistake if they were loaded so
             self._loaded = self._loaded.to(own.device)
             same = own == self._loaded.sum()
         return own, ~same.bool(), torch.stack(shared).sum() if shared else None
@@ -252,7 +277,7 @@ class ExpertLayer(nn.Module, ABC):
             super()._load_from_state_dict(
                 state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
             )
-            self._loaded = row_sums(self.weights)
+            self._loaded = None if self._cut else row_sums(self.weights)
             return
         shapes = {prefix + name: (self.experts, *shape) for name, shape in self.shape.parts.items()}
         unexpected_keys += [key for key in state_dict if strict and key.startswith(prefix) and key not in shapes]

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.distributed.tensor import DTensor
 
 from moeplan.runtime_client.device.exchange import DeviceExchange
 from moeplan.runtime_client.device.mailbox import Turn
@@ -107,7 +108,8 @@ class ResidentExperts(ExpertLayer):
         here = group.rank == rank
         send = [len(homes.owned) * (other == rank) for other in range(group.size)]
         receive = [here * int((homes.device == other).sum()) for other in range(group.size)]
-        got = group.exchange(self.flat.detach(), send, receive, weights=True, traffic=Traffic(), purpose="gathered").wait()
+        flat = self.flat.full_tensor() if isinstance(self.flat, DTensor) else self.flat
+        got = group.exchange(flat.detach(), send, receive, weights=True, traffic=Traffic(), purpose="gathered").wait()
         return got[torch.from_numpy(np.argsort(np.argsort(homes.device, kind="stable")))] if here else None
 
     def _run(self, rows: Tensor, index: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.distributed.tensor import DTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from moeplan.runtime_client.group import ExpertGroup, Traffic
@@ -132,6 +133,13 @@ class FullyShardedExperts(ExpertLayer):
             each source to the slots of this rank.
         """
         return self._division.of_rank(self.layout, counts, self.group.rank)
+
+    def _require_cut_over_replicas(self, weights: DTensor) -> None:
+        raise ValueError(
+            f"{self.title}: FSDP2 would cut up experts that are in equal parts on the ranks of their group already. Write\n"
+            "    fully_shard(model, ignored_params=set(expert_parameters(model).values()))\n"
+            "and make the group larger, or use ResidentExperts, to spread their states over more ranks"
+        )
 
     def _take(self, first: int, flat: Tensor) -> list[int]:
         width = self.shard.shape[1]

@@ -12,6 +12,8 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.state_dict import _get_fqns, get_state_dict, set_state_dict
 from torch.distributed.checkpoint.stateful import Stateful
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.optim import Optimizer
 
 from moeplan.runtime_client.layers.expert_layer import state_in_parts
@@ -59,14 +61,15 @@ class Pieces(Tensor):
         return f"Pieces(shape={tuple(self.shape)}, offsets={[tuple(offset) for offset in self.offsets]})"
 
     def __create_write_items__(self, fqn: str, _: object) -> list[WriteItem]:
-        properties = TensorProperties.create_from_tensor(self.held)
         return [
             WriteItem(
                 index=MetadataIndex(fqn, chunk.offsets),
                 type=WriteItemType.SHARD,
-                tensor_data=TensorWriteData(chunk=chunk, properties=properties, size=self.size()),
+                tensor_data=TensorWriteData(
+                    chunk=chunk, properties=TensorProperties.create_from_tensor(view), size=self.size()
+                ),
             )
-            for chunk in self.__create_chunk_list__()
+            for chunk, view in zip(self.__create_chunk_list__(), self.views, strict=True)
         ]
 
     def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
@@ -83,22 +86,26 @@ def logical_experts(layer: Layer, held: Tensor) -> dict[str, Pieces]:
 
     Args:
         layer: Whose layout of elements it has.
-        held: The layer's parameter, or a tensor of its shape such as an optimizer's state of it.
+        held: The layer's parameter, or a tensor of its shape such as an optimizer's state of it; perhaps cut up by FSDP2.
 
     Returns:
         The ``parts`` of the layer's shape by their names, [experts, ...] each: ``gate_up_proj`` and ``down_proj``, say.
     """
     pieces, start = {}, 0
+    row = 0
+    if isinstance(held, DTensor):
+        _, (row, _) = compute_local_shape_and_global_offset(held.shape, held.device_mesh, held.placements)
     for name, shape in layer.shape.parts.items():
-        pieces[name] = _pieces(layer, held, start, shape)
+        pieces[name] = _pieces(layer, held, row, start, shape)
         start += math.prod(shape)
     return pieces
 
 
-def _pieces(layer: Layer, held: Tensor, start: int, shape: tuple[int, ...]) -> Pieces:
+def _pieces(layer: Layer, held: Tensor, row: int, start: int, shape: tuple[int, ...]) -> Pieces:
+    local = held.to_local() if isinstance(held, DTensor) else held
     rows, columns = shape if len(shape) == 2 else (1, *shape)
-    cut = list(_sharded(layer, held, start, rows, columns) if isinstance(layer, FullyShardedExperts) else
-               _resident(layer, held, start, rows, columns))  # fmt: skip
+    cut = list(_sharded(layer, local, start, rows, columns) if isinstance(layer, FullyShardedExperts) else
+               _resident(layer, local, row, start, rows, columns))  # fmt: skip
     if len(shape) == 1:  # a bias
         cut = [((expert, column), view.squeeze(1)) for (expert, _, column), view in cut]
     return Pieces(
@@ -128,10 +135,10 @@ def _sharded(
 
 
 def _resident(
-    layer: ResidentExperts, held: Tensor, start: int, rows: int, columns: int
+    layer: ResidentExperts, held: Tensor, row: int, start: int, rows: int, columns: int
 ) -> Iterator[tuple[tuple[int, ...], Tensor]]:
-    """One box for each run of consecutive experts."""
-    owned = layer.homes.owned
+    """One box for each run of consecutive experts; `held` starts with the rank's own expert number `row`."""
+    owned = layer.homes.owned[row : row + len(held)]
     breaks = [place for place in range(1, len(owned)) if owned[place] != owned[place - 1] + 1]
     for low, high in zip([0, *breaks], [*breaks, len(owned)], strict=True):
         if low < high:

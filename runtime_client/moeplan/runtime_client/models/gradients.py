@@ -50,7 +50,9 @@ class ExpertGradients:
     are reduced. So each backward pass scales them to the mean over all ranks, and averages them over replicas where
     there are more ranks than in an expert group (data parallelism times expert parallelism), while it goes on. It also
     tells DistributedDataParallel to leave experts alone; tell FSDP2 with
-    ``fully_shard(model, ignored_params=set(expert_parameters(model).values()))``.
+    ``fully_shard(model, ignored_params=set(expert_parameters(model).values()))``. Of resident experts with replicas,
+    FSDP2 may instead spread weights and optimizer states over the replicas: ``fully_shard(layer, mesh=replicas)`` for
+    each layer, before ``fully_shard(model)``.
 
     Every rank of `ranks` makes one at the same point. Gradients may be accumulated over any number of backward passes.
 
@@ -107,7 +109,7 @@ class ExpertGradients:
             mine = [layer.weights for layer in layers]
             norms.append(_over_ranks(_norm(_gradients(mine), norm_type, like=mine[0]), group.tokens, norm_type))
         total = _over_ranks(_join(torch.stack(norms), norm_type), self.stages, norm_type)
-        for parameters in (*kinds, list(experts)):
+        for parameters in (*kinds, *([p for p in experts if isinstance(p, DTensor) == cut] for cut in (False, True))):
             clip_grads_with_norm_(parameters, max_norm, total)
         return total
 
@@ -184,14 +186,19 @@ class _Reduction:
         self.scale = 1 / size if mean else self.times
         self.attached: weakref.ref[nn.Parameter] | None = None
 
-    def __call__(self, parameter: nn.Parameter) -> None:
-        """Attach to a parameter, unless it is."""
+    def __call__(self, parameter: nn.Parameter, averaged: bool) -> None:
+        """Attach to a parameter, unless it is.
+
+        Args:
+            parameter: The parameter of a layer.
+            averaged: Whether something else averages its gradients over replicas.
+        """
         if self.attached is not None and self.attached() is parameter:
             return
         self.attached = weakref.ref(parameter)
         if self.scale != 1:
             parameter.register_hook(lambda gradient: gradient * self.scale)
-        if self.replicas is not None:
+        if self.replicas is not None and not averaged:
             parameter.register_post_accumulate_grad_hook(self._average)
 
     def _average(self, parameter: Tensor) -> None:
