@@ -39,7 +39,9 @@ def maker(kind: str, group: ExpertGroup) -> Any:
         return partial(FullyShardedExperts, group=group)
     home = np.arange(EXPERTS)[::-1] % group.size
     return partial(
-        ResidentExperts, group=group, planner=QuotaPlanner(SpillOptions.uniform(EXPERTS, group.size, 2, home=home), group.size)
+        ResidentExperts,
+        group=group,
+        planner=QuotaPlanner(SpillOptions.uniform(EXPERTS, group.size, 2, home=home), group.size),
     )
 
 

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from tests.support.expert_groups import make_group
 from tests.support.fused_model import FusedExperts, fused_model, words_of
+from tests.support.tiny_models import tiny_model as make_model
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict_loader import load as load_checkpoint
 from torch.distributed.checkpoint.state_dict_saver import save as save_checkpoint
@@ -36,33 +37,6 @@ Launch = Callable[..., list[Any]]
 EXPERTS = 5
 SEQUENCES = 6
 TOLERANCE = 1e-6  # routers take their softmax in single precision, whatever the model's
-
-
-def make_model(family: str) -> nn.Module:
-    """A tiny random model, the same on every rank."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of libraries that transformers imports
-        import transformers
-    torch.manual_seed(0)
-    families: dict[str, dict[str, Any]] = {
-        "mixtral": {"intermediate_size": 12, "num_local_experts": EXPERTS},
-        "qwen3_moe": {
-            "intermediate_size": 24, "moe_intermediate_size": 12, "num_experts": EXPERTS, "head_dim": 8,
-        },
-        "gpt_oss": {
-            "intermediate_size": 12, "num_local_experts": EXPERTS, "head_dim": 8, "layer_types": ["full_attention"] * 2,
-        },
-    }  # fmt: skip
-    config = transformers.AutoConfig.for_model(
-        family, **families[family], vocab_size=32, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, num_experts_per_tok=2, max_position_embeddings=64,
-    )  # fmt: skip
-    make: Callable[..., nn.Module] = transformers.AutoModelForCausalLM.from_config
-    model = make(config, experts_implementation="eager").double()
-    for name, parameter in model.named_parameters():
-        if name.endswith("_bias"):  # zeros in a fresh model
-            nn.init.normal_(parameter, std=0.1)
-    return model
 
 
 def replace(model: nn.Module, kind: str, group: ExpertGroup) -> None:

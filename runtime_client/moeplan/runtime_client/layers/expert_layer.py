@@ -257,7 +257,9 @@ class ExpertLayer(nn.Module, ABC):
                 f"{self.title}: each of {self.group.size} ranks holds a part of the experts, so a state_dict() "
                 "saved by one of them would lose the others'. Save instead, on every rank, with "
                 "torch.distributed.checkpoint as dcp:\n"
-                '    dcp.save({"training": TrainingState(model, optimizer)}, checkpoint_id=folder)'
+                '    dcp.save({"training": TrainingState(model, optimizer)}, checkpoint_id=folder)\n'
+                "or, as a checkpoint of Hugging Face,\n"
+                "    moeplan.runtime_client.save_pretrained(model, folder)"
             )
         flat = self.weights if keep_vars else self.weights.detach()
         for name, part in zip(self.shape.parts, split_weights(self.shape, flat), strict=True):

@@ -136,7 +136,7 @@ class FullyShardedExperts(ExpertLayer):
 
     def _require_cut_over_replicas(self, weights: DTensor) -> None:
         raise ValueError(
-            f"{self.title}: FSDP2 would cut up experts that are in equal parts on the ranks of their group already. Write\n"
+            f"{self.title}: FSDP2 would cut up experts that are in equal parts on the ranks of a group already. Write\n"
             "    fully_shard(model, ignored_params=set(expert_parameters(model).values()))\n"
             "and make the group larger, or use ResidentExperts, to spread their states over more ranks"
         )
@@ -169,7 +169,9 @@ class FullyShardedExperts(ExpertLayer):
         here = group.rank == rank
         send = [self.experts * (other == rank) for other in range(group.size)]
         receive = [self.experts * here] * group.size
-        got = group.exchange(self.shard.detach(), send, receive, weights=True, traffic=Traffic(), purpose="gathered").wait()
+        got = group.exchange(
+            self.shard.detach(), send, receive, weights=True, traffic=Traffic(), purpose="gathered"
+        ).wait()
         parts = got.view(group.size, -1, self.shard.shape[1])
         return parts.transpose(0, 1).flatten(1)[:, : self.shape.elements] if here else None
 

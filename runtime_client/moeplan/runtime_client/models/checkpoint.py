@@ -86,7 +86,7 @@ def logical_experts(layer: Layer, held: Tensor) -> dict[str, Pieces]:
 
     Args:
         layer: Whose layout of elements it has.
-        held: The layer's parameter, or a tensor of its shape such as an optimizer's state of it; perhaps cut up by FSDP2.
+        held: The layer's parameter, or a tensor of its shape such as an optimizer's state; FSDP2 may have cut it up.
 
     Returns:
         The ``parts`` of the layer's shape by their names, [experts, ...] each: ``gate_up_proj`` and ``down_proj``, say.
@@ -217,7 +217,9 @@ class TrainingState(Stateful):
 def expert_layers(model: nn.Module) -> dict[str, Layer]:
     """Our layers by their names in a model, whatever it is wrapped in."""
     return {
-        _canonical(model, f"{name}.{module.own}" if name else module.own).removesuffix(module.own).removesuffix("."): module
+        _canonical(model, f"{name}.{module.own}" if name else module.own)
+        .removesuffix(module.own)
+        .removesuffix("."): module
         for name, module in model.named_modules()
         if isinstance(module, FullyShardedExperts | ResidentExperts)
     }

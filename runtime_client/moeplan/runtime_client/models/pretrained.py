@@ -52,9 +52,9 @@ def load_pretrained(model: nn.Module, folder: str | Path, *, device: torch.devic
         replace_experts(model, partial(ResidentExperts, group=group))
         load_pretrained(model, folder, device="cuda")
 
-    Experts are read one by one. Each is read by the rank that it is at home on, or, where all ranks hold a part of it, by
-    one of them, which sends the parts; so the ranks of a group together read each expert once. All else is loaded as
-    by ``from_pretrained``; what FSDP2 has cut up already is read in parts. Every rank calls it.
+    Experts are read one by one: each by the rank that it is at home on, or, where all ranks hold a part of it, by one
+    of them, which sends the parts. So the ranks of a group together read each expert once. All else is loaded as by
+    ``from_pretrained``; what FSDP2 has cut up already is read in parts. Every rank calls it.
 
     Args:
         model: A model of transformers (5 or later) with layers of ours, on the meta device or not, before it is
