@@ -17,6 +17,10 @@ _FAMILIES: dict[str, dict[str, Any]] = {
     "gpt_oss": {
         "intermediate_size": WIDTH, "num_local_experts": EXPERTS, "head_dim": 8, "layer_types": ["full_attention"] * 2,
     },
+    "llama4_text": {  # calls experts with rows of all tokens for each
+        "intermediate_size": WIDTH, "intermediate_size_mlp": 24, "num_local_experts": EXPERTS, "head_dim": 8,
+        "interleave_moe_layer_step": 1,
+    },
     "deepseek_v3": {  # with shared experts, and a dense layer before
         "intermediate_size": 24, "moe_intermediate_size": WIDTH, "n_routed_experts": EXPERTS, "n_group": 1,
         "topk_group": 1, "first_k_dense_replace": 1, "kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 4,

@@ -30,6 +30,7 @@ from moeplan.runtime_client.layers.sharded import FullyShardedExperts
 from moeplan.runtime_client.models.checkpoint import TrainingState
 from moeplan.runtime_client.models.gradients import ExpertGradients, expert_parameters
 from moeplan.runtime_client.models.replacing import replace_experts
+from moeplan.runtime_client.recording.recorder import record
 from moeplan.solvers import QuotaPlanner, SpillOptions
 from moeplan.solvers.problem.layout import Layout
 
@@ -91,6 +92,48 @@ def compare_model(family: str, kind: str) -> None:
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_a_model_keeps_its_outputs_and_trains_alike(ranks: Launch, family: str, kind: str, size: int) -> None:
     ranks(size, compare_model, family, kind)
+
+
+@pytest.mark.parametrize("kind", ["sharded", "resident"])
+def test_experts_that_are_called_with_rows_of_all_tokens(ranks: Launch, kind: str) -> None:
+    ranks(2, compare_model, "llama4_text", kind)
+    model = make_model("llama4_text")
+    replace(model, "sharded", ExpertGroup())
+    with record(model) as recorder:
+        loss_of(model, tokens(0))
+        recorder.step()
+        assert (recorder.finish().sum(axis=1) == 2 * tokens(0)[:, 1:].numel()).all()
+
+
+class SharedExperts(nn.Module):
+    """As in Inkling: every token goes to all of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj = (nn.Parameter(torch.ones(2, 6, 8)) for _ in range(2))
+        self.down_proj = nn.Parameter(torch.ones(2, 8, 6))
+
+    def forward(self, hidden: Tensor, gammas: Tensor) -> Tensor:
+        return hidden
+
+
+def test_shared_experts_stay_where_they_are() -> None:
+    model = fused_model()
+    model.blocks[0].shared_experts = SharedExperts()
+    assert list(replace_experts(model, partial(FullyShardedExperts, group=ExpertGroup()))) == [
+        "blocks.0.experts",
+        "blocks.1.experts",
+    ]
+    assert type(model.blocks[0].shared_experts) is SharedExperts
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.uint8])
+def test_refuses_quantized_experts(dtype: torch.dtype) -> None:
+    model = fused_model()
+    experts = model.blocks[1].experts
+    experts.down_proj = nn.Parameter(torch.zeros(experts.down_proj.shape, dtype=dtype), requires_grad=False)
+    with pytest.raises(ValueError, match=rf"blocks\.1\.experts .* has weights of {dtype}; .*dequantize=True"):
+        replace_experts(model, partial(FullyShardedExperts, group=ExpertGroup()))
 
 
 def test_refuses_modules_that_it_does_not_know() -> None:

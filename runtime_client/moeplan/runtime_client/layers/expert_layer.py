@@ -193,7 +193,7 @@ class ExpertLayer(nn.Module, ABC):
         common = set(weights.device_mesh.mesh.flatten().tolist()) & set(self.group.members)
         if len(common) > 1:
             raise ValueError(
-                f"{self.title}: FSDP2 would cut up, over ranks {sorted(common)}, experts of which each of them holds its "
+                f"{self.title}: FSDP2 would cut up, over ranks {sorted(common)}, experts of which each holds its "
                 "own part. Write\n"
                 "    fully_shard(model, ignored_params=set(expert_parameters(model).values()))"
             )
