@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from result_file import write_result
 
 from moeplan.runtime_client import (
     ExpertGroup,
@@ -29,6 +28,7 @@ from moeplan.runtime_client import (
     replace_experts,
     save_pretrained,
 )
+from result_file import write_result
 
 RESULT = Path(__file__).parent / "results/pretrained-4-ranks.json"
 

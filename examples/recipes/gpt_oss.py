@@ -36,5 +36,5 @@ def train(source: str, target: str, steps: int = 20) -> nn.Module:
 
 if __name__ == "__main__":
     dist.init_process_group("gloo")
-    train(*sys.argv[1:3])
+    train(sys.argv[1], sys.argv[2])
     dist.destroy_process_group()

@@ -17,7 +17,7 @@ from moeplan.runtime_client import ExpertGradients, ExpertGroup, FullyShardedExp
 
 def train(steps: int = 20) -> nn.Module:
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("stages", "experts"))
-    stage, place = mesh.get_coordinate()
+    stage, place = mesh.get_local_rank("stages"), mesh.get_local_rank("experts")
     (group,) = filter(None, map(ExpertGroup.create, mesh.mesh.tolist()))
     model = small_model()
     part = nn.Sequential(*([model.embedding, model.blocks[0]], [model.blocks[1], model.head])[stage])

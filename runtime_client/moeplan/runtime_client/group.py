@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import cache
-from typing import NoReturn
+from typing import NoReturn, overload
 
 import torch
 import torch.distributed as dist
@@ -79,6 +79,14 @@ class ExpertGroup:
     weights: dist.ProcessGroup | None = None
     numbers: Iterator[int] = field(default_factory=itertools.count, repr=False)
     timeout: timedelta = timedelta(seconds=30)
+
+    @overload
+    @classmethod
+    def create(cls, ranks: None = None, *, timeout: timedelta = timedelta(seconds=30)) -> ExpertGroup: ...
+
+    @overload
+    @classmethod
+    def create(cls, ranks: Sequence[int], *, timeout: timedelta = timedelta(seconds=30)) -> ExpertGroup | None: ...
 
     @classmethod
     def create(

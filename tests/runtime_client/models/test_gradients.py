@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from tests.support.expert_groups import make_group, make_ours
 from tests.support.fused_model import EXPERTS, FusedModel, fused_model, words_of
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict_loader import load as load_checkpoint
+from torch.distributed.checkpoint.state_dict_saver import save as save_checkpoint
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -66,7 +67,7 @@ def shard_over_replicas(model: FusedModel) -> None:
     size = dist.get_world_size() // 2
     meshes = init_device_mesh("cpu", (size, 2), mesh_dim_names=("replicas", "experts"))
     for block in model.blocks:
-        fully_shard(block.experts, mesh=meshes["replicas"])
+        fully_shard(block.get_submodule("experts"), mesh=meshes["replicas"])
     fully_shard(model, mesh=init_device_mesh("cpu", (2 * size,)))
 
 
@@ -126,11 +127,11 @@ def checkpoint_over_replicas(folder: Path) -> float:
     optimizer = torch.optim.AdamW(spread.parameters(), lr=0.1)
     spread(words_of(0, dist.get_rank(), 4)).backward()
     optimizer.step()
-    flat = spread.blocks[0].experts.flat
+    flat = spread.get_parameter("blocks.0.experts.flat")
     assert isinstance(flat, DTensor)
     assert flat.to_local().shape[0] == EXPERTS // 4
     assert optimizer.state[flat]["exp_avg"].to_local().shape == flat.to_local().shape
-    dcp.save({"training": TrainingState(spread, optimizer)}, checkpoint_id=folder)
+    save_checkpoint({"training": TrainingState(spread, optimizer)}, checkpoint_id=folder)
     expected = spread(words_of(1, 0, 1)).detach()
     for kind in ("sharded", "resident", "spread"):
         model = make_ours("sharded" if kind == "sharded" else "resident", make_group(None if kind == "sharded" else 2))
@@ -138,7 +139,7 @@ def checkpoint_over_replicas(folder: Path) -> float:
         if kind == "spread":
             shard_over_replicas(model)
         other = torch.optim.AdamW(model.parameters(), lr=0.1)
-        dcp.load({"training": TrainingState(model, other)}, checkpoint_id=folder)
+        load_checkpoint({"training": TrainingState(model, other)}, checkpoint_id=folder)
         torch.testing.assert_close(model(words_of(1, 0, 1)).detach(), expected, rtol=1e-12, atol=0)
     return float(expected)
 

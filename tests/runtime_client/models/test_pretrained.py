@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import warnings
 from collections.abc import Callable
@@ -80,7 +81,7 @@ def pass_on(kind: str, group_size: int | None, source: Path, target: Path, wrapp
     wrapped: nn.Module = model
     if wrapper == "ddp":
         ExpertGradients(model)
-        wrapped = DistributedDataParallel(torch.compile(model, backend="eager"))  # type: ignore[arg-type]
+        wrapped = DistributedDataParallel(torch.compile(model, backend="eager"))
     save_pretrained(wrapped, target)
     return logits(model)
 
@@ -138,7 +139,6 @@ def test_wrapped_models_and_replicas(
 
 
 def refusals(folder: Path) -> None:
-    import transformers
     from safetensors.torch import load_file, save_file
 
     model: Any = tiny_model("qwen3_moe")
@@ -168,7 +168,7 @@ def refusals(folder: Path) -> None:
     with pytest.raises(ValueError, match=r"has nothing for model\.norm\.weight; each rank would draw"):
         loading(**{"model.norm.weight": None})
     loading()
-    model.config.quantization_config = transformers.Mxfp4Config()
+    model.config.quantization_config = importlib.import_module("transformers").Mxfp4Config()
     with pytest.raises(ValueError, match=r"is quantized \(mxfp4\)"):
         loading()
 

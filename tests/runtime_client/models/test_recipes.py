@@ -92,7 +92,7 @@ def train_gpt_oss(model: nn.Module, weight_decay: float = 0.01) -> dict[str, Ten
 
 def compare(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     for name, weight in actual.items():
-        torch.testing.assert_close(weight, expected[name], rtol=0, atol=TOLERANCE, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(weight, expected[name], rtol=0, atol=TOLERANCE, msg=name)
 
 
 def compare_all(runs: list[dict[str, Tensor]], expected: dict[str, Tensor]) -> None:

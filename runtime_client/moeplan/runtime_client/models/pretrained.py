@@ -78,15 +78,15 @@ def load_pretrained(model: nn.Module, folder: str | Path, *, device: torch.devic
     from transformers.modeling_utils import LoadStateDictConfig
 
     dtype = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
-    mapping = get_model_conversion_mapping(network)
+    mapping: list[Any] = get_model_conversion_mapping(network)
     with ExitStack() as files:
         slices = _open(Path(folder), files)
         sources, rest = _sort(network, layers, mapping, slices)
         for name, layer in layers.items():
             layer.to_empty(device=device)
             layer.read_experts(_reader(network, name, layer, sources, slices))
-            layer._is_hf_initialized = True  # type: ignore[assignment]
-            layer.weights._is_hf_initialized = True  # type: ignore[attr-defined]
+            for done in (layer, layer.weights):
+                done._is_hf_initialized = True
         settings = LoadStateDictConfig(
             pretrained_model_name_or_path=str(folder),
             device_map={"": torch.device(device)},
@@ -122,7 +122,7 @@ def save_pretrained(model: nn.Module, folder: str | Path) -> None:
     network, layers, folder = _network(model), _layers(model), Path(folder)
     with state_in_parts():
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        shared = get_model_state_dict(model, options=options)
+        shared: dict[str, Any] = get_model_state_dict(model, options=options)
     for name, layer in layers.items():
         shared.pop(f"{name}.{layer.own}", None)
     files = len(layers) + 1
@@ -161,7 +161,7 @@ def _network(model: nn.Module) -> Any:
 
 
 def _layers(model: nn.Module) -> dict[str, ExpertLayer]:
-    layers = expert_layers(model)
+    layers: dict[str, ExpertLayer] = dict(expert_layers(model))
     if not layers:
         raise ValueError(f"{type(model).__name__}: has no FullyShardedExperts or ResidentExperts; call replace_experts")
     return layers
@@ -185,7 +185,7 @@ def _open(folder: Path, files: ExitStack) -> dict[str, Any]:
             f"{folder}: has neither {_SINGLE} nor {_INDEX}; of a model of the hub, write "
             f'folder = huggingface_hub.snapshot_download("{folder}")'
         )
-    slices = {}
+    slices: dict[str, Any] = {}
     for name in names:
         file = files.enter_context(safe_open(folder / name, framework="pt"))
         slices |= {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 (it cannot be iterated)
@@ -209,7 +209,7 @@ def _sort(
         if target not in parts and name in parts:  # saved under the model's own names
             target, pattern = name, None
         if target in parts:
-            sources[target].append(_Source(name, pattern or name, by_pattern.get(pattern)))
+            sources[target].append(_Source(name, pattern or name, pattern and by_pattern[pattern]))
         else:
             rest[name] = slices[name]
     return sources, rest
@@ -264,7 +264,7 @@ def _read_part(
     return made[0] if isinstance(made, list) else made
 
 
-def _save_shared(network: Any, shared: dict[str, Tensor], folder: Path, file: str) -> tuple[dict[str, str], int]:
+def _save_shared(network: Any, shared: dict[str, Any], folder: Path, file: str) -> tuple[dict[str, str], int]:
     """Write configuration and weights beside the experts; returns the names of these with their file, and bytes."""
     from safetensors import safe_open
 
