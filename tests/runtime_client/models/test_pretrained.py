@@ -32,7 +32,11 @@ from moeplan.solvers import QuotaPlanner, SpillOptions
 
 Launch = Callable[..., list[Any]]
 EXPERTS = 5
-FAMILIES = ["mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3"]
+FAMILIES = [
+    "qwen3_moe",
+    "gpt_oss",
+    *(pytest.param(name, marks=pytest.mark.slow) for name in ("mixtral", "deepseek_v3")),
+]
 
 
 def maker(kind: str, group: ExpertGroup) -> Any:
@@ -125,6 +129,7 @@ def test_from_four_ranks_to_three_to_one_and_back_to_transformers(ranks: Launch,
     assert set(index["weight_map"]) == names_in(folders[3])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "wrapper", "group_size"), [("resident", "fsdp", 2), ("sharded", "fsdp", None), ("resident", "ddp", 2)]
 )

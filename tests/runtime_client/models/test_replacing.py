@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 import warnings
 from collections.abc import Callable
 from dataclasses import replace as replace_shape
@@ -392,3 +393,71 @@ def train_wrapped() -> list[str]:
 
 def test_data_parallelism_as_documented(ranks: Launch) -> None:
     assert ranks(2, train_wrapped) == [sorted(make_model("mixtral").state_dict())] * 2
+
+
+class AnyConfig:
+    """Small sizes for whatever experts modules of transformers look up."""
+
+    _experts_implementation = "eager"
+    words = (
+        *(("limit", 7.0), ("alpha", 1.702), ("softcap", 5.0), ("eps", 1e-6), ("act", "silu")),
+        *(("intermediate", 12), ("ffn", 12), ("hidden", 16), ("latent", 16), ("expert", EXPERTS)),
+    )
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return next((value for word, value in self.words if word in name), 2)
+
+
+REFUSED = {"Inkling2Experts", "LongcatFlashExperts", "MuseSparkExperts"}
+"""A softcapped gate, experts that are the identity, a norm within experts."""
+
+OTHERS = {
+    *("DbrxExperts", "JetMoeParallelExperts", "NllbMoeExperts", "SwitchTransformersExperts"),  # no fused modules
+    *("AriaSharedExperts", "InklingSharedExperts"),  # every token goes to them
+}
+
+
+def experts_of_transformers() -> dict[str, type[nn.Module]]:
+    """Every class of routed experts in it, by name."""
+    import transformers
+
+    found = {}
+    for path in sorted((Path(transformers.__file__).parent / "models").glob("*/modeling_*.py")):
+        names = re.findall(r"^class (\w*Experts)\(", path.read_text(), re.M)
+        module = importlib.import_module(f"transformers.models.{path.parent.name}.{path.stem}") if names else None
+        found |= {name: getattr(module, name) for name in names}
+    return found
+
+
+@pytest.mark.slow
+def test_every_experts_class_of_transformers_is_exact_or_refused_by_name() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        kinds = experts_of_transformers()
+        exact = set()
+        for name, kind in kinds.items():
+            if name in OTHERS:
+                continue
+            torch.manual_seed(0)
+            experts = kind(AnyConfig()).double()  # type: ignore[call-arg]
+            for parameter in experts.parameters():
+                nn.init.normal_(parameter, std=0.5)
+            holder = nn.ModuleList([experts])
+            if name in REFUSED:
+                with pytest.raises(ValueError, match=rf"^0 \({name}\): "):
+                    replace_experts(holder, partial(FullyShardedExperts, group=ExpertGroup()))
+                continue
+            replace_experts(holder, partial(FullyShardedExperts, group=ExpertGroup()))
+            index, weight = torch.randint(EXPERTS, (9, 2)), torch.rand(9, 2, dtype=torch.float64)
+            choices = () if name == "Llama4TextExperts" else (index, weight)
+            for size in (0.1, 100.0):
+                hidden = size * torch.randn(9 if choices else 9 * EXPERTS, 16, dtype=torch.float64)
+                expected = experts(hidden, *choices)
+                torch.testing.assert_close(
+                    holder[0](hidden, *choices), expected, rtol=0, atol=1e-6 * float(expected.abs().max())
+                )
+            exact.add(name)
+    assert exact == set(kinds) - REFUSED - OTHERS
+    assert len(exact) >= 65
