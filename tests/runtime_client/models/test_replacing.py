@@ -432,6 +432,7 @@ def experts_of_transformers() -> dict[str, type[nn.Module]]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # it imports some seventy models
 def test_every_experts_class_of_transformers_is_exact_or_refused_by_name() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -85,8 +85,9 @@ def load_pretrained(model: nn.Module, folder: str | Path, *, device: torch.devic
         for name, layer in layers.items():
             layer.to_empty(device=device)
             layer.read_experts(_reader(network, name, layer, sources, slices))
+            done: Any
             for done in (layer, layer.weights):
-                done._is_hf_initialized = True
+                done._is_hf_initialized = True  # or transformers would draw them anew
         settings = LoadStateDictConfig(
             pretrained_model_name_or_path=str(folder),
             device_map={"": torch.device(device)},
