@@ -68,7 +68,8 @@ def main() -> None:
     dist.broadcast_object_list(folder)
     source = Path(folder[0]) / "source"
     config = transformers.AutoConfig.for_model(
-        "qwen3_moe", vocab_size=8192, hidden_size=1024, moe_intermediate_size=512, num_experts=64, num_experts_per_tok=8,
+        "qwen3_moe", vocab_size=8192, hidden_size=1024,
+        moe_intermediate_size=512, num_experts=64, num_experts_per_tok=8,
         num_hidden_layers=arguments.layers, num_attention_heads=8, num_key_value_heads=2, head_dim=64,
     )  # fmt: skip
     if group.rank == 0:
