@@ -81,6 +81,12 @@ def pass_on(kind: str, group_size: int | None, source: Path, target: Path, wrapp
             ignored_params=set(expert_parameters(model).values()),
         )
     load_pretrained(model, source)
+    if wrapper == "zero":
+        meshes = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicas", "experts"))
+        for name in list(expert_parameters(model)):
+            fully_shard(model.get_submodule(name.rpartition(".")[0]), mesh=meshes["replicas"])
+        with pytest.raises(ValueError, match=r"call load_pretrained before fully_shard\(layer\)"):
+            load_pretrained(model, source)
     model.eval()
     wrapped: nn.Module = model
     if wrapper == "ddp":
@@ -131,7 +137,7 @@ def test_from_four_ranks_to_three_to_one_and_back_to_transformers(ranks: Launch,
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("kind", "wrapper", "group_size"), [("resident", "fsdp", 2), ("sharded", "fsdp", None), ("resident", "ddp", 2)]
+    ("kind", "wrapper", "group_size"), [("resident", "zero", 2), ("sharded", "fsdp", None), ("resident", "ddp", 2)]
 )
 def test_wrapped_models_and_replicas(
     ranks: Launch, kind: str, wrapper: str, group_size: int | None, tmp_path: Path

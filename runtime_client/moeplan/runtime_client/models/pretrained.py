@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.tensor import DTensor
 
 from moeplan.runtime_client.layers.expert_layer import ExpertLayer, state_in_parts
 from moeplan.runtime_client.layers.feed_forward import join_weights, split_weights
@@ -63,8 +64,9 @@ def load_pretrained(model: nn.Module, folder: str | Path, *, device: torch.devic
         device: Where its weights will be; on other devices than the CPU, for instance ``torch.device("cuda", rank)``.
 
     Raises:
-        ValueError: the model is not one of transformers, or without layers of ours; the checkpoint is quantized, has no
-            tensors for some weights, or experts of other shapes or that cannot be read one by one.
+        ValueError: the model is not one of transformers, or without layers of ours, or FSDP2 has cut these up; the
+            checkpoint is quantized, has no tensors for some weights, or experts of other shapes or that cannot be read
+            one by one.
         FileNotFoundError: the folder has no such files.
     """
     network, layers = _network(model), _layers(model)
@@ -74,6 +76,9 @@ def load_pretrained(model: nn.Module, folder: str | Path, *, device: torch.devic
             f"{folder}: is quantized ({_method(quantized)}); our experts train in the types of torch. Dequantize it "
             "once: from_pretrained(..., quantization_config=...Config(dequantize=True)), then save_pretrained(folder)"
         )
+    for name, layer in layers.items():
+        if isinstance(layer.weights, DTensor):
+            raise ValueError(f"{name}: FSDP2 has cut it up already; call load_pretrained before fully_shard(layer)")
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.modeling_utils import LoadStateDictConfig
 
@@ -136,8 +141,8 @@ def save_pretrained(model: nn.Module, folder: str | Path) -> None:
     for number, (name, layer) in enumerate(layers.items()):
         groups = divided[layer.group]
         group, turn = number % len(groups), number // len(groups) % layer.group.size
-        flat = layer.gather_experts(turn) if groups.index(layer.group.members) == group else None
-        if flat is not None:
+        flat = layer.gather_experts(turn)  # in every group, as FSDP2 may have cut them up over the groups
+        if flat is not None and groups.index(layer.group.members) == group:
             added, bytes_ = _save_layer(network, name, layer, flat.cpu(), folder / _file(number + 2, files))
             names, size = names | dict.fromkeys(added, _file(number + 2, files)), size + bytes_
     told = _tell((names, size))
