@@ -13,6 +13,7 @@ from .layers.resident import ResidentExperts, SpillPlanner
 from .layers.sharded import FullyShardedExperts, chain
 from .models.checkpoint import TrainingState
 from .models.gradients import ExpertGradients, expert_parameters
+from .models.pretrained import load_pretrained, save_pretrained
 from .models.replacing import replace_experts
 from .planning.planner_stream import StreamStatus
 from .planning.session import PlannerSession
@@ -50,7 +51,9 @@ __all__ = [
     "TrainingState",
     "chain",
     "expert_parameters",
+    "load_pretrained",
     "measure_transfer",
     "record",
     "replace_experts",
+    "save_pretrained",
 ]

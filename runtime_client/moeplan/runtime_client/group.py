@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import cache
-from typing import NoReturn
+from typing import NoReturn, overload
 
 import torch
 import torch.distributed as dist
@@ -81,6 +81,14 @@ class ExpertGroup:
     numbers: Iterator[int] = field(default_factory=itertools.count, repr=False)
     timeout: timedelta = timedelta(seconds=30)
 
+    @overload
+    @classmethod
+    def create(cls, ranks: None = None, *, timeout: timedelta = timedelta(seconds=30)) -> ExpertGroup: ...
+
+    @overload
+    @classmethod
+    def create(cls, ranks: Sequence[int], *, timeout: timedelta = timedelta(seconds=30)) -> ExpertGroup | None: ...
+
     @classmethod
     def create(
         cls, ranks: Sequence[int] | None = None, *, timeout: timedelta = timedelta(seconds=30)
@@ -104,6 +112,13 @@ class ExpertGroup:
         if dist.get_rank() not in members:
             return None
         return cls(members.index(dist.get_rank()), len(members), tokens, weights, timeout=timeout)
+
+    @property
+    def members(self) -> tuple[int, ...]:
+        """Global ranks of the group."""
+        if self.tokens is None:
+            return (dist.get_rank() if dist.is_initialized() else 0,)
+        return tuple(dist.get_process_group_ranks(self.tokens))
 
     def __deepcopy__(self, memo: object) -> ExpertGroup:
         """Itself: copies of a layer run on the same process groups."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 import warnings
 from collections.abc import Callable
 from dataclasses import replace as replace_shape
@@ -16,6 +17,7 @@ import torch
 import torch.distributed as dist
 from tests.support.expert_groups import make_group
 from tests.support.fused_model import FusedExperts, fused_model, words_of
+from tests.support.tiny_models import tiny_model as make_model
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict_loader import load as load_checkpoint
 from torch.distributed.checkpoint.state_dict_saver import save as save_checkpoint
@@ -29,6 +31,7 @@ from moeplan.runtime_client.layers.sharded import FullyShardedExperts
 from moeplan.runtime_client.models.checkpoint import TrainingState
 from moeplan.runtime_client.models.gradients import ExpertGradients, expert_parameters
 from moeplan.runtime_client.models.replacing import replace_experts
+from moeplan.runtime_client.recording.recorder import record
 from moeplan.solvers import QuotaPlanner, SpillOptions
 from moeplan.solvers.problem.layout import Layout
 
@@ -36,33 +39,6 @@ Launch = Callable[..., list[Any]]
 EXPERTS = 5
 SEQUENCES = 6
 TOLERANCE = 1e-6  # routers take their softmax in single precision, whatever the model's
-
-
-def make_model(family: str) -> nn.Module:
-    """A tiny random model, the same on every rank."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of libraries that transformers imports
-        import transformers
-    torch.manual_seed(0)
-    families: dict[str, dict[str, Any]] = {
-        "mixtral": {"intermediate_size": 12, "num_local_experts": EXPERTS},
-        "qwen3_moe": {
-            "intermediate_size": 24, "moe_intermediate_size": 12, "num_experts": EXPERTS, "head_dim": 8,
-        },
-        "gpt_oss": {
-            "intermediate_size": 12, "num_local_experts": EXPERTS, "head_dim": 8, "layer_types": ["full_attention"] * 2,
-        },
-    }  # fmt: skip
-    config = transformers.AutoConfig.for_model(
-        family, **families[family], vocab_size=32, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, num_experts_per_tok=2, max_position_embeddings=64,
-    )  # fmt: skip
-    make: Callable[..., nn.Module] = transformers.AutoModelForCausalLM.from_config
-    model = make(config, experts_implementation="eager").double()
-    for name, parameter in model.named_parameters():
-        if name.endswith("_bias"):  # zeros in a fresh model
-            nn.init.normal_(parameter, std=0.1)
-    return model
 
 
 def replace(model: nn.Module, kind: str, group: ExpertGroup) -> None:
@@ -117,6 +93,50 @@ def compare_model(family: str, kind: str) -> None:
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_a_model_keeps_its_outputs_and_trains_alike(ranks: Launch, family: str, kind: str, size: int) -> None:
     ranks(size, compare_model, family, kind)
+
+
+@pytest.mark.parametrize("kind", ["sharded", "resident"])
+def test_experts_that_are_called_with_rows_of_all_tokens(ranks: Launch, kind: str) -> None:
+    ranks(2, compare_model, "llama4_text", kind)
+    model = make_model("llama4_text")
+    replace(model, "sharded", ExpertGroup())
+    with record(model) as recorder:
+        loss_of(model, tokens(0))
+        recorder.step()
+        counts = recorder.finish()
+    assert counts is not None
+    assert (counts.sum(axis=1) == 2 * tokens(0)[:, 1:].numel()).all()
+
+
+class SharedExperts(nn.Module):
+    """As in Inkling: every token goes to all of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj = (nn.Parameter(torch.ones(2, 6, 8)) for _ in range(2))
+        self.down_proj = nn.Parameter(torch.ones(2, 8, 6))
+
+    def forward(self, hidden: Tensor, gammas: Tensor) -> Tensor:
+        return hidden
+
+
+def test_shared_experts_stay_where_they_are() -> None:
+    model = fused_model()
+    model.blocks[0].shared_experts = SharedExperts()
+    assert list(replace_experts(model, partial(FullyShardedExperts, group=ExpertGroup()))) == [
+        "blocks.0.experts",
+        "blocks.1.experts",
+    ]
+    assert type(model.blocks[0].shared_experts) is SharedExperts
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.uint8])
+def test_refuses_quantized_experts(dtype: torch.dtype) -> None:
+    model = fused_model()
+    experts: Any = model.blocks[1].experts
+    experts.down_proj = nn.Parameter(torch.zeros(experts.down_proj.shape, dtype=dtype), requires_grad=False)
+    with pytest.raises(ValueError, match=rf"blocks\.1\.experts .* has weights of {dtype}; .*dequantize=True"):
+        replace_experts(model, partial(FullyShardedExperts, group=ExpertGroup()))
 
 
 def test_refuses_modules_that_it_does_not_know() -> None:
@@ -373,3 +393,72 @@ def train_wrapped() -> list[str]:
 
 def test_data_parallelism_as_documented(ranks: Launch) -> None:
     assert ranks(2, train_wrapped) == [sorted(make_model("mixtral").state_dict())] * 2
+
+
+class AnyConfig:
+    """Small sizes for whatever experts modules of transformers look up."""
+
+    _experts_implementation = "eager"
+    words = (
+        *(("limit", 7.0), ("alpha", 1.702), ("softcap", 5.0), ("eps", 1e-6), ("act", "silu")),
+        *(("intermediate", 12), ("ffn", 12), ("hidden", 16), ("latent", 16), ("expert", EXPERTS)),
+    )
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return next((value for word, value in self.words if word in name), 2)
+
+
+REFUSED = {"Inkling2Experts", "LongcatFlashExperts", "MuseSparkExperts"}
+"""A softcapped gate, experts that are the identity, a norm within experts."""
+
+OTHERS = {
+    *("DbrxExperts", "JetMoeParallelExperts", "NllbMoeExperts", "SwitchTransformersExperts"),  # no fused modules
+    *("AriaSharedExperts", "InklingSharedExperts"),  # every token goes to them
+}
+
+
+def experts_of_transformers() -> dict[str, type[nn.Module]]:
+    """Every class of routed experts in it, by name."""
+    import transformers
+
+    found = {}
+    for path in sorted((Path(transformers.__file__).parent / "models").glob("*/modeling_*.py")):
+        names = re.findall(r"^class (\w*Experts)\(", path.read_text(), re.M)
+        module = importlib.import_module(f"transformers.models.{path.parent.name}.{path.stem}") if names else None
+        found |= {name: getattr(module, name) for name in names}
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)  # it imports some seventy models
+def test_every_experts_class_of_transformers_is_exact_or_refused_by_name() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        kinds = experts_of_transformers()
+        exact = set()
+        for name, kind in kinds.items():
+            if name in OTHERS:
+                continue
+            torch.manual_seed(0)
+            experts = kind(AnyConfig()).double()  # type: ignore[call-arg]
+            for parameter in experts.parameters():
+                nn.init.normal_(parameter, std=0.5)
+            holder = nn.ModuleList([experts])
+            if name in REFUSED:
+                with pytest.raises(ValueError, match=rf"^0 \({name}\): "):
+                    replace_experts(holder, partial(FullyShardedExperts, group=ExpertGroup()))
+                continue
+            replace_experts(holder, partial(FullyShardedExperts, group=ExpertGroup()))
+            index, weight = torch.randint(EXPERTS, (9, 2)), torch.rand(9, 2, dtype=torch.float64)
+            choices = () if name == "Llama4TextExperts" else (index, weight)
+            for size in (0.1, 100.0):
+                hidden = size * torch.randn(9 if choices else 9 * EXPERTS, 16, dtype=torch.float64)
+                expected = experts(hidden, *choices)
+                torch.testing.assert_close(
+                    holder[0](hidden, *choices), expected, rtol=0, atol=1e-6 * float(expected.abs().max())
+                )
+            exact.add(name)
+    assert exact == set(kinds) - REFUSED - OTHERS
+    assert len(exact) >= 65

@@ -235,6 +235,23 @@ def test_a_job_is_described_by_the_arguments_of_its_session(ranks: Any, daemon: 
     assert first == second == "cluster.slots = [6, 6]: must be `slots` (5) on every device"
 
 
+@pytest.mark.parametrize(
+    ("counts", "words"),
+    [
+        (np.ones((LAYERS + 1, EXPERTS), np.int64), rf"array of shape \(3, 8\): must be \[{LAYERS}, {EXPERTS}\]"),
+        (np.ones((LAYERS, EXPERTS - 1), np.int64), r"array of shape \(2, 7\)"),
+        (np.full((LAYERS, EXPERTS), 0.9), "array of float64: must hold integers"),
+        (np.full((LAYERS, EXPERTS), -1), "must be at least 0"),
+    ],
+)
+def test_counts_that_are_none_are_refused_at_once(counts: Any, words: str) -> None:
+    layouts = [contiguous(1)] * LAYERS
+    with PlannerSession("127.0.0.1:1", "odd", layouts, apply=lambda plan: None, slots=EXPERTS) as session:
+        with pytest.raises(ProblemError, match=words):
+            session.step(counts)
+        assert not session.step(np.ones((LAYERS, EXPERTS), np.int64))
+
+
 def test_a_slow_rank_is_waited_for(ranks: Any, daemon: DaemonProcess) -> None:
     (first, _), (second, _) = ranks(2, planned, daemon.address, "slow", "rank", 5, 1, 1.0)
     assert first == second

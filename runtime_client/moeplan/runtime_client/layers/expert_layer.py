@@ -47,7 +47,8 @@ class ExpertLayer(nn.Module, ABC):
         traffic: Bytes sent to other ranks since the counter was last cleared.
         name: What errors call it; `replace_experts` gives it the name that it has in the model.
         loaded: int64[rows], sums of the parameter's rows as they were loaded; None where they were not.
-        prepare: Called with the parameter before a pass that will have gradients; `ExpertGradients` sets it.
+        prepare: Called with the parameter before a pass that will have gradients, and with whether FSDP2 averages them
+            over replicas; `ExpertGradients` sets it.
     """
 
     own: ClassVar[str]
@@ -61,7 +62,8 @@ class ExpertLayer(nn.Module, ABC):
         self.compute_dtype = compute_dtype
         self.traffic = Traffic()
         self.name = ""
-        self.prepare: Callable[[nn.Parameter], None] | None = None
+        self.prepare: Callable[[nn.Parameter, bool], None] | None = None
+        self._cut = False
         self._number = next(group.numbers)
         self._passes = 0
         self.loaded: Tensor | None = None
@@ -72,6 +74,12 @@ class ExpertLayer(nn.Module, ABC):
         """This rank's part of the experts."""
         parameter: nn.Parameter = getattr(self, self.own)
         return parameter
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == self.own and isinstance(value, DTensor):  # as fully_shard puts it there
+            self._require_cut_over_replicas(value)
+            self._cut = True
+        super().__setattr__(name, value)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, hidden: Tensor, index: Tensor, weight: Tensor) -> Tensor:
@@ -101,7 +109,7 @@ class ExpertLayer(nn.Module, ABC):
         self._passes += 1
         if weights.requires_grad and torch.is_grad_enabled():
             if self.prepare is not None:
-                self.prepare(weights)
+                self.prepare(weights, self._cut)
             if self._compares:
                 self._require_own_gradients(weights)
         rows = hidden.reshape(-1, hidden.shape[-1])
@@ -114,7 +122,8 @@ class ExpertLayer(nn.Module, ABC):
         dtype = self._dtype()
         if self.compute_dtype is None and dtype != weights.dtype:  # of autocast
             rows = rows.to(dtype)
-        return self._run(rows, index.long(), weight, dtype).to(hidden.dtype).view_as(hidden)
+        output = self._run(rows, index.long(), weight, dtype).to(hidden.dtype).view_as(hidden)
+        return output.clone() if self._cut else output  # FSDP2 hangs a hook on it, which operations on views may lose
 
     def _dtype(self) -> torch.dtype:
         """Type that weights travel and compute in."""
@@ -140,10 +149,25 @@ class ExpertLayer(nn.Module, ABC):
             flat: [n, elements], experts ``first`` to ``first + n - 1`` in flat form.
         """
         self._require_memory()
-        rows = self._take(first, flat)
+        self._remember(self._take(first, flat))
+
+    def _remember(self, rows: list[int]) -> None:
+        """Note what these rows of the parameter are now."""
         if self.loaded is None:
             self.loaded = torch.zeros(len(self.weights), dtype=torch.int64)
         self.loaded[rows] = row_sums(self.weights[rows]).to(self.loaded.device)
+
+    @abstractmethod
+    def read_experts(self, read: Callable[[int], Tensor]) -> None:
+        """Take over whole experts, each read by one rank of the group. Every rank calls it.
+
+        Args:
+            read: Reads an expert, [1, elements] in flat form; called one by one for those that this rank shall read.
+        """
+
+    @abstractmethod
+    def gather_experts(self, rank: int) -> Tensor | None:
+        """All experts on one rank of the group, [experts, elements]; None on the others. Every rank calls it."""
 
     def watch(self, block: nn.Module) -> None:
         """Say which module calls the layer, so that a pass can tell if its other weights differ between ranks."""
@@ -159,6 +183,20 @@ class ExpertLayer(nn.Module, ABC):
             raise RuntimeError(
                 f"{self.title}: its weights are on the meta device; call model.to_empty(device=...), "
                 "then load a checkpoint"
+            )
+
+    def _require_cut_over_replicas(self, weights: DTensor) -> None:
+        """Refuse a parameter cut up over ranks that do not all hold the same experts.
+
+        Raises:
+            ValueError: it is.
+        """
+        common = set(weights.device_mesh.mesh.flatten().tolist()) & set(self.group.members)
+        if len(common) > 1:
+            raise ValueError(
+                f"{self.title}: FSDP2 would cut up, over ranks {sorted(common)}, experts of which each holds its "
+                "own part. Write\n"
+                "    fully_shard(model, ignored_params=set(expert_parameters(model).values()))"
             )
 
     def _require_own_gradients(self, weights: nn.Parameter) -> None:
@@ -190,7 +228,9 @@ class ExpertLayer(nn.Module, ABC):
             return ()
         own, shared = row_sums(self.weights).sum(), [row_sums(weights).sum() for weights in self._shared()]
         same = torch.zeros_like(own)
-        if self.loaded is not None:  # equal experts on all ranks are no mistake if they were loaded so
+        if self._cut:  # by FSDP2 over replicas, which has been checked
+            own = same
+        elif self.loaded is not None:  # equal experts on all ranks are no mistake if they were loaded so
             self.loaded = self.loaded.to(own.device)
             same = own == self.loaded.sum()
         return own, ~same.bool(), torch.stack(shared).sum() if shared else None
@@ -218,7 +258,9 @@ class ExpertLayer(nn.Module, ABC):
                 f"{self.title}: each of {self.group.size} ranks holds a part of the experts, so a state_dict() "
                 "saved by one of them would lose the others'. Save instead, on every rank, with "
                 "torch.distributed.checkpoint as dcp:\n"
-                '    dcp.save({"training": TrainingState(model, optimizer)}, checkpoint_id=folder)'
+                '    dcp.save({"training": TrainingState(model, optimizer)}, checkpoint_id=folder)\n'
+                "or, as a checkpoint of Hugging Face,\n"
+                "    moeplan.runtime_client.save_pretrained(model, folder)"
             )
         flat = self.weights if keep_vars else self.weights.detach()
         for name, part in zip(self.shape.parts, split_weights(self.shape, flat), strict=True):
@@ -238,7 +280,7 @@ class ExpertLayer(nn.Module, ABC):
             super()._load_from_state_dict(
                 state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
             )
-            self.loaded = row_sums(self.weights)
+            self.loaded = None if self._cut else row_sums(self.weights)
             return
         shapes = {prefix + name: (self.experts, *shape) for name, shape in self.shape.parts.items()}
         unexpected_keys += [key for key in state_dict if strict and key.startswith(prefix) and key not in shapes]

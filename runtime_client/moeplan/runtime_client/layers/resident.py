@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, ClassVar, Protocol, Self
 
@@ -9,11 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.distributed.tensor import DTensor
 
 from moeplan.runtime_client.device.exchange import DeviceExchange
 from moeplan.runtime_client.device.mailbox import Turn
 from moeplan.runtime_client.device.passes import run_pass
-from moeplan.runtime_client.group import ExpertGroup, Transfer, beside, join
+from moeplan.runtime_client.group import ExpertGroup, Traffic, Transfer, beside, join
 from moeplan.runtime_client.layers.expert_layer import ExpertLayer
 from moeplan.runtime_client.layers.feed_forward import ExpertShape, feed_forward
 from moeplan.runtime_client.layers.lending import Homes, Loan, LoanBuffer, add_loan
@@ -119,6 +121,20 @@ class ResidentExperts(ExpertLayer):
         for row, expert in taken.items():
             self.flat[row] = flat[expert - first]
         return list(taken)
+
+    def read_experts(self, read: Callable[[int], Tensor]) -> None:
+        for expert in self.homes.owned:
+            self.load_experts(expert, read(expert))
+
+    @torch.no_grad()
+    def gather_experts(self, rank: int) -> Tensor | None:
+        group, homes = self.group, self.homes
+        here = group.rank == rank
+        send = [len(homes.owned) * (other == rank) for other in range(group.size)]
+        receive = [here * int((homes.device == other).sum()) for other in range(group.size)]
+        flat = self.flat.full_tensor() if isinstance(self.flat, DTensor) else self.flat
+        got = group.exchange(flat.detach(), send, receive, weights=True, traffic=Traffic(), purpose="gathered").wait()
+        return got[torch.from_numpy(np.argsort(np.argsort(homes.device, kind="stable")))] if here else None
 
     def _run(self, rows: Tensor, index: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
         if self.exchange is not None:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.distributed.tensor import DTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from moeplan.runtime_client.group import ExpertGroup
+from moeplan.runtime_client.group import ExpertGroup, Traffic
 from moeplan.runtime_client.layers.dividing import Division, PlannedLayer
 from moeplan.runtime_client.layers.expert_layer import ExpertLayer
 from moeplan.runtime_client.layers.feed_forward import ExpertShape, feed_forward
@@ -133,6 +134,13 @@ class FullyShardedExperts(ExpertLayer):
         """
         return self._division.of_rank(self.layout, counts, self.group.rank)
 
+    def _require_cut_over_replicas(self, weights: DTensor) -> None:
+        raise ValueError(
+            f"{self.title}: FSDP2 would cut up experts that are in equal parts on the ranks of a group already. Write\n"
+            "    fully_shard(model, ignored_params=set(expert_parameters(model).values()))\n"
+            "and make the group larger, or use ResidentExperts, to spread their states over more ranks"
+        )
+
     def _take(self, first: int, flat: Tensor) -> list[int]:
         width = self.shard.shape[1]
         part = flat[:, self.group.rank * width : (self.group.rank + 1) * width]
@@ -140,6 +148,32 @@ class FullyShardedExperts(ExpertLayer):
         rows[:, : part.shape[1]] = part
         rows[:, part.shape[1] :] = 0
         return list(range(first, first + len(flat)))
+
+    @torch.no_grad()
+    def read_experts(self, read: Callable[[int], Tensor]) -> None:
+        group, width = self.group, self.shard.shape[1]
+        for first in range(0, self.experts, group.size):  # each rank reads one of these, and sends its parts
+            held = min(group.size, self.experts - first)
+            mine = self.shard.new_zeros(int(group.rank < held), group.size * width)
+            if len(mine):
+                mine[:, : self.shape.elements] = read(first + group.rank)
+            send, receive = [len(mine)] * group.size, [int(other < held) for other in range(group.size)]
+            parts = mine.view(-1, width)
+            got = group.exchange(parts, send, receive, weights=True, traffic=Traffic(), purpose="read").wait()
+            self.shard[first : first + held] = got
+            self._remember(list(range(first, first + held)))
+
+    @torch.no_grad()
+    def gather_experts(self, rank: int) -> Tensor | None:
+        group = self.group
+        here = group.rank == rank
+        send = [self.experts * (other == rank) for other in range(group.size)]
+        receive = [self.experts * here] * group.size
+        got = group.exchange(
+            self.shard.detach(), send, receive, weights=True, traffic=Traffic(), purpose="gathered"
+        ).wait()
+        parts = got.view(group.size, -1, self.shard.shape[1])
+        return parts.transpose(0, 1).flatten(1)[:, : self.shape.elements] if here else None
 
     def _run(self, rows: Tensor, index: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
         placement, division, group = self._placed(), self._division, self.group

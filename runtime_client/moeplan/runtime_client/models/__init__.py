@@ -1,1 +1,1 @@
-"""Whole models: replacing their experts, checkpoints."""
+"""Whole models: replacing their experts, gradients, checkpoints."""

@@ -12,13 +12,15 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.state_dict import _get_fqns, get_state_dict, set_state_dict
 from torch.distributed.checkpoint.stateful import Stateful
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.optim import Optimizer
 
 from moeplan.runtime_client.layers.expert_layer import state_in_parts
 from moeplan.runtime_client.layers.resident import ResidentExperts
 from moeplan.runtime_client.layers.sharded import FullyShardedExperts
 
-__all__ = ["Pieces", "TrainingState", "logical_experts"]
+__all__ = ["Pieces", "TrainingState", "expert_layers", "logical_experts"]
 
 Layer = FullyShardedExperts | ResidentExperts
 
@@ -59,14 +61,15 @@ class Pieces(Tensor):
         return f"Pieces(shape={tuple(self.shape)}, offsets={[tuple(offset) for offset in self.offsets]})"
 
     def __create_write_items__(self, fqn: str, _: object) -> list[WriteItem]:
-        properties = TensorProperties.create_from_tensor(self.held)
         return [
             WriteItem(
                 index=MetadataIndex(fqn, chunk.offsets),
                 type=WriteItemType.SHARD,
-                tensor_data=TensorWriteData(chunk=chunk, properties=properties, size=self.size()),
+                tensor_data=TensorWriteData(
+                    chunk=chunk, properties=TensorProperties.create_from_tensor(view), size=self.size()
+                ),
             )
-            for chunk in self.__create_chunk_list__()
+            for chunk, view in zip(self.__create_chunk_list__(), self.views, strict=True)
         ]
 
     def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
@@ -83,22 +86,26 @@ def logical_experts(layer: Layer, held: Tensor) -> dict[str, Pieces]:
 
     Args:
         layer: Whose layout of elements it has.
-        held: The layer's parameter, or a tensor of its shape such as an optimizer's state of it.
+        held: The layer's parameter, or a tensor of its shape such as an optimizer's state; FSDP2 may have cut it up.
 
     Returns:
         The ``parts`` of the layer's shape by their names, [experts, ...] each: ``gate_up_proj`` and ``down_proj``, say.
     """
     pieces, start = {}, 0
+    row = 0
+    if isinstance(held, DTensor):
+        _, (row, _) = compute_local_shape_and_global_offset(held.shape, held.device_mesh, held.placements)
     for name, shape in layer.shape.parts.items():
-        pieces[name] = _pieces(layer, held, start, shape)
+        pieces[name] = _pieces(layer, held, row, start, shape)
         start += math.prod(shape)
     return pieces
 
 
-def _pieces(layer: Layer, held: Tensor, start: int, shape: tuple[int, ...]) -> Pieces:
+def _pieces(layer: Layer, held: Tensor, row: int, start: int, shape: tuple[int, ...]) -> Pieces:
+    local = held.to_local() if isinstance(held, DTensor) else held
     rows, columns = shape if len(shape) == 2 else (1, *shape)
-    cut = list(_sharded(layer, held, start, rows, columns) if isinstance(layer, FullyShardedExperts) else
-               _resident(layer, held, start, rows, columns))  # fmt: skip
+    cut = list(_sharded(layer, local, start, rows, columns) if isinstance(layer, FullyShardedExperts) else
+               _resident(layer, local, row, start, rows, columns))  # fmt: skip
     if len(shape) == 1:  # a bias
         cut = [((expert, column), view.squeeze(1)) for (expert, _, column), view in cut]
     return Pieces(
@@ -128,10 +135,10 @@ def _sharded(
 
 
 def _resident(
-    layer: ResidentExperts, held: Tensor, start: int, rows: int, columns: int
+    layer: ResidentExperts, held: Tensor, row: int, start: int, rows: int, columns: int
 ) -> Iterator[tuple[tuple[int, ...], Tensor]]:
-    """One box for each run of consecutive experts."""
-    owned = layer.homes.owned
+    """One box for each run of consecutive experts; `held` starts with the rank's own expert number `row`."""
+    owned = layer.homes.owned[row : row + len(held)]
     breaks = [place for place in range(1, len(owned)) if owned[place] != owned[place - 1] + 1]
     for low, high in zip([0, *breaks], [*breaks, len(owned)], strict=True):
         if low < high:
@@ -157,11 +164,7 @@ class TrainingState(Stateful):
     def __init__(self, model: nn.Module, *optimizers: Optimizer) -> None:
         self.model = model
         self.optimizers = optimizers
-        self._layers = {
-            _canonical(model, f"{name}.{module.own}" if name else module.own): module
-            for name, module in model.named_modules()
-            if isinstance(module, FullyShardedExperts | ResidentExperts)
-        }
+        self._layers = expert_layers(model)
 
     def state_dict(self) -> dict[str, Any]:
         """Weights and optimizer state in logical form, as views of what the rank holds.
@@ -206,9 +209,20 @@ class TrainingState(Stateful):
 
     def _names(self) -> Iterator[tuple[Layer, str, dict[str, str]]]:
         """Every layer, the name of its parameter, and the logical names by part."""
-        for own, layer in self._layers.items():
-            prefix = own.removesuffix(layer.own)
-            yield layer, own, {part: prefix + part for part in layer.shape.parts}
+        for name, layer in self._layers.items():
+            prefix = f"{name}." if name else ""
+            yield layer, prefix + layer.own, {part: prefix + part for part in layer.shape.parts}
+
+
+def expert_layers(model: nn.Module) -> dict[str, Layer]:
+    """Our layers by their names in a model, whatever it is wrapped in."""
+    return {
+        _canonical(model, f"{name}.{module.own}" if name else module.own)
+        .removesuffix(module.own)
+        .removesuffix("."): module
+        for name, module in model.named_modules()
+        if isinstance(module, FullyShardedExperts | ResidentExperts)
+    }
 
 
 def _canonical(model: nn.Module, name: str) -> str:

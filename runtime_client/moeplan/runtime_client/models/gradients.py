@@ -15,7 +15,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from moeplan.runtime_client.group import ExpertGroup
 from moeplan.runtime_client.layers.expert_layer import ExpertLayer
 
-__all__ = ["ExpertGradients", "expert_parameters"]
+__all__ = ["ExpertGradients", "expert_parameters", "groups_of", "ignore_experts"]
 
 
 def expert_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -25,6 +25,13 @@ def expert_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
         for name, layer in model.named_modules()
         if isinstance(layer, ExpertLayer)
     }
+
+
+def ignore_experts(model: nn.Module) -> None:
+    """Tell DistributedDataParallel to leave experts alone, when it wraps the model or what is compiled from it."""
+    names = list(expert_parameters(model))
+    names += [f"_orig_mod.{name}" for name in names]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
 
 
 class ExpertGradients:
@@ -43,12 +50,14 @@ class ExpertGradients:
     are reduced. So each backward pass scales them to the mean over all ranks, and averages them over replicas where
     there are more ranks than in an expert group (data parallelism times expert parallelism), while it goes on. It also
     tells DistributedDataParallel to leave experts alone; tell FSDP2 with
-    ``fully_shard(model, ignored_params=set(expert_parameters(model).values()))``.
+    ``fully_shard(model, ignored_params=set(expert_parameters(model).values()))``. Of resident experts with replicas,
+    FSDP2 may instead spread weights and optimizer states over the replicas: ``fully_shard(layer, mesh=replicas)`` for
+    each layer, before ``fully_shard(model)``.
 
     Every rank of `ranks` makes one at the same point. Gradients may be accumulated over any number of backward passes.
 
     Args:
-        model: The model, as DistributedDataParallel will wrap it: compiled and checkpointed, if it is.
+        model: The model. Parts of it that will be compiled or checkpointed are so already; the whole may be later.
         ranks: The ranks that train these layers on other tokens each; the world by default, and with a pipeline those
             of this stage. They are one or several expert groups.
         mean: Whether the other gradients are averaged over `ranks`, as DDP and FSDP2 do with a loss that is a mean over
@@ -73,9 +82,9 @@ class ExpertGradients:
         self.model = model
         self.stages = stages
         self.layers = {group: [layer for layer in layers if layer.group is group] for group in _groups(layers)}
-        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, list(expert_parameters(model)))
+        ignore_experts(model)
         for group, members in self.layers.items():
-            replicas = _replicas_of(group.tokens, ranks)
+            replicas = _replicas_of(group.members, ranks)
             for layer in members:
                 layer.prepare = _Reduction(group.size, replicas, mean)
 
@@ -100,7 +109,7 @@ class ExpertGradients:
             mine = [layer.weights for layer in layers]
             norms.append(_over_ranks(_norm(_gradients(mine), norm_type, like=mine[0]), group.tokens, norm_type))
         total = _over_ranks(_join(torch.stack(norms), norm_type), self.stages, norm_type)
-        for parameters in (*kinds, list(experts)):
+        for parameters in (*kinds, *([p for p in experts if isinstance(p, DTensor) == cut] for cut in (False, True))):
             clip_grads_with_norm_(parameters, max_norm, total)
         return total
 
@@ -135,20 +144,33 @@ def _over_ranks(norm: Tensor, ranks: dist.ProcessGroup | None, norm_type: float)
     return _join(torch.stack(norms), norm_type)
 
 
-def _replicas_of(tokens: dist.ProcessGroup | None, ranks: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
-    """Ranks that hold the same experts as this one, each in its own expert group; None if there is no other."""
+def groups_of(members: Sequence[int], ranks: dist.ProcessGroup | None = None) -> list[tuple[int, ...]]:
+    """The expert groups that ranks are divided into, ascending. Every rank of `ranks` calls it.
+
+    Args:
+        members: Global ranks of this rank's group.
+        ranks: The ranks; the world by default.
+
+    Raises:
+        ValueError: they are not whole expert groups of one size.
+    """
     if not dist.is_initialized():
-        return None
-    mine = [dist.get_rank()] if tokens is None else dist.get_process_group_ranks(tokens)
-    told: list[list[int]] = [[]] * dist.get_world_size(ranks)
-    dist.all_gather_object(told, mine, group=ranks)
-    groups = sorted({tuple(members) for members in told})
-    everyone = sorted(rank for members in groups for rank in members)
+        return [tuple(members)]
+    told: list[tuple[int, ...]] = [()] * dist.get_world_size(ranks)
+    dist.all_gather_object(told, tuple(members), group=ranks)
+    groups = sorted(set(told))
+    everyone = {rank for members in groups for rank in members}
     if len({len(members) for members in groups}) > 1 or len(everyone) != len(told):
         raise ValueError(f"expert groups {groups}: must be of one size, and together the {len(told)} ranks")
+    return groups
+
+
+def _replicas_of(members: Sequence[int], ranks: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
+    """Ranks that hold the same experts as this one, each in its own expert group; None if there is no other."""
+    groups = groups_of(members, ranks)
     if len(groups) == 1:
         return None
-    holders = [members[mine.index(dist.get_rank())] for members in groups]
+    holders = [group[members.index(dist.get_rank())] for group in groups]
     return dist.new_group(holders, use_local_synchronization=True)
 
 
@@ -164,14 +186,19 @@ class _Reduction:
         self.scale = 1 / size if mean else self.times
         self.attached: weakref.ref[nn.Parameter] | None = None
 
-    def __call__(self, parameter: nn.Parameter) -> None:
-        """Attach to a parameter, unless it is."""
+    def __call__(self, parameter: nn.Parameter, averaged: bool) -> None:
+        """Attach to a parameter, unless it is.
+
+        Args:
+            parameter: The parameter of a layer.
+            averaged: Whether something else averages its gradients over replicas.
+        """
         if self.attached is not None and self.attached() is parameter:
             return
         self.attached = weakref.ref(parameter)
         if self.scale != 1:
             parameter.register_hook(lambda gradient: gradient * self.scale)
-        if self.replicas is not None:
+        if self.replicas is not None and not averaged:
             parameter.register_post_accumulate_grad_hook(self._average)
 
     def _average(self, parameter: Tensor) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from moeplan.runtime_client.layers.feed_forward import ExpertShape, activation_name, feed_forward, join_weights
 
-__all__ = ["shape_of"]
+__all__ = ["called_with_rows", "shape_of"]
 
 _SIZES = (1.0, 1000.0)
 """Of the rows that are compared: what models see, and what no clamp of theirs lets through."""
@@ -23,6 +24,13 @@ _TOLERANCE = 1e-4
 
 _ROWS = 6
 
+_TRAINED = {"torch.float16", "torch.bfloat16", "torch.float32", "torch.float64"}
+
+
+def called_with_rows(module: nn.Module) -> bool:
+    """Whether a module is called with rows of all tokens for each expert, [experts * tokens, hidden], alone."""
+    return len(inspect.signature(type(module).forward).parameters) == 2  # itself, and the rows
+
 
 def shape_of(title: str, module: nn.Module, known: Iterable[ExpertShape] = ()) -> ExpertShape:
     """Dimensions and form of a fused experts module.
@@ -30,14 +38,20 @@ def shape_of(title: str, module: nn.Module, known: Iterable[ExpertShape] = ()) -
     Args:
         title: What errors call it.
         module: With parameters ``gate_up_proj`` or ``up_proj`` and ``down_proj``, [experts, rows, columns], perhaps
-            with biases, called as ``module(hidden, index, weight)``. Only its code runs, with weights of our own.
+            with biases, called as ``module(hidden, index, weight)`` or with rows. Only its code runs, with weights of
+            our own.
         known: Shapes to try first, as those of the model's other layers.
 
     Raises:
-        ValueError: it computes something that no `ExpertShape` describes, its parameters are others, only some of them
-            are frozen, or it is inside an adapter.
+        ValueError: it computes something that no `ExpertShape` describes, its parameters are others or quantized, only
+            some of them are frozen, or it is inside an adapter.
     """
     weights = dict(module.named_parameters())
+    if quantized := {str(weight.dtype) for weight in weights.values()} - _TRAINED:
+        raise ValueError(
+            f"{title}: has weights of {', '.join(sorted(quantized))}; experts are trained in bfloat16 or wider. Load "
+            "the model dequantized: from_pretrained(..., quantization_config=...Config(dequantize=True))"
+        )
     candidates = list(_dimensions(title, weights))
     if title.split(" ")[0].endswith("base_layer"):
         raise ValueError(
@@ -52,6 +66,8 @@ def shape_of(title: str, module: nn.Module, known: Iterable[ExpertShape] = ()) -
         actual = _run(title, module, size.hidden, expert)
         first = [shape for shape in known if shape.parts == size.parts and shape.transposed == size.transposed]
         for shape in (*first, *_forms(title, module, size)):
+            if called_with_rows(module) and (shape.bias or not shape.gated):
+                continue  # of rows of zeros it makes something else
             difference = _difference(shape, join_weights(*expert.values()), actual)
             if difference <= _TOLERANCE:
                 return shape
@@ -141,7 +157,10 @@ def _run(title: str, module: nn.Module, hidden: int, expert: dict[str, Tensor]) 
     rows, index, weight = _batch(hidden, experts)
     try:
         with torch.autocast("cpu", enabled=False):
-            return [type(module).forward(twin, size * rows, index, weight) for size in _SIZES]
+            if not called_with_rows(module):
+                return [type(module).forward(twin, size * rows, index, weight) for size in _SIZES]
+            results = [type(module).forward(twin, (size * rows).repeat(experts, 1))[-_ROWS:] for size in _SIZES]
+            return [result * weight.sum(1, keepdim=True) for result in results]
     except Exception as error:
         raise ValueError(f"{title}: cannot be called as experts(hidden, index, weight): {error}") from error
 

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Protocol, TypeVar
 
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from moeplan.runtime_client.layers.feed_forward import ExpertShape, join_weights
 from moeplan.runtime_client.layers.resident import ResidentExperts
+from moeplan.runtime_client.layers.rows_by_expert import take_rows_by_expert
 from moeplan.runtime_client.layers.sharded import FullyShardedExperts, chain
-from moeplan.runtime_client.models.gradients import expert_parameters
-from moeplan.runtime_client.models.recognition import shape_of
+from moeplan.runtime_client.models.gradients import ignore_experts
+from moeplan.runtime_client.models.recognition import called_with_rows, shape_of
 
 __all__ = ["replace_experts"]
 
@@ -31,12 +32,13 @@ def replace_experts(model: nn.Module, make: MakeExperts[L]) -> dict[str, L]:
 
     It knows experts modules by their parameters, ``gate_up_proj`` (``up_proj`` of networks without a gate) and
     ``down_proj`` of three dimensions, perhaps with biases, and by the call ``experts(hidden, index, weight)``: those of
-    Mixtral, Qwen3-MoE, OLMoE, DeepSeek-V3 and V4, gpt-oss, Nemotron-H and others in transformers 5. What a module
-    computes it finds out by comparison, on random rows of ordinary and of large size, with the forms of `ExpertShape`.
-    Fully sharded layers are chained in the order of the model's modules.
+    Mixtral, Qwen3-MoE, OLMoE, DeepSeek-V3 and V4, gpt-oss, Nemotron-H, Llama 4 and others in transformers 5. Shared
+    experts, which every token goes to, are none of them and stay as they are. What a module computes it finds out by
+    comparison, on random rows of ordinary and of large size, with the forms of `ExpertShape`. Fully sharded layers are
+    chained in the order of the model's modules.
 
     Every rank holds the same weights before, and its part of them after. On the meta device there is nothing to take
-    over: call ``to_empty`` and load a checkpoint with `TrainingState` afterwards. Frozen experts stay frozen.
+    over: `load_pretrained`, or ``to_empty`` and a checkpoint of `TrainingState`, must follow. Frozen experts stay so.
 
     Before training make an `ExpertGradients`, which says how gradients of experts go with those of the rest.
 
@@ -48,8 +50,8 @@ def replace_experts(model: nn.Module, make: MakeExperts[L]) -> dict[str, L]:
         The new layers by their names in the model, in its order.
 
     Raises:
-        ValueError: the model has no such module, or one that computes something else, with other parameters, of which
-            only some weights are frozen, or inside an adapter. Nothing has been replaced then.
+        ValueError: the model has no such module, or one that computes something else, with other parameters or
+            quantized ones, of which only some are frozen, or inside an adapter. Nothing has been replaced then.
     """
     found = {name: module for name, module in model.named_modules() if _is_fused(module)}
     if not found:
@@ -72,17 +74,24 @@ def replace_experts(model: nn.Module, make: MakeExperts[L]) -> dict[str, L]:
         layer.train(module.training)
         layer.weights.requires_grad_(weights[0].requires_grad)
         layer.name = name
+        if called_with_rows(module):
+            take_rows_by_expert(layer, experts)
         owner, _, attribute = name.rpartition(".")
         block = model.get_submodule(owner)
         setattr(block, attribute, layer)
         layer.watch(block)
         layers[name] = layer
     chain([layer for layer in layers.values() if isinstance(layer, FullyShardedExperts)])
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, list(expert_parameters(model)))
+    ignore_experts(model)
     return layers
 
 
 def _is_fused(module: nn.Module) -> bool:
     inner = getattr(module, "gate_up_proj", getattr(module, "up_proj", None))
     weights = (inner, getattr(module, "down_proj", None))
-    return all(isinstance(weight, nn.Parameter) and weight.ndim == 3 for weight in weights)
+    return all(isinstance(weight, nn.Parameter) and weight.ndim == 3 for weight in weights) and not _is_shared(module)
+
+
+def _is_shared(module: nn.Module) -> bool:
+    """Whether it is called without choices, and has three matrices for each of the experts that all tokens go to."""
+    return hasattr(module, "gate_proj") and len(inspect.signature(type(module).forward).parameters) < 4

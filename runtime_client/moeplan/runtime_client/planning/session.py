@@ -22,7 +22,7 @@ from moeplan.runtime_client.planning.aggregation import Aggregation, Reporting, 
 from moeplan.runtime_client.planning.agreement import Agreement
 from moeplan.runtime_client.planning.planner_stream import PlannerStream, StreamStatus
 from moeplan.solvers.plan.parameters import SolveParameters
-from moeplan.solvers.problem.arrays import Int64
+from moeplan.solvers.problem.arrays import Int64, integers
 from moeplan.solvers.problem.cluster import Cluster
 from moeplan.solvers.problem.errors import ProblemError
 from moeplan.solvers.problem.forecast_spec import Forecast
@@ -168,9 +168,10 @@ class PlannerSession:
 
         Raises:
             AgreementError: a rank did not come in time.
+            ProblemError: counts are not such an array.
         """
         if counts is not None:
-            self._report(self._aggregation.exchange(self._step, counts))
+            self._report(self._aggregation.exchange(self._step, self._checked(counts)))
         stream = self._stream
         newest = FOLLOWS if stream is None else stream.newest
         version = self._agreement.vote(newest, lambda v: stream is None or stream.plan(v) is not None)
@@ -184,6 +185,14 @@ class PlannerSession:
         if stream is not None:
             stream.applied(version, self._step)
         return True
+
+    def _checked(self, counts: Int64) -> Int64:
+        """Counts that the planner will take; otherwise it would refuse every step, and say so in a log at most."""
+        checked = integers("counts", counts, ndim=2, low=0)
+        if checked.shape != (self._shape[0], self._experts):
+            expected = f"[{self._shape[0]}, {self._experts}], of the layers and experts of `layouts`"
+            raise ProblemError("counts", f"array of shape {checked.shape}", f"must be {expected}")
+        return checked
 
     def _report(self, collected: tuple[int, Int64] | None) -> None:
         if collected is not None and self._stream is not None:
