@@ -15,7 +15,7 @@ from moeplan.planner.commands.main import app
 FOLDER = Path(__file__).parent / "help"
 COMMANDS = (
     "",
-    *("trace", "trace generate", "trace info", "plan", "policies", "compare", "affinity", "replay", "serve"),
+    *("trace", "trace generate", "trace info", "plan", "policies", "compare", "affinity", "replay", "view", "serve"),
     *("jobs", "jobs list", "jobs show", "jobs watch", "jobs delete"),
 )
 PANELS = {"Arguments", "Options", "Commands", "Cluster", "Problem", "Search", "Daemon", "Output"}
@@ -23,6 +23,7 @@ OWN_PANELS = {
     "compare": {"Known counts, with --known-counts"},
     "replay": {"Model of time"},
     "serve": {"Security"},
+    "view": {"Model of time"},
     "trace generate": {"Routing"},
 }
 ENVIRONMENT = {"COLUMNS": "100", "_TYPER_FORCE_DISABLE_TERMINAL": "1", "NO_COLOR": "1"}

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from moeplan.planner.commands import affinity, compare, jobs, plan, policies, replay, serve, trace
+from moeplan.planner.commands import affinity, compare, jobs, plan, policies, replay, serve, trace, view
 from moeplan.planner.commands.explained import EXIT_FAILED
 
 __all__ = ["app", "main"]
@@ -39,7 +39,7 @@ def _program(
     """
 
 
-for command in (trace, plan, policies, compare, affinity, replay, serve, jobs):
+for command in (trace, plan, policies, compare, affinity, replay, view, serve, jobs):
     command.register(app)
 
 
