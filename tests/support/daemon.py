@@ -154,7 +154,8 @@ class Rank:
     def __init__(self, client: Client, job: str, rank: int, *, hello: dict[str, Any] | None = None) -> None:
         self._requests: queue.SimpleQueue[planner_pb2.StreamRankRequest | None] = queue.SimpleQueue()
         self.sequence = 0
-        self.call = client.planner.StreamRank(iter(self._requests.get, None), timeout=WAIT_S)
+        requests = iter(self._requests.get, None)
+        self.call = client.planner.StreamRank(requests, timeout=WAIT_S, metadata=client._security.metadata)
         values: dict[str, Any] = {"job": job, "rank": rank, "session": f"session-{rank}"} | (hello or {})
         if values["job"]:
             self.send(hello=planner_pb2.Hello(**values))

@@ -11,7 +11,13 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import pytest
 from tests.support.browser import CHROMIUM, Visit, chromium, visiting
+from tests.support.daemon import WAIT_S, Rank, Start, eventually, small_job, tokens
 from tests.support.repository import TRACE
+
+from moeplan.api.client import Client
+from moeplan.api.connection import Security
+from moeplan.api.jobs import Replan
+from moeplan.v1 import planner_pb2
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
@@ -121,3 +127,57 @@ def test_charts_can_be_heard_and_their_colours_follow_the_system(browser: Browse
         page.emulate_media(color_scheme="dark")
         assert page.evaluate("getComputedStyle(document.body).backgroundColor") != light
         assert visit.errors == []
+
+
+ATTACK = "<img src=x onerror=document.title='owned'><script>alert(1)</script>"
+TOKEN = "correct-horse-battery-staple"
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1280, 390])
+def test_a_job_is_followed_live(
+    browser: Browser, start: Start, tmp_path: Path, width: int, scheme: Literal["light", "dark"]
+) -> None:
+    """From the token to the newest step; what a rank says is shown as the text that it is."""
+    (tmp_path / "tokens").write_text(f"{TOKEN}\n")
+    daemon = start("--tokens", str(tmp_path / "tokens")).serving()
+    with Client(daemon.address, Security(token=TOKEN), timeout_s=WAIT_S) as client:
+        client.create_job("live", small_job(replan=Replan(every_steps=4)))
+        rank = Rank(client, "jobs/live", 0)
+        other = Rank(client, "jobs/live", 1)
+        counts = [tokens(step, ranks=2) for step in range(9)]
+
+        def report(step: int) -> None:
+            for number, one in enumerate((rank, other)):
+                one.report(step, counts[step][:, number : number + 1])
+            eventually(lambda: client.job("jobs/live").status.closed_step == step)
+
+        with visiting(browser, f"http://{daemon.metrics}/", width=width, scheme=scheme, wait=False) as visit:
+            page = visit.page
+            page.fill("#token", TOKEN)
+            page.keyboard.press("Enter")
+            page.click("#jobs-table a")
+            for step in range(8):
+                report(step)
+            settled(visit, 7)
+            for view in ("now", *VIEWS):
+                assert page.locator(f"#{view}").count() == (view != "losses"), view  # no cost of an expert is known
+            assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+            assert number(visit, "#experts-finding [data-tokens]", "data-tokens") == counts[7].sum(axis=1).max()
+            report(8)
+            settled(visit, 8)  # it follows
+            assert number(visit, "#experts-finding [data-tokens]", "data-tokens") == counts[8].sum(axis=1).max()
+            version = eventually(lambda: (v := client.job("jobs/live").status.plan_version) > 1 and v)
+            failed = planner_pb2.PlanFailed(version=version, in_force_version=1, reason=ATTACK)
+            rank.send(failed=failed)
+            page.wait_for_selector("#now dd:has-text('onerror')")
+            other.close()
+            page.wait_for_selector("#now .silent:has-text('1 of 2')")
+            assert page.title() == "moeplan"
+            assert page.locator("img").count() == 0
+            assert [error for error in visit.errors if "401" not in error] == []  # before the token
+            assert all(url.startswith((f"http://{daemon.metrics}/", "data:", "blob:")) for url in visit.requests)
+            assert page.evaluate("document.cookie") == ""
+            daemon.terminate()
+            page.wait_for_selector("#state.lost")
+        rank.close()

@@ -73,7 +73,7 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc, unused-ignore]
         if method.startswith(OPEN):
             return self._probe(handler) if self.tokens else handler
         metadata = dict(handler_call_details.invocation_metadata or ())
-        if not self._allowed(metadata.get("authorization", "")):
+        if not self.allowed(metadata.get("authorization", "")):
             return self._refusing(method)
         codecs = {
             "request_deserializer": handler.request_deserializer,
@@ -156,7 +156,8 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc, unused-ignore]
         wrapped: grpc.RpcMethodHandler[Any, Any] = grpc.stream_stream_rpc_method_handler(stream, **codecs)
         return wrapped
 
-    def _allowed(self, header: str | bytes) -> bool:
+    def allowed(self, header: str | bytes) -> bool:
+        """Whether an ``authorization`` header holds a token that is known, or none is asked for."""
         if not self.tokens:
             return True
         text = header.decode("latin-1") if isinstance(header, bytes) else header

@@ -26,6 +26,7 @@ from grpc_reflection.v1alpha import reflection
 from moeplan.planner.daemon.certificates import Certificates
 from moeplan.planner.daemon.interceptor import Gate, read_tokens
 from moeplan.planner.daemon.job_table import JobTable
+from moeplan.planner.daemon.live_page import LivePage
 from moeplan.planner.daemon.metrics import Metrics
 from moeplan.planner.daemon.metrics_server import MetricsServer
 from moeplan.planner.daemon.notify import notify
@@ -85,6 +86,7 @@ class Daemon:
         self._planner: PlannerService
         self._health = health.HealthServicer()
         self._scrapes: MetricsServer | None = None
+        self._page: LivePage | None = None
         self._ready: dict[str, bool] = {}
         self._worker_seen_s = -NO_WORKER_S
         self._gate: Gate
@@ -125,6 +127,10 @@ class Daemon:
             self.workers.start()
             self._table = JobTable(settings, self._store, self.workers, self.metrics)
             await self._table.start()
+            security = settings.security
+            if settings.page and settings.metrics and (security.tokens is not None or security.client_ca is None):
+                gate = self._gate
+                self._page = LivePage(self._table, self.workers, gate.allowed, lambda: bool(gate.tokens))
             self._planner = PlannerService(self._table, self._store, self.metrics, limits, address)
             await self._serve()
         except BaseException:
@@ -215,6 +221,7 @@ class Daemon:
             version=metadata.version("moeplan"),
             address=self.address,
             metrics=self.metrics_address,
+            page=self._page is not None,
             store=self._store.shown,
             jobs=len(self._table.hosts),
             workers=self.settings.workers,
@@ -236,6 +243,8 @@ class Daemon:
             self.metrics.loop_lag.set(time.monotonic() - before - TICK_S)
             for host in self._table.hosts:
                 host.count()
+            if self._page is not None:
+                self._page.collect()
             await self._show_health()
             if self._stamps() != self._secrets:
                 self.reload()
@@ -268,7 +277,7 @@ class Daemon:
             return
         host, _, port = self.settings.metrics.rpartition(":")
         try:
-            self._scrapes = MetricsServer(self.metrics.registry)
+            self._scrapes = MetricsServer(self.metrics.registry, self._page)
             bound = await self._scrapes.start(host.strip("[]"), int(port))
         except (OSError, ValueError, OverflowError) as error:
             raise StartError(f"metrics = {self.settings.metrics}: {error}; choose another address, or none") from None

@@ -17,6 +17,7 @@ from moeplan.planner.jobs.job_plan import Candidate, back_to, decide, initial_pl
 from moeplan.planner.jobs.outlook import LayerOutlook
 from moeplan.planner.jobs.window import Report, Window
 from moeplan.solvers.plan.parameters import SolveParameters
+from moeplan.solvers.problem.arrays import Int64
 
 __all__ = ["PlanningJob", "RankTakenError", "SolveTask", "StaleIncarnationError"]
 
@@ -128,6 +129,21 @@ class PlanningJob:
     def connected_ranks(self) -> int:
         """Ranks that a stream reports for."""
         return len(self._holders)
+
+    @property
+    def silent_ranks(self) -> list[int]:
+        """Ranks that no stream reports for."""
+        return [rank for rank in range(self.spec.ranks) if rank not in self._holders]
+
+    @property
+    def in_force(self) -> JobPlan:
+        """The plan that a rank last reported as applied; the layouts that the job began with before any is."""
+        known = self._kept.get(self.applied_version)
+        return initial_plan(self.spec, self.applied_version or 1, self.incarnation) if known is None else known
+
+    def demand_after(self, step: int | None) -> list[tuple[int, Int64]]:
+        """Closed steps after `step`, as far as the window goes back: number and int64[layers, experts], in order."""
+        return self._window.demand_after(step)
 
     @property
     def solving(self) -> bool:

@@ -106,7 +106,126 @@
     document.documentElement.dataset.ready = "yes";
   }
 
+  /* The live page: jobs, and one job as a stream. */
+
+  const state = (words, lost = false) => {
+    text("state", words);
+    document.getElementById("state").className = lost ? "lost" : "";
+  };
+
+  /** Ask for a token; the daemon keeps it, the browser a cookie that scripts cannot read. */
+  function signIn() {
+    const field = make("input", {type: "password", id: "token", autocomplete: "off", required: true, size: 36});
+    const said = make("p", {class: "silent", role: "alert"});
+    main.replaceChildren(make("section", {id: "sign-in", "aria-label": "Sign in"}, make("form", {submit: async (event) => {
+      event.preventDefault();
+      const answer = await fetch("session", {method: "POST", body: field.value});
+      if (answer.ok) location.reload();
+      else said.textContent = await answer.text();
+    }}, make("label", {for: "token"}, "Token of the daemon"), field, make("button", {}, "Sign in")), said));
+    text("title", "Sign in");
+    field.focus();
+    document.documentElement.dataset.ready = "yes";
+  }
+
+  const ranks = (job) => `${job.connected} of ${job.ranks}`;
+
+  async function jobs() {
+    try {
+      const answer = await fetch("jobs");
+      if (answer.status === 401) return signIn();
+      if (!answer.ok) return state(await answer.text(), true);
+      const found = await answer.json();
+      state("");
+      text("title", found.length === 1 ? "1 job" : `${found.length} jobs`);
+      const names = ["job", "ranks", "step", "plan", "promised imbalance", "newest decision"];
+      main.replaceChildren(make("section", {"aria-label": "Jobs"}, found.length ? make("div", {class: "scroll"}, make("table", {id: "jobs-table"},
+        make("thead", {}, make("tr", {}, names.map((name, i) => make("th", {scope: "col", class: i === 5 ? "why" : null}, name)))),
+        make("tbody", {}, found.map((job) => make("tr", {}, make("th", {scope: "row"}, make("a", {href: `#job=${encodeURIComponent(job.id)}`}, job.id)),
+          make("td", {class: job.connected < job.ranks ? "silent" : null}, ranks(job)), make("td", {}, job.step === null ? "-" : `${job.step}`), make("td", {}, `${job.version}`),
+          make("td", {}, job.imbalance === null ? "-" : moeplan.number(job.imbalance, 3)), make("td", {class: "why"}, moeplan.reasons[job.reason] || job.reason)))))) : make("p", {}, "No job has been created at this daemon yet.")));
+      document.documentElement.dataset.ready = "yes";
+    } catch {
+      state("the daemon does not answer; trying again", true);
+    }
+    setTimeout(() => { if (!location.hash.includes("job=")) jobs(); }, 2000);
+  }
+
+  /** What is going on in a job, in a few words each. */
+  function tiles(list, job) {
+    const tile = (name, value, kind) => make("div", {}, make("dt", {}, name), make("dd", {class: kind || null}, value));
+    const more = job.ranks - job.connected - job.silent.length;
+    const age = job.created === null ? "" : `, ${moeplan.time(Math.max(0, (Date.now() - Date.parse(job.created)) / 1000))} old`;
+    list.replaceChildren(
+      tile("newest step", job.step === null ? "none yet" : `${job.step}`),
+      tile("ranks that report", ranks(job), job.connected < job.ranks ? "silent" : "fine"),
+      tile("silent ranks", job.silent.length ? `${job.silent.join(", ")}${more > 0 ? ` and ${more} more` : ""}` : "none", job.silent.length ? "silent" : "fine"),
+      tile("plan", `version ${job.version}${age}`), tile("in force on ranks", job.applied ? `version ${job.applied}` : "first layouts"),
+      tile("newest decision", `${moeplan.reasons[job.reason] || job.reason}${job.detail ? `: ${job.detail}` : ""}`),
+      tile("policy", job.policy), tile("late statistics", moeplan.number(job.late), job.late ? "silent" : null));
+  }
+
+  function watch(id) {
+    let head = null, model = null, queue = Promise.resolve();
+    const list = make("dl", {class: "tiles"}), waiting = make("p", {class: "finding"}, "Waiting for the first step of all layers.");
+    text("title", id);
+    main.replaceChildren(make("section", {id: "now", "aria-label": "What is going on"}, list, waiting));
+    const source = new EventSource(`jobs/${encodeURIComponent(id)}/stream`);
+    const on = (name, act) => source.addEventListener(name, (event) => {
+      const value = JSON.parse(event.data);
+      queue = queue.then(() => act(value)).catch((error) => { state(`${error}`, true); throw error; });
+    });
+    on("head", (value) => {
+      if (head && JSON.stringify(head) !== JSON.stringify(value)) return location.reload(); // another start of the job
+      if (head) return null;
+      head = value;
+      model = new moeplan.Model(head);
+      text("subject", moeplan.subject(head));
+      document.getElementById("foot").append(...head.notes.map((note) => make("p", {}, note)));
+      document.documentElement.dataset.ready = "yes";
+      return null;
+    });
+    on("status", (value) => { state("live"); tiles(list, value); });
+    on("plans", (rows) => {
+      model.plans = rows;
+      if (moeplan.app) moeplan.app.draw();
+    });
+    on("ended", (why) => { state(why, true); source.close(); });
+    on("chunk", async (chunk) => {
+      const kept = moeplan.app && moeplan.app.state.t < model.steps.length ? model.steps[moeplan.app.state.t] : null;
+      await model.append(chunk);
+      model.keep(head.most_steps);
+      if (!moeplan.app) {
+        waiting.remove();
+        moeplan.app = new App(model);
+        return;
+      }
+      const {app} = moeplan;
+      app.state.t = app.state.follow ? model.steps.length - 1 : Math.max(0, model.steps.indexOf(kept));
+      app.draw();
+    });
+    source.onerror = async () => {
+      state("the daemon does not answer; trying again", true);
+      if (source.readyState !== EventSource.CLOSED) return; // the browser tries again by itself
+      try {
+        const answer = await fetch("jobs");
+        if (answer.status === 401) return signIn();
+        if (answer.ok && !(await answer.json()).some((job) => job.id === id)) return state("no such job at this daemon", true);
+      } catch { /* no answer: go on trying */ }
+      setTimeout(() => location.reload(), 2000);
+    };
+  }
+
+  moeplan.live = function () {
+    const chosen = () => new URLSearchParams(location.hash.slice(1)).get("job");
+    const id = chosen();
+    addEventListener("hashchange", () => { if (chosen() !== id) location.reload(); });
+    document.getElementById("home").setAttribute("href", "#");
+    if (id) watch(id);
+    else jobs();
+  };
+
   const embedded = document.getElementById("document");
   if (embedded) report(JSON.parse(embedded.textContent));
-  else if (moeplan.live) moeplan.live();
+  else moeplan.live();
 })();
