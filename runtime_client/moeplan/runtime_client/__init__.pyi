@@ -14,6 +14,7 @@ from .models.checkpoint import TrainingState
 from .models.gradients import ExpertGradients, expert_parameters
 from .models.replacing import replace_experts
 from .planning.planner_stream import StreamStatus
+from .planning.scalars import step_scalars
 from .planning.session import PlannerSession
 from .recording.probes import PROBES, Form, Probe
 from .recording.recorder import Recorder, record
@@ -51,4 +52,5 @@ __all__ = [
     "measure_transfer",
     "record",
     "replace_experts",
+    "step_scalars",
 ]

@@ -18,6 +18,7 @@ from moeplan.planner.jobs.job_plan import initial_plan
 from moeplan.planner.jobs.loads import LoadsTask
 from moeplan.planner.pages.document import Seconds, StrategySteps, chunk, plan_row
 from moeplan.solvers.problem.arrays import Int64
+from moeplan.solvers.problem.problem import ExpertSpec
 from moeplan.solvers.problem.split_rules import SplitRule
 
 __all__ = ["MOST_STEPS", "JobHistory"]
@@ -75,6 +76,11 @@ class JobHistory:
             self.version += 1
 
     @property
+    def _costs_known(self) -> bool:
+        """Whether the job says what a token costs: the default, a second, stands for any unit."""
+        return self.spec.expert.seconds_per_token != ExpertSpec().seconds_per_token
+
+    @property
     def rule(self) -> SplitRule:
         """The rule that loads are shown by."""
         return SplitRule.EVEN if self.spec.split_rule is SplitRule.EVEN else SplitRule.OPTIMAL
@@ -83,7 +89,7 @@ class JobHistory:
         """The head of the job's document."""
         spec = self.spec
         notes = [f"Loads are what the {self.rule} split makes of each step's counts."]
-        if spec.expert.seconds_per_token == 0:
+        if not self._costs_known:
             notes.append("The job says no expert's cost, so time lost is a share, without seconds.")
         return {
             "kind": "job",
@@ -154,9 +160,9 @@ class JobHistory:
 
     def _seconds(self, loads: Int64) -> Seconds | None:
         """Time of the experts; what is sent is not known here."""
-        cost = PASSES * self.spec.expert.seconds_per_token
-        if not cost:
+        if not self._costs_known:
             return None
+        cost = PASSES * self.spec.expert.seconds_per_token
         speed = self.spec.cluster.speed
         devices = loads.sum(axis=3)
         most, mean = (devices / speed).max(axis=2), devices.sum(axis=2) / speed.sum()

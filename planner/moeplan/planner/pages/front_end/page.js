@@ -39,14 +39,14 @@
         this.state.follow = false;
       } else this._worst();
       if (given.has("layer")) this.state.l = head.layers.indexOf(Number(given.get("layer")));
+      const loads = this.model.deviceLoads(0, this.state.t, moeplan.layerOf(this));
+      this.state.device = loads.indexOf(Math.max(...loads));
       if (given.has("device")) this.state.device = this._within(Number(given.get("device")), head.devices);
     }
 
     _worst() { // begin where there is something to see: the step that loses most, or the newest one of a job
       const values = this.model.steps.map((_, t) => this.model.imbalance(0, t, -1));
       this.state.t = this.state.follow ? values.length - 1 : values.indexOf(Math.max(...values));
-      const loads = this.model.deviceLoads(0, this.state.t, moeplan.layerOf(this));
-      this.state.device = loads.indexOf(Math.max(...loads));
     }
 
     _within(value, count) { return Math.max(0, Math.min(count - 1, Math.round(value) || 0)); }
