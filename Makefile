@@ -31,6 +31,12 @@ test: $(STAMP)  ## run the tests
 test-all: $(STAMP) docs  ## run the tests, those that take minutes too, and build the documentation
 	@$(BIN)/python -m pytest -m "slow or not slow"
 
+browser:  ## install Chromium from the system's packages (Debian, Ubuntu; as root), for tests of pages and pictures
+	@apt-get update -qq && apt-get install -y -qq chromium fonts-dejavu-core
+
+pictures: $(STAMP)  ## make the screenshots of README and docs; needs Chromium (make browser)
+	@PYTHONPATH=. $(BIN)/python docs/site/pictures.py
+
 docs: $(STAMP)  ## build the documentation site into build/site, without network
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
@@ -68,4 +74,5 @@ tables: $(STAMP)  ## make the tables of the documents from the results of benchm
 bench: $(STAMP)  ## measure layouts against SGLang's planners (downloads their wheel once)
 	@$(BIN)/python benchmarks/layouts.py
 
-.PHONY: help install demo compare test test-all test-gpu docs check proto check-proto fix dist coverage tables bench
+.PHONY: help install demo compare test test-all test-gpu browser pictures docs check proto check-proto fix dist coverage \
+	tables bench

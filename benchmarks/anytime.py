@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+from matplotlib.figure import Figure
 
 from moeplan.planner.commands.terminal import show_table
 from moeplan.planner.traces.trace import Trace
@@ -91,41 +92,23 @@ def quality(way: str, problem: Problem, seconds: float) -> tuple[float | None, f
 
 
 def plot(path: Path, rows: dict[str, dict[str, list[float | None]]]) -> None:
-    """Small multiples, one per instance with a gap: excess over perfect balance, both axes logarithmic, as SVG."""
-    width, height, margin, columns = 260, 170, 44, 3
-    colours = dict(zip(WAYS, ("#1668b8", "#c44e00", "#e0a030", "#7a4fa3", "#5a5a5a"), strict=True))
-    lines = ["<style>text{font:10px sans-serif}</style>"]
-    for i, (name, ways) in enumerate(rows.items()):
-        left, top = (i % columns) * width + margin, (i // columns) * height + 24
-        right, bottom = left + width - margin - 14, top + height - 48
-        lines.append(f'<text x="{left}" y="{top - 6}">{name}</text>')
-        lines.append(f'<path d="M{left} {top}V{bottom}H{right}" fill="none" stroke="#999"/>')
-        for power in range(-5, 1):
-            y = bottom + (power + 5) / 5 * (top - bottom)
-            lines.append(f'<text x="{left - 4}" y="{y + 3:.1f}" text-anchor="end">{10.0**power:g}</text>')
-        for k, seconds in enumerate(SECONDS):
-            x = left + k / (len(SECONDS) - 1) * (right - left)
-            lines.append(f'<text x="{x:.1f}" y="{bottom + 12}" text-anchor="middle">{seconds:g} s</text>')
+    """Small multiples, one per instance with a gap: excess over perfect balance, both axes logarithmic."""
+    columns = 3
+    lines = -(-len(rows) // columns)
+    figure = Figure(figsize=(3.4 * columns, 2.4 * lines + 0.5), layout="constrained")
+    axes = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).flat
+    for axis, (name, ways) in zip(axes, rows.items(), strict=False):
         for way, values in ways.items():
-            points = [
-                (
-                    left + k / (len(SECONDS) - 1) * (right - left),
-                    bottom + (max(-5.0, min(0.0, np.log10(max(v - 1, 1e-5)))) + 5) / 5 * (top - bottom),
-                )
-                for k, v in enumerate(values)
-                if v is not None
-            ]
-            line = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
+            points = [(seconds, max(v - 1, 1e-5)) for seconds, v in zip(SECONDS, values, strict=True) if v is not None]
             # Ours is wide and pale, so that it shows under whatever is as good.
-            stroke = 'stroke-width="6" stroke-opacity="0.4"' if way == "hybrid" else 'stroke-width="1.5"'
-            lines.append(f'<polyline points="{line}" fill="none" stroke="{colours[way]}" {stroke}/>')
-            lines += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2" fill="{colours[way]}"/>' for x, y in points]
-    total = ((len(rows) + columns - 1) // columns) * height + 30
-    for k, way in enumerate(WAYS):
-        lines.append(f'<text x="{margin + 110 * k}" y="{total - 8}" fill="{colours[way]}">{way}</text>')
-    body = "\n".join(lines)
-    size = f'width="{columns * width}" height="{total}"'
-    path.write_text(f'<svg xmlns="http://www.w3.org/2000/svg" {size}><rect {size} fill="white"/>\n{body}\n</svg>\n')
+            style = {"linewidth": 6.0, "alpha": 0.4} if way == "hybrid" else {"linewidth": 1.5, "alpha": 1.0}
+            axis.loglog([x for x, _ in points], [y for _, y in points], marker=".", label=way, **style)
+        axis.set_title(name, fontsize=9)
+        axis.grid(alpha=0.3)
+    figure.supxlabel("deadline, seconds")
+    figure.supylabel("imbalance - 1")
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(WAYS))
+    figure.savefig(path)
 
 
 def main() -> None:

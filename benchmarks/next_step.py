@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from moeplan.planner.pages.line_chart import lines_svg
 from moeplan.planner.studies.policies import Row, Setting, compare
 from moeplan.planner.traces.trace import Trace, Window
 from moeplan.solvers import Cluster, Forecast
@@ -59,9 +59,19 @@ def main() -> None:
     if arguments.out:
         write_result(arguments.out, measured)
     if arguments.plot:
-        arguments.plot.write_text(
-            lines_svg("Moves against imbalance", "slots moved per re-plan, %", "next step, max/mean", lines)
-        )
+        plot(arguments.plot, lines)
+
+
+def plot(path: Path, lines: Sequence[tuple[str, Sequence[tuple[float, float]]]]) -> None:
+    """Moves against imbalance, one line for each trace."""
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axis = figure.subplots()
+    for (name, points), marker in zip(lines, "osD^v*" * len(lines), strict=False):
+        axis.plot(*zip(*points, strict=True), marker=marker, label=name)
+    axis.set(title="Moves against imbalance", xlabel="slots moved per re-plan, %", ylabel="next step, max/mean")
+    axis.grid(alpha=0.3)
+    axis.legend()
+    figure.savefig(path)
 
 
 def rows(

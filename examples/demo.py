@@ -29,6 +29,7 @@ from rich.table import Table
 
 TRAIN = Path(__file__).with_name("train_moe_lm.py")
 PICTURE = Path("moeplan-demo.png")
+PAGE = Path("moeplan-demo.html")
 RANKS, SHIFT, START_S, RUN_S = 2, 20, 180, 600
 WAYS = {
     "static": "static experts",
@@ -60,9 +61,11 @@ def main() -> None:
                     note = f"loss {line['loss']:.3f}  imbalance {line['imbalance']:.2f}"
                     progress.update(task, completed=line["step"] + 1, note=note)
         started.close()
+        view(Path(folder) / "static.npz", PAGE)
     show(runs)
     draw(runs, PICTURE)
     print(f"\n{PICTURE} shows imbalance, loss and time of every step.")
+    print(f"{PAGE.resolve()} shows its routing: open it in a browser.")
 
 
 @contextmanager
@@ -107,6 +110,7 @@ def train(mode: str, steps: int, address: str, folder: Path) -> Iterator[Line]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(RANKS)]
     command += [str(TRAIN), "--mode", mode, "--device", "cpu", "--out", str(out)]
     command += ["--steps", str(steps), "--shift", str(SHIFT)]
+    command += ["--trace", str(folder / f"{mode}.npz")]
     if mode == "planned":
         command += ["--planner", address]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -127,6 +131,13 @@ def train(mode: str, steps: int, address: str, folder: Path) -> Iterator[Line]:
         if process.returncode:
             log.seek(0)
             raise SystemExit(log.read())
+
+
+def view(trace: Path, page: Path) -> None:
+    """Make the page of what static experts were asked for, and what plans would have made of it."""
+    command = [sys.executable, "-m", "moeplan.planner.commands.main", "view", str(trace), "-o", str(page)]
+    with CONSOLE.status("making a page of the routing"):
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, timeout=RUN_S)
 
 
 def show(runs: dict[str, list[Line]]) -> None:

@@ -121,6 +121,7 @@ def main() -> None:
     parser.add_argument("--shift", type=int, default=20, help="steps of one kind of text")
     parser.add_argument("--size", choices=SIZES, default="small")
     parser.add_argument("--experts", type=int, help="experts of a layer, if not the size's own")
+    parser.add_argument("--trace", type=Path, help="file for the routing of all steps, for `moeplan view`")
     enough = torch.cuda.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if enough else "cpu")
     parser.add_argument("--out", type=Path, help="file for the lines; standard output by default")
@@ -145,6 +146,7 @@ def main() -> None:
     session = connect(arguments, size, layers, group) if planned and arguments.planner else None
     recorder = record(model)
     text = batches(size, group.rank, group.size, arguments.shift)
+    routed = []
     lines = arguments.out.open("w") if arguments.out and group.rank == 0 else sys.stdout
     try:
         for step in range(arguments.steps):
@@ -163,6 +165,7 @@ def main() -> None:
             everyone = [torch.empty(counts.shape, dtype=torch.int64) for _ in range(group.size)]
             dist.all_gather(everyone, torch.from_numpy(counts))
             table = torch.stack(everyone, dim=1).numpy()
+            routed.append(table)
             loads = [device_loads(layer, counts) for layer, counts in zip(layers, table, strict=True)]
             mean_loss = loss.detach() / group.size
             dist.all_reduce(mean_loss)
@@ -180,6 +183,8 @@ def main() -> None:
                 session.step(counts[planned])
         if session is not None:
             session.close()
+        if arguments.trace and group.rank == 0:
+            np.savez_compressed(arguments.trace, counts=np.stack(routed))
     except AgreementError as error:
         print(f"rank {group.rank}: {error}", file=sys.stderr)
         sys.exit(1)

@@ -32,7 +32,7 @@ ROOMS = {
         *("problem", "objective", "split", "construct", "plan", "exact", "search"),
         *("policies", "solving", "affinity", "routing", "spill", "homes", "choice"),
     ),
-    "planner": ("errors", "traces", "files", "exports", "jobs", "studies", "daemon", "pages", "commands"),
+    "planner": ("errors", "traces", "files", "exports", "jobs", "studies", "pages", "daemon", "commands"),
     "runtime_client": ("errors", "group", "recording", "device", "layers", "planning", "models", "integrations"),
 }
 """Rooms, and modules beside them, in the order in which they may import: later ones import earlier ones."""

@@ -156,7 +156,7 @@ class Rank:
     ) -> None:
         self._requests: queue.SimpleQueue[planner_pb2.StreamRankRequest | None] = queue.SimpleQueue()
         self.sequence = 0
-        metadata = (("authorization", f"Bearer {token}"),) if token else ()
+        metadata = (("authorization", f"Bearer {token}"),) if token else client._security.metadata
         self.call = client.planner.StreamRank(iter(self._requests.get, None), timeout=WAIT_S, metadata=metadata)
         values: dict[str, Any] = {"job": job, "rank": rank, "session": f"session-{rank}"} | (hello or {})
         if values["job"]:

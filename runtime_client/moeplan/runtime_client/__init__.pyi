@@ -16,6 +16,7 @@ from .models.gradients import ExpertGradients, expert_parameters
 from .models.pretrained import load_pretrained, save_pretrained
 from .models.replacing import replace_experts
 from .planning.planner_stream import StreamStatus
+from .planning.scalars import step_scalars
 from .planning.session import PlannerSession
 from .recording.probes import PROBES, Form, Probe
 from .recording.recorder import Recorder, record
@@ -56,4 +57,5 @@ __all__ = [
     "record",
     "replace_experts",
     "save_pretrained",
+    "step_scalars",
 ]

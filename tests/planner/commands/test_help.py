@@ -27,6 +27,7 @@ COMMANDS = (
         "compare",
         "affinity",
         "replay",
+        "view",
         "serve",
     ),
     *("jobs", "jobs list", "jobs show", "jobs watch", "jobs delete"),
@@ -37,6 +38,7 @@ OWN_PANELS = {
     "compare": {"Known counts, with --known-counts"},
     "replay": {"Model of time"},
     "serve": {"Security"},
+    "view": {"Model of time"},
     "trace generate": {"Routing"},
     "trace import": {"Routing"},
 }

@@ -104,7 +104,10 @@ def test_calls_that_cannot_be_read_point_to_the_help(call: Call, arguments: tupl
     [
         ((*PLAN, "-o", "away/plan.json"), "--output = away/plan.json: there is no folder away; make it first"),
         ((*PLAN, "-o", "."), "--output = .: is a folder; give the name of a file"),
-        ((*REPLAY, "--plot", "away/cost.svg"), "--plot = away/cost.svg: there is no folder away"),
+        ((*REPLAY, "--log", "away/log.jsonl"), "--log = away/log.jsonl: there is no folder away"),
+        (("view", "small.npz", "-o", "away/x.html"), "--output = away/x.html: there is no folder away"),
+        (("view", "small.npz", "--plan", "small.npz"), "small.npz: is not a plan that `moeplan plan` wrote"),
+        (("view", "small.npz", "--plan", "p.json", "--slots", 5), "--slots = 5: is what the plan says; drop it"),
         (("affinity", "small.npz", "--devices", 4, "-o", "away/x.json"), "--output = away/x.json: there is no folder"),
         (("trace", "generate", "away/new.npz"), "TRACE = away/new.npz: there is no folder away"),
         ((*PLAN, "--current", "plan.json"), "--output = plan.json: is --current too; give another file"),

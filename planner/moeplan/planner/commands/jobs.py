@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -98,8 +99,16 @@ def watch(
     ] = 0,
     output: TextOrJson = Format.TABLE,
 ) -> None:
-    """Print every new plan of a job as it is made."""
+    """Show a job on a terminal: ranks, step, plan, last decision, imbalance plan by plan; piped, print new plans.
+
+    On a terminal it goes on where the daemon is away for a while.
+    """
     name = resource(job)
+    if output is Format.TABLE and sys.stdout.isatty():
+        from moeplan.planner.commands.job_screen import follow
+
+        follow(client, name, count)
+        return
     for number, plan in enumerate(client.watch_plans(name), 1):
         if output is Format.JSON:
             typer.echo(json.dumps(_plan_summary(name, plan)))

@@ -20,6 +20,7 @@ from moeplan.planner.commands import (
     replay,
     serve,
     trace,
+    view,
 )
 from moeplan.planner.commands.explained import EXIT_FAILED
 
@@ -51,7 +52,7 @@ def _program(
     """
 
 
-for command in (trace, plan, export, evaluate, policies, compare, affinity, replay, serve, jobs, admin):
+for command in (trace, plan, export, evaluate, policies, compare, affinity, replay, view, serve, jobs, admin):
     command.register(app)
 
 

@@ -31,18 +31,13 @@ from moeplan.planner.commands.options import (
     solve_parameters,
     writable,
 )
-from moeplan.solvers.problem.errors import ProblemError
+from moeplan.planner.commands.time_model import Hidden, InterGbps, Intermediate, IntraGbps, Tflops, TimeModel
 from moeplan.solvers.problem.forecast_spec import ForecastMethod
 
 __all__ = ["register"]
 
 QUICK = 2_000
 """Candidates per plan: a replay makes many."""
-
-BYTES_PER_VALUE = 2
-MODEL = "Model of time"
-MATRICES = 3
-"""Of a gated expert: gate, up and down projection, each hidden x intermediate."""
 
 
 def register(app: typer.Typer) -> None:
@@ -55,17 +50,11 @@ def replay(
     devices: Devices,
     slots: Slots,
     nodes: Nodes = 1,
-    hidden: Annotated[int, typer.Option(help="Width of a token's vector (bf16).", rich_help_panel=MODEL)] = 7168,
-    intermediate: Annotated[int, typer.Option(help="Width of an expert (gated, bf16).", rich_help_panel=MODEL)] = 2048,
-    tflops: Annotated[
-        float, typer.Option(help="What a device sustains on experts, in TFLOP/s.", rich_help_panel=MODEL)
-    ] = 400.0,
-    intra_gbps: Annotated[
-        float, typer.Option(help="Gigabytes per second inside a node, each way.", rich_help_panel=MODEL)
-    ] = 400.0,
-    inter_gbps: Annotated[
-        float, typer.Option(help="Gigabytes per second between nodes, per device.", rich_help_panel=MODEL)
-    ] = 50.0,
+    hidden: Hidden = 7168,
+    intermediate: Intermediate = 2048,
+    tflops: Tflops = 400.0,
+    intra_gbps: IntraGbps = 400.0,
+    inter_gbps: InterGbps = 50.0,
     window: WindowSteps = 10,
     every: Annotated[
         int,
@@ -88,9 +77,6 @@ def replay(
     max_moves: MaxMoves = None,
     work_limit: Work = QUICK,
     seed: Seed = 0,
-    plot: Annotated[
-        Path | None, typer.Option(help="SVG file to draw the cumulative time in.", rich_help_panel=OUTPUT)
-    ] = None,
     log: Annotated[
         Path | None,
         typer.Option(help="File for every decision and why, one JSON object a line.", rich_help_panel=OUTPUT),
@@ -107,37 +93,26 @@ def replay(
     from moeplan.api.jobs import Forecast, JobSpec
     from moeplan.planner.commands.tables import show_replay
     from moeplan.planner.commands.terminal import compiling, progress
-    from moeplan.planner.pages.replay_chart import chart
     from moeplan.planner.studies.replay import replay as run
     from moeplan.planner.studies.replay import usual_strategies
     from moeplan.planner.studies.replay_summary import decision_lines, summary
     from moeplan.planner.studies.warming import load_kernels
     from moeplan.planner.traces.trace import Trace
-    from moeplan.solvers import Cluster, ExpertSpec, Layout, Link
+    from moeplan.solvers import Layout
 
-    for name, path in (("--plot", plot), ("--log", log)):
-        if path is not None:
-            writable(name, path)
+    if log is not None:
+        writable("--log", log)
     opened = Trace.open(trace)
     chosen = layer_numbers(layers, opened.layers)
-    weights = MATRICES * positive("--hidden", hidden) * positive("--intermediate", intermediate)
-    for name, value in (("--tflops", tflops), ("--intra-gbps", intra_gbps), ("--inter-gbps", inter_gbps)):
-        if not 0 < value < float("inf"):
-            raise ProblemError(name, value, "must be finite and above 0")
-    cluster = Cluster.uniform(
-        devices, slots, nodes=nodes, intra_node=Link(intra_gbps * 1e9), inter_node=Link(inter_gbps * 1e9)
-    )
+    model = TimeModel(hidden, intermediate, tflops, intra_gbps, inter_gbps)
+    cluster = model.cluster(devices, slots, nodes)
     spec = JobSpec(
         cluster,
         layers=len(chosen),
         experts=opened.experts,
         ranks=opened.sources,
         initial=(Layout.contiguous(opened.experts, cluster.slots),) * len(chosen),
-        expert=ExpertSpec(
-            weight_bytes=weights * BYTES_PER_VALUE,
-            token_bytes=hidden * BYTES_PER_VALUE,
-            seconds_per_token=2 * weights / (tflops * 1e12),
-        ),
+        expert=model.expert,
         parameters=solve_parameters(None, work_limit, seed),
         forecast=Forecast(forecast, window_steps=positive("--window", window)),
         split_rule=split_rule,
@@ -156,8 +131,6 @@ def replay(
         outcomes = run((step[chosen] for step in opened.read()), strategies, advance)
     if log is not None:
         log.write_text("".join(json.dumps(decision) + "\n" for decision in decision_lines(outcomes)))
-    if plot is not None:
-        plot.write_text(chart(trace.name, outcomes))
     if output is Format.JSON:
         print_json({"strategies": [summary(outcome, spec.expert.weight_bytes) for outcome in outcomes]})
         return

@@ -39,6 +39,9 @@ def serve(
         str | None,
         typer.Option(help="host:port of Prometheus metrics.", show_default="127.0.0.1:7434", rich_help_panel=DAEMON),
     ] = None,
+    no_page: Annotated[
+        bool, typer.Option("--no-page", help="No live page where metrics are.", rich_help_panel=DAEMON)
+    ] = False,
     store: Annotated[
         str | None,
         typer.Option(
@@ -107,6 +110,7 @@ def serve(
         "listen": listen,
         "advertise": advertise,
         "metrics": metrics,
+        "page": False if no_page else None,
         "store": store,
         "data": data,
         "workers": workers,

@@ -29,6 +29,7 @@ from moeplan.planner.daemon.budgets import Budgets
 from moeplan.planner.daemon.certificates import Certificates
 from moeplan.planner.daemon.interceptor import Gate
 from moeplan.planner.daemon.job_table import JobTable
+from moeplan.planner.daemon.live_page import LivePage
 from moeplan.planner.daemon.metrics import Metrics
 from moeplan.planner.daemon.metrics_server import MetricsServer
 from moeplan.planner.daemon.notify import notify
@@ -85,6 +86,7 @@ class Daemon:
         self._planner: PlannerService
         self._health = health.HealthServicer()
         self._scrapes: MetricsServer | None = None
+        self._page: LivePage | None = None
         self._ready: dict[str, bool] = {}
         self._worker_seen_s = -NO_WORKER_S
         self._tenants: Tenants
@@ -129,6 +131,11 @@ class Daemon:
             self.workers.start()
             self._table = JobTable(settings, self._store, self.workers, self.metrics, address)
             await self._table.start()
+            security = settings.security
+            if settings.page and settings.metrics and (security.tokens is not None or security.client_ca is None):
+                self._page = LivePage(
+                    self._table, self.workers, self._tenants.sees_every_job, lambda: self._tenants.asks
+                )
             self._planner = PlannerService(self._table, self._store, self.metrics, limits, address)
             await self._serve()
         except BaseException:
@@ -223,6 +230,7 @@ class Daemon:
             version=metadata.version("moeplan"),
             address=self.address,
             metrics=self.metrics_address,
+            page=self._page is not None,
             store=self._store.shown,
             jobs=len(self._table.hosts),
             workers=self.settings.workers,
@@ -246,6 +254,8 @@ class Daemon:
             for host in self._table.hosts:
                 host.count()
             self.metrics.stalled.set(sum(host.stalled for host in self._table.hosts))
+            if self._page is not None:
+                self._page.collect()
             await self._show_health()
             if self._stamps() != self._secrets:
                 self.reload()
@@ -279,7 +289,7 @@ class Daemon:
             return
         host, _, port = self.settings.metrics.rpartition(":")
         try:
-            self._scrapes = MetricsServer(self.metrics.registry)
+            self._scrapes = MetricsServer(self.metrics.registry, self._page)
             bound = await self._scrapes.start(host.strip("[]"), int(port))
         except (OSError, ValueError, OverflowError) as error:
             raise StartError(f"metrics = {self.settings.metrics}: {error}; choose another address, or none") from None

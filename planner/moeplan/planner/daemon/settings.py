@@ -117,6 +117,7 @@ class Settings(BaseSettings):
     listen: str = Field("127.0.0.1:7433", description="address: host:port (port 0 takes a free one) or unix:path")
     advertise: str = Field("", description="address by which others reach this daemon; `listen` if empty")
     metrics: str = Field("127.0.0.1:7434", description="address of Prometheus metrics over HTTP; empty for none")
+    page: bool = Field(True, description="answer the live page where metrics are, to browsers on this machine")
     store: str = Field("", description="SQLAlchemy URL, for instance postgresql://host/moeplan; SQLite if empty")
     data: Path = Field(default_factory=default_data_folder, description="folder of the embedded store")
     workers: int = Field(

@@ -18,6 +18,7 @@ from moeplan.planner.jobs.job_plan import Candidate, back_to, decide, initial_pl
 from moeplan.planner.jobs.outlook import LayerOutlook
 from moeplan.planner.jobs.window import Report, Window
 from moeplan.solvers.plan.parameters import SolveParameters
+from moeplan.solvers.problem.arrays import Int64
 
 __all__ = ["PlanningJob", "RankTakenError", "SolveTask", "StaleIncarnationError"]
 
@@ -148,6 +149,16 @@ class PlanningJob:
     def late_ranks(self) -> list[int]:
         """Connected ranks that lag behind the newest closed step, the first `SHOWN_RANKS`."""
         return list(islice((rank for rank in self._window.late_ranks() if rank in self._holders), SHOWN_RANKS))
+
+    @property
+    def in_force(self) -> JobPlan:
+        """The plan that a rank last reported as applied; the layouts that the job began with before any is."""
+        known = self._kept.get(self.applied_version)
+        return initial_plan(self.spec, self.applied_version or 1, self.incarnation) if known is None else known
+
+    def demand_after(self, step: int | None) -> list[tuple[int, Int64]]:
+        """Closed steps after `step`, as far as the window goes back: number and int64[layers, experts], in order."""
+        return self._window.demand_after(step)
 
     @property
     def solving(self) -> bool:

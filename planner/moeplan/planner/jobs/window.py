@@ -158,6 +158,18 @@ class Window:
         """int64[sources, experts] of each step in the window of a layer, oldest first; never written to again."""
         return tuple(tokens for _, tokens in self._steps[layer])
 
+    def demand_after(self, step: int | None) -> list[tuple[int, Int64]]:
+        """Closed steps after `step` that all layers' windows hold: number and int64[layers, experts], in order."""
+        if step == self.closed_step:
+            return []
+        held = [dict(steps) for steps in self._steps]
+        numbers = sorted(set[int]().union(*held[:1]).intersection(*held[1:]))
+        return [
+            (number, np.stack([steps[number].sum(axis=0) for steps in held]))
+            for number in numbers
+            if step is None or number > step
+        ]
+
     def _near(self, report: Report) -> bool:
         """True if a report is near the window, which moves first if enough others were as far."""
         if self._frontier < 0:

@@ -11,15 +11,17 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import numpy as np
 
-from moeplan.api.job_plans import Decision
+from moeplan.api.job_plans import Decision, JobPlan
 from moeplan.api.jobs import ForecastMethod, JobSpec, Payback, Replan
 from moeplan.planner.jobs.job import PlanningJob
 from moeplan.planner.jobs.job_plan import move_time_s
 from moeplan.planner.jobs.solve import LayersTask, plan_layers
 from moeplan.planner.jobs.window import Report
+from moeplan.solvers.plan.plan import Plan
 from moeplan.solvers.problem.arrays import Int64
 from moeplan.solvers.problem.demand import Demand
 from moeplan.solvers.solving.solver import evaluate
@@ -97,12 +99,14 @@ class Outcome:
         name: Name of the strategy.
         steps: One per step of the trace.
         decisions: Every decision to move or to stay, with its numbers.
+        plans: The layouts that it began with, and every plan taken.
         moved_replicas: Replicas sent, over all steps and layers.
     """
 
     name: str
     steps: list[StepCost] = field(default_factory=list)
     decisions: list[Decision] = field(default_factory=list)
+    plans: list[JobPlan] = field(default_factory=list)
     moved_replicas: int = 0
 
     @property
@@ -116,8 +120,15 @@ class Outcome:
         return sum(decision.changed_layers > 0 for decision in self.decisions)
 
 
+Judged = Callable[[int, int, int, Plan], None]
+"""Hears, of every strategy (its index), step and layer, the layout in force with the step's own counts."""
+
+
 def replay(
-    steps: Iterable[Int64], strategies: Sequence[Strategy], on_step: Callable[[], None] = lambda: None
+    steps: Iterable[Int64],
+    strategies: Sequence[Strategy],
+    on_step: Callable[[], None] = lambda: None,
+    on_judged: Judged = lambda strategy, step, layer, judged: None,
 ) -> list[Outcome]:
     """Run a trace through several strategies side by side.
 
@@ -125,11 +136,12 @@ def replay(
         steps: int64[layers, sources, experts] of each step, in order; sources are the jobs' ranks.
         strategies: What to run; all for jobs of the trace's size.
         on_step: Called after every step of every strategy, for progress.
+        on_judged: Called with what became of every layer in every step.
 
     Returns:
         One outcome per strategy, in order.
     """
-    runs = [_Run(strategy) for strategy in strategies]
+    runs = [_Run(strategy, partial(on_judged, index)) for index, strategy in enumerate(strategies)]
     for number, tokens in enumerate(steps):
         for run in runs:
             run.step(number, tokens)
@@ -138,19 +150,20 @@ def replay(
 
 
 class _Run:
-    def __init__(self, strategy: Strategy) -> None:
+    def __init__(self, strategy: Strategy, on_judged: Callable[[int, int, Plan], None]) -> None:
         self.strategy = strategy
         self.job = PlanningJob.begin(strategy.spec, incarnation=1)
-        self.outcome = Outcome(strategy.name)
+        self.outcome = Outcome(strategy.name, plans=[self.job.plan])
+        self.on_judged = on_judged
         self.pending_moves_s = 0.0
 
     def step(self, number: int, tokens: Int64) -> None:
-        self.outcome.steps.append(self._cost(tokens))
+        self.outcome.steps.append(self._cost(number, tokens))
         self.pending_moves_s = 0.0
         if self.strategy.plans:
             self._plan(number, tokens)
 
-    def _cost(self, tokens: Int64) -> StepCost:
+    def _cost(self, number: int, tokens: Int64) -> StepCost:
         compute_s = traffic_s = imbalance = 0.0
         for layer, counts in zip(self.job.plan.layers, tokens, strict=True):
             problem = replace(self.strategy.spec.problem(Demand.of(counts), layer.layout), max_moves=None)
@@ -158,6 +171,7 @@ class _Run:
             compute_s += float(judged.cost.compute_s[0])
             traffic_s += float(judged.cost.communication_s[0])
             imbalance += judged.mean_imbalance / len(tokens)
+            self.on_judged(number, layer.layer, judged)
         return StepCost(compute_s, traffic_s, self.pending_moves_s, imbalance)
 
     def _plan(self, number: int, tokens: Int64) -> None:
@@ -173,6 +187,7 @@ class _Run:
         plan = job.solved(task, candidates, solve_s=0.0)
         if plan is not None:
             job.commit(plan)
+            self.outcome.plans.append(plan)
             for old, new in zip(before.layers, plan.layers, strict=True):
                 seconds, moved = move_time_s(spec.cluster, spec.moved_bytes, old.layout, new.layout)
                 self.pending_moves_s += seconds

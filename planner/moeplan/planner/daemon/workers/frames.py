@@ -26,6 +26,8 @@ class Kind(IntEnum):
     """An EvaluateRequest."""
     LAYERS = 4
     """A pickled `jobs.solve.LayersTask`."""
+    LOADS = 8
+    """A pickled `jobs.loads.LoadsTask`."""
     PART = 5
     """An answer that more follow."""
     DONE = 6

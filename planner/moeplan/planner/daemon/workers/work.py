@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from moeplan.api import wire
 from moeplan.planner.daemon.workers.frames import Kind
 from moeplan.planner.daemon.workers.tasks import Limited
+from moeplan.planner.jobs.loads import slot_loads
 from moeplan.planner.jobs.solve import plan_layers, until
 from moeplan.solvers import Plan, ProblemError, available_policies, evaluate, solve_anytime, solve_layers
 from moeplan.solvers.problem.split_rules import split_rule
@@ -27,6 +28,9 @@ def do(kind: Kind, payload: bytes) -> Iterator[tuple[Kind, bytes]]:
     """
     if kind is Kind.LAYERS:
         yield Kind.DONE, pickle.dumps(plan_layers(pickle.loads(payload)), protocol=5)
+        return
+    if kind is Kind.LOADS:
+        yield Kind.DONE, pickle.dumps(slot_loads(pickle.loads(payload)), protocol=5)
         return
     limited: Limited = pickle.loads(payload)
     match kind:
