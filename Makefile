@@ -32,6 +32,11 @@ test-all: $(STAMP) docs  ## run the tests, those that take minutes too, and buil
 docs: $(STAMP)  ## build the documentation site into build/site, without network
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
+FRAMEWORKS ?= $(CURDIR)/build/frameworks
+
+frameworks:  ## make environments of torchtitan and Megatron-core for their tests, in FRAMEWORKS
+	@tests/runtime_client/integrations/environments.sh $(FRAMEWORKS) $(PYTHON)
+
 # Not in .venv, whose torch has no CUDA: torch >= 2.11 for CUDA, Triton, numba and lazy-loader must be there.
 test-gpu:  ## check passes without the host on two GPUs of one host
 	@PYTHONPATH=solvers:proto:runtime_client:$$PYTHONPATH $(PYTHON) -m torch.distributed.run --nproc-per-node 2 \
@@ -55,4 +60,4 @@ fix: $(STAMP)  ## format, and mend what the linter can
 bench: $(STAMP)  ## measure layouts against SGLang's planners (downloads their wheel once)
 	@$(BIN)/python benchmarks/layouts.py
 
-.PHONY: help install demo compare test test-all test-gpu docs check proto check-proto fix bench
+.PHONY: help install demo compare test test-all test-gpu frameworks docs check proto check-proto fix bench

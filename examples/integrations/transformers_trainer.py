@@ -23,8 +23,8 @@ import torch.distributed as dist
 warnings.filterwarnings("ignore")  # of libraries that transformers imports
 os.environ.setdefault("ACCELERATE_USE_CPU", "true")
 
-from transformers import AutoModelForCausalLM, MixtralConfig, Trainer, TrainerCallback, TrainingArguments  # noqa: E402
-from transformers.distributed import DistributedConfig  # noqa: E402
+from transformers import AutoModelForCausalLM, MixtralConfig, Trainer, TrainerCallback, TrainingArguments
+from transformers.distributed import DistributedConfig
 
 STEPS, WORDS, LENGTH = 20, 64, 32
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from tests.support.repository import ROOT
 
-FOLDER = "MOEPLAN_FRAMEWORKS"
+FOLDER = "FRAMEWORK_ENVIRONMENTS"
 """Environment variable: the folder of environments that `make frameworks` makes."""
 
 EXAMPLES = ROOT / "examples/integrations"

@@ -64,6 +64,11 @@ class FrameworkExperts(ResidentExperts):
             layout = self.source.fingerprint
         return super()._gather_counts(index, weight, layout)
 
+    @property
+    def _compares(self) -> bool:
+        """Never: how a framework initialises and reduces its weights is its own."""
+        return False
+
     def _require_own_gradients(self, weights: nn.Parameter) -> None:
         """The framework reduces gradients."""
 
