@@ -40,6 +40,11 @@ pictures: $(STAMP)  ## make the screenshots of README and docs; needs Chromium (
 docs: $(STAMP)  ## build the documentation site into build/site, without network
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
+FRAMEWORKS ?= $(CURDIR)/build/frameworks
+
+frameworks:  ## make environments of torchtitan and Megatron-core for their tests, in FRAMEWORKS
+	@tests/runtime_client/integrations/environments.sh $(FRAMEWORKS) $(PYTHON)
+
 # Not in .venv, whose torch has no CUDA: torch >= 2.11 for CUDA, Triton, numba and lazy-loader must be there.
 test-gpu:  ## check passes without the host on two GPUs of one host
 	@PYTHONPATH=solvers:proto:runtime_client:$$PYTHONPATH $(PYTHON) -m torch.distributed.run --nproc-per-node 2 \
@@ -74,5 +79,5 @@ tables: $(STAMP)  ## make the tables of the documents from the results of benchm
 bench: $(STAMP)  ## measure layouts against SGLang's planners (downloads their wheel once)
 	@$(BIN)/python benchmarks/layouts.py
 
-.PHONY: help install demo compare test test-all test-gpu browser pictures docs check proto check-proto fix dist coverage \
+.PHONY: help install demo compare test test-all test-gpu browser pictures frameworks docs check proto check-proto fix dist coverage \
 	tables bench

@@ -104,13 +104,26 @@ class ExpertGroup:
             The group, or None on a rank outside of it.
         """
         members = list(range(dist.get_world_size())) if ranks is None else list(ranks)
-        # Gloo cannot give up a collective before its own limit, so a process could not end sooner. NCCL's watchdog ends
-        # the process, without a word of layers, so it must be later.
-        limit = 2 * timeout if dist.get_backend() == "gloo" else 2 * max(timeout, timedelta(minutes=5))
-        tokens = dist.new_group(members, timeout=limit)
-        weights = dist.new_group(members, timeout=limit)
+        tokens = dist.new_group(members, timeout=_limit(timeout))
+        weights = dist.new_group(members, timeout=_limit(timeout))
         if dist.get_rank() not in members:
             return None
+        return cls(members.index(dist.get_rank()), len(members), tokens, weights, timeout=timeout)
+
+    @classmethod
+    def within(cls, process_group: dist.ProcessGroup, *, timeout: timedelta = timedelta(seconds=30)) -> ExpertGroup:
+        """Make process groups of the ranks of another one, as of a framework's expert parallelism.
+
+        Args:
+            process_group: The ranks; only they call it, in the same order where it is called for several groups.
+            timeout: As in `create`.
+        """
+        members = dist.get_process_group_ranks(process_group)
+        if len(members) == 1:
+            return cls(timeout=timeout)
+        tokens, weights = (
+            dist.new_group(members, timeout=_limit(timeout), use_local_synchronization=True) for _ in range(2)
+        )
         return cls(members.index(dist.get_rank()), len(members), tokens, weights, timeout=timeout)
 
     @property
@@ -215,6 +228,15 @@ class ExpertGroup:
         received = rows.new_empty(sum(receive), *rows.shape[1:]) if into is None else into
         work = dist.all_to_all_single(received, rows, list(receive), list(send), group=process_group, async_op=True)
         return Transfer(rows, received, work)
+
+
+def _limit(timeout: timedelta) -> timedelta:
+    """Of the collectives of a group.
+
+    Gloo cannot give up a collective before its own limit, so a process could not end sooner. NCCL's watchdog ends the
+    process, without a word of layers, so it must be later.
+    """
+    return 2 * timeout if dist.get_backend() == "gloo" else 2 * max(timeout, timedelta(minutes=5))
 
 
 class _Awaited:

@@ -1,1 +1,1 @@
-"""One file per framework or engine: moeplan where people already are."""
+"""Adapters: one file per framework or engine that others already use, and what the adapters share."""

@@ -46,6 +46,11 @@ class Division:
         """The split of counts, int64[ranks, experts], as of one scenario."""
         return divide(self._fabric, layout, counts[np.newaxis], self.rule)
 
+    def sent(self, layout: Layout, counts: Int64) -> Int64:
+        """int64[ranks, replicas]: tokens from each rank to each replica, in the order of ``layout.hosts``."""
+        (sent,) = route(self._fabric, layout, counts[np.newaxis], self.divide(layout, counts))
+        return sent
+
     def of_rank(self, layout: Layout, counts: Int64, rank: int) -> tuple[Int64, Int64]:
         """A rank's part of counts, int64[ranks, experts].
 
@@ -53,7 +58,7 @@ class Division:
             (send, receive): int64[devices, width] tokens from `rank` to each slot, and int64[devices, width] tokens
             from each source to the slots of `rank`.
         """
-        (sent,) = route(self._fabric, layout, counts[np.newaxis], self.divide(layout, counts))
+        sent = self.sent(layout, counts)
         return _of_rank(sent, layout.hosts.device, layout.hosts.slot, layout.slots.shape[1], rank)
 
 

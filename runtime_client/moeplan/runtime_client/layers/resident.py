@@ -149,7 +149,7 @@ class ResidentExperts(ExpertLayer):
         lending = _Lending(self, loan, dtype) if loan.total else None
         home: Tensor = self.flat
         if lending is not None:
-            lending.start("weights.forward")
+            lending.start(self.flat, "weights.forward")
             home = _Land.apply(home, lending)  # type: ignore[no-untyped-call]
         route = find_route(loan.slots, loan.sent, loan.received, index)
         owned, width = len(self.homes.owned), self.homes.slots.shape[1]
@@ -166,11 +166,11 @@ class ResidentExperts(ExpertLayer):
             self.buffer.wait()
             spilled = feed_forward(self.shape, lent, arrived[1], away)
             if spilled.requires_grad:
-                spilled = _Repeat.apply(spilled, lent, lending)  # type: ignore[no-untyped-call]
+                spilled = _Repeat.apply(spilled, lent, self.flat.detach(), lending)  # type: ignore[no-untyped-call]
             results.append(spilled)
         output = combine(group, route, results, weight, self.traffic)
         if lending is not None and output.requires_grad:
-            output = _Announce.apply(output, lent, lending)  # type: ignore[no-untyped-call]
+            output = _Announce.apply(output, lent, self.flat.detach(), lending)  # type: ignore[no-untyped-call]
         return output
 
 
@@ -184,14 +184,14 @@ class _Lending:
         self.returning: Transfer | None = None
         self.into = layer.buffer.view(loan.borrowed, layer.flat, dtype)
 
-    def start(self, purpose: str) -> None:
+    def start(self, flat: Tensor, purpose: str) -> None:
         layer = self.layer
-        layer.buffer.lend(self.loan, layer.flat, self.into, layer.group, layer.traffic, purpose, contents=self.contents)
+        layer.buffer.lend(self.loan, flat, self.into, layer.group, layer.traffic, purpose, contents=self.contents)
 
-    def repeat(self) -> None:
+    def repeat(self, flat: Tensor) -> None:
         """Start the transfer again, unless no other loan has been in the buffer since."""
         if self.layer.buffer.contents is not self.contents:
-            self.start("weights.backward")
+            self.start(flat, "weights.backward")
 
 
 class _Land(torch.autograd.Function):
@@ -246,33 +246,33 @@ class _Repeat(torch.autograd.Function):
     """Identity on the results of transient replicas; before their backward, it has their weights in the buffer."""
 
     @staticmethod
-    def forward(ctx: Any, results: Tensor, lent: Tensor, lending: _Lending) -> Tensor:
+    def forward(ctx: Any, results: Tensor, lent: Tensor, flat: Tensor, lending: _Lending) -> Tensor:
         ctx.lending = lending
-        ctx.save_for_backward(lent)  # as in _Announce
+        ctx.save_for_backward(lent, flat)  # as in _Announce
         return results.view_as(results)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        _ = ctx.saved_tensors
-        ctx.lending.repeat()
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        _, flat = ctx.saved_tensors
+        ctx.lending.repeat(flat)
         ctx.lending.layer.buffer.wait()
-        return gradient, None, None
+        return gradient, None, None, None
 
 
 class _Announce(torch.autograd.Function):
     """Identity on the output of the layer; its backward repeats the loan beside the gradients of the tokens."""
 
     @staticmethod
-    def forward(ctx: Any, output: Tensor, lent: Tensor, lending: _Lending) -> Tensor:
+    def forward(ctx: Any, output: Tensor, lent: Tensor, flat: Tensor, lending: _Lending) -> Tensor:
         ctx.lending = lending
         # Saved so that a checkpoint recomputes the pass before the loan is repeated: both use the buffer.
-        ctx.save_for_backward(lent)
+        ctx.save_for_backward(lent, flat)
         return output.view_as(output)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        _ = ctx.saved_tensors
-        ctx.lending.repeat()
-        return gradient, None, None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        _, flat = ctx.saved_tensors
+        ctx.lending.repeat(flat)
+        return gradient, None, None, None

@@ -61,6 +61,7 @@ class StreamStatus:
         connections: Times that it was welcomed.
         sent: Statistics messages sent.
         dropped: Statistics that no planner was there for in time.
+        newest: Version of the newest plan that has come; 0 before the first.
         refused: Plans that did not validate.
         error: Why the line was last lost, or a plan refused; empty if neither has happened.
     """
@@ -69,6 +70,7 @@ class StreamStatus:
     connections: int = 0
     sent: int = 0
     dropped: int = 0
+    newest: int = 0
     refused: int = 0
     error: str = ""
 
@@ -316,6 +318,7 @@ class PlannerStream:
             self._held[held.version] = self._newest = held
             for old in sorted(self._held)[:-HELD]:
                 del self._held[old]
+        self._note(newest=held.version)
 
     def _complete(self, message: job_pb2.JobPlan) -> tuple[LayoutAndRule, ...]:
         """The plan's layouts of all layers; raises ValueError where the job cannot have one."""

@@ -207,6 +207,11 @@ class PlannerSession:
             if self._stream is not None:
                 self._stream.close()
 
+    def abandon(self) -> None:
+        """Leave without the other ranks, who may not come any more; what has not been sent within a second is lost."""
+        if self._stream is not None:
+            self._stream.close(1.0)
+
     def __enter__(self) -> Self:
         return self
 
@@ -215,8 +220,8 @@ class PlannerSession:
     ) -> None:
         if kind is None:
             self.close()
-        elif self._stream is not None:  # other ranks may not come any more
-            self._stream.close(1.0)
+        else:
+            self.abandon()
 
 
 def _side_group(ranks: Sequence[int] | None, timeout: timedelta) -> tuple[dist.ProcessGroup | None, int, int]:

@@ -1,0 +1,48 @@
+"""Environments of frameworks whose torch is not ours, and their trainers as users start them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.support.repository import ROOT
+
+FOLDER = "FRAMEWORK_ENVIRONMENTS"
+"""Environment variable: the folder of environments that `make frameworks` makes."""
+
+EXAMPLES = ROOT / "examples/integrations"
+LIMIT_S = 280
+
+
+def python_of(framework: str) -> str:
+    """The interpreter that has a framework; the test is skipped where there is none."""
+    folder = os.environ.get(FOLDER)
+    python = Path(folder or ".") / framework / "bin/python"
+    if folder is None or not python.exists():
+        pytest.skip(f"{framework}: no environment; run `make frameworks` and set {FOLDER} to the folder")
+    return str(python)
+
+
+def train(example: str, *arguments: str, python: str = sys.executable, ranks: int = 2) -> dict[str, Any]:
+    """What an example prints as JSON on one of its ranks."""
+    command = [python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    roots = [str(ROOT / root) for root in ("planner", "solvers", "proto", "runtime_client")]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(roots), "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(
+        [*command, str(EXAMPLES / example), *arguments],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_S,
+        check=False,
+    )
+    answers = [line[line.index('{"mode"') :] for line in run.stdout.splitlines() if '{"mode"' in line]
+    assert run.returncode == 0, run.stderr[-5000:]
+    assert len(answers) == 1, run.stdout[-5000:]
+    answer: dict[str, Any] = json.loads(answers[0])
+    return answer
