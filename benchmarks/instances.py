@@ -61,7 +61,7 @@ def main() -> None:
         best = [min(values) for values in by_instance(rows, rule).values()]
         print(f"{rule} split, mean of the best planner of each instance: {np.mean(best):.4f}")
     if arguments.out:
-        write_result(arguments.out, rows + [{"planner": name, "missing": why} for name, why in missing.items()])
+        write_result(arguments.out, [*grouped(rows), {"missing": missing}])
 
 
 def tokens_of(experts: int, kind: str, seed: int) -> Int64:
@@ -122,6 +122,19 @@ def by_instance(rows: list[dict[str, Any]], rule: str) -> dict[str, list[float]]
         if "error" not in row:
             found.setdefault(row["instance"], []).append(row[rule])
     return found
+
+
+def grouped(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row per instance, with what each planner has there; null where it cannot plan it."""
+    found: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        new: dict[str, Any] = {"instance": row["instance"], **{rule: {} for rule in RULES}, "duplicates": []}
+        instance = found.setdefault(row["instance"], new)
+        for rule in RULES:
+            instance[rule][row["planner"]] = None if "error" in row else round(row[rule], 6)
+        if row.get("duplicates"):
+            instance["duplicates"].append(row["planner"])
+    return list(found.values())
 
 
 def summary(rows: list[dict[str, Any]], rule: str) -> list[list[str]]:
