@@ -11,16 +11,10 @@ splits and proofs come on top. Times are the best of several runs over all layer
 
 from __future__ import annotations
 
-import importlib.util
-import subprocess
 import sys
-import tempfile
 import time
-import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -31,9 +25,8 @@ from moeplan.solvers import Cluster, Demand, Problem, SolveParameters
 from moeplan.solvers.policies.registry import find
 from moeplan.solvers.problem.arrays import Float64, Int64
 from moeplan.solvers.split.flow import optimal_quota
+from peers import sglang_planner
 
-SGLANG = "0.5.23"
-CACHE = Path(tempfile.gettempdir()) / f"moeplan-bench-sglang-{SGLANG}"
 REPEATS = 5
 
 
@@ -59,28 +52,6 @@ SIZES = [
     Size(61, 384, 128, 4),
     Size(1, 32, 1024, 8),
 ]
-
-
-def sglang_planner(name: str) -> ModuleType:
-    """Load one planner module from the downloaded wheel."""
-    path = CACHE / f"{name}.py"
-    if not path.exists():
-        CACHE.mkdir(parents=True, exist_ok=True)
-        print(f"downloading sglang {SGLANG} (once, into {CACHE})", file=sys.stderr)
-        subprocess.run(
-            [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(CACHE), f"sglang=={SGLANG}"],
-            check=True,
-        )
-        with zipfile.ZipFile(next(CACHE.glob("sglang-*.whl"))) as wheel:
-            for source in ("deepseek", "deepseek_vec"):
-                text = wheel.read(f"sglang/srt/eplb/eplb_algorithms/{source}.py")
-                (CACHE / f"{source}.py").write_bytes(text)
-    spec = importlib.util.spec_from_file_location(f"sglang_{name}", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def best_time(function: Callable[[], object]) -> tuple[float, Any]:

@@ -28,6 +28,8 @@ from moeplan.solvers import (
     share_slots,
     solve,
 )
+from moeplan.solvers.construct.tiers import tiered
+from moeplan.solvers.exact.of_problem import any_layout
 from moeplan.solvers.problem.limits import broken
 
 TRACE = Path(__file__).parents[3] / "examples" / "traces" / "moe-e64-cut.npz"
@@ -188,3 +190,35 @@ def test_even_splits_are_planned_for_nearly_as_well_as_by_brute_force(
 def test_an_even_split_may_be_perfect_where_a_replica_is_left_out() -> None:
     problem = Problem(Cluster.uniform(2, 3), Demand.of([40, 30, 20, 10]), split_rule=SplitRule.EVEN)
     assert solve(problem).objective == pytest.approx(1)
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    st.sampled_from([(8, 4, 3), (16, 4, 5), (32, 8, 5), (64, 16, 5), (48, 32, 2)]),
+    st.sampled_from([0.3, 1.0, 2.0]),
+    st.integers(0, 1000),
+)
+def test_under_an_even_split_no_other_policy_is_better(shape: tuple[int, int, int], sigma: float, seed: int) -> None:
+    experts, devices, slots = shape
+    loads = (1e5 * np.random.default_rng(seed).lognormal(0, sigma, experts)).astype(np.int64)
+    problem = Problem(Cluster.uniform(devices, slots), Demand.of(loads), split_rule=SplitRule.EVEN)
+    reached = solve(problem, parameters=SolveParameters(work_limit=1_000)).objective
+    for name, policy in available_policies().items():
+        if name not in ("hybrid", "ilp", "traffic") and SplitRule.EVEN in policy.rules:
+            assert reached <= solve(problem, policy=name).objective * (1 + SolveParameters().target_gap), name
+
+
+def test_spare_slots_go_to_middling_experts_where_that_packs_better() -> None:
+    # FlashLB's example, in vllm-ascend: EPLB's largest load is 232, FlashLB's 205, and 196.67 the least there is.
+    problem = Problem(Cluster.uniform(8, 2), Demand.of([600, 560, 120, 120, 20, 10, 10, 10]), split_rule=SplitRule.EVEN)
+    assert solve(problem, policy="eplb").objective == pytest.approx(232 / 181.25, abs=0.01)
+    slots = tiered(problem.mean_load, problem.capacity, problem.cluster.speed, 4)
+    assert evaluate(problem, Layout(slots, 8)).objective <= 205 / 181.25
+    assert solve(problem).objective == pytest.approx(197 / 181.25)
+
+
+def test_a_layout_is_found_without_tokens_and_without_a_construction() -> None:
+    nothing = Problem(Cluster.uniform(3, 2), Demand.of([0, 0, 0]))
+    for solver in ("cpsat", "highs"):
+        slots = any_layout(nothing, solver, None)
+        assert set(slots[slots >= 0].tolist()) == {0, 1, 2}

@@ -60,10 +60,21 @@ def test_nothing_is_spilled_below_the_threshold() -> None:
     assert LlepPlanner(options, 1, min_tokens=1, threshold=1.1).plan(counts).replicas == 1
 
 
+def test_the_gate_looks_at_experts_as_in_the_paper_or_at_devices_as_in_its_program() -> None:
+    counts = np.array([[24, 5, 20, 5]])  # experts reach 24 / 13.5 of their mean, devices 29 / 27
+    options = SpillOptions.uniform(4, 2, 0)
+    assert LlepPlanner(options, 1, min_tokens=1).plan(counts).quota.sum() == 2
+    assert LlepPlanner(options, 1, min_tokens=1, gate="devices").plan(counts).replicas == 0
+    uneven = np.array([[24, 20, 5, 5]])
+    assert LlepPlanner(options, 1, min_tokens=1, gate="devices").plan(uneven).replicas > 0
+
+
 def test_invalid_arguments_are_refused() -> None:
     options = SpillOptions.uniform(4, 4, 0)
     with pytest.raises(ProblemError, match=r"llep\.alpha"):
         LlepPlanner(options, 1, alpha=0.9)
+    with pytest.raises(ProblemError, match=r"llep\.gate"):
+        LlepPlanner(options, 1, gate="tokens")  # type: ignore[arg-type]
     with pytest.raises(ProblemError, match=r"llep\.counts"):
         LlepPlanner(options, 1).plan(np.zeros((2, 4), np.int64))
     with pytest.raises(ProblemError, match=r"llep\.counts"):

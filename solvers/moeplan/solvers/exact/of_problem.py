@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from moeplan.solvers.exact.model import Effort, Model
 from moeplan.solvers.exact.run import run
 from moeplan.solvers.problem.arrays import Int32
@@ -15,12 +17,16 @@ SEARCH = 5.0
 
 
 def whole(problem: Problem, incumbent: Int32 | None) -> Model:
-    """The model of all scenarios that have tokens, started from a layout int32[devices, width] if there is one."""
-    with_tokens = problem.mean_level > 0
+    """The model of all scenarios that have tokens, started from a layout int32[devices, width] if there is one.
+
+    Where none has any, one of them stands for all: the model then asks for any layout.
+    """
+    mean = problem.mean_level
+    with_tokens = np.flatnonzero(mean > 0) if mean.any() else np.zeros(1, np.int64)
     limits, expert = problem.limits, problem.expert
     return Model(
         problem.loads[with_tokens],
-        problem.demand.weights[with_tokens] / problem.mean_level[with_tokens],
+        problem.demand.weights[with_tokens] / np.where(mean > 0, mean, 1.0)[with_tokens],
         problem.cluster.speed,
         problem.capacity,
         incumbent,

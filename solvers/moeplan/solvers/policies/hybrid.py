@@ -27,6 +27,7 @@ from moeplan.solvers.construct.packing import pack, swap
 from moeplan.solvers.construct.partition import grouping
 from moeplan.solvers.construct.repair import narrowings, repair, table
 from moeplan.solvers.construct.replica_counts import adams_replicas
+from moeplan.solvers.construct.tiers import tiered
 from moeplan.solvers.exact import configurations
 from moeplan.solvers.exact.model import Effort
 from moeplan.solvers.exact.of_problem import any_layout, whole
@@ -59,8 +60,11 @@ from moeplan.solvers.split.rules import split
 SEARCHED = (SplitRule.OPTIMAL, SplitRule.EVEN)
 """Rules that the local search knows."""
 
-EVEN_PER_CANDIDATE = 4
+EVEN_PER_CANDIDATE = 8
 """Layouts whose even split is scored for one candidate of the work limit: nothing needs to be split anew."""
+
+TIERS = (2, 4, 8)
+"""Tiers of experts between which spare slots are shifted, for an even split."""
 
 ROUNDS = 1_000
 """Most exchanges of a construction's own descent."""
@@ -383,7 +387,7 @@ def _constructions(problem: Problem, parameters: SolveParameters) -> Iterator[In
     swap(slots, loads / replicas, speed, ROUNDS)
     fill(slots, loads, capacity)
     yield _widen(slots, problem)
-    for published in (eplb, flexmoe, laer, symi, static, base):  # the one that takes longest comes last
+    for published in (eplb, flexmoe, laer, symi, static, base):
         try:
             slots = _widen(published(problem, parameters).slots.copy(), problem)
         except ProblemError:  # EPLB's groups may not fit its nodes
@@ -392,6 +396,12 @@ def _constructions(problem: Problem, parameters: SolveParameters) -> Iterator[In
             yield slots.copy()  # a further replica may hurt where its tokens are not divided for the best
         fill(slots, loads, capacity)
         yield slots
+    if _rule(problem) is SplitRule.EVEN:
+        for tiers in TIERS:
+            slots = tiered(loads, capacity, speed, min(tiers, problem.experts))
+            replicas = np.maximum(np.bincount(slots[slots != EMPTY], minlength=problem.experts), 1)
+            swap(slots, loads / replicas, speed, ROUNDS)
+            yield _widen(slots, problem)
 
 
 def _with_groups(problem: Problem) -> Problem:

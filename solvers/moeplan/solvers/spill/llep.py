@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+<<<<<<< HEAD
 from dataclasses import replace
 from typing import Any
+=======
+from typing import Any, Literal
+>>>>>>> solvers
 
 import numpy as np
 import numpy.typing as npt
@@ -22,9 +26,11 @@ __all__ = ["LlepPlanner"]
 class LlepPlanner:
     """LLEP's planner: experts by falling load, each at home as far as the capacity goes, the rest to the least loaded.
 
-    The capacity is ``alpha * tokens / devices``. Nothing is spilled while max / mean of the expert loads is below
-    `threshold`. As published it knows neither spare slots nor domains, nodes, speeds or memory: of the options only
-    `home` is used for planning (`node` for the choice of sources). It may give a device any number of replicas.
+    The capacity is ``alpha * tokens / devices``. Nothing is spilled while max / mean of the loads that `gate` names is
+    below `threshold`: of the experts, as the paper says, or of the devices at home, as its program does, which spills
+    less often where a hot expert has cold neighbours. As published it knows neither spare slots nor domains, nodes,
+    speeds or memory: of the options only `home` is used for planning (`node` for the choice of sources). It may give a
+    device any number of replicas.
 
     Two differences from the published program: tokens of one expert that go to one device in several steps are one
     replica (the program can list the pair twice, and then loses gradients), and a spill from a full home looks for the
@@ -35,7 +41,8 @@ class LlepPlanner:
         sources: Ranks whose tokens are routed.
         alpha: Capacity over mean load, at least 1.
         min_tokens: Smallest chunk (m), unless it is all that remains.
-        threshold: The gate (lambda) on max / mean of the expert loads.
+        threshold: The gate (lambda) on max / mean.
+        gate: Loads that it looks at: of `experts` (the paper) or of `devices` (its program).
 
     Raises:
         ProblemError: a value is out of range.
@@ -49,6 +56,7 @@ class LlepPlanner:
         alpha: float = 1.0,
         min_tokens: int = 1024,
         threshold: float = 1.3,
+        gate: Literal["experts", "devices"] = "experts",
     ) -> None:
         for name, value, least in (
             ("sources", sources, 1),
@@ -58,8 +66,11 @@ class LlepPlanner:
         ):
             if not least <= value < float("inf"):
                 raise ProblemError(f"llep.{name}", value, f"must be at least {least}")
+        if gate not in ("experts", "devices"):
+            raise ProblemError("llep.gate", repr(gate), "must be experts or devices")
         self.options = options
         self.sources = sources
+        self.gate = gate
         self.alpha, self.min_tokens, self.threshold = alpha, min_tokens, threshold
         self.source_device = options.source_device(sources)
         self._places = Places(options.home.astype(np.int64), sort_sources(self.source_device, options.node))
@@ -96,7 +107,9 @@ class LlepPlanner:
         total = int(tokens.sum())
         balanced = total / devices
         share = np.zeros((experts, devices), np.int64)
-        if tokens.max() * experts < self.threshold * total or total == 0:
+        at_home = np.bincount(home, tokens, minlength=devices)
+        gated = tokens if self.gate == "experts" else at_home
+        if gated.max() * len(gated) < self.threshold * total or total == 0:
             share[np.arange(experts), home] = tokens
             load = share.sum(axis=0)
         else:
