@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-<<<<<<< HEAD
 from dataclasses import replace
-from typing import Any
-=======
 from typing import Any, Literal
->>>>>>> solvers
 
 import numpy as np
 import numpy.typing as npt
