@@ -66,7 +66,8 @@ def batch(step: int, part: int, group: ExpertGroup) -> tuple[Tensor, Tensor, Ten
     scores = np.log(rng.dirichlet(np.full(EXPERTS, 0.2)) + 1e-9) + rng.gumbel(size=(sizes.sum(), EXPERTS))
     hidden = torch.from_numpy(rng.standard_normal((sizes.sum(), SHAPE.hidden)))
     weight = torch.from_numpy(rng.random((sizes.sum(), 2)))
-    own = slice(None) if group.size == 1 else slice(sizes[: group.rank].sum(), sizes[: group.rank + 1].sum())
+    edge = np.concatenate([[0], np.cumsum(sizes)])
+    own = slice(*(edge[rank * RANKS // group.size] for rank in (group.rank, group.rank + 1)))
     return hidden[own], torch.from_numpy(scores).topk(2, dim=1).indices[own], weight[own]
 
 

@@ -21,7 +21,7 @@ WINDOW = tuple(
 
 
 def job(**fields: Any) -> JobSpec:
-    values = {
+    values: dict[str, Any] = {
         "cluster": Cluster.uniform(DEVICES, 5, nodes=4, inter_node=Link(1e9)),
         "expert": ExpertSpec(weight_bytes=10**6, state_bytes=3 * 10**6, seconds_per_token=1e-6),
         "spill_slots": 2,
@@ -73,7 +73,7 @@ def test_ranks_without_memory_for_tokens_get_fewer() -> None:
     spec = job(cluster=Cluster.uniform(DEVICES, 5, nodes=4, memory_bytes=memory), expert=expert)
     found = candidate(spec)
     home = found.layout.hosts.device
-    loads = np.bincount(home, sum(WINDOW).sum(axis=0) / 4, minlength=DEVICES)
+    loads = np.bincount(home, np.sum(WINDOW, axis=(0, 1)) / 4, minlength=DEVICES)
     assert loads[:2].sum() <= 2 * 600
 
 

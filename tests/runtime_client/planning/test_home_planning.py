@@ -28,7 +28,7 @@ from moeplan.runtime_client.planning.session import PlannerSession
 from moeplan.solvers import Cluster
 
 Launch = Callable[..., list[Any]]
-LIMIT_S = 120.0
+LIMIT_S = 180.0
 
 
 @pytest.fixture
@@ -52,8 +52,8 @@ def follow(address: str, job: str, folder: str) -> tuple[list[float], list[int],
         job,
         moves.layouts,
         moves.take,
-        slots=EXPERTS // RANKS,
-        cluster=Cluster.uniform(RANKS, EXPERTS // RANKS, nodes=2),
+        slots=EXPERTS // group.size,
+        cluster=Cluster.uniform(group.size, EXPERTS // group.size, nodes=2),
         forecast=Forecast(window_steps=4),
         replan=Replan(every_steps=4),
         spill_slots=1,
@@ -85,7 +85,7 @@ def test_planned_homes_move_and_the_planner_may_die_meanwhile(ranks: Launch, sta
 
     daemon = start().serving()
     with ThreadPoolExecutor(1) as pool:
-        run = partial(ranks, RANKS, follow, daemon.address, "homes", str(tmp_path), timeout_s=2 * LIMIT_S)
+        run = partial(ranks, 2, follow, daemon.address, "homes", str(tmp_path), timeout_s=2 * LIMIT_S)
         training = pool.submit(run)
         eventually(lambda: training.done() or list(tmp_path.glob("moves-*")), LIMIT_S)
         with daemon.client() as client:
