@@ -21,9 +21,10 @@ from moeplan.runtime_client.layers.rank_checks import compare_ranks, row_sums, t
 from moeplan.runtime_client.layers.routing import gather_counts
 from moeplan.solvers.problem.arrays import Int64
 
-__all__ = ["ExpertLayer", "state_in_parts"]
+__all__ = ["ExpertLayer", "state_in_parts", "state_without_experts"]
 
 _IN_PARTS = ContextVar("in_parts", default=False)
+_LEFT_OUT = ContextVar("left_out", default=False)
 
 
 @contextmanager
@@ -34,6 +35,16 @@ def state_in_parts() -> Iterator[None]:
         yield
     finally:
         _IN_PARTS.reset(token)
+
+
+@contextmanager
+def state_without_experts() -> Iterator[None]:
+    """Within it, a layer has no state to save."""
+    token = _LEFT_OUT.set(True)
+    try:
+        yield
+    finally:
+        _LEFT_OUT.reset(token)
 
 
 class ExpertLayer(nn.Module, ABC):
@@ -250,6 +261,8 @@ class ExpertLayer(nn.Module, ABC):
                         yield parameter
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        if _LEFT_OUT.get():
+            return
         if _IN_PARTS.get():
             super()._save_to_state_dict(destination, prefix, keep_vars)
             return

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.tensor import DTensor
 
-from moeplan.runtime_client.layers.expert_layer import ExpertLayer, state_in_parts
+from moeplan.runtime_client.layers.expert_layer import ExpertLayer, state_in_parts, state_without_experts
 from moeplan.runtime_client.layers.feed_forward import join_weights, split_weights
 from moeplan.runtime_client.models.checkpoint import expert_layers
 from moeplan.runtime_client.models.gradients import groups_of
@@ -126,11 +126,9 @@ def save_pretrained(model: nn.Module, folder: str | Path) -> None:
         ValueError: the model is not one of transformers, or without layers of ours.
     """
     network, layers, folder = _network(model), _layers(model), Path(folder)
-    with state_in_parts():
+    with state_without_experts():
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
         shared: dict[str, Any] = get_model_state_dict(model, options=options)
-    for name, layer in layers.items():
-        shared.pop(f"{name}.{layer.own}", None)
     files = len(layers) + 1
     names: dict[str, str] = {}
     size = 0
@@ -276,7 +274,7 @@ def _save_shared(network: Any, shared: dict[str, Any], folder: Path, file: str) 
 
     for name in (_INDEX, _SINGLE):
         (folder / name).unlink(missing_ok=True)  # so that what is cut off is no checkpoint
-    with state_in_parts():
+    with state_without_experts():
         network.save_pretrained(folder, state_dict=shared, max_shard_size=_ONE_FILE)
     (folder / _SINGLE).rename(folder / file)
     with safe_open(folder / file, framework="pt") as written:
