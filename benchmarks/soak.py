@@ -250,7 +250,7 @@ def spec(ranks: int) -> JobSpec:
         ranks=ranks,
         merge_sources=True,
         forecast=Forecast(window_steps=4),
-        replan=Replan(every_steps=5),
+        replan=Replan(every_steps=2),
     )
 
 
@@ -357,7 +357,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=1_800)
     parser.add_argument("--jobs", type=int, default=500)
     parser.add_argument("--ranks", type=int, default=10, help="ranks of each job")
-    parser.add_argument("--interval", type=float, default=5.0, help="seconds between a job's steps")
+    parser.add_argument("--interval", type=float, default=1.0, help="seconds between a job's steps")
     parser.add_argument("--out", type=Path, help="file for the figures, as JSON")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
@@ -428,6 +428,8 @@ def main() -> None:
     print(json.dumps(result, indent=1))
     if given.out:
         write_result(given.out, [result])
+    if not seen.counts["plans received"]:
+        raise SystemExit("failed: no plan was made, so none could be lost; give a smaller --interval")
     wrong = [name for name in ("jobs_lost", "jobs_back", "versions_went_back", "plans_lost") if result[name]]
     if wrong:
         raise SystemExit(f"failed: {', '.join(wrong)}")

@@ -24,6 +24,7 @@ from typing import Any, TypeVar
 
 import sqlalchemy as sa
 from sqlalchemy import exc
+from sqlalchemy.dialects.postgresql import insert
 
 from moeplan.planner.daemon.database import Database, StoreError, StoreFullError, translate
 from moeplan.planner.daemon.metrics import Metrics
@@ -321,18 +322,9 @@ class Store:
                 return set(connection.scalars(sa.select(_jobs.c.name)))
             lease = _jobs.update().where(self._owned()).values(leased_until=self._now() + self._lease_s)
             owned = set(connection.scalars(lease.returning(_jobs.c.name)))
-            gone = sa.or_(_daemons.c.owner == self._owner, _daemons.c.alive_until < self._now())
-            connection.execute(_daemons.delete().where(gone))
-            connection.execute(
-                _daemons.insert().values(
-                    owner=self._owner,
-                    address=self._address,
-                    version=VERSION,
-                    jobs=len(owned),
-                    draining=draining,
-                    alive_until=self._now() + self._lease_s,
-                )
-            )
+            known = {"jobs": len(owned), "draining": draining, "alive_until": self._now() + self._lease_s}
+            alive = insert(_daemons).values(owner=self._owner, address=self._address, version=VERSION, **known)
+            connection.execute(alive.on_conflict_do_update(index_elements=["owner"], set_=known))
             return owned
 
         return await self._do(write, reads=self._sqlite)
@@ -388,7 +380,8 @@ class Store:
     def _release(self, connection: sa.Connection) -> None:
         if not self._sqlite:
             connection.execute(_jobs.update().where(_jobs.c.owner == self._owner).values(owner="", address=""))
-            connection.execute(_daemons.delete().where(_daemons.c.owner == self._owner))
+            gone = sa.or_(_daemons.c.owner == self._owner, _daemons.c.alive_until < self._now())
+            connection.execute(_daemons.delete().where(gone))
 
     @staticmethod
     def _count(connection: sa.Connection, statement: sa.UpdateBase, values: dict[str, Any] | None = None) -> int:
