@@ -3,7 +3,7 @@
 - SGLang's `deepseek` and `deepseek_vec`: two pure-torch modules of its wheel, downloaded once into a folder of the
   system's for temporary files.
 - Those of `--peers DIR`, as far as its files are there: `eplb.py` of DeepSeek EPLB, and the folder `vllm_ascend` with
-  the files of `vllm_ascend/eplb/core/policy` (FlashLB and the default of vllm-ascend).
+  the files of `vllm_ascend/eplb/core/policy` (FlashLB and `DefaultEplb`).
 - TensorRT-LLM's, if it is installed.
 
 All of them plan one layer for even splits, and all but `deepseek_vec` may put two replicas of an expert on one device.

@@ -97,7 +97,7 @@ def problem_of(kind: str, seed: int) -> Problem:
     speed = rng.choice([0.5, 1.0, 1.5, 2.0, 3.7], devices) if seed % 2 else np.ones(devices)
     node = np.arange(devices) * min(2, devices) // devices
     loads = rng.lognormal(4, rng.choice([0.3, 1.0, 2.0]), (scenarios, 1, experts)).astype(np.int64)
-    return KINDS[kind](Problem(Cluster(slots, node, speed), Demand.of(loads)), rng)
+    return KINDS[kind](Problem(Cluster(slots.astype(np.int32), node.astype(np.int32), speed), Demand.of(loads)), rng)
 
 
 def in_force(problem: Problem, rng: np.random.Generator) -> Problem:
@@ -125,7 +125,7 @@ def failed(problem: Problem, rng: np.random.Generator) -> Problem:
 
 def pairs(problem: Problem, rng: np.random.Generator) -> Problem:
     drawn = rng.permutation(problem.experts * problem.devices)
-    every = np.stack([drawn // problem.devices, drawn % problem.devices], axis=1)
+    every = np.stack([drawn // problem.devices, drawn % problem.devices], axis=1).astype(np.int32)
     return replace(problem, constraints=Constraints(forbidden=every[:3], pinned=every[3:5]))
 
 
