@@ -79,7 +79,7 @@ def train(mode: str, planned: Layout | None, checkpointed: bool) -> tuple[tuple[
 
 @pytest.mark.parametrize("checkpointed", [False, True])
 def test_spilling_computes_what_one_process_does(ranks: Launch, checkpointed: bool) -> None:
-    for (home, computed), steps in ranks(2, train, "spill", None, checkpointed):
+    for (home, computed), steps in ranks(2, train, "spill", None, checkpointed, timeout_s=240):
         assert steps == STEPS - 1  # the last ends with the next pass
         assert home > 1.3
         assert computed == 1
