@@ -27,7 +27,7 @@ EXPERT = ExpertSpec(weight_bytes=88_080_384, seconds_per_token=2.2e-7)
 
 
 def main() -> None:
-    """Write the pictures."""
+    """Write docs/view.png and docs/live.png."""
     with tempfile.TemporaryDirectory() as name, chromium() as browser:
         folder = Path(name)
         report = folder / "report.html"

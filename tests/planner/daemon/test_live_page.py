@@ -8,6 +8,7 @@ import urllib.error
 import urllib.request
 import zlib
 from collections.abc import Iterator
+from functools import partial
 from http.client import HTTPConnection, HTTPResponse
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 from tests.support.daemon import WAIT_S, DaemonProcess, Rank, Start, eventually, small_job, tokens
 
+from moeplan.api.client import Client
 from moeplan.api.job_plans import Reason
 
 TOKEN = "correct-horse-battery-staple"
@@ -42,6 +44,10 @@ def events(daemon: DaemonProcess, job: str) -> Iterator[tuple[str, Any]]:
                 yield name, json.loads(value)
 
 
+def closed(client: Client, step: int) -> bool:
+    return client.job("jobs/shown").status.closed_step == step
+
+
 def unpacked(packed: Any) -> Any:
     return np.frombuffer(zlib.decompress(base64.b64decode(packed["data"])), packed["dtype"]).reshape(packed["shape"])
 
@@ -53,8 +59,7 @@ def test_a_job_is_shown_step_by_step_with_its_silent_ranks_and_decisions(daemon:
         counts = [tokens(step, ranks=2) for step in range(12)]
         for step, count in enumerate(counts):
             rank.report(step, count)
-            eventually(lambda step=step: client.job("jobs/shown").status.closed_step == step)
-            eventually(lambda: json.loads(ask(daemon, "/jobs").text))  # type: ignore[attr-defined]
+            eventually(partial(closed, client, step))
         found: dict[int, Any] = {}
         reasons: set[str] = set()
         for name, value in events(daemon, "shown"):
