@@ -24,8 +24,9 @@ import torch.distributed as dist
 warnings.filterwarnings("ignore")  # of libraries that Megatron looks for
 
 if not torch.cuda.is_available():  # Megatron asks for the current device even to make models on a CPU
-    torch.cuda.current_device = lambda: torch.device("cpu")
-    torch.cuda.synchronize = lambda *_: None
+    cuda: Any = torch.cuda
+    cuda.current_device = lambda: torch.device("cpu")
+    cuda.synchronize = lambda *_: None
 
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
@@ -78,7 +79,8 @@ def main(folder: Path, mode: str, *options: str) -> None:
     if mode != "static":
         from moeplan.runtime_client.integrations.megatron import balance  # line 1
 
-        spec = balance(plain, mode, **dict(option.split("=", 1) for option in options))  # line 2
+        more: dict[str, Any] = dict(option.split("=", 1) for option in options)
+        spec = balance(plain, mode, **more)  # line 2
     gpt = make(spec)
     model = DistributedDataParallel(gpt.config, DistributedDataParallelConfig(), gpt)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)

@@ -24,7 +24,7 @@ warnings.filterwarnings("ignore")  # of libraries that transformers imports
 os.environ.setdefault("ACCELERATE_USE_CPU", "true")
 
 from transformers import AutoModelForCausalLM, MixtralConfig, Trainer, TrainerCallback, TrainingArguments
-from transformers.distributed import DistributedConfig
+from transformers.distributed.configuration_utils import DistributedConfig
 
 STEPS, WORDS, LENGTH = 20, 64, 32
 

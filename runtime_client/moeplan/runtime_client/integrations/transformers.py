@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -76,7 +76,7 @@ class _BalancedEP(EPImplementation):
         shape = None if records else shape_of(title, _whole(experts))
         self.module = experts
         self.names = [] if shape is None else list(shape.parts)
-        count = self.num_local_experts * ep_mesh.size()
+        count = int(cast(int, self.num_local_experts)) * ep_mesh.size()
         self.layer = balancer.layer(title, count, ep_mesh.get_group(), shape)
         self.own = AutoEP(experts, ep_mesh, tp_mesh) if records else None
 
@@ -91,7 +91,8 @@ class _BalancedEP(EPImplementation):
 
 def _whole(experts: nn.Module) -> nn.Module:
     """The module as it was before expert parallelism, for what it computes."""
-    twin = copy.copy(experts)
+    twin: Any = copy.copy(experts)
     twin.num_experts = len(experts.get_parameter("down_proj"))
     twin._is_expert_parallel = False
-    return twin
+    whole: nn.Module = twin
+    return whole

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, ClassVar, Protocol, Self
+from typing import Any, ClassVar, Protocol, Self, cast
 
 import numpy as np
 import torch
@@ -36,6 +36,10 @@ class SpillPlanner(Protocol):
     def plan(self, counts: Int64) -> SpillPlan:
         """The plan for known counts int64[sources, experts]; the same on every rank."""
         ...
+
+
+class _Movable(SpillPlanner, Protocol):
+    """A planner for experts whose homes move."""
 
     def with_home(self, home: Int32) -> Self:
         """A planner that differs in the homes only."""
@@ -113,7 +117,7 @@ class ResidentExperts(ExpertLayer):
                 f"{self.title}: its passes run by a DeviceExchange, which knows the homes of the start only; make the "
                 "layer without exchange= to move homes"
             )
-        self.planner = self.planner.with_home(homes.device.astype(np.int32))
+        self.planner = cast(_Movable, self.planner).with_home(homes.device.astype(np.int32))
         self.homes = homes
 
     def _take(self, first: int, flat: Tensor) -> list[int]:

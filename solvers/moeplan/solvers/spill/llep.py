@@ -66,7 +66,7 @@ class LlepPlanner:
             raise ProblemError("llep.gate", repr(gate), "must be experts or devices")
         self.options = options
         self.sources = sources
-        self.gate = gate
+        self.gate: Literal["experts", "devices"] = gate
         self.alpha, self.min_tokens, self.threshold = alpha, min_tokens, threshold
         self.source_device = options.source_device(sources)
         self._places = Places(options.home.astype(np.int64), sort_sources(self.source_device, options.node))
@@ -79,6 +79,7 @@ class LlepPlanner:
             alpha=self.alpha,
             min_tokens=self.min_tokens,
             threshold=self.threshold,
+            gate=self.gate,
         )
 
     def plan(self, counts: npt.NDArray[Any]) -> SpillPlan:
