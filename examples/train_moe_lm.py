@@ -137,8 +137,8 @@ def main() -> None:
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=2))
     group = ExpertGroup.create()
     assert group is not None
-    torch.manual_seed(0)
     layers = make_layers(arguments.mode, size, group, device)
+    torch.manual_seed(0)  # after a rehearsal, which draws numbers too
     model = Model(size, layers).to(device)
     shared = model.shared()
     optimizer = torch.optim.AdamW(model.parameters(), lr=size.rate, fused=device.type == "cuda")
