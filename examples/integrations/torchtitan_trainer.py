@@ -55,7 +55,7 @@ if not torch.cuda.is_available():  # then torchtitan takes CUDA all the same
 
     import torchtitan.distributed.fsdp as fsdp
 
-    if not hasattr(torch.distributed, "set_timeout"):  # older than torch 2.14, the last whose wheel runs without CUDA
+    if not hasattr(torch.distributed, "set_timeout"):  # torch 2.13 lacks it
         torch.distributed.set_timeout = lambda *_: None  # type: ignore[attr-defined]
 
     without_division = fsdp.disable_fsdp_gradient_division

@@ -2,7 +2,7 @@
 
 ``EPBuffer.lb_prefetch_weights`` and ``lb_reduce_grads`` take ``redundancy_mapping``, int32[ranks of an NVLink domain,
 slots]: the expert of every redundant slot, -1 where it is empty, the same on all ranks; the home of an expert is rank
-``expert // (experts / ranks)``. Read in ``deep_ep_v25/buffers/ep.py`` of sgl-deep-ep-v25 0.1.0rc0.
+``expert // (experts / ranks)``. As ``deep_ep_v25/buffers/ep.py`` of sgl-deep-ep-v25 0.1.0rc0 has it.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["SUPPORTED", "balance"]
 
 SUPPORTED = ("5.23", "5.24")
-"""Releases that this was run with."""
+"""Releases that this was run with; 5.24 with `spill` only."""
 
 NAME = "moeplan"
 
