@@ -39,6 +39,7 @@ OWN_PANELS = {
     "replay": {"Model of time"},
     "serve": {"Security"},
     "view": {"Model of time"},
+    "evaluate": {"Model of time"},
     "trace generate": {"Routing"},
     "trace import": {"Routing"},
 }

@@ -33,7 +33,7 @@ def test_the_screen_says_where_a_job_stands(daemon: DaemonProcess) -> None:
         assert screen.read(client, "jobs/screened")
         assert "0 of 2 report, 2 silent" in shown(screen)
         rank = Rank(client, "jobs/screened", 0, hello={"reports_for": [0, 1]})
-        for step in range(4):
+        for step in range(2):  # one plan: the failure below is of the newest
             rank.report(step, tokens(step, ranks=2))
         eventually(lambda: client.job("jobs/screened").status.plan_version > 1)
         assert screen.read(client, "jobs/screened")

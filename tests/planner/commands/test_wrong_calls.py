@@ -152,7 +152,7 @@ def test_limits_say_what_their_values_must_be(call: Call, tmp_path: Path, limits
     assert line in call(*PLAN, "--constraints", "limits.json")
 
 
-@pytest.mark.parametrize("command", [("trace", "info"), ("plan", "--devices", 4, "--slots", 3)])
+@pytest.mark.parametrize("command", [("trace", "info", "--format", "json"), ("plan", "--devices", 4, "--slots", 3)])
 def test_counts_that_no_plan_can_hold_are_refused(call: Call, tmp_path: Path, command: tuple[object, ...]) -> None:
     """Beyond 2**63 they would wrap to negative ones."""
     counts = COUNTS.astype(np.uint64)

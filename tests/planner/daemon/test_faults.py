@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -22,6 +23,7 @@ from tests.support.daemon import WAIT_S, DaemonProcess, Rank, Start, eventually,
 from moeplan.api import wire
 from moeplan.api.client import Client
 from moeplan.api.errors import NotFoundError, ServiceError, UnavailableError
+from moeplan.planner.daemon.database import RESERVE
 from moeplan.solvers import SolveParameters
 from moeplan.v1 import planner_pb2
 
@@ -272,21 +274,34 @@ def test_a_full_disk_refuses_and_keeps(start: Start, tiny_disk: Path) -> None:
 
         def fill() -> None:
             while True:
-                kept.append(client.create_job(f"job-{len(kept)}", small_job(layers=40)).name)
+                kept.append(
+                    client.create_job(
+                        f"job-{len(kept)}", small_job(layers=40, parameters=SolveParameters(work_limit=20))
+                    ).name
+                )
 
         with pytest.raises(ServiceError) as error:
             fill()
         assert error.value.code is grpc.StatusCode.RESOURCE_EXHAUSTED
         assert error.value.reason == "STORE_FULL"
         assert {job.name for job in client.jobs()} == set(kept)
-        eventually(lambda: health(daemon) == NOT_SERVING)
         rank = Rank(client, kept[0], 0, hello={"reports_for": [0, 1]})
-        rank.report(0, tokens(0, layers=40, ranks=2))
-        decision = eventually(lambda: (d := client.job(kept[0]).status.decision) and d.detail and d)
-        assert "full" in decision.detail
-        assert client.plan(f"{kept[0]}/plans/-").version == 1
+
+        def refused() -> Any:
+            """Others take what the daemon finds for a plan, until it finds nothing."""
+            (tiny_disk / RESERVE).unlink(missing_ok=True)
+            with contextlib.suppress(OSError), (tiny_disk / "another's").open("ab", buffering=0) as file:
+                while True:
+                    file.write(bytes(1024))
+            _report(rank)
+            decision = client.job(kept[0]).status.decision
+            return decision if decision and decision.detail else None
+
+        assert "full" in eventually(refused).detail
+        version = client.plan(f"{kept[0]}/plans/-").version
+        eventually(lambda: health(daemon) == NOT_SERVING)
         subprocess.run(["mount", "-o", "remount,size=2m", str(tiny_disk)], check=True)
-        eventually(lambda: _report(rank) and client.plan(f"{kept[0]}/plans/-").version > 1)
+        eventually(lambda: _report(rank) and client.plan(f"{kept[0]}/plans/-").version > version)
         eventually(lambda: health(daemon) == SERVING)
         rank.close()
     daemon.terminate()

@@ -127,6 +127,19 @@ def test_a_layout_of_an_engine_is_judged(call: Call) -> None:
         assert row["next_step"] == pytest.approx(evaluate(problem, layout, "even").mean_imbalance)
         assert row["bound"] <= row["planned"] <= row["imbalance"] + 1e-9
     assert said["mean"] == pytest.approx(np.mean([row["next_step"] for row in said["layers"]]))
+    saved = said["seconds"] - said["seconds_planned"]
+    assert said["pays_after_steps"] == (pytest.approx(said["move_seconds"] / saved) if saved > 0 else None)
+
+
+def test_what_a_layout_costs_is_said_in_seconds(call: Call) -> None:
+    plan(call, "sglang")
+    static = np.stack([np.arange(DEVICES * SLOTS).reshape(DEVICES, SLOTS) % EXPERTS] * 2)
+    Path("static.json").write_text(json.dumps({"physical_to_logical_map": static.reshape(2, -1).tolist()}))
+    arguments = ("evaluate", "trace.npz", "--layout", "static.json", "--devices", DEVICES, "--hidden", 64)
+    said = json.loads(call(*arguments, "--intermediate", 32, "--format", "json"))
+    assert said["seconds"] > said["seconds_planned"] > 0
+    assert said["move_seconds"] > 0
+    assert "moving pays after" in call(*arguments, "--intermediate", 32)
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,7 @@ from moeplan.solvers.problem.split_rules import SplitRule
 from moeplan.v1 import job_pb2, planner_pb2, planner_pb2_grpc, tensor_pb2
 
 LAYERS, EXPERTS, SLOTS = 2, 8, 6
-LIMIT_S = 60.0
+LIMIT_S = 150.0
 
 
 @pytest.fixture(scope="module")

@@ -173,7 +173,9 @@ def test_what_cannot_fit_into_memory_is_refused_at_once() -> None:
 def test_even_splits_are_planned_for_nearly_as_well_as_by_brute_force(
     problem: Problem, seed: int, moves: int | None
 ) -> None:
-    even = replace(problem, split_rule=SplitRule.EVEN)
+    # Sixty times the tokens, so that each of two to six replicas has a whole share.
+    demand = Demand(60 * problem.demand.tokens, problem.demand.weights)
+    even = replace(problem, demand=demand, split_rule=SplitRule.EVEN)
     if moves is not None:
         even = replace(even, current=random_layout(problem, seed), max_moves=moves)
     tables = (

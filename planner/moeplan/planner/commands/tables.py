@@ -71,15 +71,13 @@ def show_evaluation(title: str, found: Verdict, output: Format) -> None:
     show_table(title, columns, rows, output)
     if output is Format.CSV:
         return
-    gain = found["mean"] / found["mean_planned"] - 1
-    said = (
-        f"a new plan makes steps {gain:.1%} faster as far as balance decides"
-        if gain > 0.005
-        else "a new plan gains nothing"
-    )
+    steps = found["pays_after_steps"]
+    said = "a new plan saves nothing" if steps is None else f"moving pays after {steps:,.0f} steps"
     print(
         f"mean {found['mean']:.4f}, 95th percentile {found['p95']:.4f}; with a new plan {found['mean_planned']:.4f} "
-        f"and {found['p95_planned']:.4f}, {found['moves']} replicas to copy: {said}"
+        f"and {found['p95_planned']:.4f}\n"
+        f"{1e3 * found['seconds']:.2f} ms a step in these layers, {1e3 * found['seconds_planned']:.2f} ms with a new "
+        f"plan; {found['moves']} replicas to copy in {1e3 * found['move_seconds']:.2f} ms: {said}"
     )
 
 

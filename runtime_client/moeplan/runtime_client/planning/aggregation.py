@@ -85,7 +85,7 @@ class Aggregation:
         if self.leads and not self._followers:
             return step, counts[:, np.newaxis]
         before = self._collect()
-        own = torch.from_numpy(np.ascontiguousarray(counts))
+        own = torch.from_numpy(np.array(counts))  # a copy, as counts may be read-only
         if self.leads:
             table = {member: torch.empty_like(own) for member in self._followers}
             self._works = [self._receive(part, member, STATISTICS) for member, part in table.items()]
