@@ -184,8 +184,8 @@ def test_the_split_rule_of_the_plan_reaches_every_rank(
 
 @pytest.mark.parametrize("reporting", ["rank", "node", "group"])
 def test_all_ranks_run_the_same_layouts_from_the_same_step(ranks: Any, daemon: DaemonProcess, reporting: Any) -> None:
-    (first, status), *others = ranks(3, planned, daemon.address, f"by-{reporting}", reporting, 20, 3)
-    assert len(first) >= 3
+    (first, status), *others = ranks(3, planned, daemon.address, f"by-{reporting}", reporting, 20, 2)
+    assert len(first) >= 2  # a third plan need not be better
     assert all(seen == first for seen, _ in others)
     versions = [version for _, version, _ in first]
     assert versions == sorted(set(versions))
