@@ -21,7 +21,7 @@ from rich.progress import track
 from moeplan.planner.commands.terminal import show_table
 from moeplan.solvers import Cluster, Demand, Layout, Problem, SolveParameters, SplitRule, evaluate, solve
 from moeplan.solvers.problem.arrays import Int64
-from peers import Peer, load_peers
+from peers import Peer, even_imbalance, load_peers
 from result_file import write_result
 
 SHAPES = [
@@ -96,7 +96,7 @@ def judged(shape: tuple[int, int, int], kind: str, peers: dict[str, Peer]) -> li
             if name == "hybrid":
                 layouts = {rule: solve(replace(problem, split_rule=how)).layout for rule, how in RULES.items()}
             elif name in peers:
-                found = peers[name](tokens, devices, slots)
+                found = peers[name](tokens[None], devices, slots)
                 distinct = [np.unique(device) for device in found]
                 row["duplicates"] = found.size - sum(map(len, distinct))
                 held = np.full((devices, slots), -1, np.int32)
@@ -107,8 +107,7 @@ def judged(shape: tuple[int, int, int], kind: str, peers: dict[str, Peer]) -> li
                 layouts = dict.fromkeys(RULES, solve(problem, policy=name).layout)
             row |= {rule: evaluate(problem, layouts[rule], how).objective for rule, how in RULES.items()}
             if row.get("duplicates"):  # replicas that share a device have a share each
-                share = tokens / np.bincount(found.ravel(), minlength=experts)
-                row["even"] = float(share[found].sum(axis=1).max() / tokens.sum() * devices)
+                row["even"] = even_imbalance(found, tokens)
         except Exception as error:  # a planner that cannot plan this shape is reported, not hidden
             row["error"] = f"{type(error).__name__}: {error}"
         rows.append(row)

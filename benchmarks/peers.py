@@ -2,11 +2,13 @@
 
 - SGLang's `deepseek` and `deepseek_vec`: two pure-torch modules of its wheel, downloaded once into a folder of the
   system's for temporary files.
-- Those of `--peers DIR`, as far as its files are there: `eplb.py` of DeepSeek EPLB, and the folder `vllm_ascend` with
-  the files of `vllm_ascend/eplb/core/policy` (FlashLB and `DefaultEplb`).
+- Those of `--peers DIR`, as far as its files are there: `eplb.py` of DeepSeek EPLB, the folder `vllm` with the files of
+  `vllm/distributed/eplb/policy`, and the folder `vllm_ascend` with those of `vllm_ascend/eplb/core/policy` (FlashLB and
+  `DefaultEplb`).
 - TensorRT-LLM's, if it is installed.
 
 All of them plan one layer for even splits, and all but `deepseek_vec` may put two replicas of an expert on one device.
+Those that know one load vector are given the sum of the steps.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -27,22 +29,33 @@ import numpy as np
 
 from moeplan.solvers.problem.arrays import Int64
 
-__all__ = ["Peer", "load_peers", "sglang_planner"]
+__all__ = ["Peer", "even_imbalance", "load_peers", "sglang_planner"]
 
 SGLANG = "0.5.23"
 CACHE = Path(tempfile.gettempdir()) / f"moeplan-bench-sglang-{SGLANG}"
 
 Peer = Callable[[Int64, int, int], Int64]
-"""A planner: int64[experts] tokens, devices and slots of each to int64[devices, slots]."""
+"""A planner: int64[steps, experts] tokens, devices and slots of each to int64[devices, slots]."""
 
 
-def load_peers(folder: Path | None) -> tuple[dict[str, Peer], dict[str, str]]:
-    """The planners that are there by name, and why each other is not."""
+def even_imbalance(layout: Int64, tokens: Int64) -> float:
+    """Largest load of a device over the mean, where replicas share an expert's tokens evenly, on one device too.
+
+    Args:
+        layout: int64[devices, slots], without empty slots.
+        tokens: int64[experts].
+    """
+    share = tokens / np.bincount(layout.ravel(), minlength=len(tokens))
+    return float(share[layout].sum(axis=1).max() / tokens.sum() * len(layout))
+
+
+def load_peers(folder: Path | None, names: Sequence[str] = ()) -> tuple[dict[str, Peer], dict[str, str]]:
+    """The planners that are there by name, all or those named, and why each other is not."""
     found: dict[str, Peer] = {}
     missing: dict[str, str] = {}
-    for name, load in LOADERS.items():
+    for name in names or LOADERS:
         try:
-            found[name] = load(folder)
+            found[name] = LOADERS[name](folder)
         except Exception as error:  # whatever keeps other people's code from running is reported, not hidden
             missing[name] = f"{type(error).__name__}: {error}"
     return found, missing
@@ -71,20 +84,42 @@ def _deepseek_vec(folder: Path | None) -> Peer:
     planner = sglang_planner("deepseek_vec")
 
     def plan(tokens: Int64, devices: int, slots: int) -> Int64:
-        weight = torch.tensor(tokens, dtype=torch.float32)[None, None]
+        weight = torch.tensor(tokens, dtype=torch.float32)[:, None]
         layout: Int64 = planner.rebalance_experts(weight, devices * slots, slots, None, 1, False)[0].numpy()
         return layout.reshape(devices, slots)
 
     return plan
 
 
-def _eplb(folder: Path | None) -> Peer:
+def _deepseek(folder: Path | None) -> Peer:
     import torch
 
-    planner = _module("deepseek_eplb", _file(folder, "eplb.py"))
+    planner = sglang_planner("deepseek")
 
     def plan(tokens: Int64, devices: int, slots: int) -> Int64:
-        layout: Int64 = planner.rebalance_experts(torch.tensor(tokens)[None], devices * slots, 1, 1, devices)[0].numpy()
+        weight = torch.tensor(tokens.sum(axis=0))[None]
+        layout: Int64 = planner.rebalance_experts(weight, devices * slots, None, 1, devices, False)[0].numpy()
+        return layout.reshape(devices, slots)
+
+    return plan
+
+
+def _eplb(folder: Path | None) -> Peer:
+    return _in_one_call(_module("deepseek_eplb", _file(folder, "eplb.py")).rebalance_experts, lambda answer: answer[0])
+
+
+def _vllm(folder: Path | None) -> Peer:
+    planner = _of_package(folder, "vllm", "default").DefaultEplbPolicy
+    return _in_one_call(planner.rebalance_experts, lambda answer: answer)
+
+
+def _in_one_call(rebalance: Callable[..., Any], layout_of: Callable[[Any], Any]) -> Peer:
+    """A planner that is called as DeepSeek's is, with what its layout is in the answer."""
+    import torch
+
+    def plan(tokens: Int64, devices: int, slots: int) -> Int64:
+        answer = rebalance(torch.tensor(tokens.sum(axis=0))[None], devices * slots, 1, 1, devices)
+        layout: Int64 = layout_of(answer)[0].numpy().astype(np.int64)
         return layout.reshape(devices, slots)
 
     return plan
@@ -92,12 +127,10 @@ def _eplb(folder: Path | None) -> Peer:
 
 def _flashlb(folder: Path | None) -> Peer:
     with _stubs():
-        planner = _ascend(folder, "policy_flashlb")
+        planner = _of_package(folder, "vllm_ascend", "policy_flashlb")
 
     def plan(tokens: Int64, devices: int, slots: int) -> Int64:
-        tree = planner.FlashTree(
-            tokens[None].astype(np.float32), devices * slots, devices, planner.FlashLBConfig.z_score
-        )
+        tree = planner.FlashTree(tokens.astype(np.float32), devices * slots, devices, planner.FlashLBConfig.z_score)
         layout: Int64 = tree.optimize_balanceness()[0].astype(np.int64)
         if (layout < 0).any():
             raise ValueError("FlashLB left slots empty, where its program keeps the layout in force")
@@ -107,11 +140,12 @@ def _flashlb(folder: Path | None) -> Peer:
 
 
 def _ascend_default(folder: Path | None) -> Peer:
-    planner = _ascend(folder, "policy_default_eplb").DefaultEplb()
+    planner = _of_package(folder, "vllm_ascend", "policy_default_eplb").DefaultEplb()
 
     def plan(tokens: Int64, devices: int, slots: int) -> Int64:
-        current = np.resize(np.arange(len(tokens)), devices * slots)  # every slot in use, as the program expects
-        each = tokens[current] / np.bincount(current)[current]
+        total = tokens.sum(axis=0)
+        current = np.resize(np.arange(len(total)), devices * slots)  # every slot in use, as the program expects
+        each = total[current] / np.bincount(current)[current]
         shape = (1, devices, slots)
         return np.array(planner.rebalance_experts(current.reshape(shape), each.reshape(shape))[2][0], np.int64)
 
@@ -122,12 +156,13 @@ def _tensorrt(folder: Path | None) -> Peer:
     runtime: Any = importlib.import_module("tensorrt_llm.bindings.internal.runtime")
 
     def plan(tokens: Int64, devices: int, slots: int) -> Int64:
+        total = tokens.sum(axis=0)
         meta, placement = runtime.MoeLoadBalanceMetaInfo(), runtime.MoePlacementCpuInfo()
-        meta.expert_count, meta.top_k, meta.ep_rank = len(tokens), 1, 0
+        meta.expert_count, meta.top_k, meta.ep_rank = len(total), 1, 0
         meta.ep_size, meta.slot_count_per_rank = devices, slots
         placement.rank_expert_ids = np.zeros((devices, slots), np.int64).tolist()
-        runtime.do_replication(meta, tokens.astype(float).tolist(), placement)
-        runtime.do_placement(meta, tokens.astype(float).tolist(), placement)
+        runtime.do_replication(meta, total.astype(float).tolist(), placement)
+        runtime.do_placement(meta, total.astype(float).tolist(), placement)
         return np.array(placement.rank_expert_ids, np.int64)
 
     return plan
@@ -135,8 +170,10 @@ def _tensorrt(folder: Path | None) -> Peer:
 
 LOADERS: dict[str, Callable[[Path | None], Peer]] = {
     "DeepSeek EPLB": _eplb,
+    "SGLang deepseek": _deepseek,
     "SGLang deepseek_vec": _deepseek_vec,
     "TensorRT-LLM": _tensorrt,
+    "vLLM default": _vllm,
     "FlashLB": _flashlb,
     "vllm-ascend default": _ascend_default,
 }
@@ -159,12 +196,12 @@ def _module(name: str, path: Path) -> ModuleType:
     return module
 
 
-def _ascend(folder: Path | None, name: str) -> ModuleType:
-    """A module of the folder `vllm_ascend`, which its relative imports take for a package."""
-    path = _file(folder, "vllm_ascend") / f"{name}.py"
-    package = sys.modules.setdefault("peer_ascend", ModuleType("peer_ascend"))
-    package.__path__ = [str(path.parent)]
-    return _module(f"peer_ascend.{name}", path)
+def _of_package(folder: Path | None, package: str, name: str) -> ModuleType:
+    """A module of a folder of `folder`, which its relative imports take for a package."""
+    path = _file(folder, package) / f"{name}.py"
+    parent = sys.modules.setdefault(f"peer_{package}", ModuleType(f"peer_{package}"))
+    parent.__path__ = [str(path.parent)]
+    return _module(f"peer_{package}.{name}", path)
 
 
 @contextmanager

@@ -26,7 +26,13 @@ def write_result(path: Path, rows: Sequence[dict[str, Any]]) -> None:
         rows: Figures by name, as a table of the documents shows them.
     """
     result = {"commit": _commit(), "date": f"{datetime.now(UTC):%Y-%m-%d}", "machine": _machine()}
-    path.write_text(json.dumps({**result, "command": sys.argv, "rows": list(rows)}, indent=1) + "\n")
+    path.write_text(json.dumps({**result, "command": _command(), "rows": list(rows)}, indent=1) + "\n")
+
+
+def _command() -> list[str]:
+    """Program and arguments as given, but files by their names: where they lie is the machine's own."""
+    program, *arguments = sys.argv
+    return [f"benchmarks/{Path(program).name}", *(Path(each).name if os.sep in each else each for each in arguments)]
 
 
 def _commit() -> str:

@@ -102,8 +102,7 @@ def cell(value: Any, form: str) -> str:
 def origin(result: Row) -> str:
     """Where, when and by what the figures were measured."""
     machine = result["machine"]
-    program, *arguments = result["command"]
-    command = shlex.join(["python", f"benchmarks/{Path(program).name}", *(Path(each).name for each in arguments)])
+    command = shlex.join(["python", *result["command"]])
     return f"{result['date']}, commit {result['commit']}, {machine['cores']} cores of {machine['cpu']}: `{command}`"
 
 

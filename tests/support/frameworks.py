@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from tests.support.repository import ROOT
 
@@ -46,3 +47,11 @@ def train(example: str, *arguments: str, python: str = sys.executable, ranks: in
     assert len(answers) == 1, run.stdout[-5000:]
     answer: dict[str, Any] = json.loads(answers[0])
     return answer
+
+
+def check_trained(trained: dict[str, Any], static: dict[str, Any], tolerance: float) -> Any:
+    """The same losses, and a checkpoint that the framework's own experts load; [steps, 2], imbalances."""
+    assert len(trained["losses"]) == 20
+    np.testing.assert_allclose(trained["losses"], static["losses"], rtol=0, atol=tolerance)
+    assert trained["loaded_again"]
+    return np.array(trained["imbalances"])

@@ -209,7 +209,7 @@ class JobSpec:
 
     @property
     def moved_bytes(self) -> int:
-        """What a replica that moves sends: weights, and where homes move also gradients and optimizer state."""
+        """Bytes of a replica that moves: weights, and where homes move also gradients and optimizer state."""
         return self.expert.weight_bytes if self.spill_slots is None else self.expert.replica_bytes
 
     def problem(self, demand: Demand, current: Layout) -> Problem:

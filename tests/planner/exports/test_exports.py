@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from moeplan.planner.commands.main import main
+from moeplan.planner.commands.options import EngineName
 from moeplan.planner.exports.engines import ENGINES, read_any
 from moeplan.planner.files.plan_file import read_layouts
 from moeplan.solvers import Cluster, Demand, Layout, Problem, SplitRule, evaluate
@@ -43,6 +44,10 @@ def call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
 def plan(call: Call, engine: str, name: str = "plan.json") -> dict[int, Any]:
     call("plan", "trace.npz", "--devices", DEVICES, "--slots", SLOTS, "--for", engine, "--work-limit", 200, "-o", name)
     return read_layouts(Path(name))
+
+
+def test_every_engine_can_be_named() -> None:
+    assert set(ENGINES) == set(EngineName)
 
 
 @pytest.mark.parametrize("engine", ["sglang", "vllm", "tensorrt-llm", "vllm-ascend"])

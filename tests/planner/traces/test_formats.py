@@ -15,6 +15,7 @@ import torch
 from safetensors.numpy import save_file
 
 from moeplan.planner.commands.main import main
+from moeplan.planner.commands.trace import RecordedBy
 from moeplan.planner.traces.formats.opening import FORMATS, open_recording
 from moeplan.planner.traces.trace import Trace, TraceError
 from moeplan.planner.traces.writer import write_recording
@@ -206,8 +207,8 @@ def counts_of(trace: Trace) -> Int64:
     return np.stack(list(trace.read()))
 
 
-def test_every_format_is_tried() -> None:
-    assert set(WRITERS.values()) == set(FORMATS)
+def test_every_format_is_tried_and_can_be_named() -> None:
+    assert set(WRITERS.values()) == set(FORMATS) == set(RecordedBy)
 
 
 @pytest.mark.parametrize("write", WRITERS, ids=lambda write: write.__name__)

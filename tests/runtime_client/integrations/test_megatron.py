@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from tests.support.daemon import Start
-from tests.support.frameworks import python_of, train
+from tests.support.frameworks import check_trained, python_of, train
 
 pytestmark = pytest.mark.slow
 TOLERANCE = 1e-4
@@ -24,28 +24,21 @@ def static(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return run(tmp_path_factory.mktemp("static"), "static")
 
 
-def check(trained: dict[str, Any], static: dict[str, Any], tolerance: float = TOLERANCE) -> Any:
-    assert len(trained["losses"]) == 20
-    np.testing.assert_allclose(trained["losses"], static["losses"], rtol=0, atol=tolerance)
-    assert trained["loaded_again"]
-    return np.array(trained["imbalances"])
-
-
 def test_recording_changes_nothing(tmp_path: Path, static: dict[str, Any]) -> None:
-    imbalances = check(run(tmp_path, "record", f"trace={tmp_path / 'trace.npz'}"), static, tolerance=0)
+    imbalances = check_trained(run(tmp_path, "record", f"trace={tmp_path / 'trace.npz'}"), static, tolerance=0)
     assert (imbalances[:, 0] == imbalances[:, 1]).all()
     with np.load(tmp_path / "trace.npz") as arrays:
         assert arrays["counts"].shape == (19, 2, 2, 8)
 
 
 def test_spilling_balances_with_the_same_losses(tmp_path: Path, static: dict[str, Any]) -> None:
-    home, computed = check(run(tmp_path, "spill"), static).T
+    home, computed = check_trained(run(tmp_path, "spill"), static, TOLERANCE).T
     assert home.max() > 1.1
     assert computed.max() < 1.01
 
 
 def test_planned_layouts_balance_with_the_same_losses(tmp_path: Path, static: dict[str, Any], start: Start) -> None:
     daemon = start().serving()
-    imbalances = check(run(tmp_path, "planned", f"planner={daemon.address}", "job=tiny"), static)
+    imbalances = check_trained(run(tmp_path, "planned", f"planner={daemon.address}", "job=tiny"), static, TOLERANCE)
     home, computed = imbalances[8:].T  # the planner has what it needs after five steps
     assert computed.mean() < home.mean()

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from tests.support.daemon import Start
-from tests.support.frameworks import EXAMPLES, train
+from tests.support.frameworks import EXAMPLES, check_trained, train
 
 pytestmark = pytest.mark.slow
 EXAMPLE = "transformers_trainer.py"
@@ -30,17 +30,9 @@ def static(folder: Path) -> dict[str, Any]:
     return train(EXAMPLE, str(folder), "static")
 
 
-def check(trained: dict[str, Any], static: dict[str, Any]) -> Any:
-    """The same losses, and a checkpoint that the framework's own experts load; [steps, 2], imbalances."""
-    assert len(trained["losses"]) == 20
-    np.testing.assert_allclose(trained["losses"], static["losses"], rtol=0, atol=TOLERANCE)
-    assert trained["loaded_again"]
-    return np.array(trained["imbalances"])
-
-
 def test_recording_changes_nothing(folder: Path, static: dict[str, Any]) -> None:
     trace = folder / "trace.npz"
-    imbalances = check(train(EXAMPLE, str(folder), "record", f"trace={trace}"), static)
+    imbalances = check_trained(train(EXAMPLE, str(folder), "record", f"trace={trace}"), static, TOLERANCE)
     assert (imbalances[:, 0] == imbalances[:, 1]).all()
     with np.load(trace) as arrays:
         assert arrays["counts"].shape == (19, 2, 2, 8)
@@ -48,14 +40,16 @@ def test_recording_changes_nothing(folder: Path, static: dict[str, Any]) -> None
 
 
 def test_spilling_balances_with_the_same_losses(folder: Path, static: dict[str, Any]) -> None:
-    home, computed = check(train(EXAMPLE, str(folder), "spill"), static).T
+    home, computed = check_trained(train(EXAMPLE, str(folder), "spill"), static, TOLERANCE).T
     assert home.min() > 1.2
     assert computed.max() < 1.01
 
 
 def test_planned_layouts_balance_with_the_same_losses(folder: Path, static: dict[str, Any], start: Start) -> None:
     daemon = start().serving()
-    imbalances = check(train(EXAMPLE, str(folder), "planned", f"planner={daemon.address}", "job=tiny"), static)
+    imbalances = check_trained(
+        train(EXAMPLE, str(folder), "planned", f"planner={daemon.address}", "job=tiny"), static, TOLERANCE
+    )
     home, computed = imbalances[8:].T  # the planner has what it needs after five steps
     assert (computed < home).all()
     assert computed.max() < 1.1

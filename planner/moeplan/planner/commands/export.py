@@ -57,10 +57,7 @@ def export(
         raise ProblemError("--decoder-layers", decoder_layers, "is for --to sglang; drop it")
     if decoder_layers is not None and decoder_layers <= last:
         raise ProblemError("--decoder-layers", decoder_layers, f"must be above {last}, the last layer of the plan")
-    if engine is EngineName.SGLANG:
-        content: str | bytes = write_sglang(model, decoder_layers)
-    else:
-        content = ENGINES[engine.value].write(model)
+    content = ENGINES[engine.value].write(model) if decoder_layers is None else write_sglang(model, decoder_layers)
     temporary = out.with_name(out.name + ".part")
     temporary.write_bytes(content.encode() if isinstance(content, str) else content)
     temporary.replace(out)

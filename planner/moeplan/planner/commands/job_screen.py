@@ -30,7 +30,7 @@ BARS = "▁▂▃▄▅▆▇█"
 
 @dataclass(slots=True)
 class Screen:
-    """What is known of a job.
+    """State of a job as far as it is known.
 
     Attributes:
         job: The job as last read; None before the first time.

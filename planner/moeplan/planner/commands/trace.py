@@ -18,7 +18,7 @@ ROUTING = "Routing"
 
 
 class RecordedBy(StrEnum):
-    """What a recording is of."""
+    """Program that made a recording."""
 
     SGLANG = "sglang"
     VLLM = "vllm"

@@ -13,7 +13,7 @@ MINUTE_S = 60.0
 
 
 class Budgets:
-    """What tenants have used; only of those that were checked, so that their number is bounded."""
+    """Seconds that tenants have used; only of those that were checked, so that their number is bounded."""
 
     def __init__(self, tenants: Tenants) -> None:
         self._tenants = tenants

@@ -35,7 +35,7 @@ UNUSED_S = 10.0
 """Time for which statistics may come without one that counts before the log says so, and between such lines."""
 
 STALLED_S = 60.0
-"""How long no step may close while ranks are connected."""
+"""Time for which no step may close while ranks are connected."""
 
 log = structlog.get_logger()
 
@@ -247,7 +247,7 @@ class JobHost:
 
     @property
     def stalled(self) -> bool:
-        """Whether ranks are connected, and yet no step closes."""
+        """True if ranks are connected, and yet no step closes."""
         return bool(self.streams) and time.monotonic() - self._closed_s > STALLED_S
 
     def _stop_work(self) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import difflib
 import heapq
 import itertools
 import math
@@ -35,7 +34,6 @@ from moeplan.planner.daemon.tenants import CALLER
 from moeplan.planner.daemon.workers.pool import Workers
 from moeplan.planner.jobs.job import KEPT_PLANS, PlanningJob, StaleIncarnationError
 from moeplan.planner.jobs.job_plan import initial_plan
-from moeplan.solvers import available_policies
 from moeplan.solvers.problem.errors import ProblemError
 from moeplan.v1 import job_pb2
 
@@ -265,16 +263,17 @@ class JobTable:
         return sum(_bytes(host.job.spec) for host in self._hosts.values())
 
     def _read(self, job: job_pb2.Job) -> JobSpec:
-        from moeplan.solvers.exact.run import require  # with the compiler, which no start waits for
+        # With the compiler, which no start waits for.
+        from moeplan.solvers.exact.run import require
+        from moeplan.solvers.policies.registry import find
 
         spec = wire.read_job_spec(job)
-        known = available_policies()
-        if spec.policy not in known:
-            near = difflib.get_close_matches(spec.policy, known, 1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise invalid("job.policy", spec.policy, f"must be one of {', '.join(known)}{hint}")
+        try:
+            policy = find(spec.policy)
+        except ProblemError as error:
+            raise invalid("job.policy", spec.policy, error.reason) from None
         require(spec.parameters.solver)
-        if spec.max_moves is not None and "max_moves" not in known[spec.policy].honours:
+        if spec.max_moves is not None and "max_moves" not in policy.honours:
             raise invalid("job.max_moves", spec.max_moves, f"policy {spec.policy} cannot limit moves; use hybrid")
         limit = self._settings.limits.job_bytes
         if spec.window_bytes > limit:

@@ -1,4 +1,4 @@
-"""What the live page shows of a job: its last steps, kept in memory, and its decisions."""
+"""History of a job for the live page: its last steps, kept in memory, and its decisions."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ class JobHistory:
 
     @property
     def _costs_known(self) -> bool:
-        """Whether the job says what a token costs: the default, a second, stands for any unit."""
+        """True if the job says what a token costs: the default, a second, stands for any unit."""
         return self.spec.expert.seconds_per_token != ExpertSpec().seconds_per_token
 
     @property

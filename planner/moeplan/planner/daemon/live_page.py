@@ -53,7 +53,6 @@ STREAM_S = 60.0
 
 PERIOD_S = 1.0
 CHUNK_STEPS = 16
-SHOWN_RANKS = 64
 
 log = structlog.get_logger()
 
@@ -204,7 +203,7 @@ class LivePage:
             "devices": job.spec.cluster.devices,
             "ranks": job.spec.ranks,
             "connected": job.connected_ranks,
-            "silent": job.silent_ranks[:SHOWN_RANKS],
+            "silent": job.silent_ranks,
             "step": job.closed_step,
             "policy": job.spec.policy,
             "incarnation": job.incarnation,

@@ -106,12 +106,13 @@ class MetricsServer:
 
 
 async def _page_request(request: list[str], reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> Request:
-    """What the page needs to know of a request."""
+    """The parts of a request that the page needs."""
     headers = {name.strip().lower(): value.strip() for name, _, value in (line.partition(":") for line in request[1:])}
     method, path, *_ = [*request[0].split(" "), "", ""]
     length = headers.get("content-length", "")
+    known = length.isascii() and length.isdecimal() and len(length) <= len(str(BODY_BYTES))
     body = b""
-    if method == "POST" and length.isascii() and length.isdecimal() and int(length[:6]) <= BODY_BYTES:
+    if method == "POST" and known and int(length) <= BODY_BYTES:
         body = await reader.readexactly(int(length))
     return Request(method, path.partition("?")[0], headers, body, writer.get_extra_info("peername")[0])
 

@@ -103,7 +103,7 @@ class Security(_Section):
 
     @property
     def identifies(self) -> bool:
-        """Whether clients must say who they are."""
+        """True if clients must say who they are."""
         return any(file is not None for file in (self.client_ca, self.tokens, self.tenants))
 
 

@@ -27,7 +27,7 @@ SHORTEST = 16
 
 
 class Role(IntEnum):
-    """What a tenant may do; each may do what those before it may."""
+    """The rights of a tenant; each may do what those before it may."""
 
     READ = 1
     RUN = 2
@@ -74,11 +74,11 @@ class Tenant(BaseModel):
 
     @property
     def listed(self) -> bool:
-        """Whether it is of a file, and so not just anyone."""
+        """True if it is of a file, and so not just anyone."""
         return bool(self.token_sha256 or self.certificates)
 
     def owns(self, identity: str) -> bool:
-        """Whether a job, by its id, is one of this tenant's."""
+        """True if a job, by its id, is one of this tenant's."""
         return identity.startswith(self.prefix)
 
     def check_job(self, identity: str) -> None:
@@ -148,12 +148,12 @@ class Tenants:
 
     @property
     def asks(self) -> bool:
-        """Whether a caller must say who it is, by a token or a certificate."""
+        """True if a caller must say who it is, by a token or a certificate."""
         return bool(self._digests or self._certificates)
 
     @property
     def by_certificate(self) -> bool:
-        """Whether a certificate may say it."""
+        """True if a certificate may say it."""
         return bool(self._certificates)
 
     def with_token(self, header: str | bytes) -> Tenant | None:

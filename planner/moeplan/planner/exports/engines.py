@@ -1,4 +1,4 @@
-"""What each engine needs of a plan, and how its files are written and read."""
+"""Engines: the needs of each of a plan, and the writing and reading of its files."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ __all__ = ["HeldPlan", "Promise"]
 
 @dataclass(frozen=True, slots=True)
 class Promise:
-    """What a plan says of a layer: imbalance of the layout before and of its own, on its forecast, and its proven gap.
+    """Figures of a layer in a plan: imbalance of the layout before and of its own, on its forecast, and its proven gap.
 
     None where it says nothing.
     """

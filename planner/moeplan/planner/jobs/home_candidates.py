@@ -46,7 +46,7 @@ def home_candidate(layer: int, outlook: LayerOutlook) -> Candidate:
 
 
 def _options(spec: JobSpec, current: Layout) -> SpillOptions:
-    """How ranks spill; memory that experts leave is for tokens and transient replicas."""
+    """Options of the ranks' spilling; memory that experts leave is for tokens and transient replicas."""
     cluster, expert = spec.cluster, spec.expert
     home = _home(current)
     cap = np.full(cluster.devices, NO_CAP, np.int64)

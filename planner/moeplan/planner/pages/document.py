@@ -1,4 +1,4 @@
-"""What a page shows, as JSON: the same form for a trace and for a running job, so that one front end reads both.
+"""The document of a page, as JSON: the same form for a trace and for a running job, so that one front end reads both.
 
 A document is a head and chunks of steps, in order:
 
@@ -51,7 +51,7 @@ class Seconds:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StrategySteps:
-    """What a strategy did in the steps of a chunk.
+    """A strategy in the steps of a chunk.
 
     Attributes:
         layouts: int32[versions, layers, devices, slots], experts, -1 for an empty slot.

@@ -94,7 +94,7 @@ def _beside(spec: JobSpec, rhythm: Rhythm) -> list[Shown]:
 
 @dataclass(slots=True)
 class _Kept:
-    """What is kept of one strategy while the trace goes by."""
+    """Figures kept of one strategy while the trace goes by."""
 
     loads: list[Int64]
     cost: dict[str, list[float]] = field(default_factory=lambda: {name: [] for name in COST_FIELDS})

@@ -36,7 +36,7 @@ class Variant:
 
 
 class HomesRow(TypedDict):
-    """What came of one variant: imbalance after spilling inside domains, and experts moved per re-plan of a layer."""
+    """Outcome of one variant: imbalance after spilling inside domains, and experts moved per re-plan of a layer."""
 
     variant: str
     imbalance: float

@@ -28,7 +28,7 @@ class LayerInfo(TypedDict):
 
 
 class TraceHead(TypedDict):
-    """What a trace tells before its steps are read; None where it does not."""
+    """The head of a trace, known before its steps are read; None where it does not tell."""
 
     steps: int
     first_step: int
@@ -48,7 +48,7 @@ class TraceInfo(TraceHead):
 
 
 def head(trace: Trace) -> TraceHead:
-    """What needs no reading of steps."""
+    """The facts that need no reading of steps."""
     numbers = trace.layer_numbers
     return TraceHead(
         steps=trace.steps,

@@ -1,4 +1,4 @@
-"""What the adapters of training frameworks share: three words, the layers of a model, and where a step ends."""
+"""Common parts of the adapters of training frameworks: three words, the layers of a model, and where a step ends."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _SAVE_EVERY = 100
 
 
 class Mode(StrEnum):
-    """What an adapter does."""
+    """The word that says what an adapter does."""
 
     RECORD = "record"
     """Count tokens; the framework trains as it would without."""

@@ -233,7 +233,7 @@ class HomeMoves(Stateful):
         layer.rehome(homes.exchanged(pairs))
 
     def _tensors(self, layer: ResidentExperts) -> Iterator[Tensor]:
-        """What moves with the experts, a row each."""
+        """Tensors that move with the experts, a row each."""
         yield layer.flat
         if layer.flat.grad is not None:
             yield layer.flat.grad
@@ -245,7 +245,7 @@ class HomeMoves(Stateful):
 
 
 def _plain(layer: ResidentExperts, key: str, value: object) -> object:
-    """What an optimizer keeps of a parameter as a whole."""
+    """State that an optimizer keeps of a parameter as a whole."""
     if isinstance(value, Tensor) and value.numel() != 1:
         raise ValueError(
             f"{layer.title}: the optimizer's {key} of it is {tuple(value.shape)}, and the parameter "

@@ -199,7 +199,7 @@ def _open(folder: Path, files: ExitStack) -> dict[str, Any]:
 def _sort(
     network: Any, layers: Mapping[str, ExpertLayer], mapping: list[Any], slices: Mapping[str, Any]
 ) -> tuple[dict[str, list[_Source]], dict[str, Any]]:
-    """What each part of each layer is made from, in the order of experts; and the rest."""
+    """Sources of each part of each layer, in the order of experts; and the rest."""
     from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
@@ -307,7 +307,7 @@ def _meet() -> None:
 
 
 def _tell(mine: tuple[dict[str, str], int]) -> list[tuple[dict[str, str], int]]:
-    """What all ranks have written."""
+    """Files that all ranks have written."""
     told = [mine] * (dist.get_world_size() if dist.is_initialized() else 1)
     if dist.is_initialized():
         dist.all_gather_object(told, mine)

@@ -28,7 +28,7 @@ _TRAINED = {"torch.float16", "torch.bfloat16", "torch.float32", "torch.float64"}
 
 
 def called_with_rows(module: nn.Module) -> bool:
-    """Whether a module is called with rows of all tokens for each expert, [experts * tokens, hidden], alone."""
+    """True if a module is called with rows of all tokens for each expert, [experts * tokens, hidden], alone."""
     return len(inspect.signature(type(module).forward).parameters) == 2  # itself, and the rows
 
 

@@ -93,5 +93,5 @@ def _is_fused(module: nn.Module) -> bool:
 
 
 def _is_shared(module: nn.Module) -> bool:
-    """Whether it is called without choices, and has three matrices for each of the experts that all tokens go to."""
+    """True if it is called without choices, and has three matrices for each of the experts that all tokens go to."""
     return hasattr(module, "gate_proj") and len(inspect.signature(type(module).forward).parameters) < 4

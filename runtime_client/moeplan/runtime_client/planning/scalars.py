@@ -20,7 +20,7 @@ LENT = ("weights.forward", "weights.backward")
 def step_scalars(
     layers: Sequence[ExpertLayer], counts: Int64, session: PlannerSession | None = None
 ) -> dict[str, float]:
-    """What the layers made of a step's counts, as plain numbers by name. Any one rank may log them.
+    """A step in the layers, as plain numbers by name. Any one rank may log them.
 
     Args:
         layers: The model's expert layers, in order.

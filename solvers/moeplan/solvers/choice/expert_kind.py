@@ -29,7 +29,7 @@ __all__ = ["ExpertKind", "KindChoice", "KindCost", "choose_kind"]
 ExpertKind = Literal["sharded", "resident"]
 
 SEARCH = SolveParameters(work_limit=500)
-"""How hard to search for the layout of sharded experts."""
+"""Limits of the search for the layout of sharded experts."""
 
 GATHERS, LOANS = 2, 3
 """Times that a replica's weights or gradients travel in a step: gathered and returned; lent, lent again, returned."""

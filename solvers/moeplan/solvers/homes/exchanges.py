@@ -65,7 +65,7 @@ def slowest(pools: Pools, place: Int64) -> float:
 
 @kernel
 def _after(pools: Pools, place: Int64, load: Float64, time: Float64, a: int, b: int, limit: float) -> float:
-    """What `slowest` would be once units `a` and `b` have changed places; `limit` or more if it is not less than that.
+    """The value of `slowest` once units `a` and `b` have changed places; `limit` or more if it is not less than that.
 
     Args:
         pools: The load to come.

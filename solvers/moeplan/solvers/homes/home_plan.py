@@ -95,7 +95,7 @@ def plan_homes(
 
 
 def spilled_imbalance(demand: Demand, options: SpillOptions) -> tuple[float, int]:
-    """What spilling by `QuotaPlanner` leaves.
+    """Imbalance that spilling by `QuotaPlanner` leaves.
 
     Returns:
         Imbalance on average over the scenarios, and tokens above the token caps in all of them together.

@@ -22,7 +22,7 @@ W = TypeVar("W", bound=_Waits)
 
 
 class Turns(Generic[W]):
-    """What waits, by who wants it: first come, first served for each, and callers in turn.
+    """Tasks that wait, by who wants them: first come, first served for each, and callers in turn.
 
     Attributes:
         size: Bytes of all that waits.
@@ -41,7 +41,7 @@ class Turns(Generic[W]):
         self.size += waiting.size
 
     def take(self) -> W:
-        """What is next; its caller's turn is over."""
+        """The next task; its caller's turn is over."""
         caller = next(iter(self._callers))
         turns = self._callers.pop(caller)
         waiting = turns.popleft()

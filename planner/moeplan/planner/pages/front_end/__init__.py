@@ -1,1 +1,1 @@
-"""What a browser runs: the files of both pages, read as they are; README.md says what each is."""
+"""Files that a browser runs, of both pages, read as they are; README.md says what each is."""

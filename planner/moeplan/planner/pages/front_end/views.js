@@ -88,6 +88,15 @@ moeplan.chart = function (app, host) {
 moeplan.section = (id, title, finding, ...rest) => make("section", {id, "aria-labelledby": `${id}-title`},
   make("h2", {id: `${id}-title`}, title), finding, ...rest);
 
+/** A section of a view that is one chart: its finding, its host and its keys are the view's. */
+moeplan.charted = function (app, view, id, title) {
+  view.finding = make("p", {class: "finding"});
+  view.host = make("div", {class: "chart"});
+  view.keys = make("ul", {class: "legend"});
+  app.later(() => { view.chart = moeplan.chart(app, view.host); });
+  return moeplan.section(id, title, view.finding, view.host, view.keys);
+};
+
 moeplan.legend = function (app, host, lines = true) {
   const {model} = app, look = moeplan.look();
   host.replaceChildren(...model.head.strategies.map((strategy, s) => {
@@ -355,11 +364,7 @@ moeplan.devices = {
 moeplan.losses = {
   still: true,
   mount(app) {
-    this.finding = make("p", {class: "finding"});
-    this.host = make("div", {class: "chart"});
-    this.keys = make("ul", {class: "legend"});
-    app.later(() => { this.chart = moeplan.chart(app, this.host); });
-    return moeplan.section("losses", "Does it pay?", this.finding, this.host, this.keys);
+    return moeplan.charted(app, this, "losses", "Does it pay?");
   },
   draw(app) {
     const {model} = app, look = moeplan.look(), head = model.head;
@@ -386,11 +391,7 @@ moeplan.losses = {
 moeplan.histogram = {
   still: true,
   mount(app) {
-    this.finding = make("p", {class: "finding"});
-    this.host = make("div", {class: "chart"});
-    this.keys = make("ul", {class: "legend"});
-    app.later(() => { this.chart = moeplan.chart(app, this.host); });
-    return moeplan.section("histogram", "How often is it how uneven?", this.finding, this.host, this.keys);
+    return moeplan.charted(app, this, "histogram", "How often is it how uneven?");
   },
   draw(app) {
     const {model} = app, look = moeplan.look(), head = model.head;
@@ -422,14 +423,11 @@ moeplan.histogram = {
 moeplan.truth = {
   still: true,
   mount(app) {
-    this.finding = make("p", {class: "finding"});
-    this.host = make("div", {class: "chart"});
-    this.keys = make("ul", {class: "legend"});
+    const section = moeplan.charted(app, this, "truth", "Did the forecasts come true?");
     app.later(() => {
-      this.chart = moeplan.chart(app, this.host);
       this.chart.on("click", (event) => { if (event.data && event.data.step !== undefined) app.goto(event.data.step + 1, event.data.layer); });
     });
-    return moeplan.section("truth", "Did the forecasts come true?", this.finding, this.host, this.keys);
+    return section;
   },
   draw(app) {
     const {model} = app, look = moeplan.look(), head = model.head;

@@ -13,7 +13,7 @@ import numpy as np
 from moeplan.planner.traces.trace import TraceError
 from moeplan.solvers.problem.arrays import Int64
 
-__all__ = ["Reader", "Recording", "json_lines", "load_torch", "start_of"]
+__all__ = ["Reader", "Recording", "counts_of", "json_lines", "load_torch", "start_of"]
 
 
 @dataclass(slots=True)
