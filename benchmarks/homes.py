@@ -54,7 +54,7 @@ def main() -> None:
             study = follow_homes(trace, options, variants, Forecast(window_steps=WINDOW), on_step=tick)
         missed = misses(study)
         show(text, study, missed)
-        measured.append({"trace": text, "spare": arguments.spare, **study, "missed": missed})
+        measured.append({"trace": Path(text).name, "spare": arguments.spare, **study, "missed": missed})
     if arguments.out:
         write_result(arguments.out, measured)
 

@@ -53,7 +53,7 @@ def main() -> None:
         figures.append(figures_of("hybrid", "foresight", foreseen))
         for row in figures:
             show(table, row)
-        measured.extend({"trace": text, "offsets": offsets, **row} for row in figures)
+        measured.extend({"trace": Path(text).name, "offsets": offsets, **row} for row in figures)
         Console().print(table)
         lines.append((f"{Path(path).stem}, {devices} x {slots}", sorted(points)))
     if arguments.out:
