@@ -28,8 +28,8 @@ test: $(STAMP)  ## run the tests
 	@$(BIN)/python -c "from moeplan.solvers import warm_up; warm_up()"
 	@$(BIN)/python -m pytest -n 3 --dist loadfile
 
-test-all: $(STAMP) docs  ## run the tests, those that take minutes too, and build the documentation
-	@$(BIN)/python -m pytest -m "slow or not slow"
+test-all: $(STAMP) docs  ## run the tests, those that take minutes too, with new random examples, and build the documentation
+	@$(BIN)/python -m pytest -m "slow or not slow" --hypothesis-profile=new
 
 browser:  ## install Chromium from the system's packages (Debian, Ubuntu; as root), for tests of pages and pictures
 	@apt-get update -qq && apt-get install -y -qq chromium fonts-dejavu-core

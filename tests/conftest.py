@@ -6,7 +6,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 from tests.support.daemon import Start, started
+
+settings.register_profile("new")
+settings.register_profile("same", derandomize=True, database=None)
+settings.load_profile("same")  # every run draws the same examples; --hypothesis-profile=new draws new ones
 
 
 @pytest.fixture

@@ -50,6 +50,15 @@ def test_small_problems_are_solved_exactly_with_any_limit_of_moves(
     assert plan.objective <= optimum(limited) * (1 + 2e-4)
 
 
+def test_a_search_that_keeps_finding_something_leaves_work_for_the_exact_model() -> None:
+    """Two bursts in five were better than the one before, so that the search never stalled and ended at 1.275."""
+    cluster = Cluster(np.array([1, 3, 2]), np.zeros(3, int), np.array([1, 2, 1.5]))
+    demand = Demand(np.array([[[3, 1, 1, 0]], [[0, 0, 10, 10]]]), np.array([0.5, 0.5]))
+    current = Layout.contiguous(4, cluster.slots)
+    problem = Problem(cluster, demand, current=current, max_moves=3)
+    assert solve(problem).objective == pytest.approx(1.2375)
+
+
 def test_moves_into_empty_slots_are_made_one_by_one() -> None:
     current = Layout.contiguous(2, np.full(5, 3))
     problem = Problem(Cluster.uniform(5, 3), Demand.of([[8, 40]]), current=current, max_moves=3)

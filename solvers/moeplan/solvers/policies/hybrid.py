@@ -92,7 +92,10 @@ SHORTEST_S = 0.05
 """Time below which a neighbourhood is not begun."""
 
 SMALL_DEVICES, SMALL_VARIABLES = 6, 200
-"""Problems up to this size are solved exactly where local search stalls."""
+"""Problems up to this size are solved exactly where local search stalls, or has had `SEARCHED_BEFORE` of the work."""
+
+SEARCHED_BEFORE = 0.5
+"""Part of the work that a small problem's local search may take, even where it still finds something now and then."""
 
 WORK_PER_SECOND = 1_000
 """Candidates that a deterministic second of a solver counts as."""
@@ -261,7 +264,7 @@ class _Search:
             price_now = price * max(0.0, 1 - self._spent * PRICED_ROUNDS % 1 / PRICED)
             self._descend(burst, price_now)
             idle = 0 if self.score < before or (price_now and not exact) else idle + burst
-            if idle >= STALL and exact and not self.over:
+            if exact and (idle >= STALL or self._spent >= SEARCHED_BEFORE) and not self.over:
                 if self._solve_whole():
                     yield self.progress()
                     return
