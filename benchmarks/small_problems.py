@@ -27,6 +27,7 @@ from moeplan.solvers import (
     Layout,
     Problem,
     SolveParameters,
+    SplitRule,
     Termination,
     solve,
 )
@@ -164,10 +165,15 @@ def tail(problem: Problem, rng: np.random.Generator) -> Problem:
     return replace(problem, tail=float(rng.choice([0.2, 0.5])))
 
 
+def even(problem: Problem, rng: np.random.Generator) -> Problem:
+    demand = replace(problem.demand, tokens=12 * problem.demand.tokens)  # whole shares for up to four replicas
+    return replace(problem, demand=demand, split_rule=SplitRule.EVEN)
+
+
 KINDS: dict[str, Limit] = {
     "none": lambda problem, rng: problem,
     **{limit.__name__: limit for limit in (moves, failed, pairs, domains, groups, min_tokens)},
-    **{limit.__name__: limit for limit in (device_moves, node_moves, memory, tail)},
+    **{limit.__name__: limit for limit in (device_moves, node_moves, memory, tail, even)},
 }
 
 if __name__ == "__main__":

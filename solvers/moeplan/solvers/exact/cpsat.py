@@ -14,7 +14,7 @@ from moeplan.solvers.exact.model import Answer, Effort, Model, Report, check
 from moeplan.solvers.problem.arrays import Bool, Int64
 from moeplan.solvers.problem.limits import Limits
 
-__all__ = ["minimise", "solve"]
+__all__ = ["add_limits", "minimise", "solve"]
 
 SPEED_UNITS = 10_000
 """Unequal speeds become multiples of 1/10,000, rounded up so that the bound holds."""
@@ -139,7 +139,7 @@ def _build(model: Model, effort: Effort) -> _Program:
                 use = model.replica_bytes * _sum(y[d]) + model.activation_bytes * _sum(x[s, d])
                 cp.add(use <= int(model.memory[d]))
     if model.limits is not None:
-        _add_limits(cp, y, model.limits)
+        add_limits(cp, y, model.limits)
     weight_unit = WEIGHT_UNITS / float(model.weights.max())
     if model.tail < 1:
         _minimise_tail(cp, z, model, unit)
@@ -185,7 +185,8 @@ def _minimise_tail(cp: cp_model.CpModel, z: list[Any], model: Model, units: floa
     cp.minimize(TAIL_UNITS * eta + cp_model.LinearExpr.weighted_sum(excess, weight.tolist()))
 
 
-def _add_limits(cp: cp_model.CpModel, y: Any, limits: Limits) -> None:
+def add_limits(cp: cp_model.CpModel, y: Any, limits: Limits) -> None:
+    """Add the limits on replicas, for y[devices, experts] of booleans, or of sums that are 0 or 1."""
     for d, e in np.argwhere(~limits.may):
         cp.add(y[d, e] == 0)
     for d, e in np.argwhere(limits.must):
@@ -200,7 +201,7 @@ def _add_limits(cp: cp_model.CpModel, y: Any, limits: Limits) -> None:
         for choice in home:
             cp.add_exactly_one(choice)
         for (d, e), variable in np.ndenumerate(y):
-            cp.add_implication(variable, home[limits.unit[e]][limits.region[d]])
+            cp.add(variable <= home[limits.unit[e]][limits.region[d]])
 
 
 def _solver(effort: Effort) -> cp_model.CpSolver:

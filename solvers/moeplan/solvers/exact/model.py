@@ -60,6 +60,7 @@ class Model:
         activation_bytes: Memory of a token that is computed.
         hinted: Whether solvers are told of the incumbent, beyond what it says about `cap`.
         tail: Part of the scenarios, the worst, that counts; 1.0 for all.
+        even: Whether all replicas of an expert take the same share, which only `even_model` knows.
     """
 
     loads: Int64
@@ -73,6 +74,7 @@ class Model:
     activation_bytes: int = 0
     hinted: bool = True
     tail: float = 1.0
+    even: bool = False
 
     @property
     def scenarios(self) -> int:

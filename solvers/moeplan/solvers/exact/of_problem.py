@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from moeplan.solvers.exact.model import Effort, Model
@@ -9,6 +11,7 @@ from moeplan.solvers.exact.run import run
 from moeplan.solvers.problem.arrays import Int32
 from moeplan.solvers.problem.errors import InfeasibleError, ProblemError
 from moeplan.solvers.problem.problem import Problem
+from moeplan.solvers.problem.split_rules import SplitRule
 
 __all__ = ["any_layout", "whole"]
 
@@ -35,6 +38,7 @@ def whole(problem: Problem, incumbent: Int32 | None) -> Model:
         expert.weight_bytes + expert.state_bytes,
         expert.activation_bytes,
         tail=problem.tail,
+        even=problem.split_rule is SplitRule.EVEN,
     )
 
 
@@ -48,7 +52,8 @@ def any_layout(problem: Problem, solver: str, deadline: float | None) -> Int32:
     from moeplan.solvers.construct.repair import table
 
     _check_memory(problem)
-    answer = run(whole(problem, None), solver, Effort(deadline, SEARCH))
+    anyhow = replace(whole(problem, None), even=False)  # the split is no matter yet
+    answer = run(anyhow, solver, Effort(deadline, SEARCH))
     if answer.placed is not None:
         return table(problem, answer.placed)
     limits = list(problem.constraints.names)

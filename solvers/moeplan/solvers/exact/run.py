@@ -67,8 +67,10 @@ def require(solver: str) -> None:
 def _backend(model: Model, solver: str) -> Callable[[Model, Effort, Report], Answer]:
     # Both libraries take a while to import.
     if solver == "cpsat":
-        from moeplan.solvers.exact import cpsat, partition_model
+        from moeplan.solvers.exact import cpsat, even_model, partition_model
 
+        if model.even:
+            return even_model.solve
         return partition_model.solve if partition_model.applies(model) else cpsat.solve
     from moeplan.solvers.exact import pulp
 

@@ -54,7 +54,7 @@ from moeplan.solvers.search.even import improve_even
 from moeplan.solvers.search.local import Burst, Scenarios, improve
 from moeplan.solvers.search.neighbourhoods import neighbour
 from moeplan.solvers.split.flow import optimal_quota
-from moeplan.solvers.split.memory import best_quota, planning_speed
+from moeplan.solvers.split.memory import best_quota, planning_speed, token_caps
 from moeplan.solvers.split.rules import split
 
 SEARCHED = (SplitRule.OPTIMAL, SplitRule.EVEN)
@@ -190,7 +190,7 @@ class _Search:
 
     def take(self, slots: Int32) -> bool:
         """Keep a layout if it is better."""
-        score = _score(self.problem, slots)
+        score = score_of(self.problem, slots)
         self.before = min(self.before, score) if self.best is None else self.before
         if score >= self.score:
             return False
@@ -255,10 +255,12 @@ class _Search:
         rng = np.random.default_rng(parameters.seed)
         visits = problem.demand.scenarios * int(problem.capacity.sum()) * 16
         burst = min(max(8, WORK_PER_BURST // visits), LONGEST_BURST)
-        price = max(0.0, self.before - self.target) / problem.max_moves if problem.max_moves else 0.0
+        price = 0.0
+        if problem.max_moves and np.isfinite(self.before):  # the layout in force may not fit the memory
+            price = max(0.0, self.before - self.target) / problem.max_moves
         proofs: Iterator[Float64] | None = None
         idle = 0
-        exact = _small(problem)
+        exact = _small(problem, parameters.solver)
         while not self.over:
             before = self.score
             price_now = price * max(0.0, 1 - self._spent * PRICED_ROUNDS % 1 / PRICED)
@@ -302,7 +304,7 @@ class _Search:
             self.work += WORK_PER_NEIGHBOURHOOD
             assert self.best is not None
             slots = neighbour(self.problem, self.limits, self.best, rng, self.parameters.solver, self.deadline)
-            if slots is not None and not self.take(slots) and _score(self.problem, slots) == self.score:
+            if slots is not None and not self.take(slots) and score_of(self.problem, slots) == self.score:
                 self.best = slots
 
     def _solve_whole(self) -> bool:
@@ -312,6 +314,10 @@ class _Search:
         answer = run(whole(problem, self.best), parameters.solver, Effort(self.deadline, work, gap=0.0))
         if answer.placed is not None:
             self.take(table(problem, answer.placed))
+        if _rule(problem) is SplitRule.EVEN:  # the model's shares are rounded down
+            idle = float(problem.demand.weights[problem.mean_level == 0].sum()) if problem.tail >= 1 else 0.0
+            self.proven = max(self.proven, min(self.score, answer.bound + idle))
+            return self.score <= self.target
         if answer.status != "optimal" or problem.tail < 1:  # the model rounds the mean of a tail
             return False
         self.proven = self.score
@@ -435,11 +441,11 @@ def _perfect(problem: Problem) -> bool:
     return problem.limits.free and not memory and _rule(problem) is SplitRule.OPTIMAL
 
 
-def _small(problem: Problem) -> bool:
-    """True if an exact model of the whole problem is small enough to be solved."""
+def _small(problem: Problem, solver: str) -> bool:
+    """True if there is an exact model of the whole problem for that solver, and it is small enough to be solved."""
     variables = problem.demand.scenarios * problem.devices * problem.experts
     small = problem.devices <= SMALL_DEVICES and variables <= SMALL_VARIABLES
-    return small and _rule(problem) is SplitRule.OPTIMAL
+    return small and (_rule(problem) is SplitRule.OPTIMAL or (_rule(problem) is SplitRule.EVEN and solver == "cpsat"))
 
 
 def _window_applies(problem: Problem) -> bool:
@@ -464,12 +470,15 @@ def _rule(problem: Problem) -> SplitRule:
     return problem.split_rule or SplitRule.OPTIMAL
 
 
-def _score(problem: Problem, slots: Int32) -> float:
+def score_of(problem: Problem, slots: Int32) -> float:
     """The objective of a layout under the split rule asked for; infinite where it does not fit the memory."""
     rule = _rule(problem)
-    if rule is not SplitRule.OPTIMAL:
-        return scores.score(problem, split(problem, Layout.trusted(slots, problem.experts), rule).quota)
-    quota, _, fits = best_quota(problem, slots)
+    if rule is SplitRule.OPTIMAL:
+        quota, _, fits = best_quota(problem, slots)
+    else:
+        quota = split(problem, Layout.trusted(slots, problem.experts), rule).quota
+        caps = token_caps(problem.cluster, problem.expert, (slots != EMPTY).sum(axis=1))
+        fits = caps is None or bool((quota.sum(axis=2) <= caps).all())
     return scores.score(problem, quota) if fits else np.inf
 
 

@@ -10,16 +10,16 @@ from moeplan.solvers.construct.repair import table
 from moeplan.solvers.exact.model import Effort
 from moeplan.solvers.exact.of_problem import whole
 from moeplan.solvers.exact.run import require, run
-from moeplan.solvers.objective.score import bound, objective, score
+from moeplan.solvers.objective.score import bound, objective
 from moeplan.solvers.plan.parameters import SolveParameters
 from moeplan.solvers.plan.termination import Termination
-from moeplan.solvers.policies.hybrid import hybrid
+from moeplan.solvers.policies.hybrid import hybrid, score_of
 from moeplan.solvers.policies.registry import ALL_LIMITS, Progress, policy
+from moeplan.solvers.problem.errors import ProblemError
 from moeplan.solvers.problem.layout import Layout
 from moeplan.solvers.problem.moves import keep_slots
 from moeplan.solvers.problem.problem import Problem
 from moeplan.solvers.problem.split_rules import SplitRule
-from moeplan.solvers.split.memory import best_quota
 
 WORK_PER_SECOND = 1_000
 """Candidates of `work_limit` that a deterministic second of a solver counts as."""
@@ -33,7 +33,7 @@ SLACK_S = 0.05
     "ilp",
     source="CP-SAT; HiGHS, CBC by PuLP",
     split=SplitRule.OPTIMAL,
-    rules=frozenset({SplitRule.OPTIMAL}),
+    rules=frozenset({SplitRule.OPTIMAL, SplitRule.EVEN}),
     honours=ALL_LIMITS,
 )
 def ilp(problem: Problem, parameters: SolveParameters) -> Iterator[Progress]:
@@ -41,12 +41,14 @@ def ilp(problem: Problem, parameters: SolveParameters) -> Iterator[Progress]:
     start = time.perf_counter()
     deadline = None if parameters.deadline_s is None else start + parameters.deadline_s
     require(parameters.solver)
+    if problem.split_rule is SplitRule.EVEN and parameters.solver != "cpsat":
+        raise ProblemError("parameters.solver", parameters.solver, "an even split has an exact model on cpsat alone")
     weights = problem.demand.weights
     proven = objective(problem, bound(problem))
     *_, construction = hybrid(problem, replace(parameters, work_limit=0, prove=False))
     incumbent = construction.layout
     yield Progress(incumbent, proven)
-    before = _value(problem, incumbent)
+    before = score_of(problem, incumbent.slots)
     if before <= proven * (1 + parameters.target_gap):
         return
     with_tokens = problem.mean_level > 0
@@ -62,13 +64,7 @@ def ilp(problem: Problem, parameters: SolveParameters) -> Iterator[Progress]:
         if problem.current is not None:
             keep_slots(problem.current.slots, slots)
         found = Layout(slots, problem.experts)
-        best = found if _value(problem, found) < before else incumbent
+        best = found if score_of(problem, found.slots) < before else incumbent
     late = deadline is not None and time.perf_counter() >= deadline - SLACK_S
     ended = Termination.DEADLINE if late else Termination.WORK_LIMIT
-    yield Progress(best, min(proven, _value(problem, best)), ended)
-
-
-def _value(problem: Problem, layout: Layout) -> float:
-    """The objective under the optimal split."""
-    quota, _, _ = best_quota(problem, layout.slots)
-    return score(problem, quota)
+    yield Progress(best, min(proven, score_of(problem, best.slots)), ended)
