@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from moeplan.runtime_client.group import ExpertGroup, Traffic
 from moeplan.runtime_client.layers.feed_forward import ExpertShape, join_weights, split_weights
+from moeplan.runtime_client.layers.identities import with_identities
 from moeplan.runtime_client.layers.rank_checks import compare_ranks, row_sums, tell
 from moeplan.runtime_client.layers.routing import gather_counts
 from moeplan.solvers.problem.arrays import Int64
@@ -58,6 +59,7 @@ class ExpertLayer(nn.Module, ABC):
         traffic: Bytes sent to other ranks since the counter was last cleared.
         name: What errors call it; `replace_experts` gives it the name that it has in the model.
         loaded: int64[rows], sums of the parameter's rows as they were loaded; None where they were not.
+        identities: Choices from `experts` on that give a token back as it is; 0 if there are none.
         prepare: Called with the parameter before a pass that will have gradients, and with whether FSDP2 averages them
             over replicas; `ExpertGradients` sets it.
     """
@@ -73,6 +75,8 @@ class ExpertLayer(nn.Module, ABC):
         self.compute_dtype = compute_dtype
         self.traffic = Traffic()
         self.name = ""
+        self.identities = 0
+        self._finish = ""
         self.prepare: Callable[[nn.Parameter, bool], None] | None = None
         self._cut = False
         self._number = next(group.numbers)
@@ -100,7 +104,7 @@ class ExpertLayer(nn.Module, ABC):
 
         Args:
             hidden: [tokens, hidden] of this rank (leading dimensions are flattened).
-            index: int64[tokens, k], experts of each token; other integers are taken as well.
+            index: int64[tokens, k], experts of each token, or `identities`; other integers are taken as well.
             weight: [tokens, k].
 
         Returns:
@@ -133,7 +137,10 @@ class ExpertLayer(nn.Module, ABC):
         dtype = self._dtype()
         if self.compute_dtype is None and dtype != weights.dtype:  # of autocast
             rows = rows.to(dtype)
-        output = self._run(rows, index.long(), weight, dtype).to(hidden.dtype).view_as(hidden)
+        run = partial(self._run, dtype=dtype)
+        if self.identities:
+            run = partial(with_identities, run, range(self.experts, self.experts + self.identities))
+        output = run(rows, index.long(), weight).to(hidden.dtype).view_as(hidden)
         return output.clone() if self._cut else output  # FSDP2 hangs a hook on it, which operations on views may lose
 
     def _dtype(self) -> torch.dtype:
@@ -179,6 +186,23 @@ class ExpertLayer(nn.Module, ABC):
     @abstractmethod
     def gather_experts(self, rank: int) -> Tensor | None:
         """All experts on one rank of the group, [experts, elements]; None on the others. Every rank calls it."""
+
+    def finish_by(self, name: str, module: nn.Module) -> None:
+        """Apply a module to the result of each choice, at the token's source, before results are weighed.
+
+        Its weights are no experts' but shared by all ranks, as those of the router are.
+
+        Args:
+            name: What it is called in the layer, and in checkpoints.
+            module: Applied to [rows, hidden], row by row.
+        """
+        self.add_module(name, module)
+        self._finish = name
+
+    @property
+    def finish(self) -> nn.Module | None:
+        """What is applied to the result of each choice."""
+        return self.get_submodule(self._finish) if self._finish else None
 
     def watch(self, block: nn.Module) -> None:
         """Say which module calls the layer, so that a pass can tell if its other weights differ between ranks."""
