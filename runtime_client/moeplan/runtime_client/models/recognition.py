@@ -192,7 +192,7 @@ class _Batch(NamedTuple):
     """Tokens [tokens, hidden], with choices and weights [tokens, k]: two of experts, and of an identity if there is."""
 
     rows: Tensor
-    index: Tensor
+    choices: Tensor
     weight: Tensor
 
 
