@@ -27,6 +27,9 @@ __all__ = ["ExpertLayer", "state_in_parts", "state_without_experts"]
 _IN_PARTS = ContextVar("in_parts", default=False)
 _LEFT_OUT = ContextVar("left_out", default=False)
 
+_CUT_BY_FSDP1 = ("_is_flat_param", "_fsdp_flattened")
+"""Marks of its parameters, of which each rank holds another part."""
+
 
 @contextmanager
 def state_in_parts() -> Iterator[None]:
@@ -82,7 +85,8 @@ class ExpertLayer(nn.Module, ABC):
         self._number = next(group.numbers)
         self._passes = 0
         self.loaded: Tensor | None = None
-        self._block: weakref.ref[nn.Module] | None = None
+        self._watched: list[weakref.ref[nn.Module]] = []
+        self._witnesses: list[Tensor] = []
 
     @property
     def weights(self) -> nn.Parameter:
@@ -204,9 +208,14 @@ class ExpertLayer(nn.Module, ABC):
         """What is applied to the result of each choice."""
         return self.get_submodule(self._finish) if self._finish else None
 
-    def watch(self, block: nn.Module) -> None:
-        """Say which module calls the layer, so that a pass can tell if its other weights differ between ranks."""
-        self._block = weakref.ref(block)
+    def watch(self, *modules: nn.Module) -> None:
+        """Say what all ranks hold alike but for experts, so that a pass can tell if it differs between ranks.
+
+        Args:
+            modules: The module that calls the layer, and what it is part of: they are watched in its place while all of
+                its weights are frozen.
+        """
+        self._watched = [weakref.ref(module) for module in modules]
 
     @property
     def title(self) -> str:
@@ -257,32 +266,44 @@ class ExpertLayer(nn.Module, ABC):
         what = f"pass {self._passes} of {self.title}"
         return gather_counts(self.group, index, weight, self.experts, what, told, partial(compare_ranks, self.title))
 
-    def _checks(self) -> tuple[Tensor, Tensor, Tensor | None] | tuple[()]:
-        """Values by which ranks compare weights, in the order of `tell`; none in most passes."""
+    def _checks(self) -> tuple[Tensor | None, Tensor | None, Tensor | None] | tuple[()]:
+        """Values by which ranks compare weights, in the order of `tell`.
+
+        Small shared weights in every pass, so that what went wrong in a step is known in the pass after it; all others
+        in few passes, as they take time to read.
+        """
         if not self._compares:
-            return ()
-        own, shared = row_sums(self.weights).sum(), [row_sums(weights).sum() for weights in self._shared()]
+            return (None, None, _total(self._witnesses)) if self._witnesses else ()
+        shared = self._shared()
+        self._witnesses = [weights for weights in shared if self._is_small(weights)]
+        own = row_sums(self.weights).sum()
         same = torch.zeros_like(own)
         if self._cut:  # by FSDP2 over replicas, which has been checked
             own = same
         elif self.loaded is not None:  # equal experts on all ranks are no mistake if they were loaded so
             self.loaded = self.loaded.to(own.device)
             same = own == self.loaded.sum()
-        return own, ~same.bool(), torch.stack(shared).sum() if shared else None
+        return own, ~same.bool(), _total(shared) if shared else None
 
     @property
     def _compares(self) -> bool:
-        """True if ranks compare weights in this pass: in 1, 2, 4, 8 and so on, as what differs once stays different."""
+        """True if ranks compare all weights in this pass: in 1, 2, 4, 8 and so on, as what differs stays different."""
         return self.group.size > 1 and self._passes & (self._passes - 1) == 0
 
-    def _shared(self) -> Iterator[Tensor]:
-        """Weights of the block that all ranks hold and train alike; not what a framework has cut up."""
-        block = self._block and self._block()
-        for module in block.modules() if block else ():
-            if not isinstance(module, ExpertLayer):
-                for parameter in module.parameters(recurse=False):
-                    if parameter.requires_grad and not isinstance(parameter, DTensor):
-                        yield parameter
+    def _shared(self) -> list[Tensor]:
+        """Weights of the block that all ranks hold and train alike, or if there are none, the smallest of the model."""
+        modules = [module for module in (watched() for watched in self._watched) if module is not None]
+        for module in modules[:1]:
+            if shared := list(_trained(module)):
+                return shared
+        for module in modules[1:]:
+            if shared := sorted(_trained(module), key=Tensor.numel):
+                return shared[:1]
+        return []
+
+    def _is_small(self, weights: Tensor) -> bool:
+        """True if they are no more than a router's."""
+        return weights.numel() <= self.experts * self.shape.hidden
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         if _LEFT_OUT.get():
@@ -333,7 +354,21 @@ class ExpertLayer(nn.Module, ABC):
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies: without what belongs to passes, to other modules and to training with the original."""
-        return self.__dict__ | {"traffic": Traffic(), "prepare": None, "_block": None}
+        return self.__dict__ | {"traffic": Traffic(), "prepare": None, "_watched": [], "_witnesses": []}
 
     def extra_repr(self) -> str:
         return f"experts={self.experts}, {self.shape}, rank={self.group.rank}/{self.group.size}"
+
+
+def _trained(module: nn.Module) -> Iterator[Tensor]:
+    """Weights beside experts that are trained; not what a framework has cut up."""
+    for part in module.modules():
+        if not isinstance(part, ExpertLayer):
+            for parameter in part.parameters(recurse=False):
+                cut = isinstance(parameter, DTensor) or any(hasattr(parameter, mark) for mark in _CUT_BY_FSDP1)
+                if parameter.requires_grad and not cut:
+                    yield parameter
+
+
+def _total(weights: list[Tensor]) -> Tensor:
+    return torch.stack([row_sums(part).sum() for part in weights]).sum()

@@ -84,7 +84,7 @@ def replace_experts(model: nn.Module, make: MakeExperts[L]) -> dict[str, L]:
         owner, _, attribute = name.rpartition(".")
         block = model.get_submodule(owner)
         setattr(block, attribute, layer)
-        layer.watch(block)
+        layer.watch(block, model)
         layers[name] = layer
     chain([layer for layer in layers.values() if isinstance(layer, FullyShardedExperts)])
     ignore_experts(model)
