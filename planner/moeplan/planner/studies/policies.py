@@ -123,7 +123,7 @@ def compare(
     """
     scores = {name: _Scores() for name in policies}
     length = setting.forecast.window_steps
-    for layers in trace.passes(setting.layers, 2 * length):  # a window is a copy of the steps that are kept
+    for layers in trace.passes(setting.layers, 3 * length):  # those kept, the window, and the one before
         for window in trace.windows(length, setting.every, setting.first, layers):
             for index, layer in enumerate(layers):
                 after = Demand.of(window.next[index])
