@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from rich.progress import track
 from rich.table import Table
 
 from moeplan.planner.studies.policies import Row, Setting, compare
-from moeplan.planner.traces.trace import Trace, Window
+from moeplan.planner.traces.trace import Trace
 from moeplan.solvers import Cluster, Forecast
 from result_file import write_result
 
@@ -78,14 +79,15 @@ def rows(
     trace: Trace, cluster: Cluster, policy: str, limit: int | None, offsets: Sequence[int], *, foresight: bool = False
 ) -> list[Row]:
     """What `compare` found from each offset."""
-    setting = Setting(cluster, range(trace.layers), max_moves=limit, forecast=Forecast(window_steps=WINDOW))
-    found = []
-    for offset in offsets:
-        windows = trace.windows(WINDOW, EVERY, offset)
-        if foresight:
-            windows = (Window(window.step, window.next[np.newaxis], window.next) for window in windows)
-        found.extend(compare(windows, [policy], setting)["policies"])
-    return found
+    setting = Setting(
+        cluster,
+        range(trace.layers),
+        max_moves=limit,
+        forecast=Forecast(window_steps=WINDOW),
+        every=EVERY,
+        foresight=foresight,
+    )
+    return [row for offset in offsets for row in compare(trace, [policy], replace(setting, first=offset))["policies"]]
 
 
 def figures_of(policy: str, limit: str, found: Sequence[Row]) -> dict[str, Any]:

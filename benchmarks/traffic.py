@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -21,8 +22,23 @@ from moeplan.planner.traces.trace import Trace
 from moeplan.solvers import Cluster, Demand, Layout, Problem, SolveParameters, evaluate, solve
 from moeplan.solvers.plan.cost import between_nodes
 from moeplan.solvers.split.coverage import coverable, tokens_by_domain
+from result_file import write_result
 
 POLICIES = ("static", "eplb", "hybrid", "traffic")
+COLUMNS = {
+    "slots": "",
+    "policy": "",
+    "between_nodes": ".1%",
+    "saved": "+.1%",
+    "at_most": ".1%",
+    "imbalance": ".4f",
+    "more_load": "+.2%",
+    "next_between_nodes": ".1%",
+    "next_saved": "+.1%",
+    "next_imbalance": ".4f",
+    "seconds": ".2f",
+}
+"""Figures of a row, and how they are shown."""
 
 
 def least(problem: Problem) -> float:
@@ -47,11 +63,12 @@ def main() -> None:
     parser.add_argument("--window", type=int, default=10)
     parser.add_argument("--every", type=int, default=60)
     parser.add_argument("--work-limit", type=int, default=SolveParameters().work_limit)
+    parser.add_argument("--out", type=Path, help="file for the results, as JSON")
     arguments = parser.parse_args()
     trace = Trace.open(arguments.trace)
     widths = [int(slots) for slots in arguments.slots.split(",")]
     parameters = SolveParameters(work_limit=arguments.work_limit)
-    rows = []
+    rows: list[dict[str, Any]] = []
     plans = trace.window_count(arguments.window, arguments.every) * trace.layers * len(widths) * len(POLICIES)
     with progress("planning", plans) as advance:
         for slots in widths:
@@ -73,37 +90,27 @@ def main() -> None:
             base = means["hybrid"]
             for policy, (remote, load, next_remote, next_load, seconds) in means.items():
                 rows.append(
-                    [
-                        str(slots),
-                        policy,
-                        f"{remote:.1%}",
-                        f"{1 - remote / base[0]:+.1%}",
-                        f"{1 - float(np.mean(floor)) / base[0]:.1%}",
-                        f"{load:.4f}",
-                        f"{load / base[1] - 1:+.2%}",
-                        f"{next_remote:.1%}",
-                        f"{1 - next_remote / base[2]:+.1%}",
-                        f"{next_load:.4f}",
-                        f"{seconds:.2f}",
-                    ]
+                    {
+                        "slots": slots,
+                        "policy": policy,
+                        "between_nodes": remote,
+                        "saved": 1 - remote / base[0],
+                        "at_most": 1 - float(np.mean(floor)) / base[0],
+                        "imbalance": load,
+                        "more_load": load / base[1] - 1,
+                        "next_between_nodes": next_remote,
+                        "next_saved": 1 - next_remote / base[2],
+                        "next_imbalance": next_load,
+                        "seconds": seconds,
+                    }
                 )
     show_table(
         f"{arguments.trace.name}: {arguments.devices} devices in {arguments.nodes} nodes",
-        (
-            "slots",
-            "policy",
-            "between nodes",
-            "saved",
-            "at most",
-            "imbalance",
-            "more load",
-            "next step",
-            "saved",
-            "imbalance",
-            "s/layer",
-        ),
-        rows,
+        list(COLUMNS),
+        [[format(row[name], form) for name, form in COLUMNS.items()] for row in rows],
     )
+    if arguments.out:
+        write_result(arguments.out, rows)
 
 
 if __name__ == "__main__":

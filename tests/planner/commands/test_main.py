@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from tests.support.repository import ROOT
 
-from moeplan.planner.files.plan_file import read_layouts
+from moeplan.planner.files.plan_file import PlanFile
 
 TRACE = ROOT / "examples/traces/moe-e64-cut.npz"
 
@@ -63,7 +63,7 @@ def test_plan_then_plan_again_with_few_moves(tmp_path: Path) -> None:
     (layer,) = document["layers"]
     assert len(layer["moves"]) <= 4
     assert 1 <= layer["bound"] <= layer["imbalance"]
-    before, after = read_layouts(first)[0], read_layouts(second)[0]
+    before, after = PlanFile.read(first).layouts[0], PlanFile.read(second).layouts[0]
     assert (after.placed & ~before.placed).sum() == len(layer["moves"])
 
 

@@ -15,7 +15,7 @@ import yaml
 from moeplan.planner.commands.main import main
 from moeplan.planner.commands.options import EngineName
 from moeplan.planner.exports.engines import ENGINES, read_any
-from moeplan.planner.files.plan_file import read_layouts
+from moeplan.planner.files.plan_file import PlanFile
 from moeplan.solvers import Cluster, Demand, Layout, Problem, SplitRule, evaluate
 
 DEVICES, SLOTS, EXPERTS, FIRST = 4, 3, 8, 3
@@ -43,7 +43,7 @@ def call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
 
 def plan(call: Call, engine: str, name: str = "plan.json") -> dict[int, Any]:
     call("plan", "trace.npz", "--devices", DEVICES, "--slots", SLOTS, "--for", engine, "--work-limit", 200, "-o", name)
-    return read_layouts(Path(name))
+    return dict(PlanFile.read(Path(name)).layouts)
 
 
 def test_every_engine_can_be_named() -> None:

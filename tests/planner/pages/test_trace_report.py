@@ -14,8 +14,7 @@ import numpy as np
 import pytest
 
 from moeplan.api.jobs import JobSpec
-from moeplan.planner.files.held_plan import HeldPlan
-from moeplan.planner.files.plan_file import plan_document, write
+from moeplan.planner.files.plan_file import PlanFile, plan_document, write
 from moeplan.planner.pages import trace_report
 from moeplan.planner.pages.frame import self_contained
 from moeplan.planner.pages.trace_report import Rhythm, holding, trace_document, usual
@@ -105,7 +104,7 @@ def test_a_plan_is_held_from_the_first_step_to_the_last(trace: Trace, tmp_path: 
         parameters = SolveParameters(work_limit=200)
         plans[layer] = solve(Problem(Cluster.uniform(4, 3), Demand.of(tokens)), parameters=parameters)
     write(tmp_path / "plan.json", plan_document(plans))
-    held = HeldPlan.read(tmp_path / "plan.json")
+    held = PlanFile.read(tmp_path / "plan.json")
     document: Any = trace_document(trace, LAYERS, holding(job(trace), RHYTHM, held, LAYERS), cost_text="")
     mine = document["chunks"][0]["strategies"][2]
     assert mine["version"] == [0] * 12

@@ -16,7 +16,7 @@ from tests.support.repository import TRACE
 
 from moeplan.api.job_plans import JobPlan
 from moeplan.api.jobs import Closing, Forecast, JobSpec, Replan
-from moeplan.planner.files.plan_file import read_layouts
+from moeplan.planner.files.plan_file import PlanFile
 from moeplan.planner.jobs.job import PlanningJob
 from moeplan.planner.jobs.solve import LayersTask, plan_layers
 from moeplan.planner.jobs.window import Report
@@ -115,7 +115,7 @@ def test_the_same_window_gives_the_same_layout(
     judged = compared["next_step"]["even" if rule is SplitRule.EVEN else "optimal"]
     assert judged["mean"] == float(np.mean(after))
 
-    current, planned = read_layouts(first), read_layouts(second)
+    current, planned = PlanFile.read(first).layouts, PlanFile.read(second).layouts
     steps = list(Trace.open(trace).read(end - STEPS, end))
     spec = job(current, rule, sources=steps[0].shape[1])
     told = by_state_machine(spec, steps)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import tracemalloc
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from tests.support.repository import TRACE
 from moeplan.api.job_plans import Reason
 from moeplan.api.jobs import Forecast, JobSpec, Payback, Replan
 from moeplan.planner.jobs.job_plan import Candidate, decide, initial_plan, move_time_s
+from moeplan.planner.studies import replay as replaying
 from moeplan.planner.studies.replay import Outcome, Strategy, replay, usual_strategies
 from moeplan.planner.traces.trace import Trace
 from moeplan.solvers import Cluster, ExpertSpec, Layout, Link, SolveParameters
@@ -182,3 +184,33 @@ def test_a_replay_repeats_itself_and_strategies_do_not_touch_each_other() -> Non
 
 def costs(found: Outcome) -> list[Any]:
     return [(step.compute_s, step.traffic_s, step.moves_s, step.imbalance) for step in found.steps]
+
+
+def test_a_window_larger_than_memory_is_kept_in_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    strategies = [Strategy("pays", replace(job(), forecast=Forecast(window_steps=20)))]
+    (at_once,) = replay(restless(60), strategies)
+    monkeypatch.setattr(replaying, "MOST_BYTES", 1)
+    (in_a_file,) = replay(restless(60), strategies)
+    assert costs(in_a_file) == costs(at_once)
+    assert in_a_file.decisions == at_once.decisions
+
+
+def test_strategies_share_the_steps_of_their_windows() -> None:
+    experts, window = 2**13, 30
+    cluster = Cluster.uniform(4, experts // 4)
+    initial = (Layout.contiguous(experts, cluster.slots),)
+    spec = JobSpec(
+        cluster,
+        layers=1,
+        experts=experts,
+        ranks=4,
+        initial=initial,
+        forecast=Forecast(window_steps=window),
+        replan=Replan(every_steps=1_000),
+    )
+    step = np.ones((1, 4, experts), np.int64)
+    tracemalloc.start()
+    replay((step.copy() for _ in range(40)), [Strategy(name, spec) for name in "abcd"])
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 2 * window * step.nbytes

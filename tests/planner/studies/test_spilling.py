@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from typing import Any
 
 import numpy as np
@@ -58,5 +59,16 @@ def test_invalid_requests_are_refused() -> None:
         compare_known_counts(trace(), options, every=0)
     with pytest.raises(ProblemError, match="the trace has 10"):
         compare_known_counts(trace(), SpillOptions.uniform(12, 4, 1))
-    with pytest.raises(ProblemError, match="steps, layers, sources, experts"):
+    with pytest.raises(ProblemError, match=r"integers .layers, sources, experts"):
         compare_known_counts(trace()[0], options)
+
+
+def test_one_step_is_held_at_a_time() -> None:
+    (step,) = trace(steps=1, layers=8, sources=32, experts=64)
+    options = SpillOptions.uniform(64, 4, 1)
+    compare_known_counts([step], options, ["quota"])  # compiles
+    tracemalloc.start()
+    compare_known_counts((step.copy() for _ in range(100)), options, ["quota"], every=10)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 10 * step.nbytes

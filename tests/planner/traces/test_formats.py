@@ -16,12 +16,13 @@ from safetensors.numpy import save_file
 
 from moeplan.planner.commands.main import main
 from moeplan.planner.commands.trace import RecordedBy
+from moeplan.planner.traces.formats import json_array
 from moeplan.planner.traces.formats.opening import FORMATS, open_recording
 from moeplan.planner.traces.trace import Trace, TraceError
 from moeplan.planner.traces.writer import write_recording
 from moeplan.solvers.problem.arrays import Int64
 
-STEPS, LAYERS, RANKS, EXPERTS, FIRST = 5, 3, 2, 6, 7
+STEPS, LAYERS, RANKS, EXPERTS, FIRST = 5, 3, 2, 6, 20
 DENSE = 2
 """Dense layers before the first MoE layer, in formats that count them."""
 SLOTS = [0, 1, 2, 3, 4, 5, 0, 3]
@@ -78,6 +79,32 @@ def sglang_per_pass(folder: Path) -> Written:
     return paths, COUNTS, [2, 3, 4]
 
 
+def sglang_dumps(folder: Path) -> Written:
+    """A ``stat`` file for each dump."""
+    paths = [folder / f"expert_distribution_recorder_170000000{step}.0.pt" for step in range(STEPS)]
+    for path, loads in zip(paths, COUNTS.sum(axis=2), strict=True):
+        rows = torch.zeros((2, DENSE + LAYERS, EXPERTS), dtype=torch.int32)
+        rows[0, DENSE:] = torch.from_numpy(loads)
+        torch.save({"rank": 0, "logical_count": rows, "average_utilization_rate_over_window": None}, path)
+    return paths, COUNTS.sum(axis=2)[:, :, None], [2, 3, 4]
+
+
+def sglang_per_pass_dumps(folder: Path) -> Written:
+    """Two dumps of every rank, between which experts changed their slots."""
+    (folder / "later").mkdir()
+    paths, _, _ = sglang_per_pass(folder)
+    later, _, _ = sglang_per_pass(folder / "later")
+    for path in later:
+        content = torch.load(path)
+        moved = torch.arange(len(SLOTS)).flip(0)
+        content["last_physical_to_logical_map"] = content["last_physical_to_logical_map"][:, moved]
+        for record in content["records"]:
+            record["forward_pass_id"] += STEPS
+            record["global_physical_count"] = record["global_physical_count"][:, moved]
+        torch.save(content, path)
+    return [*later, *paths], np.concatenate([COUNTS, COUNTS]), [2, 3, 4]
+
+
 def vllm(folder: Path) -> Written:
     merged = COUNTS.sum(axis=2)
     path = folder / "loads.jsonl"
@@ -93,6 +120,13 @@ def vllm(folder: Path) -> Written:
         for step in range(STEPS)
     ]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return [path], merged[:, :, None], [0, 1, 2]
+
+
+def vllm_history(folder: Path) -> Written:
+    merged = COUNTS.sum(axis=2)
+    path = folder / "expert-load.json"
+    path.write_text(json.dumps({"load_history": [{"logical_expert_load": load.tolist()} for load in merged]}))
     return [path], merged[:, :, None], [0, 1, 2]
 
 
@@ -187,7 +221,10 @@ WRITERS: dict[Callable[[Path], Written], str] = {
     sglang_stat: "sglang",
     sglang_json: "sglang",
     sglang_per_pass: "sglang",
+    sglang_dumps: "sglang",
+    sglang_per_pass_dumps: "sglang",
     vllm: "vllm",
+    vllm_history: "vllm",
     tensorrt_llm: "tensorrt-llm",
     vllm_ascend: "vllm-ascend",
     megatron: "megatron",
@@ -223,9 +260,11 @@ def test_counts_come_out_as_they_were(write: Callable[[Path], Written], tmp_path
 
 CUT: dict[Callable[[Path], Written], str] = {
     vllm: "line 5, which was cut off",
+    vllm_history: "load_history[4], which was cut off",
     megatron: "1 steps that not all of 2 ranks recorded",
     ultraep: "which was cut off or is broken",
     harmoeny: "rows at the end that not every rank and layer has",
+    tensorrt_llm: "rank1.safetensors, which was cut off: 2 of 15 counts",
 }
 
 
@@ -256,6 +295,17 @@ def test_what_is_whole_is_taken_of_a_recording_that_was_cut_off(
         ("d.csv", b"step,layer,expert,tokens\n0,0,0,many\n", "line 2 does not hold whole numbers"),
         ("e.csv", b"step,layer,expert,tokens\n1,0,0,1\n0,0,0,1\n", "step 0 stands after step 1; sort the rows by step"),
         ("f.jsonl", b'{"record_type":"eplb_load_stats","expert_load":[[1]]}\n', "p2l_map = object(): must be whole"),
+        (
+            "h.json",
+            b'{"load_history": [{"logical_expert_load": [[1, 2], [3]]}]}',
+            "logical_expert_load = object(): must",
+        ),
+        (
+            "i.json",
+            b'{"load_history": [{"logical_expert_load": [[1, 2]]}; ' + b" " * 99 + b"]}",
+            "is no JSON at load_history[1] (",
+        ),
+        ("j.json", b'{"load_history": []}', "holds no whole element in load_history"),
         ("g.jsonl", b'{"top_indices": [[0]], "step": 0}\n', "a line is none of Megatron's routing trace"),
     ],
 )
@@ -272,6 +322,22 @@ def test_foreign_and_broken_files_are_refused_in_one_line(
     assert said.startswith(f"moeplan: {name}: ")
     assert line in said
     assert sorted(path.name for path in tmp_path.iterdir()) == [name]
+
+
+def test_runs_of_the_engine_are_not_taken_for_one(tmp_path: Path) -> None:
+    (tmp_path / "again").mkdir()
+    paths, _, _ = sglang_per_pass(tmp_path)
+    again, _, _ = sglang_per_pass(tmp_path / "again")
+    with pytest.raises(TraceError, match=r"forward_pass_id = 10: is of rank 0, as one in .* is; import each run"):
+        open_recording([*paths, *again])
+
+
+def test_a_long_history_is_read_a_part_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths, counts, _ = vllm_history(tmp_path)
+    for block in range(40, 80):  # every place where a block can end
+        monkeypatch.setattr(json_array, "BLOCK", block)
+        steps = open_recording(paths)[1].steps
+        assert np.array_equal(np.stack(list(steps)), counts)
 
 
 def test_nothing_in_a_saved_file_is_executed(tmp_path: Path) -> None:

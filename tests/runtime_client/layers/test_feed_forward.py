@@ -31,6 +31,8 @@ SHAPES = [
     ExpertShape(6, 4, slope=1.702, shift=1.0, limit=0.7),
     ExpertShape(6, 4, slope=1.702, shift=1.0, limit=0.7, bias=True, interleaved=True, transposed=True),  # gpt-oss
     ExpertShape(6, 4, activation="gelu_tanh", slope=0.5, shift=-1.0, limit=0.4, interleaved=True),
+    ExpertShape(6, 4, softcaps=(0.5, 0.8)),
+    ExpertShape(6, 4, softcaps=(2.0, 0.3), interleaved=True),
 ]
 COUNTS = [5, 0, 3]
 
@@ -41,6 +43,9 @@ def inner_of(shape: ExpertShape, first: Tensor) -> Tensor:
     if not shape.gated:
         return act(first)
     gate, up = (first[:, ::2], first[:, 1::2]) if shape.interleaved else first.chunk(2, dim=1)
+    if shape.softcaps is not None:
+        soft_gate, soft_up = (cap * (half / cap).tanh() for half, cap in zip((gate, up), shape.softcaps, strict=True))
+        return soft_gate * gate.sigmoid() * soft_up
     if shape.limit is not None:
         gate, up = gate.clamp(max=shape.limit), up.clamp(min=-shape.limit, max=shape.limit)
     return act(shape.slope * gate) / shape.slope * (up + shape.shift)
@@ -95,6 +100,8 @@ def test_what_gpus_compile_gives_the_same(shape: ExpertShape) -> None:
     [
         ({"width": 0}, "expert.width = 0: must be at least 1"),
         ({"limit": 0.0}, "expert.limit = 0.0: must be above 0"),
+        ({"softcaps": (1.0, 0.0)}, r"expert.softcaps = \(1.0, 0.0\): must be above 0"),
+        ({"softcaps": (1.0, 1.0), "limit": 7.0}, "go with a gate of silu without slope and limit"),
         ({"activation": "tanh"}, "expert.activation = tanh: must be one of silu, gelu"),
     ],
 )

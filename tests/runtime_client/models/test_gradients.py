@@ -21,6 +21,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from moeplan.runtime_client.errors import RanksDifferError
 from moeplan.runtime_client.group import ExpertGroup
 from moeplan.runtime_client.layers.feed_forward import ExpertShape
 from moeplan.runtime_client.layers.resident import ResidentExperts
@@ -247,6 +248,36 @@ def test_lines_that_would_train_wrongly_are_refused_with_what_to_write(
     for told in ranks(2, refusal_of, kind, line):
         assert "blocks.0.experts: " in told
         assert words in told
+
+
+def clip_late(kind: str, frozen: str) -> int:
+    """Clip by each rank's own norm from the sixth step on; returns the number of the pass that refuses."""
+    group = make_group()
+    model = make_ours(kind, group)
+    for name, parameter in model.named_parameters():
+        if frozen and frozen in name:
+            parameter.requires_grad_(requires_grad=False)
+    gradients = ExpertGradients(model)
+    wrapped = DistributedDataParallel(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for step in range(9):
+        try:
+            wrapped(words_of(step, group.rank, group.size)).backward()
+        except RanksDifferError:
+            return step + 1
+        if step < 5:
+            gradients.clip_grad_norm_(0.01)
+        else:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 0.01)
+        optimizer.step()
+        optimizer.zero_grad()
+    return 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("frozen", ["", "gate.weight"])
+def test_clipping_by_a_norm_of_each_rank_is_refused_in_the_next_pass(ranks: Launch, kind: str, frozen: str) -> None:
+    assert ranks(2, clip_late, kind, frozen) == [7, 7]
 
 
 def train_equal_experts() -> None:

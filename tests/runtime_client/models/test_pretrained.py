@@ -35,7 +35,7 @@ EXPERTS = 5
 FAMILIES = [
     "qwen3_moe",
     "gpt_oss",
-    *(pytest.param(name, marks=pytest.mark.slow) for name in ("mixtral", "deepseek_v3")),
+    *(pytest.param(name, marks=pytest.mark.slow) for name in ("mixtral", "deepseek_v3", "longcat_flash")),
 ]
 
 

@@ -73,15 +73,14 @@ def affinity(
     pairs = opened.pairs()
     if pairs is None:
         raise TraceError(trace, "has no array `pairs`; affinity needs pairs[layer, expert, next_expert]")
-    steps = np.stack(list(opened.read(max(0, opened.steps - positive("--window", window)))))
+    first = max(0, opened.steps - positive("--window", window))
+    loads = np.sum([step.sum(axis=1) for step in opened.read(first)], axis=0)
     cluster = Cluster.uniform(devices, -(-opened.experts // max(1, devices)), nodes=nodes)
     with status("placing"):
-        placed = place_by_affinity(
-            pairs, cluster, loads=steps.sum(axis=(0, 2)), tolerance=tolerance, ilp_seconds=ilp_seconds, seed=seed
-        )
+        placed = place_by_affinity(pairs, cluster, loads=loads, tolerance=tolerance, ilp_seconds=ilp_seconds, seed=seed)
     plans = {
-        layer: replace(evaluate(Problem(cluster, Demand.of(steps[:, layer])), layout), policy="affinity")
-        for layer, layout in enumerate(placed.layouts)
+        layer: replace(evaluate(Problem(cluster, Demand.of(steps)), placed.layouts[layer]), policy="affinity")
+        for layer, steps in enumerate(opened.by_layer(range(opened.layers), first, opened.steps))
     }
     document = plan_document(plans) | {
         "affinity": {"crossing": placed.crossing, "bound": placed.bound, "transitions": placed.total}

@@ -135,13 +135,13 @@ def compare(
         parameters=solve_parameters(deadline_ms, work_limit, seed),
         forecast=Forecast(forecast, window_steps=positive("--window", window)),
         split_rule=split_rule,
+        every=every,
     )
-    windows = opened.windows(window, every)
     with compiling():
         load_kernels(*names)
     plans = opened.window_count(window, every) * len(setting.layers) * len(names)
     with progress("planning", plans) as advance:
-        result = judge(windows, names, setting, advance)
+        result = judge(opened, names, setting, advance)
     if output is Format.JSON:
         print_json(result)
         return
@@ -156,15 +156,14 @@ def compare(
 def _compare_known_counts(
     trace: Trace, layers: Sequence[int], options: SpillOptions, policies: Sequence[str], every: int, output: Format
 ) -> None:
-    import numpy as np
-
     from moeplan.planner.commands.tables import show_known_counts
     from moeplan.planner.commands.terminal import progress
     from moeplan.planner.studies.spilling import compare_known_counts
 
-    counts = np.stack([step[list(layers)] for i, step in enumerate(trace.read()) if i % every == 0])
-    with progress("planning", counts.shape[0] * counts.shape[1] * len(policies)) as advance:
-        result = compare_known_counts(counts, options, [name.strip() for name in policies], on_plan=advance)
+    names = [name.strip() for name in policies]
+    steps = (counts[list(layers)] for counts in trace.read())
+    with progress("planning", -(-trace.steps // every) * len(layers) * len(names)) as advance:
+        result = compare_known_counts(steps, options, names, every=every, on_plan=advance)
     if output is Format.JSON:
         print_json(result)
         return

@@ -44,14 +44,12 @@ def export(
     from moeplan.planner.exports.engines import ENGINES
     from moeplan.planner.exports.model_layouts import ModelLayouts
     from moeplan.planner.exports.sglang_location import write_sglang
-    from moeplan.planner.files.plan_file import read_layouts, read_model_layers
+    from moeplan.planner.files.plan_file import PlanFile
 
     writable("--output", out)
-    layouts = read_layouts(plan)
-    numbers = read_model_layers(plan)
-    model = ModelLayouts(
-        {numbers[layer]: layouts[layer] for layer in sorted(layouts, key=lambda layer: numbers[layer])}
-    )
+    planned = PlanFile.read(plan)
+    numbers = sorted((number, layer) for layer, number in planned.model_layers.items())
+    model = ModelLayouts({number: planned.layouts[layer] for number, layer in numbers})
     last = max(model.layouts)
     if decoder_layers is not None and engine is not EngineName.SGLANG:
         raise ProblemError("--decoder-layers", decoder_layers, "is for --to sglang; drop it")

@@ -145,7 +145,7 @@ def plan(
 
     from moeplan.planner.commands.tables import show_plans
     from moeplan.planner.files.limits_file import read_limits
-    from moeplan.planner.files.plan_file import plan_document, read_layouts, write
+    from moeplan.planner.files.plan_file import PlanFile, plan_document, write
     from moeplan.planner.studies.planning import PlanRequest
     from moeplan.planner.traces.trace import Trace
     from moeplan.solvers import Cluster
@@ -180,7 +180,7 @@ def plan(
         constraints=demanded,
         split_rule=split_rule,
         groups=groups,
-        current={} if current is None else read_layouts(current),
+        current={} if current is None else PlanFile.read(current).layouts,
         max_moves=max_moves,
         failed=[] if failed is None else numbers("--failed", failed, devices),
         fill_slots=engine not in (None, EngineName.DEEPEP),

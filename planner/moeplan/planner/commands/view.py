@@ -92,7 +92,7 @@ def view(
     """
     from moeplan.api.jobs import JobSpec
     from moeplan.planner.commands.terminal import compiling, progress
-    from moeplan.planner.files.held_plan import HeldPlan
+    from moeplan.planner.files.plan_file import PlanFile
     from moeplan.planner.pages.frame import self_contained
     from moeplan.planner.pages.trace_report import Rhythm, holding, trace_document, usual
     from moeplan.planner.studies.warming import load_kernels
@@ -107,7 +107,7 @@ def view(
     held = None
     if plan is not None:
         refuse_typed(context, ["devices", "slots", "split_rule", "max_moves"], "is what the plan says; drop it")
-        held = HeldPlan.read(plan)
+        held = PlanFile.read(plan)
         held.check(opened.layers, opened.experts)
         chosen = [layer for layer in chosen if layer in held.layouts]
         if not chosen:

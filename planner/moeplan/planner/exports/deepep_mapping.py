@@ -14,18 +14,18 @@ from moeplan.planner.exports.model_layouts import ModelLayouts
 from moeplan.solvers import Layout, ProblemError
 from moeplan.solvers.problem.arrays import Int32
 
-__all__ = ["redundancy_mapping", "write_deepep"]
+__all__ = ["write_deepep"]
 
 
 def write_deepep(model: ModelLayouts) -> bytes:
     """The file's content."""
-    mappings = {f"layer_{layer}": redundancy_mapping(layout) for layer, layout in model.layouts.items()}
+    mappings = {f"layer_{layer}": _beyond_home(layout) for layer, layout in model.layouts.items()}
     buffer = io.BytesIO()
     np.savez(buffer, allow_pickle=False, **mappings)
     return buffer.getvalue()
 
 
-def redundancy_mapping(layout: Layout) -> Int32:
+def _beyond_home(layout: Layout) -> Int32:
     """Replicas of a layout beyond those at home, int32[ranks, slots], in the order of experts, -1 behind them.
 
     Raises:

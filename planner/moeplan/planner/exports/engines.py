@@ -15,7 +15,7 @@ from moeplan.planner.exports.sglang_location import read_sglang, write_sglang
 from moeplan.planner.exports.tensorrt_llm_assignments import read_tensorrt_llm, write_tensorrt_llm
 from moeplan.planner.exports.vllm_ascend_map import read_vllm_ascend, write_vllm_ascend
 from moeplan.planner.exports.vllm_mapping import read_vllm, write_vllm
-from moeplan.planner.files.plan_file import is_plan, read_layouts
+from moeplan.planner.files.plan_file import PlanFile, is_plan
 from moeplan.solvers import Layout, SplitRule
 
 __all__ = ["ENGINES", "Engine", "homes", "read_any"]
@@ -73,7 +73,7 @@ def read_any(path: Path, devices: int | None) -> dict[int, Layout]:
     except (OSError, UnicodeDecodeError) as error:
         raise FileError(path, f"cannot be read ({error})") from None
     if is_plan(text):
-        return read_layouts(path)
+        return dict(PlanFile.read(path).layouts)
     for name, mark in _MARKS.items():
         if mark in text:
             read = ENGINES[name].read

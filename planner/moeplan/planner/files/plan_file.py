@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
 import numpy as np
 
 from moeplan.planner.errors import FileError
-from moeplan.solvers import Layout, Plan, ProblemError
+from moeplan.solvers import Layout, Plan, ProblemError, SplitRule
 
-__all__ = ["FORMAT", "is_plan", "plan_document", "read_layouts", "read_model_layers", "write"]
+__all__ = ["FORMAT", "PlanFile", "Promise", "is_plan", "plan_document", "write"]
 
 FORMAT = "moeplan.plan/1"
 
@@ -68,30 +69,88 @@ def is_plan(text: str) -> bool:
     return f'"{FORMAT}"' in text
 
 
-def read_model_layers(path: Path) -> dict[int, int]:
-    """Number in the model of each layer of a plan file that `read_layouts` can read, where known, else its own."""
-    entries = json.loads(path.read_text())["layers"]
-    return {int(entry["layer"]): int(entry.get("model_layer", entry["layer"])) for entry in entries}
+@dataclass(frozen=True, slots=True)
+class Promise:
+    """Figures of a layer in a plan: imbalance of the layout before and of its own, on its forecast, and its proven gap.
 
-
-def read_layouts(path: Path) -> dict[int, Layout]:
-    """The layouts of a plan file, by layer.
-
-    Raises:
-        FileError: the file is missing or not a plan.
+    None where it says nothing.
     """
-    try:
-        document = json.loads(path.read_text())
-        if document["format"] != FORMAT:
-            raise FileError(path, f"must be {FORMAT}", "format", document["format"])
-        experts = int(document["experts"])
-        return {
-            int(entry["layer"]): Layout(np.array(entry["slots"], np.int32), experts) for entry in document["layers"]
-        }
-    except FileError:
-        raise
-    except OSError as error:
-        raise FileError(path, f"{error.strerror}; give a file that `moeplan plan` wrote") from None
-    except (ValueError, KeyError, TypeError, OverflowError) as error:
-        cause = str(error) if isinstance(error, ProblemError) else f"{type(error).__name__}: {error}"
-        raise FileError(path, f"is not a plan that `moeplan plan` wrote ({cause})") from None
+
+    before: float | None
+    imbalance: float | None
+    gap: float | None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PlanFile:
+    """A plan as `moeplan plan` wrote it.
+
+    Attributes:
+        path: The file.
+        policy: Policy that made it.
+        split_rule: How tokens are divided.
+        layouts: By layer.
+        model_layers: Number in the model of each layer, where the plan knows it, else its own.
+        promises: By layer.
+    """
+
+    path: Path
+    policy: str
+    split_rule: SplitRule
+    layouts: Mapping[int, Layout]
+    model_layers: Mapping[int, int]
+    promises: Mapping[int, Promise]
+
+    @classmethod
+    def read(cls, path: Path) -> PlanFile:
+        """Read a file.
+
+        Raises:
+            FileError: it is missing or not a plan.
+        """
+        try:
+            document = json.loads(path.read_text())
+            if document["format"] != FORMAT:
+                raise FileError(path, f"must be {FORMAT}", "format", document["format"])
+            experts = int(document["experts"])
+            entries = {int(entry["layer"]): entry for entry in document["layers"]}
+            return cls(
+                path,
+                str(document["policy"]),
+                SplitRule(document["split_rule"]),
+                {layer: Layout(np.array(entry["slots"], np.int32), experts) for layer, entry in entries.items()},
+                {layer: int(entry.get("model_layer", layer)) for layer, entry in entries.items()},
+                {
+                    layer: Promise(entry.get("imbalance_before"), entry.get("imbalance"), entry.get("gap"))
+                    for layer, entry in entries.items()
+                },
+            )
+        except FileError:
+            raise
+        except OSError as error:
+            raise FileError(path, f"{error.strerror}; give a file that `moeplan plan` wrote") from None
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+            cause = str(error) if isinstance(error, ProblemError) else f"{type(error).__name__}: {error}"
+            raise FileError(path, f"is not a plan that `moeplan plan` wrote ({cause})") from None
+
+    @property
+    def devices(self) -> int:
+        """Devices of its layouts."""
+        return next(iter(self.layouts.values())).devices
+
+    @property
+    def slots(self) -> int:
+        """Slots of its widest layout."""
+        return max(layout.slots.shape[1] for layout in self.layouts.values())
+
+    def check(self, layers: int, experts: int) -> None:
+        """Refuse a trace that it is not for.
+
+        Raises:
+            ProblemError: the trace has other layers or experts.
+        """
+        own = next(iter(self.layouts.values())).experts
+        if own != experts:
+            raise ProblemError("--plan", self.path, f"is for {own} experts, and the trace has {experts}")
+        if max(self.layouts) >= layers:
+            raise ProblemError("--plan", self.path, f"has layer {max(self.layouts)}, and the trace has {layers}")

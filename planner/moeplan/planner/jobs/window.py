@@ -27,7 +27,7 @@ class Report:
         step: Training step.
         layers: int64[n], distinct.
         ranks: int64[m], distinct.
-        tokens: int64[n, m, experts], at least 0.
+        tokens: int64[n, m, experts], at least 0; not written to afterwards, as a window may keep this very array.
     """
 
     step: int
@@ -102,6 +102,12 @@ class Window:
             if len(self._open) >= self.spec.max_open_steps and not self._evict(report.step):
                 self.count.early += cells
                 return
+            if self._is_whole(report):
+                self._open[report.step] = _OpenStep(
+                    report.tokens, np.ones((len(report.layers), len(report.ranks)), np.bool_), now_s, 0
+                )
+                self.count.accepted += cells
+                return
             spec = self.spec
             step = self._open[report.step] = _OpenStep(
                 tokens=np.zeros((spec.layers, spec.sources, spec.experts), np.int64),
@@ -169,6 +175,15 @@ class Window:
             for number in numbers
             if step is None or number > step
         ]
+
+    def _is_whole(self, report: Report) -> bool:
+        """True if a report is all of a step, as the window keeps it."""
+        spec = self.spec
+        return (
+            not spec.merge_sources
+            and np.array_equal(report.layers, np.arange(spec.layers))
+            and np.array_equal(report.ranks, np.arange(spec.ranks))
+        )
 
     def _near(self, report: Report) -> bool:
         """True if a report is near the window, which moves first if enough others were as far."""

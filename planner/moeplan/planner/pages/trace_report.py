@@ -9,7 +9,7 @@ import numpy as np
 
 from moeplan.api.job_plans import Decision, Reason
 from moeplan.api.jobs import Forecast, ForecastMethod, JobSpec, Payback, Replan
-from moeplan.planner.files.held_plan import HeldPlan
+from moeplan.planner.files.plan_file import PlanFile
 from moeplan.planner.pages.document import Seconds, StrategySteps, chunk, plan_row
 from moeplan.planner.studies.replay import Outcome, Strategy, replay
 from moeplan.planner.traces.trace import Trace
@@ -39,7 +39,7 @@ class Shown:
     strategy: Strategy
     label: str
     about: str
-    held: HeldPlan | None = None
+    held: PlanFile | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +68,7 @@ def usual(spec: JobSpec, rhythm: Rhythm) -> list[Shown]:
     return [*_beside(spec, rhythm), Shown(Strategy("hybrid", ours), "moeplan", about)]
 
 
-def holding(spec: JobSpec, rhythm: Rhythm, held: HeldPlan, layers: Sequence[int]) -> list[Shown]:
+def holding(spec: JobSpec, rhythm: Rhythm, held: PlanFile, layers: Sequence[int]) -> list[Shown]:
     """Experts in order; EPLB as engines use it; a plan that is held from the first step to the last."""
     plan = replace(spec, initial=tuple(held.layouts[layer] for layer in layers), split_rule=held.split_rule)
     about = f"The layouts of {held.path.name}, made by policy {held.policy}, from the first step to the last."
@@ -203,7 +203,7 @@ def _plans(index: int, outcome: Outcome) -> list[dict[str, object]]:
     ]
 
 
-def _held(index: int, held: HeldPlan, layers: Sequence[int]) -> dict[str, object]:
+def _held(index: int, held: PlanFile, layers: Sequence[int]) -> dict[str, object]:
     """The row of a plan that was made elsewhere."""
     promises = [
         {

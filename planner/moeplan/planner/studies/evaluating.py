@@ -90,14 +90,12 @@ def verdict(request: PlanRequest, planned: Sequence[PlannedLayer]) -> Verdict:
         request: What was planned; its cluster and expert are the model of time.
         planned: The plans.
     """
-    trace, expert, cluster = request.trace, request.expert, request.cluster
-    step = min(request.end, trace.steps - 1)
-    judged = next(trace.read(step, step + 1))
+    expert, cluster = request.expert, request.cluster
     layers = []
     for each in planned:
         after, old, new = each.next_step, request.current[each.layer], each.plan.layout
         assert each.window.before is not None, "a layout in force holds every expert"
-        problem = Problem(cluster, Demand.of(judged[each.layer]), expert)
+        problem = Problem(cluster, Demand.of(each.judged), expert)
         times = [evaluate(problem, layout, each.plan.split.rule).cost.mean_s for layout in (old, new)]
         move_s, moves = move_time_s(cluster, expert.weight_bytes, old, new)
         layers.append(

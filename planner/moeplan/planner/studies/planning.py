@@ -36,9 +36,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Gain", "PlanRequest", "PlannedLayer", "plan_trace"]
 
-MOST_BYTES = 2**29
-"""Memory for the steps of a window that are read together."""
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PlanRequest:
@@ -104,6 +101,7 @@ class PlannedLayer:
     Attributes:
         layer: Index of the layer in the trace.
         plan: The plan.
+        judged: The step after the window, or its last one where the trace ends with it, int64[sources, experts].
         window: Gain on what the window forecasts.
         next_step: Gain on the step after the window; None where the trace ends with it.
         between_nodes: Share of the tokens computed on a different node from their source; None where the trace does
@@ -113,6 +111,7 @@ class PlannedLayer:
 
     layer: int
     plan: Plan
+    judged: Int64
     window: Gain
     next_step: Gain | None
     between_nodes: float | None
@@ -141,34 +140,28 @@ def plan_trace(
             with ``layers[number].``.
         ServiceError: the daemon has no answer.
     """
-    problems, after = _read(request)
+    problems, judged = _read(request)
     with _numbered(request.layers):
         plans = _solve(problems, request, client, shared_slots, on_plan)
         if request.fill_slots:
             plans = [_filled(problem, plan) for problem, plan in zip(problems, plans, strict=True)]
     return [
-        _judge(layer, problem, plan, None if after is None else after[layer])
-        for layer, problem, plan in zip(request.layers, problems, plans, strict=True)
+        _judge(layer, problem, plan, step, unseen=request.end < request.trace.steps)
+        for layer, problem, plan, step in zip(request.layers, problems, plans, judged, strict=True)
     ]
 
 
-def _read(request: PlanRequest) -> tuple[list[Problem], Int64 | None]:
-    """A problem per layer, and the step after the window, where there is one.
-
-    A long window of a large model is more than memory holds, so its layers are read in as many passes as needed.
-    """
+def _read(request: PlanRequest) -> tuple[list[Problem], list[Int64]]:
+    """A problem per layer; and the step after the window, or else its last one."""
     trace, end = request.trace, request.end
     if not 1 <= end <= trace.steps:
         raise ProblemError("until", end, f"must be 1 to {trace.steps}, the number of steps of the trace")
-    first = max(0, end - request.forecast.window_steps)
-    together = max(1, MOST_BYTES // ((end - first) * trace.sources * trace.experts * 8))
-    problems = []
-    for start in range(0, len(request.layers), together):
-        layers = request.layers[start : start + together]
-        window = np.stack([step[list(layers)] for step in trace.read(first, end)], axis=1)
-        problems += [_problem(request, layer, steps) for layer, steps in zip(layers, window, strict=True)]
-    after = next(trace.read(end, end + 1)) if end < trace.steps else None
-    return problems, after
+    first, judged = max(0, end - request.forecast.window_steps), min(end, trace.steps - 1)
+    problems, last = [], []
+    for layer, steps in zip(request.layers, trace.by_layer(request.layers, first, judged + 1), strict=True):
+        problems.append(_problem(request, layer, steps[: end - first]))
+        last.append(steps[-1].copy())  # not a view, which would hold them all
+    return problems, last
 
 
 def _problem(request: PlanRequest, layer: int, window: Int64) -> Problem:
@@ -229,7 +222,7 @@ def _numbered(layers: Sequence[int]) -> Iterator[None]:
         raise type(error)(f"layers[{layer}].{rest}", error.value, error.reason) from None
 
 
-def _judge(layer: int, problem: Problem, plan: Plan, after: Int64 | None) -> PlannedLayer:
+def _judge(layer: int, problem: Problem, plan: Plan, judged: Int64, *, unseen: bool) -> PlannedLayer:
     rule = plan.split.rule
     before = problem.current or Layout.contiguous(problem.experts, problem.capacity)
     # Judged without limits: a layout in force need not keep those that the plan does, and layers may share slots.
@@ -237,8 +230,8 @@ def _judge(layer: int, problem: Problem, plan: Plan, after: Int64 | None) -> Pla
     free = Problem(replace(problem.cluster, slots=room, memory_bytes=None), problem.demand)
     window = Gain(_imbalance(free, before, rule), plan.mean_imbalance)
     next_step = None
-    if after is not None:
-        demand = replace(free, demand=Demand.of(after))
+    if unseen:
+        demand = replace(free, demand=Demand.of(judged))
         planned = _imbalance(demand, plan.layout, rule)
         assert planned is not None, "a plan holds every expert"
         next_step = Gain(_imbalance(demand, before, rule), planned)
@@ -249,6 +242,7 @@ def _judge(layer: int, problem: Problem, plan: Plan, after: Int64 | None) -> Pla
     return PlannedLayer(
         layer=layer,
         plan=plan,
+        judged=judged,
         window=window,
         next_step=next_step,
         between_nodes=crossing,

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypedDict
 
 import numpy as np
 
-from moeplan.planner.traces.trace import Window
+from moeplan.planner.traces.trace import Trace
 from moeplan.solvers import (
     Cluster,
     Demand,
@@ -64,6 +64,9 @@ class Setting:
         parameters: How hard searches try, per layer.
         forecast: How the demand to plan for follows from the window.
         split_rule: Rule to plan for and to judge the window by; None for each policy's own, judged by the best split.
+        every: Steps from one plan to the next.
+        first: Step of the trace that the first window begins with.
+        foresight: Whether policies plan from the very step that they are judged on.
     """
 
     cluster: Cluster
@@ -73,6 +76,9 @@ class Setting:
     parameters: SolveParameters = field(default=SolveParameters())
     forecast: Forecast = field(default=Forecast())
     split_rule: SplitRule | None = None
+    every: int = 20
+    first: int = 0
+    foresight: bool = False
 
 
 @dataclass(slots=True)
@@ -89,12 +95,12 @@ class _Scores:
 
 
 def compare(
-    windows: Iterable[Window],
+    trace: Trace,
     policies: Sequence[str],
     setting: Setting,
     on_plan: Callable[[], None] = lambda: None,
 ) -> Comparison:
-    """Plan each window with each policy and evaluate on the step after it.
+    """Plan each window of a trace with each policy and evaluate on the step after it.
 
     Every policy continues from its own previous layout, and plans for the forecast. Imbalance is largest load over mean
     load, per layer. `fitted` is that of the forecast's scenarios, averaged, and `gap_to_bound` its distance from what
@@ -103,7 +109,7 @@ def compare(
     replicas that a re-plan copies, over all slots, the first plan left out.
 
     Args:
-        windows: What `Trace.windows` yields.
+        trace: Recorded steps; a pass over them for as many layers as memory holds windows of.
         policies: Names.
         setting: What they are given.
         on_plan: Called after every plan, for progress.
@@ -113,22 +119,27 @@ def compare(
 
     Raises:
         ProblemError: a policy does not exist or the setting does not suit the trace.
+        TraceError: the trace is damaged, or shorter than a window and one step.
     """
     scores = {name: _Scores() for name in policies}
-    for window in windows:
-        for layer in setting.layers:
-            for name in policies:
-                _judge(window, layer, name, setting, scores[name])
-                on_plan()
+    length = setting.forecast.window_steps
+    for layers in trace.passes(setting.layers, 3 * length):  # those kept, the window, and the one before
+        for window in trace.windows(length, setting.every, setting.first, layers):
+            for index, layer in enumerate(layers):
+                after = Demand.of(window.next[index])
+                coming = after if setting.foresight else forecast(window.history[:, index], setting.forecast)
+                for name in policies:
+                    _judge(layer, coming, after, name, setting, scores[name])
+                    on_plan()
     return {"policies": [_report(name, score) for name, score in scores.items()]}
 
 
-def _judge(window: Window, layer: int, name: str, setting: Setting, scores: _Scores) -> None:
+def _judge(layer: int, coming: Demand, after: Demand, name: str, setting: Setting, scores: _Scores) -> None:
     current = scores.layouts.get(layer)
     limited = current is not None and "max_moves" in find(name).honours
     problem = Problem(
         setting.cluster,
-        forecast(window.history[:, layer], setting.forecast),
+        coming,
         current=current,
         max_moves=setting.max_moves if limited else None,
         groups=setting.groups,
@@ -137,11 +148,11 @@ def _judge(window: Window, layer: int, name: str, setting: Setting, scores: _Sco
     plan = solve(problem, policy=name, parameters=setting.parameters)
     rule = setting.split_rule or SplitRule.OPTIMAL
     judged = plan if plan.split.rule is rule else evaluate(problem, plan.layout, rule)
-    after = replace(problem, demand=Demand.of(window.next[layer]), current=None, max_moves=None)
+    step = replace(problem, demand=after, current=None, max_moves=None)
     scores.fitted.append(judged.mean_imbalance)
     scores.gap.append(judged.gap)
-    scores.even.append(evaluate(after, plan.layout, SplitRule.EVEN).mean_imbalance)
-    scores.optimal.append(evaluate(after, plan.layout, SplitRule.OPTIMAL).mean_imbalance)
+    scores.even.append(evaluate(step, plan.layout, SplitRule.EVEN).mean_imbalance)
+    scores.optimal.append(evaluate(step, plan.layout, SplitRule.OPTIMAL).mean_imbalance)
     scores.seconds.append(plan.seconds)
     if plan.moves is not None:
         scores.moved.append(len(plan.moves) / setting.cluster.total_slots)

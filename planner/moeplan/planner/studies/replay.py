@@ -8,10 +8,12 @@ layout, as ranks do it: compute and traffic of all layers, one after the other.
 
 from __future__ import annotations
 
+import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import chain
 
 import numpy as np
 
@@ -28,6 +30,8 @@ from moeplan.solvers.solving.solver import evaluate
 
 __all__ = ["Outcome", "StepCost", "Strategy", "replay", "usual_strategies"]
 
+MOST_BYTES = 2**29
+"""Memory for the window of all strategies, which share its steps."""
 UNLIMITED_S = 1e9
 """A replay has time: searches end by their limit of work, so that the same trace gives the same decisions."""
 
@@ -142,11 +146,29 @@ def replay(
         One outcome per strategy, in order.
     """
     runs = [_Run(strategy, partial(on_judged, index)) for index, strategy in enumerate(strategies)]
-    for number, tokens in enumerate(steps):
+    longest = max(strategy.spec.forecast.window_steps for strategy in strategies)
+    for number, tokens in enumerate(_kept(steps, longest + 1)):
         for run in runs:
             run.step(number, tokens)
             on_step()
     return [run.outcome for run in runs]
+
+
+def _kept(steps: Iterable[Int64], length: int) -> Iterator[Int64]:
+    """The steps, which are held until `length` others have come: in a file where memory is not for so many."""
+    iterator = iter(steps)
+    first = next(iterator, None)
+    if first is None:
+        return
+    if first.nbytes * length <= MOST_BYTES:
+        yield first
+        yield from iterator
+        return
+    with tempfile.TemporaryFile() as file:
+        ring = np.asarray(np.memmap(file, np.int64, "w+", shape=(length, *first.shape)))
+        for number, tokens in enumerate(chain([first], iterator)):
+            ring[number % length] = tokens
+            yield ring[number % length]
 
 
 class _Run:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import islice
 from time import perf_counter_ns
 from typing import Any, Protocol, TypedDict
 
@@ -38,8 +39,53 @@ class _Planner(Protocol):
     def plan(self, counts: npt.NDArray[Any]) -> SpillPlan: ...
 
 
+@dataclass(slots=True)
+class _Judged:
+    """Measurements of one policy; one entry per layer and step."""
+
+    name: str
+    options: SpillOptions
+    planners: dict[tuple[int, np.dtype[Any]], _Planner] = field(default_factory=dict)
+    imbalance: list[float] = field(default_factory=list)
+    replicas: list[int] = field(default_factory=list)
+    microseconds: list[float] = field(default_factory=list)
+    remote: list[float] = field(default_factory=list)
+
+    def judge(self, counts: npt.NDArray[Any]) -> None:
+        """Plan a layer, [sources, experts]."""
+        sources = len(counts)
+        planner = self.planners.get((sources, counts.dtype))
+        if planner is None:
+            planner = self.planners[sources, counts.dtype] = _planner(self.name, self.options, sources, counts.dtype)
+            planner.plan(counts)  # compiles
+        begin = perf_counter_ns()
+        plan = planner.plan(counts)
+        self.microseconds.append((perf_counter_ns() - begin) / 1e3)
+        self.imbalance.append(plan.imbalance)
+        self.replicas.append(plan.replicas)
+        away = plan.remote_tokens(self.options.source_device(sources), self.options.home)
+        self.remote.append(away / max(int(counts.sum()), 1))
+
+    def row(self, *, told_apart: bool) -> KnownCountsRow:
+        """What came out."""
+        return {
+            "policy": self.name,
+            "imbalance": {
+                "mean": float(np.mean(self.imbalance)),
+                "p95": float(np.quantile(self.imbalance, 0.95)),
+                "max": float(np.max(self.imbalance)),
+            },
+            "replicas": {"mean": float(np.mean(self.replicas)), "max": int(np.max(self.replicas))},
+            "us_per_call": {
+                "p50": float(np.quantile(self.microseconds, 0.5)),
+                "p99": float(np.quantile(self.microseconds, 0.99)),
+            },
+            "remote_fraction": {"mean": float(np.mean(self.remote)) if told_apart else None},
+        }
+
+
 def compare_known_counts(
-    counts: npt.NDArray[Any],
+    steps: Iterable[npt.NDArray[Any]],
     options: SpillOptions,
     policies: Sequence[str] = KNOWN_COUNTS_POLICIES,
     *,
@@ -54,7 +100,7 @@ def compare_known_counts(
     apart.
 
     Args:
-        counts: int[steps, layers, sources, experts], tokens.
+        steps: int[layers, sources, experts] tokens of each step, at least one; only one is held at a time.
         options: Homes, spare slots and limits.
         policies: Some of `KNOWN_COUNTS_POLICIES`.
         every: Distance between the steps that are planned.
@@ -68,60 +114,36 @@ def compare_known_counts(
     Raises:
         ProblemError: a policy is unknown, `every` is below 1, or the counts do not suit the options.
     """
-    if counts.ndim != 4 or counts.size == 0 or counts.dtype.kind not in "iu":
-        raise ProblemError(
-            "counts",
-            f"array of {counts.dtype}, shape {counts.shape}",
-            "must hold integers [steps, layers, sources, experts] and not be empty",
-        )
-    if counts.shape[3] != options.experts:
-        raise ProblemError("spill.home", f"{options.experts} experts", f"the trace has {counts.shape[3]}")
     if every < 1:
         raise ProblemError("every", every, "must be at least 1")
-    dtype = np.dtype(np.int32 if counts.max() < 2**31 else np.int64)
-    chosen = counts[::every]
-    return {"policies": [_judge(name, chosen, dtype, options, on_plan) for name in policies]}
+    for name in policies:
+        if name not in KNOWN_COUNTS_POLICIES:
+            raise ProblemError("policies", name, f"must be one of {', '.join(KNOWN_COUNTS_POLICIES)}")
+    judged = [_Judged(name, options) for name in policies]
+    sources = 0
+    for step in islice(steps, 0, None, every):
+        if step.ndim != 3 or step.size == 0 or step.dtype.kind not in "iu":
+            found = f"array of {step.dtype}, shape {step.shape}"
+            raise ProblemError("step", found, "must hold integers [layers, sources, experts] and not be empty")
+        if step.shape[2] != options.experts:
+            raise ProblemError("spill.home", f"{options.experts} experts", f"the trace has {step.shape[2]}")
+        sources = step.shape[1]
+        counts = step.astype(np.int32 if step.max() < 2**31 else np.int64)
+        for one in judged:
+            for layer in counts:
+                one.judge(layer)
+                on_plan()
+    if not sources:
+        raise ProblemError("steps", "none", "must be at least one")
+    told_apart = sources > 1 or options.devices == 1
+    return {"policies": [one.row(told_apart=told_apart) for one in judged]}
 
 
 def _planner(name: str, options: SpillOptions, sources: int, dtype: np.dtype[Any]) -> _Planner:
-    if name == "static":
-        return QuotaPlanner(replace(options, spare=np.zeros_like(options.spare)), sources, dtype=dtype)
-    if name == "llep":
-        return LlepPlanner(options, sources)
-    if name == "quota":
-        return QuotaPlanner(options, sources, dtype=dtype)
-    raise ProblemError("policies", name, f"must be one of {', '.join(KNOWN_COUNTS_POLICIES)}")
-
-
-def _judge(
-    name: str, counts: npt.NDArray[Any], dtype: np.dtype[Any], options: SpillOptions, on_plan: Callable[[], None]
-) -> KnownCountsRow:
-    sources = counts.shape[2]
-    planner = _planner(name, options, sources, dtype)
-    source_device = options.source_device(sources)
-    planner.plan(counts[0, 0].astype(dtype))
-    imbalance, replicas, microseconds, remote = [], [], [], []
-    for step in counts:
-        for layer in step.astype(dtype):
-            begin = perf_counter_ns()
-            plan = planner.plan(layer)
-            microseconds.append((perf_counter_ns() - begin) / 1e3)
-            imbalance.append(plan.imbalance)
-            replicas.append(plan.replicas)
-            remote.append(plan.remote_tokens(source_device, options.home) / max(int(layer.sum()), 1))
-            on_plan()
-    told_apart = sources > 1 or options.devices == 1
-    return {
-        "policy": name,
-        "imbalance": {
-            "mean": float(np.mean(imbalance)),
-            "p95": float(np.quantile(imbalance, 0.95)),
-            "max": float(np.max(imbalance)),
-        },
-        "replicas": {"mean": float(np.mean(replicas)), "max": int(np.max(replicas))},
-        "us_per_call": {
-            "p50": float(np.quantile(microseconds, 0.5)),
-            "p99": float(np.quantile(microseconds, 0.99)),
-        },
-        "remote_fraction": {"mean": float(np.mean(remote)) if told_apart else None},
-    }
+    match name:
+        case "static":
+            return QuotaPlanner(replace(options, spare=np.zeros_like(options.spare)), sources, dtype=dtype)
+        case "llep":
+            return LlepPlanner(options, sources)
+        case _:
+            return QuotaPlanner(options, sources, dtype=dtype)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import zipfile
 import zlib
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -26,6 +26,9 @@ from moeplan.solvers.problem.arrays import MAX_TOKENS, Int64
 
 __all__ = ["Trace", "TraceError", "Window"]
 
+MOST_BYTES = 2**29
+"""Memory for the steps of a window that are read together."""
+
 
 class TraceError(FileError):
     """A trace file cannot be used; says which file, what it holds, and what it should."""
@@ -33,7 +36,7 @@ class TraceError(FileError):
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """Consecutive steps, and the step after them.
+    """Consecutive steps, and the step after them, of some layers.
 
     Attributes:
         step: Index in the trace of the step after the window.
@@ -162,20 +165,42 @@ class Trace:
             raise TraceError(self.path, "must be at least 0", "pairs", pairs.min())
         return pairs.astype(np.int64)
 
-    def windows(self, length: int, every: int, first: int = 0) -> Iterator[Window]:
+    def passes(self, layers: Sequence[int], steps: int) -> Iterator[list[int]]:
+        """Parts of `layers`, each of as many as memory holds for that many steps: a pass over the trace for each."""
+        together = max(1, MOST_BYTES // (steps * self.sources * self.experts * 8))
+        for start in range(0, len(layers), together):
+            yield list(layers[start : start + together])
+
+    def by_layer(self, layers: Sequence[int], start: int, stop: int) -> Iterator[Int64]:
+        """Steps `start` to `stop` of each of `layers`, int64[steps, sources, experts], in as many passes as needed.
+
+        Raises:
+            TraceError: as `read`.
+        """
+        for part in self.passes(layers, 2 * (stop - start)):  # the caller may still hold those of the pass before
+            steps = np.empty((len(part), stop - start, self.sources, self.experts), np.int64)
+            for index, counts in enumerate(self.read(start, stop)):
+                steps[:, index] = counts[part]
+            yield from steps
+
+    def windows(self, length: int, every: int, first: int = 0, layers: Sequence[int] | None = None) -> Iterator[Window]:
         """Windows of `length` steps, starting one every `every` steps from step `first`, each with the step after it.
+
+        They hold the given layers in that order, all by default; `passes` says how many suit memory.
 
         Raises:
             TraceError: the trace is shorter than a window and one step.
         """
+        chosen = list(range(self.layers) if layers is None else layers)
         if self.steps <= length:
             reason = f"has {self.steps} steps; a window of {length} and the step after it need {length + 1}"
             raise TraceError(self.path, reason)
         history: deque[Int64] = deque(maxlen=length)
         for step, counts in enumerate(self.read()):
+            of_layers = counts[chosen]
             if step >= first + length and (step - first - length) % every == 0:
-                yield Window(step, np.stack(history), counts)
-            history.append(counts)
+                yield Window(step, np.stack(history), of_layers)
+            history.append(of_layers)
 
     def window_count(self, length: int, every: int) -> int:
         """Number of windows that `windows` yields."""

@@ -41,6 +41,8 @@ class Expert(Protocol):
     @property
     def activation(self) -> str: ...
     @property
+    def plain(self) -> bool: ...
+    @property
     def elements(self) -> int: ...
 
 
@@ -118,6 +120,8 @@ class DeviceExchange:
                 raise ValueError(f"{name} = {value}: must be at least 1")
         if device.type == "cuda" and dtype != torch.bfloat16:
             raise ValueError(f"dtype = {dtype}: must be torch.bfloat16; leave `exchange` out for others")
+        if not shape.plain:
+            raise ValueError(f"{shape}: the kernels know no form but act(gate) * up or act(up); leave `exchange` out")
         for name in ("hidden", "width"):
             if getattr(shape, name) % 8:
                 raise ValueError(f"expert.{name} = {getattr(shape, name)}: must be a multiple of 8")

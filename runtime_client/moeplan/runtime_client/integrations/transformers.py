@@ -12,7 +12,7 @@ from transformers.distributed.expert_parallel import AutoEP, EPImplementation, E
 
 from moeplan.runtime_client.integrations.balancing import Balancer, Mode
 from moeplan.runtime_client.integrations.versions import require_version
-from moeplan.runtime_client.models.recognition import shape_of
+from moeplan.runtime_client.models.recognition import Recognised, recognise
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -73,7 +73,13 @@ class _BalancedEP(EPImplementation):
                 f"{title}: tp_size = {tp_mesh.size()}; with {balancer.mode} every rank has a batch of its own. Write "
                 f"DistributedConfig(fsdp_size={ep_mesh.size()}, ep_size={ep_mesh.size()}, ...), or balance('record')"
             )
-        shape = None if records else shape_of(title, _whole(experts))
+        known = None if records else recognise(title, _whole(experts))
+        if known is not None and known != Recognised(known.shape, known.experts):
+            raise ValueError(
+                f"{title}: has experts that are the identity, or a norm of results, and transformers does not divide "
+                "these among ranks; write replace_experts(model, ...) instead"
+            )
+        shape = known and known.shape
         self.module = experts
         self.names = [] if shape is None else list(shape.parts)
         count = int(cast(int, self.num_local_experts)) * ep_mesh.size()

@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from moeplan.runtime_client.group import ExpertGroup, Traffic
 from moeplan.runtime_client.layers.feed_forward import ExpertShape, join_weights, split_weights
+from moeplan.runtime_client.layers.identities import with_identities
 from moeplan.runtime_client.layers.rank_checks import compare_ranks, row_sums, tell
 from moeplan.runtime_client.layers.routing import gather_counts
 from moeplan.solvers.problem.arrays import Int64
@@ -25,6 +26,9 @@ __all__ = ["ExpertLayer", "state_in_parts", "state_without_experts"]
 
 _IN_PARTS = ContextVar("in_parts", default=False)
 _LEFT_OUT = ContextVar("left_out", default=False)
+
+_CUT_BY_FSDP1 = ("_is_flat_param", "_fsdp_flattened")
+"""Marks of its parameters, of which each rank holds another part."""
 
 
 @contextmanager
@@ -58,6 +62,7 @@ class ExpertLayer(nn.Module, ABC):
         traffic: Bytes sent to other ranks since the counter was last cleared.
         name: What errors call it; `replace_experts` gives it the name that it has in the model.
         loaded: int64[rows], sums of the parameter's rows as they were loaded; None where they were not.
+        identities: Choices from `experts` on that give a token back as it is; 0 if there are none.
         prepare: Called with the parameter before a pass that will have gradients, and with whether FSDP2 averages them
             over replicas; `ExpertGradients` sets it.
     """
@@ -73,12 +78,15 @@ class ExpertLayer(nn.Module, ABC):
         self.compute_dtype = compute_dtype
         self.traffic = Traffic()
         self.name = ""
+        self.identities = 0
+        self._finish = ""
         self.prepare: Callable[[nn.Parameter, bool], None] | None = None
         self._cut = False
         self._number = next(group.numbers)
         self._passes = 0
         self.loaded: Tensor | None = None
-        self._block: weakref.ref[nn.Module] | None = None
+        self._watched: list[weakref.ref[nn.Module]] = []
+        self._witnesses: list[Tensor] = []
 
     @property
     def weights(self) -> nn.Parameter:
@@ -100,7 +108,7 @@ class ExpertLayer(nn.Module, ABC):
 
         Args:
             hidden: [tokens, hidden] of this rank (leading dimensions are flattened).
-            index: int64[tokens, k], experts of each token; other integers are taken as well.
+            index: int64[tokens, k], experts of each token, or `identities`; other integers are taken as well.
             weight: [tokens, k].
 
         Returns:
@@ -133,7 +141,10 @@ class ExpertLayer(nn.Module, ABC):
         dtype = self._dtype()
         if self.compute_dtype is None and dtype != weights.dtype:  # of autocast
             rows = rows.to(dtype)
-        output = self._run(rows, index.long(), weight, dtype).to(hidden.dtype).view_as(hidden)
+        run = partial(self._run, dtype=dtype)
+        if self.identities:
+            run = partial(with_identities, run, range(self.experts, self.experts + self.identities))
+        output = run(rows, index.long(), weight).to(hidden.dtype).view_as(hidden)
         return output.clone() if self._cut else output  # FSDP2 hangs a hook on it, which operations on views may lose
 
     def _dtype(self) -> torch.dtype:
@@ -180,9 +191,31 @@ class ExpertLayer(nn.Module, ABC):
     def gather_experts(self, rank: int) -> Tensor | None:
         """All experts on one rank of the group, [experts, elements]; None on the others. Every rank calls it."""
 
-    def watch(self, block: nn.Module) -> None:
-        """Say which module calls the layer, so that a pass can tell if its other weights differ between ranks."""
-        self._block = weakref.ref(block)
+    def finish_by(self, name: str, module: nn.Module) -> None:
+        """Apply a module to the result of each choice, at the token's source, before results are weighed.
+
+        Its weights are no experts' but shared by all ranks, as those of the router are.
+
+        Args:
+            name: What it is called in the layer, and in checkpoints.
+            module: Applied to [rows, hidden], row by row.
+        """
+        self.add_module(name, module)
+        self._finish = name
+
+    @property
+    def finish(self) -> nn.Module | None:
+        """What is applied to the result of each choice."""
+        return self.get_submodule(self._finish) if self._finish else None
+
+    def watch(self, *modules: nn.Module) -> None:
+        """Say what all ranks hold alike but for experts, so that a pass can tell if it differs between ranks.
+
+        Args:
+            modules: The module that calls the layer, and what it is part of: they are watched in its place while all of
+                its weights are frozen.
+        """
+        self._watched = [weakref.ref(module) for module in modules]
 
     @property
     def title(self) -> str:
@@ -233,32 +266,44 @@ class ExpertLayer(nn.Module, ABC):
         what = f"pass {self._passes} of {self.title}"
         return gather_counts(self.group, index, weight, self.experts, what, told, partial(compare_ranks, self.title))
 
-    def _checks(self) -> tuple[Tensor, Tensor, Tensor | None] | tuple[()]:
-        """Values by which ranks compare weights, in the order of `tell`; none in most passes."""
+    def _checks(self) -> tuple[Tensor | None, Tensor | None, Tensor | None] | tuple[()]:
+        """Values by which ranks compare weights, in the order of `tell`.
+
+        Small shared weights in every pass, so that what went wrong in a step is known in the pass after it; all others
+        in few passes, as they take time to read.
+        """
         if not self._compares:
-            return ()
-        own, shared = row_sums(self.weights).sum(), [row_sums(weights).sum() for weights in self._shared()]
+            return (None, None, _total(self._witnesses)) if self._witnesses else ()
+        shared = self._shared()
+        self._witnesses = [weights for weights in shared if self._is_small(weights)]
+        own = row_sums(self.weights).sum()
         same = torch.zeros_like(own)
         if self._cut:  # by FSDP2 over replicas, which has been checked
             own = same
         elif self.loaded is not None:  # equal experts on all ranks are no mistake if they were loaded so
             self.loaded = self.loaded.to(own.device)
             same = own == self.loaded.sum()
-        return own, ~same.bool(), torch.stack(shared).sum() if shared else None
+        return own, ~same.bool(), _total(shared) if shared else None
 
     @property
     def _compares(self) -> bool:
-        """True if ranks compare weights in this pass: in 1, 2, 4, 8 and so on, as what differs once stays different."""
+        """True if ranks compare all weights in this pass: in 1, 2, 4, 8 and so on, as what differs stays different."""
         return self.group.size > 1 and self._passes & (self._passes - 1) == 0
 
-    def _shared(self) -> Iterator[Tensor]:
-        """Weights of the block that all ranks hold and train alike; not what a framework has cut up."""
-        block = self._block and self._block()
-        for module in block.modules() if block else ():
-            if not isinstance(module, ExpertLayer):
-                for parameter in module.parameters(recurse=False):
-                    if parameter.requires_grad and not isinstance(parameter, DTensor):
-                        yield parameter
+    def _shared(self) -> list[Tensor]:
+        """Weights of the block that all ranks hold and train alike, or if there are none, the smallest of the model."""
+        modules = [module for module in (watched() for watched in self._watched) if module is not None]
+        for module in modules[:1]:
+            if shared := list(_trained(module)):
+                return shared
+        for module in modules[1:]:
+            if shared := sorted(_trained(module), key=Tensor.numel):
+                return shared[:1]
+        return []
+
+    def _is_small(self, weights: Tensor) -> bool:
+        """True if they are no more than a router's."""
+        return weights.numel() <= self.experts * self.shape.hidden
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         if _LEFT_OUT.get():
@@ -309,7 +354,21 @@ class ExpertLayer(nn.Module, ABC):
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies: without what belongs to passes, to other modules and to training with the original."""
-        return self.__dict__ | {"traffic": Traffic(), "prepare": None, "_block": None}
+        return self.__dict__ | {"traffic": Traffic(), "prepare": None, "_watched": [], "_witnesses": []}
 
     def extra_repr(self) -> str:
         return f"experts={self.experts}, {self.shape}, rank={self.group.rank}/{self.group.size}"
+
+
+def _trained(module: nn.Module) -> Iterator[Tensor]:
+    """Weights beside experts that are trained; not what a framework has cut up."""
+    for part in module.modules():
+        if not isinstance(part, ExpertLayer):
+            for parameter in part.parameters(recurse=False):
+                cut = isinstance(parameter, DTensor) or any(hasattr(parameter, mark) for mark in _CUT_BY_FSDP1)
+                if parameter.requires_grad and not cut:
+                    yield parameter
+
+
+def _total(weights: list[Tensor]) -> Tensor:
+    return torch.stack([row_sums(part).sum() for part in weights]).sum()

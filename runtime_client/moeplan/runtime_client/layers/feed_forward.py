@@ -40,6 +40,7 @@ class Form(NamedTuple):
     slope: float
     shift: float
     limit: float | None
+    softcaps: tuple[float, float] | None
     interleaved: bool
 
 
@@ -52,17 +53,20 @@ class ExpertShape:
     Attributes:
         hidden: Width of a token.
         width: Width of the inner layer.
-        gated: Whether the inner layer has a gate; it is ``act(up(x))`` otherwise, and the next three do not apply.
+        gated: Whether the inner layer has a gate; it is ``act(up(x))`` otherwise, and the next four do not apply.
         activation: ``silu``, ``gelu``, ``gelu_tanh``, ``relu`` or ``relu2`` (its square).
         slope: Of the argument of the activation: ``act(slope * gate) / slope``.
         shift: Added to ``up``.
         limit: Gates are cut above it, and ``up`` above it and below its negative; None for no limit.
+        softcaps: Of gate and ``up``, with ``silu`` alone: ``soft(gate) * sigmoid(gate) * soft(up)``, where ``soft(x)``
+            is ``cap * tanh(x / cap)``; None for none.
         bias: Whether both matrices have a bias.
         interleaved: Whether rows of gate and up alternate, rather than gate being above up.
         transposed: Whether matrices are kept as [inputs, outputs], rather than [outputs, inputs].
 
     Raises:
-        ValueError: a width is below 1, the limit or slope not above 0, or the activation is unknown.
+        ValueError: a width is below 1, the limit, the slope or a softcap not above 0, the activation is unknown, or
+            softcaps go with something else than ``silu``.
     """
 
     hidden: int
@@ -72,6 +76,7 @@ class ExpertShape:
     slope: float = 1.0
     shift: float = 0.0
     limit: float | None = None
+    softcaps: tuple[float, float] | None = None
     bias: bool = False
     interleaved: bool = False
     transposed: bool = False
@@ -85,6 +90,11 @@ class ExpertShape:
                 raise ValueError(f"expert.{name} = {getattr(self, name)}: must be above 0")
         if self.activation not in _ACTIVATIONS:
             raise ValueError(f"expert.activation = {self.activation}: must be one of {', '.join(_ACTIVATIONS)}")
+        if self.softcaps is not None:
+            if not min(self.softcaps) > 0:
+                raise ValueError(f"expert.softcaps = {self.softcaps}: must be above 0")
+            if self.form != Form(True, "silu", 1.0, 0.0, None, self.softcaps, self.interleaved):
+                raise ValueError(f"expert.softcaps = {self.softcaps}: go with a gate of silu without slope and limit")
 
     @property
     def inner_rows(self) -> int:
@@ -94,7 +104,12 @@ class ExpertShape:
     @property
     def form(self) -> Form:
         """The computation between the matrices."""
-        return Form(self.gated, self.activation, self.slope, self.shift, self.limit, self.interleaved)
+        return Form(self.gated, self.activation, self.slope, self.shift, self.limit, self.softcaps, self.interleaved)
+
+    @property
+    def plain(self) -> bool:
+        """Whether it is of the default form, but for gate and activation."""
+        return self == ExpertShape(self.hidden, self.width, self.gated, self.activation)
 
     @property
     def parts(self) -> dict[str, tuple[int, ...]]:
@@ -228,6 +243,10 @@ def _halves(first: Tensor, form: Form) -> tuple[Tensor, Tensor]:
     return gate, up
 
 
+def _soft(half: Tensor, cap: float) -> Tensor:
+    return torch.tanh(half / cap).mul_(cap)
+
+
 @fused
 def _activate(first: Tensor, form: Form) -> Tensor:
     """``act(gate) * up`` of rows [gate, up], or ``act(up)`` of a network without a gate."""
@@ -235,6 +254,9 @@ def _activate(first: Tensor, form: Form) -> Tensor:
     if not form.gated:
         return forward(first)
     gate, up = _halves(first, form)
+    if form.softcaps is not None:
+        gate_cap, up_cap = form.softcaps
+        return torch.sigmoid(gate).mul_(_soft(gate, gate_cap)).mul_(_soft(up, up_cap))
     if form.slope != 1:
         return forward(form.slope * gate).mul_((up + form.shift) / form.slope)
     return forward(gate).mul_(up if form.shift == 0 else up + form.shift)
@@ -245,7 +267,7 @@ def _activate_backward(gradient: Tensor, first: Tensor, form: Form) -> Tensor:
     forward, backward = _ACTIVATIONS[form.activation]
     if not form.gated:
         return backward(gradient, first)
-    if gradient.is_cuda or form != Form(True, form.activation, 1.0, 0.0, None, False):
+    if gradient.is_cuda or form != Form(True, form.activation, 1.0, 0.0, None, None, False):
         return _gated_backward(gradient, first, form)
     # In place where it can be: fresh memory costs as much as the arithmetic.
     gate, up = first.chunk(2, dim=1)
@@ -261,12 +283,19 @@ def _gated_backward(gradient: Tensor, first: Tensor, form: Form) -> Tensor:
     """`_activate_backward` with a gate, as one expression."""
     forward, backward = _ACTIVATIONS[form.activation]
     gate, up = _halves(first, form)
-    argument = gate if form.slope == 1 else form.slope * gate
-    factor = up if form.shift == 0 else up + form.shift
-    to_gate = backward(gradient * factor, argument)
-    to_up = forward(argument).mul_(gradient)
-    if form.slope != 1:
-        to_up = to_up / form.slope
+    if form.softcaps is not None:
+        gate_cap, up_cap = form.softcaps
+        soft_gate, soft_up, share = _soft(gate, gate_cap), _soft(up, up_cap), torch.sigmoid(gate)
+        slope = 1 - (soft_gate / gate_cap).square() + soft_gate * (1 - share)
+        to_gate = gradient * soft_up * share * slope
+        to_up = gradient * soft_gate * share * (1 - (soft_up / up_cap).square())
+    else:
+        argument = gate if form.slope == 1 else form.slope * gate
+        factor = up if form.shift == 0 else up + form.shift
+        to_gate = backward(gradient * factor, argument)
+        to_up = forward(argument).mul_(gradient)
+        if form.slope != 1:
+            to_up = to_up / form.slope
     if form.limit is not None:  # what has been cut has no gradient; a value at the limit has not been
         before = first[:, ::2], first[:, 1::2]
         raw_gate, raw_up = before if form.interleaved else first.chunk(2, dim=1)

@@ -142,6 +142,11 @@ class ResidentExperts(ExpertLayer):
 
     def _run(self, rows: Tensor, index: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
         if self.exchange is not None:
+            if self.finish is not None or self.identities:
+                raise ValueError(
+                    f"{self.title}: norms of results and identity experts need the host; make the layer without "
+                    "exchange="
+                )
             if infers_shapes():
                 weight = torch.zeros_like(weight)  # they were never written
             checks = [index.new_zeros(()) if check is None else check.long() for check in self._checks()]
@@ -172,7 +177,7 @@ class ResidentExperts(ExpertLayer):
             if spilled.requires_grad:
                 spilled = _Repeat.apply(spilled, lent, self.flat.detach(), lending)  # type: ignore[no-untyped-call]
             results.append(spilled)
-        output = combine(group, route, results, weight, self.traffic)
+        output = combine(group, route, results, weight, self.traffic, self.finish)
         if lending is not None and output.requires_grad:
             output = _Announce.apply(output, lent, self.flat.detach(), lending)  # type: ignore[no-untyped-call]
         return output

@@ -158,7 +158,14 @@ def dispatch(
     return arrived
 
 
-def combine(group: ExpertGroup, route: Route, parts: Sequence[Tensor], weight: Tensor, traffic: Traffic) -> Tensor:
+def combine(
+    group: ExpertGroup,
+    route: Route,
+    parts: Sequence[Tensor],
+    weight: Tensor,
+    traffic: Traffic,
+    finish: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
     """[tokens, hidden]: results back at their sources, weighted and summed over the choices in their order.
 
     Args:
@@ -167,8 +174,10 @@ def combine(group: ExpertGroup, route: Route, parts: Sequence[Tensor], weight: T
         parts: Results in the parts that `dispatch` gave.
         weight: [tokens, k], weights of the choices.
         traffic: Counter of the bytes sent.
+        finish: Applied to the results at their sources, row by row, before they are weighed.
     """
-    results: Tensor = _Combine.apply(weight, group, route, traffic, *parts)  # type: ignore[no-untyped-call]
+    returned: Tensor = _Return.apply(group, route, traffic, *parts)  # type: ignore[no-untyped-call]
+    results: Tensor = _Weigh.apply(finish(returned) if finish else returned, weight, route)  # type: ignore[no-untyped-call]
     return results
 
 
@@ -189,23 +198,36 @@ class _Dispatch(torch.autograd.Function):
         return _sum_choices(returned, route.places), None, None, None, None
 
 
-class _Combine(torch.autograd.Function):
+class _Return(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, group: ExpertGroup, route: Route, traffic: Traffic, *parts: Tensor) -> Tensor:
+    def forward(ctx: Any, group: ExpertGroup, route: Route, traffic: Traffic, *parts: Tensor) -> Tensor:
         ctx.call, ctx.parts = (group, route, traffic), [len(part) for part in parts]
-        returned = _from_slots(parts, group, route, traffic, "tokens.forward")
-        ctx.save_for_backward(weight, returned if ctx.needs_input_grad[0] else None)
-        return _weigh_choices(returned, route.places, weight)
+        return _from_slots(parts, group, route, traffic, "tokens.forward")
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         group, route, traffic = ctx.call
+        to_parts = _to_slots(gradient, ctx.parts, group, route, traffic, "tokens.backward")
+        return None, None, None, *to_parts
+
+
+class _Weigh(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, returned: Tensor, weight: Tensor, route: Route) -> Tensor:
+        ctx.route = route
+        ctx.save_for_backward(weight, returned if ctx.needs_input_grad[1] else None)
+        return _weigh_choices(returned, route.places, weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         weight, returned = ctx.saved_tensors
-        rows = _spread_gradient(gradient, route.pairs, weight)
-        to_parts = _to_slots(rows, ctx.parts, group, route, traffic, "tokens.backward")
-        to_weight = None if returned is None else _weight_gradient(returned, route.places, gradient).to(weight.dtype)
-        return to_weight, None, None, None, *to_parts
+        rows = _spread_gradient(gradient, ctx.route.pairs, weight) if ctx.needs_input_grad[0] else None
+        to_weight = None
+        if returned is not None:
+            to_weight = _weight_gradient(returned, ctx.route.places, gradient).to(weight.dtype)
+        return rows, to_weight, None
 
 
 @fused

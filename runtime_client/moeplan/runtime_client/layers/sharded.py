@@ -195,7 +195,7 @@ class FullyShardedExperts(ExpertLayer):
             results = this.guard(results, flat)
             if self.reshard and not _in_backward():
                 this.free(flat)
-        output = combine(group, route, [results], weight, self.traffic)
+        output = combine(group, route, [results], weight, self.traffic, self.finish)
         return this.announce(output) if output.requires_grad else output
 
     def prefetch(self) -> None:

@@ -92,7 +92,8 @@ class ExpertGradients:
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> Tensor:
         """Scale all gradients so that their norm, over all ranks together, is at most `max_norm`.
 
-        As ``torch.nn.utils.clip_grad_norm_``, which knows only a rank's own experts. Every rank calls it.
+        As ``torch.nn.utils.clip_grad_norm_``, which knows only a rank's own experts. Every rank calls it. What torch's
+        own has made of a step is refused in the pass after it (`RanksDifferError`), since nothing of ours runs before.
 
         Args:
             max_norm: The norm that they may have.

@@ -250,11 +250,12 @@ def _read_part(
     by_pattern: dict[str, list[str]] = defaultdict(list)
     for source in found:
         by_pattern[source.pattern].append(source.name)
+    counts = range(layer.experts, layer.experts + layer.identities + 1)  # perhaps with some that nothing uses
     for pattern, names in by_pattern.items():
         shape = slices[names[0]].get_shape()
-        if len(names) == layer.experts:
+        if len(names) in counts:
             tensor, source_name = slices[names[expert]][...], names[expert]
-        elif len(names) == 1 and shape[0] == layer.experts:
+        elif len(names) == 1 and shape[0] in counts:
             tensor, source_name = slices[names[0]][expert : expert + 1], names[0]
         else:
             raise ValueError(
@@ -287,6 +288,8 @@ def _save_layer(network: Any, name: str, layer: ExpertLayer, flat: Tensor, path:
     from transformers.core_model_loading import revert_weight_conversion
 
     parts = dict(zip(layer.shape.parts, split_weights(layer.shape, flat), strict=True))
+    inner = next(iter(parts))  # of which transformers has one for each identity, too, that nothing uses
+    parts[inner] = torch.cat([parts[inner], parts[inner].new_zeros(layer.identities, *parts[inner].shape[1:])])
     state = revert_weight_conversion(network, {f"{name}.{part}": tensor for part, tensor in parts.items()})
     whole = {key: tensor.clone(memory_format=torch.contiguous_format) for key, tensor in state.items()}
     save_file(whole, path, metadata={"format": "pt"})

@@ -13,7 +13,7 @@ from moeplan.runtime_client.layers.resident import ResidentExperts
 from moeplan.runtime_client.layers.rows_by_expert import take_rows_by_expert
 from moeplan.runtime_client.layers.sharded import FullyShardedExperts, chain
 from moeplan.runtime_client.models.gradients import ignore_experts
-from moeplan.runtime_client.models.recognition import called_with_rows, shape_of
+from moeplan.runtime_client.models.recognition import Recognised, called_with_rows, recognise
 
 __all__ = ["replace_experts"]
 
@@ -32,10 +32,11 @@ def replace_experts(model: nn.Module, make: MakeExperts[L]) -> dict[str, L]:
 
     It knows experts modules by their parameters, ``gate_up_proj`` (``up_proj`` of networks without a gate) and
     ``down_proj`` of three dimensions, perhaps with biases, and by the call ``experts(hidden, index, weight)``: those of
-    Mixtral, Qwen3-MoE, OLMoE, DeepSeek-V3 and V4, gpt-oss, Nemotron-H, Llama 4 and others in transformers 5. Shared
-    experts, which every token goes to, are none of them and stay as they are. What a module computes it finds out by
-    comparison, on random rows of ordinary and of large size, with the forms of `ExpertShape`. Fully sharded layers are
-    chained in the order of the model's modules.
+    Mixtral, Qwen3-MoE, OLMoE, DeepSeek-V3 and V4, gpt-oss, Nemotron-H, Llama 4 and others in transformers 5. A norm of
+    results, and choices that are the identity, are computed on the rank that a token comes from. Shared experts, which
+    every token goes to, are none of them and stay as they are. What a module computes it finds out by comparison, on
+    random rows of ordinary and of large size, with the forms of `ExpertShape`. Fully sharded layers are chained in the
+    order of the model's modules.
 
     Every rank holds the same weights before, and its part of them after. On the meta device there is nothing to take
     over: `load_pretrained`, or ``to_empty`` and a checkpoint of `TrainingState`, must follow. Frozen experts stay so.
@@ -59,14 +60,15 @@ def replace_experts(model: nn.Module, make: MakeExperts[L]) -> dict[str, L]:
             f"{type(model).__name__}: has no module with parameters gate_up_proj and down_proj of three dimensions; "
             "call FullyShardedExperts or ResidentExperts from the model's own MoE block instead"
         )
-    shapes: dict[str, ExpertShape] = {}
+    known: dict[str, Recognised] = {}
     for name, module in found.items():
-        shapes[name] = shape_of(f"{name} ({type(module).__name__})", module, known=set(shapes.values()))
+        shapes = {other.shape for other in known.values()}
+        known[name] = recognise(f"{name} ({type(module).__name__})", module, shapes)
     layers: dict[str, L] = {}
-    for name, shape in shapes.items():
+    for name, (shape, experts, identities, finish) in known.items():
         module = found.pop(name)
         weights = [module.get_parameter(part) for part in shape.parts]
-        experts, dtype, device = len(weights[0]), weights[0].dtype, weights[0].device
+        dtype, device = weights[0].dtype, weights[0].device
         layer = make(shape, experts, dtype=dtype, device=device)
         if device.type != "meta":
             for expert in range(experts):  # one by one: never two copies of a layer
@@ -74,12 +76,15 @@ def replace_experts(model: nn.Module, make: MakeExperts[L]) -> dict[str, L]:
         layer.train(module.training)
         layer.weights.requires_grad_(weights[0].requires_grad)
         layer.name = name
+        layer.identities = identities
+        if finish:
+            layer.finish_by(finish, module.get_submodule(finish))
         if called_with_rows(module):
             take_rows_by_expert(layer, experts)
         owner, _, attribute = name.rpartition(".")
         block = model.get_submodule(owner)
         setattr(block, attribute, layer)
-        layer.watch(block)
+        layer.watch(block, model)
         layers[name] = layer
     chain([layer for layer in layers.values() if isinstance(layer, FullyShardedExperts)])
     ignore_experts(model)

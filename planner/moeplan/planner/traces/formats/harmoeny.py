@@ -9,7 +9,6 @@ import csv
 import json
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -45,16 +44,15 @@ def read_harmoeny(paths: Sequence[Path]) -> Recording:
     dropped: list[str] = []
 
     def steps() -> Iterator[Int64]:
-        with ExitStack():
-            tables = [[_rows(file) for file in of_layer] for of_layer in files]
-            while True:
-                rows = [[next(table, None) for table in of_layer] for of_layer in tables]
-                found = [row for of_layer in rows for row in of_layer if row is not None]
-                if len(found) < len(layers) * len(ranks):
-                    if found:
-                        dropped.append("rows at the end that not every rank and layer has")
-                    return
-                yield np.stack(found).reshape(len(layers), len(ranks), -1)
+        tables = [[_rows(file) for file in of_layer] for of_layer in files]
+        while True:
+            rows = [[next(table, None) for table in of_layer] for of_layer in tables]
+            found = [row for of_layer in rows for row in of_layer if row is not None]
+            if len(found) < len(layers) * len(ranks):
+                if found:
+                    dropped.append("rows at the end that not every rank and layer has")
+                return
+            yield np.stack(found).reshape(len(layers), len(ranks), -1)
 
     return Recording(layers, len(ranks), len(first), steps(), dropped=dropped)
 

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from moeplan.planner.traces.trace import TraceError
 from moeplan.solvers.problem.arrays import Int64
 
-__all__ = ["Reader", "Recording", "counts_of", "json_lines", "load_torch", "start_of"]
+__all__ = ["Reader", "Recording", "counts_of", "json_lines", "load_torch", "start_of", "whole_numbers"]
 
 
 @dataclass(slots=True)
@@ -95,10 +96,26 @@ def load_torch(path: Path) -> Any:
     except ModuleNotFoundError:
         raise TraceError(path, "needs torch to be read; install it with `pip install 'moeplan[torch]'`") from None
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # a broken file can raise nearly anything
         cause = str(error).split("\n", maxsplit=1)[0][:200]
         raise TraceError(path, f"is no file of tensors that torch.load(weights_only=True) reads ({cause})") from None
+
+
+def whole_numbers(path: Path, part: str, value: object, *ndims: int) -> npt.NDArray[np.integer[Any]]:
+    """`value`, a tensor or nested lists, as an array: of a tensor the very memory, which may be a file's.
+
+    Raises:
+        TraceError: it is not an array of whole numbers with as many dimensions as one of `ndims`.
+    """
+    try:
+        array = np.asarray(value)
+    except (ValueError, TypeError):
+        array = np.asarray(None)
+    if array.dtype.kind not in "iu" or array.ndim not in ndims:
+        wanted = " or ".join(map(str, ndims))
+        raise TraceError(path, f"must be whole numbers in {wanted} dimensions", part, f"{array.dtype}{array.shape}")
+    return array
 
 
 def counts_of(path: Path, part: str, value: object, ndim: int) -> Int64:
@@ -107,12 +124,7 @@ def counts_of(path: Path, part: str, value: object, ndim: int) -> Int64:
     Raises:
         TraceError: it is not an array of whole numbers, at least 0, with `ndim` dimensions.
     """
-    try:
-        array = np.asarray(value)
-    except (ValueError, TypeError):
-        array = np.asarray(None)
-    if array.dtype.kind not in "iu" or array.ndim != ndim:
-        raise TraceError(path, f"must be whole numbers in {ndim} dimensions", part, f"{array.dtype}{array.shape}")
+    array = whole_numbers(path, part, value, ndim)
     if array.size and array.min() < 0:
         raise TraceError(path, "must be at least 0", part, array.min())
     return array.astype(np.int64)

@@ -1,9 +1,10 @@
 """SGLang's expert distribution recorder (`--expert-distribution-recorder-mode stat | stat_approx | per_pass`).
 
-``stat`` writes one file: ``logical_count`` int32[steps, decoder layers, experts], summed over ranks. Its rows are those
-of a ring buffer: not in order once it has wrapped, and zero where it was never written. ``per_pass`` writes a file per
-rank with ``records``, each of a forward pass, and the map from physical to logical experts. Decoder layers are counted
-with the dense ones, whose rows are zero. Source: SGLang 0.5.23, srt/eplb/expert_distribution.py.
+``stat`` writes a file per dump: ``logical_count`` int32[steps, decoder layers, experts], summed over ranks. Its rows
+are those of a ring buffer, which a dump empties: not in order once it has wrapped, and zero where it was never written.
+``per_pass`` writes a file per dump and rank with ``records``, each of a forward pass, and the map from physical to
+logical experts. Decoder layers are counted with the dense ones, whose rows are zero. Source: SGLang 0.5.23,
+srt/eplb/expert_distribution.py.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
-from moeplan.planner.traces.formats.recording import Recording, counts_of, load_torch, start_of
+from moeplan.planner.traces.formats.recording import Recording, counts_of, load_torch, start_of, whole_numbers
 from moeplan.planner.traces.trace import TraceError
 from moeplan.solvers.problem.arrays import Int64
 
@@ -31,24 +33,40 @@ def is_sglang(path: Path) -> bool:
 
 
 def read_sglang(paths: Sequence[Path]) -> Recording:
-    """The recording of one ``stat`` file, or of the ``per_pass`` files of all ranks."""
+    """The recording of ``stat`` files, one after the other, or of the ``per_pass`` files of all ranks and dumps."""
     contents = [_content(path) for path in paths]
     if all("records" in content for content in contents):
         return _passes(paths, contents)
-    if len(paths) > 1:
-        raise TraceError(paths[1], "is a second file of counts; give one, or the per_pass files of all ranks")
-    if "logical_count" not in contents[0]:
-        raise TraceError(paths[0], f"holds neither logical_count nor records, but {', '.join(contents[0])[:200]}")
-    counts = np.asarray(contents[0]["logical_count"])
-    counts = counts_of(paths[0], "logical_count", counts[None] if counts.ndim == 2 else counts, 3)
+    counts = [_counts(path, content) for path, content in zip(paths, contents, strict=True)]
+    shape = counts[0].shape[1:]
+    any_tokens = np.zeros(shape[0], np.bool_)
+    written = []
+    for path, of_file in zip(paths, counts, strict=True):
+        if of_file.shape[1:] != shape:
+            raise TraceError(path, f"must have {shape}, as {paths[0]}", "logical_count", of_file.shape[1:])
+        written.append([step for step, row in enumerate(of_file) if row.any()])
+        for step in written[-1]:
+            any_tokens |= of_file[step].any(axis=1)
     dropped: list[str] = []
-    written = counts.any(axis=(1, 2))
-    if not written.all():
-        dropped.append(f"{int((~written).sum())} steps without tokens, which the ring buffer never held")
-    routed = _routed(counts.any(axis=(0, 2)), paths[0], dropped)
-    kept = counts[written][:, routed]
-    steps = (step[:, np.newaxis] for step in kept)
-    return Recording(routed, 1, counts.shape[2], steps, total=len(kept), dropped=dropped)
+    total = sum(map(len, written))
+    if total < sum(map(len, counts)):
+        never = sum(map(len, counts)) - total
+        dropped.append(f"{never} steps without tokens, which the ring buffer never held")
+    routed = _routed(any_tokens, paths[0], dropped)
+    steps = (
+        counts_of(path, "logical_count", of_file[step], 2)[routed, np.newaxis]
+        for path, of_file, of_path in zip(paths, counts, written, strict=True)
+        for step in of_path
+    )
+    return Recording(routed, 1, shape[1], steps, total=total, dropped=dropped)
+
+
+def _counts(path: Path, content: dict[str, Any]) -> npt.NDArray[np.integer[Any]]:
+    """[steps, decoder layers, experts] of a ``stat`` file, as it lies there."""
+    if "logical_count" not in content:
+        raise TraceError(path, f"holds neither logical_count nor records, but {', '.join(content)[:200]}")
+    counts = whole_numbers(path, "logical_count", content["logical_count"], 2, 3)
+    return counts[np.newaxis] if counts.ndim == 2 else counts
 
 
 def _content(path: Path) -> dict[str, Any]:
@@ -75,16 +93,18 @@ def _routed(any_tokens: Any, path: Path, dropped: list[str]) -> list[int]:
 
 
 def _passes(paths: Sequence[Path], contents: Sequence[dict[str, Any]]) -> Recording:
-    """Physical counts of every rank, as logical ones; ranks are sources."""
-    maps = [
-        counts_of(path, "last_physical_to_logical_map", content.get("last_physical_to_logical_map"), 2)
+    """Physical counts of every rank, as logical ones; ranks are sources. Each dump has a map of its own."""
+    maps = {
+        path: counts_of(path, "last_physical_to_logical_map", content.get("last_physical_to_logical_map"), 2)
         for path, content in zip(paths, contents, strict=True)
-    ]
-    experts = int(maps[0].max()) + 1
-    passes: dict[int, dict[int, tuple[Path, Any]]] = {}
-    for path, content in zip(paths, contents, strict=True):
-        for record in content["records"]:
-            passes.setdefault(int(record["forward_pass_id"]), {})[int(record["rank"])] = (path, record)
+    }
+    layers, experts = len(maps[paths[0]]), max(int(p2l.max()) for p2l in maps.values()) + 1
+    for path, p2l in maps.items():
+        if len(p2l) != layers:
+            raise TraceError(
+                path, f"must have {layers} layers, as {paths[0]}", "last_physical_to_logical_map", len(p2l)
+            )
+    passes = _by_pass(paths, contents)
     ranks = sorted({rank for of_pass in passes.values() for rank in of_pass})
     whole = [number for number in sorted(passes) if len(passes[number]) == len(ranks)]
     dropped: list[str] = []
@@ -94,17 +114,17 @@ def _passes(paths: Sequence[Path], contents: Sequence[dict[str, Any]]) -> Record
         raise TraceError(paths[0], "no forward pass was recorded by every rank; give the files of all ranks")
 
     def logical(number: int) -> Int64:
-        counts = np.zeros((len(maps[0]), len(ranks), experts), np.int64)
+        counts = np.zeros((layers, len(ranks), experts), np.int64)
         for source, rank in enumerate(ranks):
-            path, record = passes[number][rank]
-            physical = counts_of(path, "global_physical_count", record.get("global_physical_count"), 2)
-            if physical.shape != maps[0].shape:
-                raise TraceError(path, f"must be {maps[0].shape}", "global_physical_count", physical.shape)
-            for layer, expert_of in enumerate(maps[0]):
+            path, recorded = passes[number][rank]
+            physical = counts_of(path, "global_physical_count", recorded, 2)
+            if physical.shape != maps[path].shape:
+                raise TraceError(path, f"must be {maps[path].shape}", "global_physical_count", physical.shape)
+            for layer, expert_of in enumerate(maps[path]):
                 np.add.at(counts[layer, source], expert_of, physical[layer])
         return counts
 
-    any_tokens = np.zeros(len(maps[0]), np.bool_)
+    any_tokens = np.zeros(layers, np.bool_)
     for number in whole:
         any_tokens |= logical(number).any(axis=(1, 2))
     routed = _routed(any_tokens, paths[0], dropped)
@@ -114,3 +134,20 @@ def _passes(paths: Sequence[Path], contents: Sequence[dict[str, Any]]) -> Record
             yield logical(number)[routed]
 
     return Recording(routed, len(ranks), experts, steps(), total=len(whole), dropped=dropped)
+
+
+def _by_pass(paths: Sequence[Path], contents: Sequence[dict[str, Any]]) -> dict[int, dict[int, tuple[Path, Any]]]:
+    """By forward pass and rank: file, and the counts [decoder layers, physical experts] as they lie there."""
+    passes: dict[int, dict[int, tuple[Path, Any]]] = {}
+    for path, content in zip(paths, contents, strict=True):
+        for record in content["records"]:
+            try:
+                number, rank, counts = (record[name] for name in ("forward_pass_id", "rank", "global_physical_count"))
+            except (KeyError, TypeError) as error:
+                raise TraceError(path, f"holds a record without {error}") from None
+            of_pass = passes.setdefault(int(number), {})
+            if rank in of_pass:
+                reason = f"is of rank {rank}, as one in {of_pass[rank][0]} is; import each run of the engine by itself"
+                raise TraceError(path, reason, "forward_pass_id", number)
+            of_pass[rank] = (path, counts)
+    return passes

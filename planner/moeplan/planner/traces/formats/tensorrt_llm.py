@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from moeplan.planner.traces.formats.recording import Recording, counts_of
+from moeplan.planner.traces.formats.tensor_file import TensorFile
 from moeplan.planner.traces.trace import TraceError
 from moeplan.solvers.problem.arrays import Int64
 
@@ -42,44 +41,37 @@ def read_tensorrt_llm(paths: Sequence[Path]) -> Recording:
     files = {int(match[1]): file for file in folder.iterdir() if (match := NAME.fullmatch(file.name))}
     if not files:
         raise TraceError(folder, "holds no rank0.safetensors")
-    with ExitStack() as stack:
-        keys = [set(_keys(stack.enter_context(_open(files[rank])))) for rank in sorted(files)]
-    every = set.intersection(*keys)
-    layers = sorted({layer for _, layer in set.union(*keys)})
-    numbers = sorted({step for step, _ in set.union(*keys)})
+    ranks = [TensorFile.open(files[rank]) for rank in sorted(files)]
+    named = {key for rank in ranks for key in _keys(rank.places)}
+    every = set.intersection(*(_keys(rank.whole()) for rank in ranks))
+    layers = sorted({layer for _, layer in named})
+    numbers = sorted({step for step, _ in named})
     whole = [step for step in numbers if all((step, layer) in every for layer in layers)]
     if not whole:
         raise TraceError(folder, "no iteration holds every layer on every rank")
-    dropped = []
+    dropped = [
+        f"{rank.path}, which was cut off: {len(rank.places) - len(rank.whole())} of {len(rank.places)} counts"
+        for rank in ranks
+        if len(rank.whole()) < len(rank.places)
+    ]
     if len(whole) < len(numbers):
         dropped.append(f"{len(numbers) - len(whole)} iterations that some rank or layer lacks")
 
     def steps() -> Iterator[Int64]:
-        with ExitStack() as opened:
-            ranks = [opened.enter_context(_open(files[rank])) for rank in sorted(files)]
-            for step in whole:
-                counts = np.zeros((len(layers), len(ranks), experts), np.int64)
-                for source, file in enumerate(ranks):
-                    for row, layer in enumerate(layers):
-                        found = counts_of(folder, f"{step}_{layer}", file.get_tensor(f"{step}_{layer}"), 1)
-                        if len(found) != experts:
-                            raise TraceError(folder, f"must have {experts} experts", f"{step}_{layer}", len(found))
-                        counts[row, source] = found
-                yield counts
+        for step in whole:
+            counts = np.zeros((len(layers), len(ranks), experts), np.int64)
+            for source, rank in enumerate(ranks):
+                for row, layer in enumerate(layers):
+                    name = f"{step}_{layer}"
+                    found = counts_of(rank.path, name, rank.read(name), 1)
+                    if len(found) != experts:
+                        raise TraceError(rank.path, f"must have {experts} experts", name, len(found))
+                    counts[row, source] = found
+            yield counts
 
     return Recording(layers, len(files), experts, steps(), first_step=whole[0], total=len(whole), dropped=dropped)
 
 
-def _open(path: Path) -> Any:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        return safe_open(path, framework="numpy")
-    except (OSError, SafetensorError) as error:
-        raise TraceError(path, f"is no safetensors file, or was cut off ({error})") from None
-
-
-def _keys(file: Any) -> Iterator[tuple[int, int]]:
-    for key in sorted(file.keys()):
-        if match := KEY.fullmatch(key):
-            yield int(match[1]), int(match[2])
+def _keys(names: Iterable[str]) -> set[tuple[int, int]]:
+    """Iteration and layer of each name."""
+    return {(int(match[1]), int(match[2])) for name in names if (match := KEY.fullmatch(name))}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import zipfile
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -42,30 +43,42 @@ def read_ultraep(paths: Sequence[Path]) -> Recording:
         raise TraceError(manifest, "must be ultra_ep_trace_v1", "schema", schema)
     dropped = [f"{lost} records that UltraEP itself dropped"] if lost else []
     chunks = sorted(manifest.parent.glob(f"{manifest.name.removesuffix(SUFFIX)}.chunk*.npz"))
-    records: dict[int, dict[int, Int64]] = {}
+    places: dict[int, dict[int, tuple[Path, int]]] = {}
     for chunk in chunks:
-        for layer, batch, loads in _records(chunk, dropped):
-            records.setdefault(batch, {})[layer] = loads
-    layers = sorted({layer for batch in records.values() for layer in batch})
-    whole = [batch for batch in sorted(records) if len(records[batch]) == len(layers)]
+        for row, (layer, batch) in enumerate(_keys(chunk, dropped)):
+            places.setdefault(batch, {})[layer] = chunk, row
+    layers = sorted({layer for batch in places.values() for layer in batch})
+    whole = [batch for batch in sorted(places) if len(places[batch]) == len(layers)]
     if not whole:
         raise TraceError(manifest, f"its {len(chunks)} chunks hold no micro-batch with every layer")
-    if len(whole) < len(records):
-        dropped.append(f"{len(records) - len(whole)} micro-batches that lack a layer")
-    sources, experts = records[whole[0]][layers[0]].shape
-    steps = (np.stack([records[batch][layer] for layer in layers]) for batch in whole)
-    return Recording(layers, sources, experts, steps, whole[0], len(whole), dropped)
+    if len(whole) < len(places):
+        dropped.append(f"{len(places) - len(whole)} micro-batches that lack a layer")
+    loads = lru_cache(maxsize=2)(_loads)  # a micro-batch may begin in one chunk and end in the next
+    chunk, _ = places[whole[0]][layers[0]]
+    _, sources, experts = loads(chunk).shape
+
+    def steps() -> Iterator[Int64]:
+        for batch in whole:
+            of_batch = [places[batch][layer] for layer in layers]
+            yield np.stack([loads(chunk)[row] for chunk, row in of_batch])
+
+    return Recording(layers, sources, experts, steps(), whole[0], len(whole), dropped)
 
 
-def _records(chunk: Path, dropped: list[str]) -> Iterator[tuple[int, int, Int64]]:
-    """Layer, micro-batch and int64[sources, experts] of each record."""
+def _keys(chunk: Path, dropped: list[str]) -> list[tuple[int, int]]:
+    """Layer and micro-batch of each record."""
     try:
         with chunk.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-            layers, batches = arrays["layers"], arrays["microbatches"]
-            loads = arrays["pre_logical_loads"]
+            keys = list(zip(arrays["layers"].tolist(), arrays["microbatches"].tolist(), strict=True))
+            arrays["pre_logical_loads"]  # is there, and whole
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         dropped.append(f"{chunk}, which was cut off or is broken")
-        return
-    counts = counts_of(chunk, "pre_logical_loads", loads[:, np.newaxis] if loads.ndim == 2 else loads, 3)
-    for layer, batch, load in zip(layers.tolist(), batches.tolist(), counts, strict=True):
-        yield int(layer), int(batch), load
+        return []
+    return keys
+
+
+def _loads(chunk: Path) -> Int64:
+    """Loads of all records of a chunk, int64[records, sources, experts]."""
+    with np.load(chunk, allow_pickle=False) as arrays:
+        loads = arrays["pre_logical_loads"]
+    return counts_of(chunk, "pre_logical_loads", loads[:, np.newaxis] if loads.ndim == 2 else loads, 3)

@@ -1,7 +1,10 @@
-"""vLLM's load statistics: one JSON object per line, of physical experts (proposed, vllm-project/vllm#41141).
+"""Expert loads of vLLM, in either of two forms. Layers are MoE layers in order, without the dense ones.
 
-``expert_load[layer][slot]`` is summed over ranks, ``p2l_map[layer][slot]`` says which expert a slot held. Layers are
-MoE layers in order, without the dense ones.
+Load statistics (proposed, vllm-project/vllm#41141): one JSON object per line, of physical experts.
+``expert_load[layer][slot]`` is summed over ranks, ``p2l_map[layer][slot]`` says which expert a slot held.
+
+A load history, as benchmarks of vLLM's planner have it (`expert-load.json` of ADRS): a JSON object with the array
+``load_history``, whose elements hold ``logical_expert_load[layer][expert]`` of one rebalancing interval.
 """
 
 from __future__ import annotations
@@ -13,20 +16,45 @@ from typing import Any
 
 import numpy as np
 
+from moeplan.planner.traces.formats.json_array import json_elements
 from moeplan.planner.traces.formats.recording import Recording, counts_of, json_lines, start_of
 from moeplan.planner.traces.trace import TraceError
 from moeplan.solvers.problem.arrays import Int64
 
 __all__ = ["is_vllm", "read_vllm"]
 
+HISTORY, LOAD = "load_history", "logical_expert_load"
+HISTORY_KEY = f'"{HISTORY}"'.encode()
+
 
 def is_vllm(path: Path) -> bool:
     """True if the content is such a recording."""
-    return b'"eplb_load_stats"' in start_of(path)
+    head = start_of(path)
+    return b'"eplb_load_stats"' in head or HISTORY_KEY in head
 
 
 def read_vllm(paths: Sequence[Path]) -> Recording:
     """The records of all files, one after the other."""
+    return _history(paths) if HISTORY_KEY in start_of(paths[0]) else _statistics(paths)
+
+
+def _history(paths: Sequence[Path]) -> Recording:
+    dropped: list[str] = []
+    loads = (
+        counts_of(path, LOAD, element.get(LOAD) if isinstance(element, dict) else None, 2)
+        for path in paths
+        for element in json_elements(path, HISTORY, dropped)
+    )
+    first = next(loads, None)
+    if first is None:
+        raise TraceError(paths[0], f"holds no whole element in {HISTORY}")
+    layers, experts = first.shape
+    return Recording(
+        range(layers), 1, experts, (load[:, np.newaxis] for load in chain([first], loads)), dropped=dropped
+    )
+
+
+def _statistics(paths: Sequence[Path]) -> Recording:
     dropped: list[str] = []
     records = ((path, record) for path in paths for record in json_lines(path, dropped))
     loads = ((path, record) for path, record in records if record.get("record_type") == "eplb_load_stats")
