@@ -46,12 +46,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--peers", type=Path, help="folder with the others' code")
     parser.add_argument("--kinds", default=",".join(KINDS), help="kinds of load, comma-separated")
+    parser.add_argument("--draw", type=int, default=0, help="number of the draw: the same shapes, other loads")
     parser.add_argument("--out", type=Path, help="file for the results, as JSON")
     arguments = parser.parse_args()
     kinds = arguments.kinds.split(",")
     peers, missing = load_peers(arguments.peers)
     instances = [(shape, kind) for shape in SHAPES for kind in kinds]
-    rows = [row for shape, kind in track(instances, transient=True) for row in judged(shape, kind, peers)]
+    rows = [row for shape, kind in track(instances, transient=True) for row in judged(shape, kind, arguments.draw, peers)]
     for rule in RULES:
         show_table(
             f"{len(instances)} instances, {rule} split, max/mean",
@@ -84,10 +85,10 @@ def tokens_of(experts: int, kind: str, seed: int) -> Int64:
     return (weight / weight.sum() * 1_000_000).astype(np.int64)
 
 
-def judged(shape: tuple[int, int, int], kind: str, peers: dict[str, Peer]) -> list[dict[str, Any]]:
+def judged(shape: tuple[int, int, int], kind: str, draw: int, peers: dict[str, Peer]) -> list[dict[str, Any]]:
     """A row for every planner: its imbalance under both rules, in whole tokens, or why it has none."""
     experts, devices, slots = shape
-    tokens = tokens_of(experts, kind, SHAPES.index(shape))
+    tokens = tokens_of(experts, kind, SHAPES.index(shape) + len(SHAPES) * draw)
     problem = Problem(Cluster.uniform(devices, slots), Demand.of(tokens))
     rows = []
     for name in (*OURS, *peers):

@@ -79,8 +79,8 @@ def test_hybrid_is_no_worse_than_any_baseline_under_any_split_rule(problem: Prob
 
 
 def test_a_rule_that_a_policy_cannot_plan_for_is_refused() -> None:
-    problem = Problem(Cluster.uniform(4, 2), Demand.of([9, 8, 7, 5, 3]), split_rule=SplitRule.EVEN)
-    with pytest.raises(ProblemError, match=r"split_rule = even: policy ilp plans for optimal only; use .*hybrid"):
+    problem = Problem(Cluster.uniform(4, 2), Demand.of([9, 8, 7, 5, 3]), split_rule=SplitRule.LITE)
+    with pytest.raises(ProblemError, match=r"split_rule = lite: policy ilp plans for even, optimal only; use .*hybrid"):
         solve(problem, policy="ilp")
     with pytest.raises(ProblemError, match="policy traffic plans for home only"):
         solve(problem, policy="traffic")

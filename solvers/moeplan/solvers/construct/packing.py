@@ -35,12 +35,13 @@ def pack(loads: Float64, replicas: Int32, capacity: Int32, speed: Float64) -> In
     for e in np.argsort(-loads / replicas, kind="mergesort"):
         share = loads[e] / replicas[e]
         for _ in range(replicas[e]):
-            best = -1
+            best, least = -1, np.inf
             for d in range(devices):
-                if used[d] == capacity[d] or on[d, e]:
+                if used[d] == capacity[d]:
                     continue
-                if best < 0 or (load[d] + share) / speed[d] < (load[best] + share) / speed[best]:
-                    best = d
+                level = (load[d] + share) / speed[d]
+                if (best < 0 or level < least) and not on[d, e]:
+                    best, least = d, level
             if best < 0:
                 best = _make_room(e, capacity, slots, used, on, load, loads, replicas)
             if best < 0:
@@ -110,32 +111,45 @@ def swap(slots: Int32, share: Float64, speed: Float64, rounds: int) -> None:
         for d in range(1, devices):
             if load[d] / speed[d] > load[top] / speed[top]:
                 top = d
-        level = load[top] / speed[top]
-        best = level * (1 - 1e-12)
-        found = False
-        best_d, best_c, best_k = 0, 0, 0
+        cold = (load / speed).argmin()
+        level = load[top] / speed[top] * (1 - 1e-12)
+        bound, _, _ = _best_exchange(slots, on, load, share, speed, top, cold, level)
+        best, best_d, best_c, best_k = level, -1, 0, 0
         for d in range(devices):
-            if d == top:
+            # Not even a perfect exchange with this device would be as good as the one with the coldest.
+            if d == top or load[top] + load[d] > bound * (1 + 1e-12) * (speed[top] + speed[d]):
                 continue
-            for c in range(width):
-                a = slots[top, c]
-                if a < 0 or on[d, a]:
-                    continue
-                for k in range(width):
-                    b = slots[d, k]
-                    if b < 0 or on[top, b]:
-                        continue
-                    change = share[a] - share[b]
-                    if change <= 0:
-                        continue
-                    after = max((load[top] - change) / speed[top], (load[d] + change) / speed[d])
-                    if after < best:
-                        best, best_d, best_c, best_k = after, d, c, k
-                        found = True
-        if not found:
+            after, c, k = _best_exchange(slots, on, load, share, speed, top, d, best)
+            if after < best:
+                best, best_d, best_c, best_k = after, d, c, k
+        if best_d < 0:
             return
         a, b = slots[top, best_c], slots[best_d, best_k]
         slots[top, best_c], slots[best_d, best_k] = b, a
         on[top, a], on[top, b], on[best_d, b], on[best_d, a] = False, True, False, True
         load[top] -= share[a] - share[b]
         load[best_d] += share[a] - share[b]
+
+
+@kernel
+def _best_exchange(
+    slots: Int32, on: Bool, load: Float64, share: Float64, speed: Float64, top: int, d: int, best: float
+) -> tuple[float, int, int]:
+    """The larger level of two devices after their best exchange, if below `best`, and the slots of `top` and `d`."""
+    width = slots.shape[1]
+    best_c, best_k = -1, -1
+    for c in range(width):
+        a = slots[top, c]
+        if a < 0:
+            continue
+        for k in range(width):
+            b = slots[d, k]
+            if b < 0:
+                continue
+            change = share[a] - share[b]
+            if change <= 0:
+                continue
+            after = max((load[top] - change) / speed[top], (load[d] + change) / speed[d])
+            if after < best and not on[d, a] and not on[top, b]:
+                best, best_c, best_k = after, c, k
+    return best, best_c, best_k

@@ -71,12 +71,31 @@ def _adjust(slots: Int32, loads: Float64, speed: Float64, trigger: float) -> Non
 
 @kernel
 def _even_loads(slots: Int32, loads: Float64, replicas: Int32) -> Float64:
-    load = np.zeros(len(slots))
+    load = np.empty(len(slots))
     for d in range(len(slots)):
-        for e in slots[d]:
-            if e >= 0:
-                load[d] += loads[e] / replicas[e]
+        load[d] = _even_load(slots[d], loads, replicas)
     return load
+
+
+@kernel
+def _even_load(held: Int32, loads: Float64, replicas: Int32) -> float:
+    load = 0.0
+    for e in held:
+        if e >= 0:
+            load += loads[e] / replicas[e]
+    return load
+
+
+@kernel
+def _coldest(slots: Int32, share: Float64, replicas: Int32, hot: int) -> int:
+    """The expert of the lightest replicas among those with several, on a device without `hot`; -1 if there is none."""
+    cold = -1
+    for d in range(len(slots)):
+        if not (slots[d] == hot).any():
+            for e in slots[d]:
+                if e >= 0 and replicas[e] > 1 and (cold < 0 or share[e] < share[cold]):
+                    cold = e
+    return cold
 
 
 @kernel
@@ -87,17 +106,18 @@ def _expand(slots: Int32, loads: Float64, replicas: Int32, speed: Float64, level
     """
     share = loads / replicas
     hot = share.argmax()
-    cold = -1
-    for d in range(len(slots)):
-        if not (slots[d] == hot).any():
-            for e in slots[d]:
-                if e >= 0 and replicas[e] > 1 and (cold < 0 or share[e] < share[cold]):
-                    cold = e
+    cold = _coldest(slots, share, replicas, hot)
     if cold < 0:
         return False
     after = replicas.copy()
     after[hot] += 1
     after[cold] -= 1
+    rest = _even_loads(slots, loads, after) / speed  # but for the device that changes
+    first = rest.argmax()
+    second = 0.0
+    for d in range(len(slots)):
+        if d != first:
+            second = max(second, rest[d])
     best_d, best_c = -1, -1
     best = level
     for d in range(len(slots)):
@@ -107,8 +127,9 @@ def _expand(slots: Int32, loads: Float64, replicas: Int32, speed: Float64, level
             if slots[d, c] != cold:
                 continue
             slots[d, c] = hot
-            reached = (_even_loads(slots, loads, after) / speed).max()
+            own = _even_load(slots[d], loads, after) / speed[d]
             slots[d, c] = cold
+            reached = max(own, second if d == first else rest[first])
             if reached < best:
                 best, best_d, best_c = reached, d, c
     if best_d < 0:

@@ -66,8 +66,11 @@ EVEN_PER_CANDIDATE = 8
 TIERS = (2, 4, 8)
 """Tiers of experts between which spare slots are shifted, for an even split."""
 
+MOST_FOR_BASE = 1_024
+"""Slots up to which BASE's layout is tried: its linear assignment takes their cube, minutes for ten thousand."""
+
 ROUNDS = 1_000
-"""Most exchanges of a construction's own descent."""
+"""Most exchanges of a construction's own descent, or the number of experts where there are more."""
 
 PRICED = 0.9
 """Part of a round during which arrivals cost something, so that the most useful ones come first: at first the distance
@@ -393,10 +396,12 @@ def _constructions(problem: Problem, parameters: SolveParameters) -> Iterator[In
         yield _widen(slots, problem)
     replicas = adams_replicas(loads, int(capacity.sum()), problem.devices)
     slots = pack(loads, replicas, capacity, speed)
-    swap(slots, loads / replicas, speed, ROUNDS)
+    swap(slots, loads / replicas, speed, max(ROUNDS, problem.experts))
     fill(slots, loads, capacity)
     yield _widen(slots, problem)
     for published in (eplb, flexmoe, laer, symi, static, base):
+        if published is base and capacity.sum() > MOST_FOR_BASE:
+            continue
         try:
             slots = _widen(published(problem, parameters).slots.copy(), problem)
         except ProblemError:  # EPLB's groups may not fit its nodes
