@@ -52,7 +52,9 @@ def main() -> None:
     kinds = arguments.kinds.split(",")
     peers, missing = load_peers(arguments.peers)
     instances = [(shape, kind) for shape in SHAPES for kind in kinds]
-    rows = [row for shape, kind in track(instances, transient=True) for row in judged(shape, kind, arguments.draw, peers)]
+    rows = [
+        row for shape, kind in track(instances, transient=True) for row in judged(shape, kind, arguments.draw, peers)
+    ]
     for rule in RULES:
         show_table(
             f"{len(instances)} instances, {rule} split, max/mean",
