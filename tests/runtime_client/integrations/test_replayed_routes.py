@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
+from tests.support.repository import ROOT
 
 from moeplan.runtime_client.integrations import nemo_rl, slime, verl
 from moeplan.solvers import KnownRoutes, SpillOptions, plan_known
@@ -84,3 +89,11 @@ def test_a_batch_is_planned_and_reordered() -> None:
     again = KnownRoutes.by_rank(verl.sample_counts(reordered[0], EXPERTS, reordered[1]), ranks=2, size=1)
     untouched = plan_known(again, SpillOptions.uniform(EXPERTS, 2, 0), max_moves=0, reordered=False)
     assert untouched.before == plan.after <= plan.before
+
+
+def test_the_example_shows_what_each_part_gains() -> None:
+    run = subprocess.run(
+        [sys.executable, ROOT / "examples/known_routes.py"], capture_output=True, text=True, check=True
+    )
+    alone, order, homes, both = (float(figure) for figure in re.findall(r" (1\.\d{4}) ", run.stdout))
+    assert both < 1.02 < min(order, homes) < max(order, homes) < alone
