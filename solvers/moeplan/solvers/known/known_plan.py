@@ -56,7 +56,7 @@ class KnownPlan:
     after: float
 
     def spills(self, micro_batch: int) -> Iterator[SpillPlan]:
-        """The replicas of a micro-batch, a plan of each layer; each is overwritten by nothing.
+        """The replicas of a micro-batch: a plan of each layer, which lasts.
 
         They are those that ranks find themselves from the same counts, so they need not be sent.
 
