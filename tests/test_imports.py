@@ -30,7 +30,7 @@ READS_PT = ROOTS["planner"] / "traces/formats/recording.py"
 ROOMS = {
     "solvers": (
         *("problem", "objective", "split", "construct", "plan", "exact", "search"),
-        *("policies", "solving", "affinity", "routing", "spill", "homes", "choice"),
+        *("policies", "solving", "affinity", "routing", "spill", "homes", "known", "choice"),
     ),
     "planner": ("errors", "traces", "files", "exports", "jobs", "studies", "pages", "daemon", "commands"),
     "runtime_client": ("errors", "group", "recording", "device", "layers", "planning", "models", "integrations"),

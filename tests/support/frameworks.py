@@ -29,22 +29,28 @@ def python_of(framework: str) -> str:
     return str(python)
 
 
-def train(example: str, *arguments: str, python: str = sys.executable, ranks: int = 2) -> dict[str, Any]:
-    """What an example prints as JSON on one of its ranks."""
+def launch(program: Path, *arguments: str, python: str = sys.executable, ranks: int = 2) -> str:
+    """What the ranks of a program print."""
     command = [python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     roots = [str(ROOT / root) for root in ("planner", "solvers", "proto", "runtime_client")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(roots), "OMP_NUM_THREADS": "1"}
     run = subprocess.run(
-        [*command, str(EXAMPLES / example), *arguments],
+        [*command, str(program), *arguments],
         env=environment,
         capture_output=True,
         text=True,
         timeout=LIMIT_S,
         check=False,
     )
-    answers = [line[line.index('{"mode"') :] for line in run.stdout.splitlines() if '{"mode"' in line]
     assert run.returncode == 0, run.stderr[-5000:]
-    assert len(answers) == 1, run.stdout[-5000:]
+    return run.stdout
+
+
+def train(example: str, *arguments: str, python: str = sys.executable, ranks: int = 2) -> dict[str, Any]:
+    """What an example prints as JSON on one of its ranks."""
+    said = launch(EXAMPLES / example, *arguments, python=python, ranks=ranks)
+    answers = [line[line.index('{"mode"') :] for line in said.splitlines() if '{"mode"' in line]
+    assert len(answers) == 1, said[-5000:]
     answer: dict[str, Any] = json.loads(answers[0])
     return answer
 

@@ -3,6 +3,8 @@
 from .affinity.placement import AffinityPlan, crossings, place_by_affinity
 from .choice.expert_kind import KindChoice, KindCost, choose_kind
 from .homes.home_plan import HomePlan, plan_homes, spilled_imbalance
+from .known.known_plan import KnownPlan, plan_known
+from .known.known_routes import KnownRoutes, count_choices
 from .plan.cost import LAER, STEP, Cost, CostModel
 from .plan.parameters import SolveParameters
 from .plan.plan import Plan
@@ -51,6 +53,8 @@ __all__ = [
     "InfeasibleError",
     "KindChoice",
     "KindCost",
+    "KnownPlan",
+    "KnownRoutes",
     "Layout",
     "Link",
     "LlepPlanner",
@@ -72,12 +76,14 @@ __all__ = [
     "available_policies",
     "balanced_assignment",
     "choose_kind",
+    "count_choices",
     "crossings",
     "evaluate",
     "forecast",
     "optimal_assignment",
     "place_by_affinity",
     "plan_homes",
+    "plan_known",
     "policy",
     "share_slots",
     "solve",

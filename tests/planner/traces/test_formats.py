@@ -175,6 +175,21 @@ def megatron(folder: Path) -> Written:
     return paths[::-1], COUNTS, [2, 3, 4]
 
 
+def slime(folder: Path) -> Written:
+    rng = np.random.default_rng(1)
+    counts = np.zeros((STEPS, LAYERS, 1, EXPERTS), np.int64)
+    paths = [folder / f"{FIRST + step}.pt" for step in range(STEPS)]
+    for path, step in zip(paths, counts, strict=True):
+        samples = []
+        for tokens in (5, 40, 17):
+            routes = np.zeros((tokens, DENSE + LAYERS, 2), np.int32)  # dense layers stay zero
+            routes[:, DENSE:] = rng.random((tokens, LAYERS, EXPERTS)).argsort(axis=2)[..., :2]
+            np.add.at(step[:, 0], (np.arange(LAYERS)[:, None], routes[:, DENSE:]), 1)
+            samples.append({"tokens": [1] * (tokens + 1), "rollout_routed_experts": torch.from_numpy(routes)})
+        torch.save({"rollout_id": int(path.stem), "samples": samples}, path)
+    return paths[::-1], counts, [2, 3, 4]
+
+
 def ultraep(folder: Path) -> Written:
     merged = COUNTS.sum(axis=2)
     name = "epg0_gr0_r0_1700000000000"
@@ -228,6 +243,7 @@ WRITERS: dict[Callable[[Path], Written], str] = {
     tensorrt_llm: "tensorrt-llm",
     vllm_ascend: "vllm-ascend",
     megatron: "megatron",
+    slime: "slime",
     ultraep: "ultraep",
     harmoeny: "harmoeny",
     table: "csv",
@@ -338,6 +354,13 @@ def test_a_long_history_is_read_a_part_at_a_time(tmp_path: Path, monkeypatch: py
         monkeypatch.setattr(json_array, "BLOCK", block)
         steps = open_recording(paths)[1].steps
         assert np.array_equal(np.stack(list(steps)), counts)
+
+
+def test_rollouts_without_routes_say_how_to_record_them(tmp_path: Path) -> None:
+    path = tmp_path / "7.pt"
+    torch.save({"rollout_id": 7, "samples": [{"tokens": [1, 2], "rollout_routed_experts": None}]}, path)
+    with pytest.raises(TraceError, match="run slime with --use-rollout-routing-replay"):
+        open_recording([path])
 
 
 def test_nothing_in_a_saved_file_is_executed(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ class RecordedBy(StrEnum):
     TENSORRT_LLM = "tensorrt-llm"
     VLLM_ASCEND = "vllm-ascend"
     MEGATRON = "megatron"
+    SLIME = "slime"
     ULTRAEP = "ultraep"
     HARMOENY = "harmoeny"
     CSV = "csv"
@@ -116,10 +117,11 @@ def import_recording(
 ) -> None:
     """Make a trace of what an engine or a framework recorded.
 
-    It reads the recorders of SGLang (stat and per_pass), TensorRT-LLM, UltraEP and Megatron-core, the load statistics
-    proposed for vLLM and load histories (JSON with load_history), loads for vllm-ascend's planner, HarMoEny's traces,
-    and tables (CSV) with the columns step, layer, source, expert, tokens. Several files are of several ranks, or follow
-    one another. Steps are read one at a time. What is left out, such as dense layers and what was cut off, is said.
+    It reads the recorders of SGLang (stat and per_pass), TensorRT-LLM, UltraEP and Megatron-core, rollouts of slime,
+    the load statistics proposed for vLLM and load histories (JSON with load_history), loads for vllm-ascend's planner,
+    HarMoEny's traces, and tables (CSV) with the columns step, layer, source, expert, tokens. Several files are of
+    several ranks, or follow one another. Steps are read one at a time. What is left out, such as dense layers and what
+    was cut off, is said.
     """
     from moeplan.planner.commands.terminal import progress
     from moeplan.planner.traces.formats.opening import open_recording

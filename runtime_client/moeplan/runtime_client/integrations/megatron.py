@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.transformer.moe.experts import SequentialMLP, TEGroupedMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -48,7 +49,7 @@ def balance(
 
     Raises:
         UnsupportedVersionError: megatron-core is in another release.
-        ValueError: `mode` is none of the three words, or the spec has no ``MoELayer``.
+        ValueError: `mode` is none of the three words, or the spec has no ``MoELayer`` and is not of a pipeline's stage.
     """
     require_version("megatron-core", SUPPORTED)
     balancer = Balancer(mode, spare=spare, planner=planner, job=job, trace=trace)
@@ -56,8 +57,15 @@ def balance(
     balanced = [_with_ours(layer, balancer) for layer in layers]
     if all(new is old for new, old in zip(balanced, layers, strict=True)):
         balancer.abandon()
+        if hasattr(spec, "layer_specs") and _pipelined():  # a stage may have dense layers alone
+            return spec
         raise ValueError(f"{type(spec).__name__}: none of its layers has the module MoELayer; give it num_experts")
     return replace(spec, layer_specs=balanced) if hasattr(spec, "layer_specs") else balanced[0]
+
+
+def _pipelined() -> bool:
+    ready: bool = parallel_state.model_parallel_is_initialized()
+    return ready and parallel_state.get_pipeline_model_parallel_world_size() > 1
 
 
 def _with_ours(layer: ModuleSpec, balancer: Balancer) -> ModuleSpec:

@@ -9,7 +9,7 @@ import numpy as np
 from moeplan.solvers.problem.arrays import Float64, Int64
 from moeplan.solvers.problem.kernel import kernel
 
-__all__ = ["Pools", "deal", "exchange", "slowest"]
+__all__ = ["Pools", "deal", "exchange", "pool_time", "slowest"]
 
 OVER_CAP = 1e3
 """Time of a share of the load that a pool has no memory for: more than any exchange can gain."""
@@ -32,7 +32,8 @@ class Pools(NamedTuple):
 
 
 @kernel
-def _time(load: float, rate: float, cap: float) -> float:
+def pool_time(load: float, rate: float, cap: float) -> float:
+    """Time of a pool; far more where it has no memory for its load."""
     return load / rate + OVER_CAP * max(load - cap, 0.0)
 
 
@@ -58,7 +59,7 @@ def slowest(pools: Pools, place: Int64) -> float:
     for s in range(len(load)):
         most = 0.0
         for p in range(load.shape[1]):
-            most = max(most, _time(load[s, p], pools.rate[p], pools.cap[s, p]))
+            most = max(most, pool_time(load[s, p], pools.rate[p], pools.cap[s, p]))
         total += pools.weight[s] * most
     return total
 
@@ -79,8 +80,8 @@ def _after(pools: Pools, place: Int64, load: Float64, time: Float64, a: int, b: 
     p, q, after = place[a], place[b], 0.0
     for s in range(len(load)):
         change = pools.load[s, b] - pools.load[s, a]
-        worst = _time(load[s, p] + change, pools.rate[p], pools.cap[s, p])
-        worst = max(worst, _time(load[s, q] - change, pools.rate[q], pools.cap[s, q]))
+        worst = pool_time(load[s, p] + change, pools.rate[p], pools.cap[s, p])
+        worst = max(worst, pool_time(load[s, q] - change, pools.rate[q], pools.cap[s, q]))
         for r in range(load.shape[1]):
             if r != p and r != q:
                 worst = max(worst, time[s, r])
@@ -114,7 +115,7 @@ def exchange(pools: Pools, place: Int64, most: int, least_gain: float) -> int:
         hot[:] = False
         for s in range(scenarios):
             for p in range(count):
-                time[s, p] = _time(load[s, p], pools.rate[p], pools.cap[s, p])
+                time[s, p] = pool_time(load[s, p], pools.rate[p], pools.cap[s, p])
             top = np.argmax(time[s])
             hot[top] = True
             now += pools.weight[s] * time[s, top]

@@ -20,7 +20,7 @@ from moeplan.solvers.problem.scalars import integer, number
 from moeplan.solvers.spill.options import SpillOptions
 from moeplan.solvers.spill.quota import QuotaPlanner
 
-__all__ = ["HomePlan", "plan_homes", "spilled_imbalance"]
+__all__ = ["HomePlan", "plan_homes", "pool_of_devices", "spilled_imbalance"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -70,7 +70,7 @@ def plan_homes(
     limit = demand.experts if max_moves is None else integer("max_moves", max_moves, 0)
     if not 0 <= number("price", price) < float("inf"):
         raise ProblemError("price", price, "must be finite and at least 0")
-    pool = _pool_of_devices(options)
+    pool = pool_of_devices(options)
     size = _unit_size(options, groups)
     place = pool[options.home].reshape(-1, size)[:, 0].copy()
     pools = _pools(demand, options, pool, size)
@@ -109,7 +109,7 @@ def spilled_imbalance(demand: Demand, options: SpillOptions) -> tuple[float, int
     return imbalance, short
 
 
-def _pool_of_devices(options: SpillOptions) -> Int64:
+def pool_of_devices(options: SpillOptions) -> Int64:
     """int64[devices]: pools numbered from 0: domains, and single devices of domains without spare slots."""
     spills = np.isin(options.domain, options.domain[options.spare > 0])
     alone = int(options.domain.max()) + 1 + np.arange(options.devices)

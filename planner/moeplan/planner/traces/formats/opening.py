@@ -10,6 +10,7 @@ from moeplan.planner.traces.formats.harmoeny import is_harmoeny, read_harmoeny
 from moeplan.planner.traces.formats.megatron import is_megatron, read_megatron
 from moeplan.planner.traces.formats.recording import Reader, Recording
 from moeplan.planner.traces.formats.sglang import is_sglang, read_sglang
+from moeplan.planner.traces.formats.slime import is_slime, read_slime
 from moeplan.planner.traces.formats.table import is_table, read_table
 from moeplan.planner.traces.formats.tensorrt_llm import is_tensorrt_llm, read_tensorrt_llm
 from moeplan.planner.traces.formats.ultraep import is_ultraep, read_ultraep
@@ -31,6 +32,7 @@ FORMATS = {
     "vllm": _Format(is_vllm, read_vllm),
     "tensorrt-llm": _Format(is_tensorrt_llm, read_tensorrt_llm),
     "megatron": _Format(is_megatron, read_megatron),
+    "slime": _Format(is_slime, read_slime),
     "ultraep": _Format(is_ultraep, read_ultraep),
     "harmoeny": _Format(is_harmoeny, read_harmoeny),
     "csv": _Format(is_table, read_table),

@@ -1,0 +1,1 @@
+"""Steps whose routes are known before they run, as in reinforcement learning with replayed routes."""
