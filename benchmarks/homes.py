@@ -54,9 +54,19 @@ def main() -> None:
             study = follow_homes(trace, options, variants, Forecast(window_steps=WINDOW), on_step=tick)
         missed = misses(study)
         show(text, study, missed)
-        measured.append({"trace": Path(text).name, "spare": arguments.spare, **study, "missed": missed})
+        measured.append({"trace": Path(text).name, "spare": arguments.spare, **figures(study), "missed": missed})
     if arguments.out:
         write_result(arguments.out, measured)
+
+
+def figures(study: HomesStudy) -> dict[str, Any]:
+    """A row of the table, as numbers: those of each variant under its name."""
+    found: dict[str, Any] = {"samples": study["samples"], "one_domain": study["one_domain"]}
+    for row in study["variants"]:
+        name = row["variant"].replace(" ", "_")
+        found |= {name: row["imbalance"], f"{name}_error": row["standard_error"]}
+        found |= {f"{name}_{part}": row[part] for part in ("domains_alone", "moved", "moved_most")}
+    return found
 
 
 def misses(study: HomesStudy) -> dict[str, float]:

@@ -58,13 +58,20 @@ def main() -> None:
     for rule in RULES:
         show_table(
             f"{len(instances)} instances, {rule} split, max/mean",
-            ["planner", "planned", "mean", "hybrid's there", "worse than hybrid", "better", "by at most", "duplicates"],
-            [*summary(rows, rule), *([name, f"missing: {why}", *["-"] * 6] for name, why in missing.items())],
+            ["planner", "planned", "mean", "hybrid's there", "worse than hybrid", "better", "by at most", "set apart"],
+            [
+                *(
+                    [format(cell, ".4f") if isinstance(cell, float) else str(cell) for cell in row.values()]
+                    for row in summary(rows, rule)
+                ),
+                *([name, f"missing: {why}", *["-"] * 6] for name, why in missing.items()),
+            ],
         )
         best = [min(values) for values in by_instance(rows, rule).values()]
         print(f"{rule} split, mean of the best planner of each instance: {np.mean(best):.4f}")
     if arguments.out:
         write_result(arguments.out, [*grouped(rows), {"missing": missing}])
+        write_result(arguments.out.with_name(f"{arguments.out.stem}-planners.json"), planners(rows))
 
 
 def tokens_of(experts: int, kind: str, seed: int) -> Int64:
@@ -139,26 +146,34 @@ def grouped(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return list(found.values())
 
 
-def summary(rows: list[dict[str, Any]], rule: str) -> list[list[str]]:
-    """Table rows: each planner's mean, and on how many instances it is worse and better than hybrid."""
+def summary(rows: list[dict[str, Any]], rule: str) -> list[dict[str, Any]]:
+    """Each planner's mean, and on how many instances it is worse and better than hybrid, those set apart left out."""
     ours = {row["instance"]: row[rule] for row in rows if row["planner"] == "hybrid"}
     table = []
     for planner in dict.fromkeys(row["planner"] for row in rows):
         mine = [row for row in rows if row["planner"] == planner and "error" not in row]
         ratio = np.array([ours[row["instance"]] / row[rule] for row in mine if not row.get("duplicates")])
         table.append(
-            [
-                planner,
-                str(len(mine)),
-                f"{np.mean([row[rule] for row in mine]):.4f}",
-                f"{np.mean([ours[row['instance']] for row in mine]):.4f}",
-                str((ratio < 1 - EQUAL).sum()),
-                str((ratio > 1 + EQUAL).sum()),
-                f"{max(0.0, ratio.max(initial=1) - 1):.3%}",
-                str(sum(bool(row.get("duplicates")) for row in mine)),
-            ]
+            {
+                "planner": planner,
+                "planned": len(mine),
+                rule: float(np.mean([row[rule] for row in mine])),
+                f"hybrid_{rule}": float(np.mean([ours[row["instance"]] for row in mine])),
+                f"worse_{rule}": int((ratio < 1 - EQUAL).sum()),
+                f"better_{rule}": int((ratio > 1 + EQUAL).sum()),
+                f"better_{rule}_by": max(0.0, float(ratio.max(initial=1)) - 1),
+                "set_apart": sum(bool(row.get("duplicates")) for row in mine),
+            }
         )
     return table
+
+
+def planners(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A row per planner, with its figures under every rule."""
+    return [
+        {k: v for of_rule in both for k, v in of_rule.items()}
+        for both in zip(*(summary(rows, rule) for rule in RULES), strict=True)
+    ]
 
 
 if __name__ == "__main__":

@@ -100,10 +100,11 @@ def cell(value: Any, form: str) -> str:
 
 
 def origin(result: Row) -> str:
-    """Where, when and by what the figures were measured."""
-    machine = result["machine"]
-    command = shlex.join(["python", *result["command"]])
-    return f"{result['date']}, commit {result['commit']}, {machine['cores']} cores of {machine['cpu']}: `{command}`"
+    """Where, when and by what the figures were measured; of older ones that a document had, the text says where."""
+    machine, command = result["machine"], result["command"]
+    where = f"{machine['cores']} cores of {machine['cpu']}" if machine else "taken down from what was printed"
+    by = f": `{shlex.join(['python', *command])}`" if command else ""
+    return f"{result['date']}, commit {result['commit']}, {where}{by}"
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ def command(name: str, trace: Path, rule: str | None, *arguments: object) -> Any
     return json.loads(done.stdout)
 
 
-def job(current: dict[int, Layout], rule: SplitRule | None, sources: int) -> JobSpec:
+def job(current: Mapping[int, Layout], rule: SplitRule | None, sources: int) -> JobSpec:
     """The same as a job that looks once its window is full."""
     return JobSpec(
         Cluster.uniform(DEVICES, SLOTS),
