@@ -3,7 +3,7 @@
 One thread does all work. Writes that wait while it is busy are committed together, so that a burst of plans costs few
 synchronisations of the disk. What jobs keep is written in the same few statements for all of them, so that behind a
 slow network leases need not wait for a burst; other writes each have a savepoint, so that one that fails fails alone.
-What a method returned from is on disk.
+What a method returned from is on disk. Leases go first, in a transaction of their own.
 
 Behind a shared database several daemons stand, and each job is owned by one at a time. A daemon holds a job by a lease
 that it renews; all times are the database's, so daemons' clocks do not matter, and every write names its owner, so that
@@ -19,6 +19,7 @@ import threading
 import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from enum import IntEnum
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -42,6 +43,16 @@ OPEN_S = 30.0
 """Longest that opening may take."""
 
 T = TypeVar("T")
+
+
+class _Turn(IntEnum):
+    """What is done first of all that waits, each kind in a transaction of its own."""
+
+    LEASES = 0
+    WRITES = 1
+    READS = 2
+
+
 Work = Callable[[sa.Connection], T]
 
 _tables = sa.MetaData()
@@ -156,7 +167,7 @@ class Store:
         self._mine = mine.order_by(_jobs.c.name).with_for_update()
         self._failure = ""
         self._wants_room = threading.Event()
-        self._work: queue.SimpleQueue[tuple[Work[Any] | _Save, bool, asyncio.Future[Any]] | None] = queue.SimpleQueue()
+        self._work: queue.SimpleQueue[tuple[Work[Any] | _Save, _Turn, asyncio.Future[Any]] | None] = queue.SimpleQueue()
         self._loop: asyncio.AbstractEventLoop
         self._thread: threading.Thread | None = None
 
@@ -252,7 +263,7 @@ class Store:
 
     async def job(self, name: str) -> JobRow | None:
         """One job."""
-        rows = await self._do(lambda connection: self._rows(connection, _jobs.c.name == name, 1), reads=True)
+        rows = await self._do(lambda connection: self._rows(connection, _jobs.c.name == name, 1), _Turn.READS)
         return rows[0] if rows else None
 
     async def jobs(self, after: str, limit: int, most_bytes: int, prefix: str = "") -> list[JobRow]:
@@ -269,12 +280,12 @@ class Store:
                 count += 1
             return self._rows(connection, wanted, count)
 
-        return await self._do(read, reads=True)
+        return await self._do(read, _Turn.READS)
 
     async def count(self, prefix: str = "") -> int:
         """Number of jobs of a prefix."""
         query = sa.select(sa.func.count()).where(_jobs.c.name.startswith(prefix, autoescape=True))
-        return await self._do(lambda connection: int(connection.scalar(query) or 0), reads=True)
+        return await self._do(lambda connection: int(connection.scalar(query) or 0), _Turn.READS)
 
     async def plan(self, name: str, version: int | None) -> PlanRow | None:
         """A plan; the newest if `version` is None."""
@@ -286,7 +297,7 @@ class Store:
             row = connection.execute(query.order_by(_plans.c.version.desc()).limit(1)).first()
             return None if row is None else PlanRow(row.version, _bytes(row.plan))
 
-        return await self._do(read, reads=True)
+        return await self._do(read, _Turn.READS)
 
     async def claim(self, held: Collection[str], name: str | None = None) -> list[tuple[JobRow, PlanRow | None]]:
         """Take over jobs that nobody owns, or that are this daemon's although it does not hold them.
@@ -325,7 +336,7 @@ class Store:
             plans = {plan.job: PlanRow(plan.version, _bytes(plan.plan)) for plan in found}
             return [(row, plans.get(row.name)) for row in sorted(rows, key=lambda row: row.name)]
 
-        return await self._do(write, reads=self._sqlite)
+        return await self._do(write, _Turn.READS if self._sqlite else _Turn.WRITES)
 
     async def renew(self, draining: bool = False) -> set[str]:
         """Keep the leases, and tell others that this daemon is alive; the names of the jobs that it owns."""
@@ -340,7 +351,7 @@ class Store:
             connection.execute(alive.on_conflict_do_update(index_elements=["owner"], set_=known))
             return owned
 
-        return await self._do(write, reads=self._sqlite)
+        return await self._do(write, _Turn.READS if self._sqlite else _Turn.LEASES)
 
     async def servers(self) -> list[ServerRow]:
         """The daemons that are alive, by address; none where there can be only one."""
@@ -359,7 +370,7 @@ class Store:
             # One that was killed and started again is known twice for a while; the newest counts.
             return list({row.address: ServerRow(*row) for row in connection.execute(query)}.values())
 
-        return await self._do(read, reads=True)
+        return await self._do(read, _Turn.READS)
 
     async def hand_over(self, names: Collection[str], address: str) -> set[str]:
         """Give jobs to the daemon at an address; if that does not take one within a lease, anyone may.
@@ -456,11 +467,11 @@ class Store:
     @overload
     async def _do(self, work: _Save) -> None: ...
     @overload
-    async def _do(self, work: Work[T], *, reads: bool = False) -> T: ...
+    async def _do(self, work: Work[T], turn: _Turn = ...) -> T: ...
 
-    async def _do(self, work: Work[Any] | _Save, *, reads: bool = False) -> Any:
+    async def _do(self, work: Work[Any] | _Save, turn: _Turn = _Turn.WRITES) -> Any:
         future: asyncio.Future[Any] = self._loop.create_future()
-        self._work.put((work, reads, future))
+        self._work.put((work, turn, future))
         try:
             async with asyncio.timeout(None if self._sqlite else 2 * self._patience_s):
                 return await future
@@ -479,18 +490,18 @@ class Store:
                 self._database.make_room()
             # Who has stopped waiting is not served: what it wanted to write may be out of date by now.
             items = [item for item in batch if item is not None and not item[2].done()]
-            for reads in (False, True):
-                chosen = [(work, future) for work, only_reads, future in items if only_reads is reads]
+            for turn in _Turn:
+                chosen = [(work, future) for work, its_turn, future in items if its_turn is turn]
                 if not chosen:
                     continue
                 start = time.perf_counter()
-                results = self._commit([work for work, _ in chosen], reads)
+                results = self._commit([work for work, _ in chosen], reads=turn is _Turn.READS)
                 self._metrics.store.observe(time.perf_counter() - start)
                 self._loop.call_soon_threadsafe(_resolve, [future for _, future in chosen], results)
             if None in batch:
                 return
 
-    def _commit(self, works: list[Work[Any] | _Save], reads: bool) -> list[Any]:
+    def _commit(self, works: list[Work[Any] | _Save], *, reads: bool) -> list[Any]:
         try:
             self._database.check()
             with self._database.engine.connect().execution_options(reads=reads) as connection, connection.begin():
