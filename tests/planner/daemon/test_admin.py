@@ -13,6 +13,7 @@ from tests.support.daemon import WAIT_S, DaemonProcess, Rank, Start, eventually,
 
 from moeplan.api.client import Client
 from moeplan.api.errors import PreconditionError
+from moeplan.solvers import SolveParameters
 
 
 def moeplan(*arguments: object) -> subprocess.CompletedProcess[str]:
@@ -101,6 +102,31 @@ def test_jobs_move_between_daemons(start: Start, postgres: str) -> None:
         assert first.terminate() == 0
         assert set(names) <= {job.name for job in two.jobs()}
         assert two.plan(f"{names[0]}/plans/-").version >= version
+
+
+def test_plans_are_made_wherever_a_job_goes(start: Start, postgres: str) -> None:
+    """A job that moves again and again has a new plan after each move, and its versions only grow."""
+    daemons = [start("--store", postgres).serving() for _ in range(2)]
+    clients = [daemon.client() for daemon in daemons]
+    name = clients[0].create_job("nomad", small_job(parameters=SolveParameters(work_limit=20))).name
+    eventually(lambda: len(clients[0].servers()) == 2)
+    step, version = 0, 1
+    for turn in range(6):
+        here, there = turn % 2, 1 - turn % 2
+        rank = Rank(clients[here], name, 0, hello={"reports_for": [0, 1], "plan_version": version})
+        assert rank.next("welcome").plan.version == version
+        for _ in range(30):  # of which one at least is worth a plan
+            rank.report(step, tokens(step, ranks=2))
+            step += 1
+        newest = rank.next("plan_update").plan.version
+        assert newest > version
+        assert clients[here].move_job(name) == daemons[there].address
+        assert rank.error().reason == "OWNED_ELSEWHERE"
+        rank.close()
+        version = clients[there].plan(f"{name}/plans/-").version
+        assert version >= newest
+    for client in clients:
+        client.close()
 
 
 def test_a_new_daemon_gets_its_share(start: Start, postgres: str) -> None:

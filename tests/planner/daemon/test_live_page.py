@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 import urllib.error
 import urllib.request
@@ -18,6 +19,7 @@ import pytest
 from tests.support.daemon import WAIT_S, DaemonProcess, Rank, Start, eventually, small_job, tokens
 
 from moeplan.api.client import Client
+from moeplan.api.connection import Security
 from moeplan.api.job_plans import Reason
 
 TOKEN = "correct-horse-battery-staple"
@@ -137,6 +139,31 @@ def test_a_token_is_entered_once_and_kept_where_scripts_cannot_read_it(start: St
     (tmp_path / "tokens").write_text("another-horse-battery-staple\n")  # revoked: its sessions end too
     eventually(lambda: ask(daemon, "/jobs", Cookie=cookie.partition(";")[0]).status == 401)
     assert TOKEN not in "".join(daemon.lines)
+
+
+def test_a_tenant_sees_the_jobs_of_its_prefix(start: Start, tmp_path: Path) -> None:
+    names = ("alpha", "beta", "operator")
+    tables = [
+        f'[{name}]\ntoken_sha256 = ["{hashlib.sha256(f"{TOKEN}-{name}".encode()).hexdigest()}"]' for name in names
+    ]
+    tables[0] += '\nprefix = "alpha-"\nrole = "read"'
+    tables[1] += '\nprefix = "beta-"'
+    (tmp_path / "tenants.toml").write_text("\n".join(tables))
+    daemon = start("--tenants", str(tmp_path / "tenants.toml")).serving(solver=False)
+    with Client(daemon.address, Security(token=f"{TOKEN}-operator"), timeout_s=WAIT_S) as client:
+        for name in ("alpha-1", "beta-1", "other"):
+            client.create_job(name, small_job())
+    seen = {"alpha": {"alpha-1"}, "beta": {"beta-1"}, "operator": {"alpha-1", "beta-1", "other"}}
+    for name, expected in seen.items():
+        signed = ask(daemon, "/session", "POST", f"{TOKEN}-{name}", Origin=f"http://{daemon.metrics}")
+        cookie = signed.headers["Set-Cookie"].partition(";")[0]
+        for headers in ({"Cookie": cookie}, {"Authorization": f"Bearer {TOKEN}-{name}"}):
+            shown = json.loads(ask(daemon, "/jobs", **headers).text)  # type: ignore[attr-defined]
+            assert {job["id"] for job in shown} == expected
+            for hidden in {"alpha-1", "beta-1", "other"} - expected:
+                refused, unknown = (ask(daemon, f"/jobs/{job}/stream", **headers) for job in (hidden, "unknown"))
+                assert refused.status == 404
+                assert refused.text == unknown.text  # type: ignore[attr-defined]
 
 
 def test_the_page_can_be_left_out(start: Start) -> None:

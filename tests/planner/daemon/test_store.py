@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import shutil
 import signal
 import socket
@@ -21,6 +23,10 @@ from tests.support.slow_link import SlowLink
 
 from moeplan.api.client import Client
 from moeplan.api.errors import ServiceError, UnavailableError
+from moeplan.planner.daemon.database import StoreError
+from moeplan.planner.daemon.metrics import Metrics
+from moeplan.planner.daemon.store import LeaseLostError, Store
+from moeplan.solvers import SolveParameters
 
 LEASE_S = "3"
 """Long enough that a busy machine does not lose it, short enough to wait for its end."""
@@ -229,6 +235,28 @@ def test_many_jobs_behind_a_slow_network_are_taken_over_at_once(
             connection.execute("DELETE FROM moeplan_jobs")
 
 
+def test_a_burst_of_plans_behind_a_slow_network_costs_no_lease(
+    start: Start, postgres: str, link: Callable[[float], SlowLink]
+) -> None:
+    """With 50 ms a statement, statements for each of 40 plans would take longer than the lease."""
+    path = link(0.0)
+    daemon = start(environment={"MOEPLAN_STORE": through(path, postgres), "MOEPLAN_LEASE_S": "6"}).serving()
+    job = small_job(parameters=SolveParameters(work_limit=20))
+    with daemon.client() as client:
+        names = [client.create_job(f"burst-{number:02}", job).name for number in range(40)]
+        ranks = [Rank(client, name, 0, hello={"reports_for": [0, 1]}) for name in names]
+        path.delay_s = 0.025
+        for step in range(40):
+            for number, rank in enumerate(ranks):
+                rank.report(step, tokens(100 * step + number, ranks=2))
+            time.sleep(0.2)
+        eventually(lambda: all(client.plan(f"{name}/plans/-").version > 2 for name in names))
+        for rank in ranks:
+            rank.close()
+    assert not daemon.events("job lost")
+    assert not daemon.events("store failed")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "damage",
@@ -292,6 +320,47 @@ def test_a_row_that_cannot_be_read_can_be_deleted(start: Start, tmp_path: Path) 
         client.delete_job("jobs/poison")
         assert second.metric("moeplan_jobs_unreadable") == 0
         assert client.create_job("poison", small_job()).status.plan_version == 1
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_plan_that_cannot_be_kept_costs_no_other(
+    shared: bool, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    """Plans that wait together are written together; a row that is in the way of one stops that one only."""
+    url = request.getfixturevalue("postgres") if shared else ""
+    store = Store(url, tmp_path, owner="me", address="here", lease_s=30.0, kept=100, metrics=Metrics())
+    names = [f"job-{number}" for number in range(8)]
+
+    async def write() -> list[BaseException | None]:
+        await store.open()
+        for name in names:
+            await store.create(name, 1, b"spec", 1, b"first")
+        in_the_way = "INSERT INTO moeplan_plans (job, version, plan) VALUES ('job-3', 2, 'rubbish')"
+        if shared:
+            with psycopg.connect(url, autocommit=True) as connection:
+                connection.execute(in_the_way)
+        else:
+            with contextlib.closing(sqlite3.connect(tmp_path / "moeplan.sqlite3")) as database, database:
+                database.execute(in_the_way)
+        saves = [store.save(name, incarnation=1, version=2, plan=b"second") for name in [*names, "nobody's"]]
+        try:
+            done = await asyncio.gather(*saves, return_exceptions=True)
+            for name in names:
+                row, plan = await store.job(name), await store.plan(name, None)
+                assert row is not None
+                assert plan is not None
+                assert (row.version, plan.plan) == ((1, b"rubbish") if name == "job-3" else (2, b"second"))
+            await store.save(names[0], incarnation=5, spec=b"other")
+            row = await store.job(names[0])
+            assert row is not None
+            assert (row.incarnation, row.spec, row.version) == (5, b"other", 2)
+            return done
+        finally:
+            await store.close()
+
+    *kept, lost = asyncio.run(write())
+    assert isinstance(lost, LeaseLostError)
+    assert [type(found) for found in kept] == [StoreError if name == "job-3" else type(None) for name in names]
 
 
 def test_a_store_that_is_away_is_said(start: Start) -> None:

@@ -8,6 +8,7 @@ import heapq
 import math
 import re
 import time
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from datetime import UTC, datetime
 
@@ -73,7 +74,7 @@ class JobTable:
         self._settings, self._store, self._workers, self._metrics = settings, store, workers, metrics
         self._hosts: dict[str, JobHost] = {}
         self._unreadable: dict[str, JobRow] = {}
-        self._leases: asyncio.Task[None] | None = None
+        self._tasks: list[asyncio.Task[None]] = []
         self._held_until = time.monotonic() + settings.lease_s
         self._creating = asyncio.Lock()
 
@@ -85,14 +86,14 @@ class JobTable:
         """
         await self._claim()
         await self._renew()
-        self._leases = asyncio.get_running_loop().create_task(self._keep_leases())
+        # Apart, so that a lease never waits for statements about jobs that this daemon does not have.
+        self._tasks = [asyncio.create_task(self._again(work)) for work in (self._keep, self._share)]
 
     async def stop(self, refusal: RefusalError) -> None:
         """End all jobs here; they stay in the store."""
-        if self._leases is not None:
-            self._leases.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._leases
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         for identity in list(self._hosts):
             self._drop(identity, refusal)
 
@@ -244,7 +245,9 @@ class JobTable:
             # One that has not taken what it was given may be dead: no more for it.
             taking = [server for server in others if not server.untaken]
             if taking:
-                await self._spread(self.hosts[: min(surplus, MOVED)], taking, mean)
+                # First those that lose the least: who is planning would have to begin again.
+                hosts = sorted(self.hosts, key=lambda host: (host.job.solving, host.job.connected_ranks))
+                await self._spread(hosts[: min(surplus, MOVED)], taking, mean)
 
     def owned(self, identity: str) -> JobHost | None:
         """The job, if this daemon owns it."""
@@ -257,7 +260,7 @@ class JobTable:
     @property
     def failure(self) -> str:
         """Why jobs cannot be kept now; empty where they can."""
-        if self._leases is None or self._leases.done():
+        if not self._tasks or any(task.done() for task in self._tasks):
             return "leases are not kept"
         if self._store.shared and time.monotonic() > self._held_until:
             return "leases are over"
@@ -422,17 +425,27 @@ class JobTable:
             self._add(row.name, message, row.created, job)
             log.info("job taken over", job=f"jobs/{row.name}", version=job.plan.version)
 
-    async def _keep_leases(self) -> None:
+    async def _keep(self) -> None:
+        """Keep what this daemon has."""
+        await self._renew()
+        if self._store.failure:
+            await self._store.probe()
+
+    async def _share(self) -> None:
+        """Take over jobs, and give some away."""
+        if not self._draining:
+            await self._claim()
+        if self._store.shared:
+            await self._rebalance()
+
+    async def _again(self, work: Callable[[], Awaitable[None]]) -> None:
+        """Do something four times within a lease, whatever comes of it."""
+        due_s = time.monotonic()
         while True:
-            await asyncio.sleep(self._settings.lease_s / 4)
+            due_s = max(due_s + self._settings.lease_s / 4, time.monotonic())
+            await asyncio.sleep(due_s - time.monotonic())
             try:
-                await self._renew()
-                if self._store.failure:
-                    await self._store.probe()
-                if not self._draining:
-                    await self._claim()
-                if self._store.shared:
-                    await self._rebalance()
+                await work()
             except StoreError as error:
                 log.error("store failed", error=str(error))
             except Exception as error:  # leases are kept all the same

@@ -13,7 +13,7 @@ import ipaddress
 import json
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
 import structlog
@@ -22,6 +22,7 @@ from moeplan.planner.daemon.job_host import JobHost
 from moeplan.planner.daemon.job_table import JobTable
 from moeplan.planner.daemon.live_history import JobHistory
 from moeplan.planner.daemon.statuses import RefusalError
+from moeplan.planner.daemon.tenants import ANYONE, Tenant, Tenants
 from moeplan.planner.daemon.workers.pool import Workers
 from moeplan.planner.pages.frame import SCRIPTS, STYLE, front_end_file, live_page
 from moeplan.solvers.problem.errors import ProblemError
@@ -93,14 +94,11 @@ class LivePage:
     Args:
         table: Its jobs.
         workers: Who counts loads.
-        allowed: Whether an ``authorization`` header is that of a caller.
-        locked: Whether callers need a token.
+        tenants: Who may look, and at which jobs.
     """
 
-    def __init__(
-        self, table: JobTable, workers: Workers, allowed: Callable[[str], bool], locked: Callable[[], bool]
-    ) -> None:
-        self._table, self._workers, self._allowed, self._locked = table, workers, allowed, locked
+    def __init__(self, table: JobTable, workers: Workers, tenants: Tenants) -> None:
+        self._table, self._workers, self._tenants = table, workers, tenants
         self._sessions: dict[str, tuple[float, str]] = {}
         self._histories: dict[str, JobHistory] = {}
         self._streams = 0
@@ -141,12 +139,13 @@ class LivePage:
             )
         if request.path == "/":
             return Response("200 OK", "text/html; charset=utf-8", live_page().encode())
-        if self._locked() and not self._signed_in(request):
+        tenant = self._tenant(request)
+        if tenant is None:
             return _text("401 Unauthorized", "sign in with a token of the daemon")
         if request.path == "/jobs":
-            return _json([self._summary(host) for host in self._table.hosts])
+            return _json([self._summary(host) for host in self._table.hosts if tenant.owns(host.id)])
         identity, slash, tail = request.path.removeprefix("/jobs/").partition("/")
-        host = self._table.owned(identity)
+        host = self._table.owned(identity) if tenant.owns(identity) else None
         if host is None or (slash and tail != "stream") or not slash:
             return _text("404 Not Found", "no such job at this daemon")
         if self._streams >= STREAMS:
@@ -159,7 +158,7 @@ class LivePage:
             return (
                 "the page answers on its own machine only: tunnel to it, for instance `ssh -L 7434:127.0.0.1:7434 HOST`"
             )
-        if not self._locked() and not _loopback(_host(request.headers.get("host", ""))):
+        if not self._tenants.asks and not _loopback(_host(request.headers.get("host", ""))):
             return "ask for localhost: without tokens, a name that leads here may be another site's"
         if request.headers.get("sec-fetch-site", "none") not in ("none", "same-origin") and request.path != "/":
             return "requests of other sites are not answered"
@@ -170,7 +169,7 @@ class LivePage:
 
     def _sign_in(self, request: Request) -> Response:
         header = f"Bearer {request.body.decode('utf-8', 'replace').strip()}"
-        if not self._allowed(header):
+        if self._tenants.with_token(header) is None:
             return _text("401 Unauthorized", "that is no token of this daemon")
         now = time.monotonic()
         kept = [(key, value) for key, value in self._sessions.items() if value[0] > now]
@@ -180,18 +179,20 @@ class LivePage:
         cookie = f"{COOKIE}={session}; Path=/; Max-Age={SESSION_S}; HttpOnly; SameSite=Strict"
         return Response("204 No Content", "text/plain", headers=HEADERS | {"Set-Cookie": cookie})
 
-    def _signed_in(self, request: Request) -> bool:
-        """By a session whose token is still good, or by a token, as programs send it."""
+    def _tenant(self, request: Request) -> Tenant | None:
+        """Who asks: by a session whose token is still good, or by a token, as programs send it."""
+        if not self._tenants.asks:
+            return ANYONE
         given = request.headers.get("authorization")
         if given is not None:
-            return self._allowed(given)
+            return self._tenants.with_token(given)
         for part in request.headers.get("cookie", "").split(";"):
             name, _, value = part.strip().partition("=")
             if name == COOKIE:
                 for session, (end, header) in self._sessions.items():
                     if hmac.compare_digest(session.encode(), value.encode()) and end > time.monotonic():
-                        return self._allowed(header)
-        return False
+                        return self._tenants.with_token(header)
+        return None
 
     def _summary(self, host: JobHost) -> dict[str, object]:
         job = host.job

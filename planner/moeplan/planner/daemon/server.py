@@ -133,9 +133,7 @@ class Daemon:
             await self._table.start()
             security = settings.security
             if settings.page and settings.metrics and (security.tokens is not None or security.client_ca is None):
-                self._page = LivePage(
-                    self._table, self.workers, self._tenants.sees_every_job, lambda: self._tenants.asks
-                )
+                self._page = LivePage(self._table, self.workers, self._tenants)
             self._planner = PlannerService(self._table, self._store, self.metrics, limits, address)
             await self._serve()
         except BaseException:

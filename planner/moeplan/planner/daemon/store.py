@@ -1,8 +1,9 @@
 """Jobs and plans on disk: SQLite by default, PostgreSQL by URL, through the same statements.
 
 One thread does all work. Writes that wait while it is busy are committed together, so that a burst of plans costs few
-synchronisations of the disk; each has its own savepoint, so that one that fails fails alone. What a method returned
-from is on disk.
+synchronisations of the disk. What jobs keep is written in the same few statements for all of them, so that behind a
+slow network leases need not wait for a burst; other writes each have a savepoint, so that one that fails fails alone.
+What a method returned from is on disk. Leases go first, in a transaction of their own.
 
 Behind a shared database several daemons stand, and each job is owned by one at a time. A daemon holds a job by a lease
 that it renews; all times are the database's, so daemons' clocks do not matter, and every write names its owner, so that
@@ -18,9 +19,11 @@ import threading
 import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from enum import IntEnum
+from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, overload
 
 import sqlalchemy as sa
 from sqlalchemy import exc
@@ -40,6 +43,16 @@ OPEN_S = 30.0
 """Longest that opening may take."""
 
 T = TypeVar("T")
+
+
+class _Turn(IntEnum):
+    """What is done first of all that waits, each kind in a transaction of its own."""
+
+    LEASES = 0
+    WRITES = 1
+    READS = 2
+
+
 Work = Callable[[sa.Connection], T]
 
 _tables = sa.MetaData()
@@ -75,8 +88,25 @@ _daemons = sa.Table(
 )
 
 # What every plan waits for is made once: to build a statement takes longer than to run it.
+_kept_of = (
+    _jobs.update()
+    .where(_jobs.c.name == sa.bindparam("of"))
+    .values(incarnation=sa.bindparam("incarnation"), version=sa.bindparam("version"))
+)
+_described = _jobs.update().where(_jobs.c.name == sa.bindparam("of")).values(spec=sa.bindparam("spec"))
 _new_plan = _plans.insert()
 _old_plans = _plans.delete().where(_plans.c.job == sa.bindparam("of"), _plans.c.version <= sa.bindparam("last"))
+
+
+@dataclass(frozen=True, slots=True)
+class _Save:
+    """What a job keeps: its incarnation, and where given its description and its newest plan."""
+
+    name: str
+    incarnation: int
+    spec: bytes | None
+    version: int
+    plan: bytes
 
 
 class LeaseLostError(StoreError):
@@ -132,12 +162,12 @@ class Store:
         self._sqlite = self._database.sqlite
         self._owner, self._address, self._lease_s, self._kept = owner, address, lease_s, kept
         self._metrics = metrics
-        mine = _jobs.update().where(_jobs.c.name == sa.bindparam("of"), self._owned())
-        self._mine = mine
-        self._mine_older = mine.where(_jobs.c.version < sa.bindparam("below"))
+        names: sa.BindParameter[Any] = sa.bindparam("names", expanding=True)
+        mine = sa.select(_jobs.c.name, _jobs.c.version).where(_jobs.c.name.in_(names), self._owned())
+        self._mine = mine.order_by(_jobs.c.name).with_for_update()
         self._failure = ""
         self._wants_room = threading.Event()
-        self._work: queue.SimpleQueue[tuple[Work[Any], bool, asyncio.Future[Any]] | None] = queue.SimpleQueue()
+        self._work: queue.SimpleQueue[tuple[Work[Any] | _Save, _Turn, asyncio.Future[Any]] | None] = queue.SimpleQueue()
         self._loop: asyncio.AbstractEventLoop
         self._thread: threading.Thread | None = None
 
@@ -220,21 +250,7 @@ class Store:
             LeaseLostError: another daemon owns the job, or it was deleted, or has a newer plan.
             StoreError: it could not be kept.
         """
-        values: dict[str, Any] = {"incarnation": incarnation}
-        if spec is not None:
-            values["spec"] = spec
-        if plan:
-            values |= {"version": version, "below": version}
-
-        def write(connection: sa.Connection) -> None:
-            if self._count(connection, self._mine_older if plan else self._mine, {"of": name, **values}) != 1:
-                raise LeaseLostError(f"jobs/{name} is owned by another daemon, or was deleted")
-            if plan:
-                connection.execute(_new_plan, {"job": name, "version": version, "plan": plan})
-                # Versions of a job have no gaps.
-                connection.execute(_old_plans, {"of": name, "last": version - self._kept})
-
-        await self._do(write)
+        await self._do(_Save(name, incarnation, spec, version, plan))
 
     async def delete(self, name: str) -> bool:
         """Forget a job of this daemon and its plans; whether there was one."""
@@ -247,7 +263,7 @@ class Store:
 
     async def job(self, name: str) -> JobRow | None:
         """One job."""
-        rows = await self._do(lambda connection: self._rows(connection, _jobs.c.name == name, 1), reads=True)
+        rows = await self._do(lambda connection: self._rows(connection, _jobs.c.name == name, 1), _Turn.READS)
         return rows[0] if rows else None
 
     async def jobs(self, after: str, limit: int, most_bytes: int, prefix: str = "") -> list[JobRow]:
@@ -264,12 +280,12 @@ class Store:
                 count += 1
             return self._rows(connection, wanted, count)
 
-        return await self._do(read, reads=True)
+        return await self._do(read, _Turn.READS)
 
     async def count(self, prefix: str = "") -> int:
         """Number of jobs of a prefix."""
         query = sa.select(sa.func.count()).where(_jobs.c.name.startswith(prefix, autoescape=True))
-        return await self._do(lambda connection: int(connection.scalar(query) or 0), reads=True)
+        return await self._do(lambda connection: int(connection.scalar(query) or 0), _Turn.READS)
 
     async def plan(self, name: str, version: int | None) -> PlanRow | None:
         """A plan; the newest if `version` is None."""
@@ -281,7 +297,7 @@ class Store:
             row = connection.execute(query.order_by(_plans.c.version.desc()).limit(1)).first()
             return None if row is None else PlanRow(row.version, _bytes(row.plan))
 
-        return await self._do(read, reads=True)
+        return await self._do(read, _Turn.READS)
 
     async def claim(self, held: Collection[str], name: str | None = None) -> list[tuple[JobRow, PlanRow | None]]:
         """Take over jobs that nobody owns, or that are this daemon's although it does not hold them.
@@ -320,7 +336,7 @@ class Store:
             plans = {plan.job: PlanRow(plan.version, _bytes(plan.plan)) for plan in found}
             return [(row, plans.get(row.name)) for row in sorted(rows, key=lambda row: row.name)]
 
-        return await self._do(write, reads=self._sqlite)
+        return await self._do(write, _Turn.READS if self._sqlite else _Turn.WRITES)
 
     async def renew(self, draining: bool = False) -> set[str]:
         """Keep the leases, and tell others that this daemon is alive; the names of the jobs that it owns."""
@@ -335,7 +351,7 @@ class Store:
             connection.execute(alive.on_conflict_do_update(index_elements=["owner"], set_=known))
             return owned
 
-        return await self._do(write, reads=self._sqlite)
+        return await self._do(write, _Turn.READS if self._sqlite else _Turn.LEASES)
 
     async def servers(self) -> list[ServerRow]:
         """The daemons that are alive, by address; none where there can be only one."""
@@ -354,7 +370,7 @@ class Store:
             # One that was killed and started again is known twice for a while; the newest counts.
             return list({row.address: ServerRow(*row) for row in connection.execute(query)}.values())
 
-        return await self._do(read, reads=True)
+        return await self._do(read, _Turn.READS)
 
     async def hand_over(self, names: Collection[str], address: str) -> set[str]:
         """Give jobs to the daemon at an address; if that does not take one within a lease, anyone may.
@@ -448,9 +464,14 @@ class Store:
         if connection.scalar(sa.select(_meta.c.schema)) is None:
             connection.execute(_meta.insert().values(schema=SCHEMA))
 
-    async def _do(self, work: Work[T], *, reads: bool = False) -> T:
-        future: asyncio.Future[T] = self._loop.create_future()
-        self._work.put((work, reads, future))
+    @overload
+    async def _do(self, work: _Save) -> None: ...
+    @overload
+    async def _do(self, work: Work[T], turn: _Turn = ...) -> T: ...
+
+    async def _do(self, work: Work[Any] | _Save, turn: _Turn = _Turn.WRITES) -> Any:
+        future: asyncio.Future[Any] = self._loop.create_future()
+        self._work.put((work, turn, future))
         try:
             async with asyncio.timeout(None if self._sqlite else 2 * self._patience_s):
                 return await future
@@ -469,31 +490,22 @@ class Store:
                 self._database.make_room()
             # Who has stopped waiting is not served: what it wanted to write may be out of date by now.
             items = [item for item in batch if item is not None and not item[2].done()]
-            for reads in (False, True):
-                chosen = [(work, future) for work, only_reads, future in items if only_reads is reads]
+            for turn in _Turn:
+                chosen = [(work, future) for work, its_turn, future in items if its_turn is turn]
                 if not chosen:
                     continue
                 start = time.perf_counter()
-                results = self._commit([work for work, _ in chosen], reads)
+                results = self._commit([work for work, _ in chosen], reads=turn is _Turn.READS)
                 self._metrics.store.observe(time.perf_counter() - start)
                 self._loop.call_soon_threadsafe(_resolve, [future for _, future in chosen], results)
             if None in batch:
                 return
 
-    def _commit(self, works: list[Work[Any]], reads: bool) -> list[Any]:
-        results: list[Any] = []
+    def _commit(self, works: list[Work[Any] | _Save], *, reads: bool) -> list[Any]:
         try:
             self._database.check()
             with self._database.engine.connect().execution_options(reads=reads) as connection, connection.begin():
-                if reads or len(works) == 1:
-                    results = [work(connection) for work in works]
-                else:
-                    for work in works:
-                        try:
-                            with connection.begin_nested():
-                                results.append(work(connection))
-                        except (StoreError, exc.IntegrityError) as error:
-                            results.append(translate(error))
+                results = self._do_all(connection, works, alone=reads or len(works) == 1)
             self._database.check()  # what was written to a file that is gone is not kept
         except (LeaseLostError, exc.IntegrityError) as error:
             return [translate(error)] * len(works)
@@ -504,6 +516,51 @@ class Store:
         if not reads:
             self._failure = ""
         return results
+
+    def _do_all(self, connection: sa.Connection, works: list[Work[Any] | _Save], *, alone: bool) -> list[Any]:
+        """The result of each work, or its error; one that is alone may fail with all of the transaction."""
+
+        def attempt(work: Work[Any]) -> Any:
+            try:
+                with contextlib.nullcontext() if alone else connection.begin_nested():
+                    return work(connection)
+            except (StoreError, exc.IntegrityError) as error:
+                if alone:
+                    raise
+                return translate(error)
+
+        saves = [work for work in works if isinstance(work, _Save)]
+        saved = attempt(partial(self._save, saves=saves)) if saves else []
+        if isinstance(saved, StoreError):  # what is stored of one of them is damaged
+            saved = []
+            for save in saves:
+                found = attempt(partial(self._save, saves=[save]))
+                saved += [found] if isinstance(found, StoreError) else found
+        errors = iter(saved)
+        return [next(errors) if isinstance(work, _Save) else attempt(work) for work in works]
+
+    def _save(self, connection: sa.Connection, saves: list[_Save]) -> list[StoreError | None]:
+        """Keep what jobs keep; for each None, or why not."""
+        rows_here = connection.execute(self._mine, {"names": [s.name for s in saves]})
+        versions = {row.name: row.version for row in rows_here}
+        good = [s for s in saves if s.name in versions and (not s.plan or versions[s.name] < s.version)]
+        for statement, rows in (
+            (
+                _kept_of,
+                [{"of": s.name, "incarnation": s.incarnation, "version": s.version or versions[s.name]} for s in good],
+            ),
+            (_described, [{"of": s.name, "spec": s.spec} for s in good if s.spec is not None]),
+            (_new_plan, [{"job": s.name, "version": s.version, "plan": s.plan} for s in good if s.plan]),
+            # Versions of a job have no gaps.
+            (_old_plans, [{"of": s.name, "last": s.version - self._kept} for s in good if s.plan]),
+        ):
+            if rows:
+                connection.execute(statement, rows)
+        lost = {s.name for s in saves} - {s.name for s in good}
+        return [
+            LeaseLostError(f"jobs/{s.name} is owned by another daemon, or was deleted") if s.name in lost else None
+            for s in saves
+        ]
 
     def _fail(self, text: str) -> None:
         self._failure = text

@@ -167,11 +167,6 @@ class Tenants:
                 found = tenant
         return found if kind.lower() == "bearer" else None
 
-    def sees_every_job(self, header: str) -> bool:
-        """True if an `authorization` header is of a tenant without a prefix, or nobody is asked who it is."""
-        tenant = self.with_token(header) if self.asks else ANYONE
-        return tenant is not None and not tenant.prefix
-
     def with_certificate(self, names: Mapping[str, Iterable[bytes]]) -> Tenant | None:
         """Whose certificate it is, by its subject's alternative names or its common name.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from dataclasses import dataclass, field
 
@@ -72,10 +73,14 @@ class Window:
     _steps: list[deque[tuple[int, Int64]]] = field(default_factory=list)
     _newest: Int64 = field(init=False)
     _last: Int64 | None = None
+    _quorum: int = field(init=False)
     _frontier: int = -1
+    _ahead: int = 0
+    """Ranks whose newest step is beyond the frontier: fewer than a quorum."""
     _far: int = 0
 
     def __post_init__(self) -> None:
+        self._quorum = max(1, math.ceil(self.spec.closing.quorum * self.spec.ranks))
         self._steps = [deque(maxlen=self.spec.forecast.window_steps) for _ in range(self.spec.layers)]
         self._newest = np.full(self.spec.ranks, -1, np.int64)
 
@@ -198,7 +203,7 @@ class Window:
         while self._open:
             self._drop(max(self._open))
         self._newest[:] = -1
-        self._frontier, self._far, self.closed_step = -1, 0, None
+        self._frontier, self._ahead, self._far, self.closed_step = -1, 0, 0, None
         return True
 
     def _evict(self, step: int) -> bool:
@@ -214,18 +219,17 @@ class Window:
         self.count.accepted -= dropped
         self.count.early += dropped
 
-    @property
-    def _quorum(self) -> int:
-        return max(1, int(np.ceil(self.spec.closing.quorum * self.spec.ranks)))
-
     def _advance(self, report: Report) -> None:
-        if not len(report.ranks):
-            return
-        self._newest[report.ranks] = np.maximum(self._newest[report.ranks], report.step)
+        before = self._newest[report.ranks]
+        self._newest[report.ranks] = np.maximum(before, report.step)
         if report.step <= self._frontier:
             return
-        position = self.spec.ranks - self._quorum
-        self._frontier = max(self._frontier, int(np.partition(self._newest, position)[position]))
+        # All ranks are looked at once a quorum is ahead, not for the report of each.
+        self._ahead += int(np.count_nonzero(before <= self._frontier))
+        if self._ahead >= self._quorum:
+            position = self.spec.ranks - self._quorum
+            self._frontier = int(np.partition(self._newest, position)[position])
+            self._ahead = int(np.count_nonzero(self._newest > self._frontier))
 
     def _keep(self, number: int, step: _OpenStep) -> None:
         self.count.missing += step.missing
