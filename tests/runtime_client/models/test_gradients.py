@@ -297,7 +297,7 @@ def clip_late(kind: str, frozen: str) -> int:
     model = make_ours(kind, group)
     for name, parameter in model.named_parameters():
         if frozen and frozen in name:
-            parameter.requires_grad_(requires_grad=False)
+            parameter.requires_grad_(False)
     gradients = ExpertGradients(model)
     wrapped = DistributedDataParallel(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
