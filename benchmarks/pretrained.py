@@ -9,6 +9,8 @@ Makes a random Qwen3-MoE of 64 experts a layer in a temporary folder. Memory is 
 from __future__ import annotations
 
 import argparse
+import ctypes
+import gc
 import tempfile
 import threading
 import warnings
@@ -40,6 +42,8 @@ def anonymous_bytes() -> int:
 
 def peak_of(work: Callable[[], Any]) -> tuple[int, Any]:
     """Growth of the memory while something runs, and what it returns."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # or what an earlier work has freed would be there for this one
     before, over, samples = anonymous_bytes(), threading.Event(), [0]
 
     def watch() -> None:

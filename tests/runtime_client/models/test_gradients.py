@@ -178,6 +178,47 @@ def test_sums_over_replicas_and_other_norms(ranks: Launch, norm_type: float) -> 
     ranks(2, sum_gradients, norm_type)
 
 
+def make_gradients_twice() -> None:
+    """Also between two steps, as for another phase of training."""
+    group = make_group()
+    plain, ours = fused_model(), make_ours("sharded", group)
+    wrapped = None
+    optimizers = [torch.optim.SGD(model.parameters(), lr=1.0) for model in (plain, ours)]
+    for step in range(2):
+        ExpertGradients(ours)
+        wrapped = wrapped or DistributedDataParallel(ours)
+        plain(words_of(step, 0, 1)).backward()
+        wrapped(words_of(step, group.rank, group.size)).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    torch.testing.assert_close(ours(words_of(2, 0, 1)), plain(words_of(2, 0, 1)), rtol=1e-11, atol=1e-11)
+
+
+def test_gradients_made_again_are_scaled_once(ranks: Launch) -> None:
+    ranks(2, make_gradients_twice)
+
+
+def test_an_optimizer_made_before_the_experts_were_replaced_is_refused() -> None:
+    model = fused_model()
+    before = torch.optim.AdamW(model.parameters())
+    replace_experts(model, partial(FullyShardedExperts, group=ExpertGroup()))
+    model(words_of(0, 0, 1)).backward()
+    with pytest.raises(RuntimeError, match=r"AdamW: was made before replace_experts.* Make the optimizer after it"):
+        before.step()
+    torch.optim.AdamW(model.parameters()).step()
+
+
+def test_an_optimizer_of_matrices_is_refused() -> None:
+    model = fused_model()
+    replace_experts(model, partial(ResidentExperts, group=ExpertGroup()))
+    model(words_of(0, 0, 1)).backward()
+    with pytest.raises(RuntimeError, match=r"Muon: takes the weights of blocks\.0\.experts for a matrix"):
+        torch.optim.Muon([parameter for parameter in model.parameters() if parameter.ndim == 2]).step()
+    experts = set(expert_parameters(model).values())
+    torch.optim.Muon([p for p in model.parameters() if p.ndim == 2 and p not in experts]).step()
+
+
 class Outer(nn.Module):
     """Wrapped under another name than the model that `replace_experts` was given."""
 
@@ -256,7 +297,7 @@ def clip_late(kind: str, frozen: str) -> int:
     model = make_ours(kind, group)
     for name, parameter in model.named_parameters():
         if frozen and frozen in name:
-            parameter.requires_grad_(requires_grad=False)
+            parameter.requires_grad_(False)
     gradients = ExpertGradients(model)
     wrapped = DistributedDataParallel(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

@@ -85,7 +85,7 @@ class ExpertLayer(nn.Module, ABC):
         self._number = next(group.numbers)
         self._passes = 0
         self.loaded: Tensor | None = None
-        self._watched: list[weakref.ref[nn.Module]] = []
+        self._shared_by: list[weakref.ref[nn.Module]] = []
         self._witnesses: list[Tensor] = []
 
     @property
@@ -215,7 +215,7 @@ class ExpertLayer(nn.Module, ABC):
             modules: The module that calls the layer, and what it is part of: they are watched in its place while all of
                 its weights are frozen.
         """
-        self._watched = [weakref.ref(module) for module in modules]
+        self._shared_by = [weakref.ref(module) for module in modules]
 
     @property
     def title(self) -> str:
@@ -292,7 +292,7 @@ class ExpertLayer(nn.Module, ABC):
 
     def _shared(self) -> list[Tensor]:
         """Weights of the block that all ranks hold and train alike, or if there are none, the smallest of the model."""
-        modules = [module for module in (watched() for watched in self._watched) if module is not None]
+        modules = [module for module in (watched() for watched in self._shared_by) if module is not None]
         for module in modules[:1]:
             if shared := list(_trained(module)):
                 return shared
@@ -354,7 +354,7 @@ class ExpertLayer(nn.Module, ABC):
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies: without what belongs to passes, to other modules and to training with the original."""
-        return self.__dict__ | {"traffic": Traffic(), "prepare": None, "_watched": [], "_witnesses": []}
+        return self.__dict__ | {"traffic": Traffic(), "prepare": None, "_shared_by": [], "_witnesses": []}
 
     def extra_repr(self) -> str:
         return f"experts={self.experts}, {self.shape}, rank={self.group.rank}/{self.group.size}"

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.utils.hooks import RemovableHandle
 
 from moeplan.runtime_client.group import ExpertGroup
 from moeplan.runtime_client.layers.expert_layer import ExpertLayer
@@ -86,6 +87,8 @@ class ExpertGradients:
         for group, members in self.layers.items():
             replicas = _replicas_of(group.members, ranks)
             for layer in members:
+                if isinstance(layer.prepare, _Reduction):
+                    layer.prepare.detach()
                 layer.prepare = _Reduction(group.size, replicas, mean)
 
     @torch.no_grad()
@@ -186,6 +189,7 @@ class _Reduction:
         self.times = 1 if replicas is None else dist.get_world_size(replicas)
         self.scale = 1 / size if mean else self.times
         self.attached: weakref.ref[nn.Parameter] | None = None
+        self.hooks: list[RemovableHandle] = []
 
     def __call__(self, parameter: nn.Parameter, averaged: bool) -> None:
         """Attach to a parameter, unless it is.
@@ -198,9 +202,14 @@ class _Reduction:
             return
         self.attached = weakref.ref(parameter)
         if self.scale != 1:
-            parameter.register_hook(lambda gradient: gradient * self.scale)
+            self.hooks.append(parameter.register_hook(lambda gradient: gradient * self.scale))
         if self.replicas is not None and not averaged:
-            parameter.register_post_accumulate_grad_hook(self._average)
+            self.hooks.append(parameter.register_post_accumulate_grad_hook(self._average))
+
+    def detach(self) -> None:
+        """Leave the parameter to another."""
+        for hook in self.hooks:
+            hook.remove()
 
     def _average(self, parameter: Tensor) -> None:
         gradient = parameter.grad

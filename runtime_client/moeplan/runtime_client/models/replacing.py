@@ -13,6 +13,7 @@ from moeplan.runtime_client.layers.resident import ResidentExperts
 from moeplan.runtime_client.layers.rows_by_expert import take_rows_by_expert
 from moeplan.runtime_client.layers.sharded import FullyShardedExperts, chain
 from moeplan.runtime_client.models.gradients import ignore_experts
+from moeplan.runtime_client.models.optimizers import watch_optimizers
 from moeplan.runtime_client.models.recognition import Recognised, called_with_rows, recognise
 
 __all__ = ["replace_experts"]
@@ -41,7 +42,9 @@ def replace_experts(model: nn.Module, make: MakeExperts[L]) -> dict[str, L]:
     Every rank holds the same weights before, and its part of them after. On the meta device there is nothing to take
     over: `load_pretrained`, or ``to_empty`` and a checkpoint of `TrainingState`, must follow. Frozen experts stay so.
 
-    Before training make an `ExpertGradients`, which says how gradients of experts go with those of the rest.
+    Before training make an `ExpertGradients`, which says how gradients of experts go with those of the rest, and then
+    the optimizer: the step of one that was made before, or that takes a rank's flat experts for a matrix (Muon), is an
+    error.
 
     Args:
         model: The model, for instance ``AutoModelForCausalLM.from_pretrained(...)``.
@@ -86,6 +89,7 @@ def replace_experts(model: nn.Module, make: MakeExperts[L]) -> dict[str, L]:
         setattr(block, attribute, layer)
         layer.watch(block, model)
         layers[name] = layer
+        watch_optimizers([layer], weights)
     chain([layer for layer in layers.values() if isinstance(layer, FullyShardedExperts)])
     ignore_experts(model)
     return layers
