@@ -295,13 +295,14 @@ def test_a_copy_survives_the_next_call_and_int32_counts_give_the_same_plan() -> 
 
 
 def test_replicas_get_whole_tiles_where_products_compute_whole_tiles() -> None:
-    counts = np.array([[100, 50, 1, 1]])
+    counts = np.array([[200, 50, 1, 1]])  # four tiles and one at the first device, two at the second
     options = SpillOptions.uniform(4, 2, 1, tile_rows=64, tolerance=0.0)
     plan = plan_of(counts, options)
     assert plan.quota.tolist() == [64]
-    assert plan.makespan == plan.bound == 192  # 36, 50, and 64, 1, 1 tokens: three tiles each, rounded up
-    assert solve_exactly(counts, options).makespan == 192
-    assert plan_of(counts, replace(options, tile_rows=1)).makespan == 76
+    assert plan.load.tolist() == [186, 66]
+    assert plan.makespan == plan.bound == 256
+    assert solve_exactly(counts, options).makespan == 256
+    assert plan_of(counts, replace(options, tile_rows=1)).makespan == 126
 
 
 _DIGEST = """
