@@ -309,12 +309,14 @@ _DIGEST = """
 import hashlib, numpy as np
 from moeplan.solvers import QuotaPlanner, SpillOptions
 rng = np.random.default_rng(7)
-planner = QuotaPlanner(SpillOptions.uniform(64, 16, 1, domain=8), 16)
+options = SpillOptions.uniform(64, 16, 1, domain=8)
+searching = SpillOptions.uniform(64, 16, 2, domain=8, min_tokens=10**5, transfer_tokens=1e5, tile_rows=64)
 digest = hashlib.sha256()
-for _ in range(50):
-    plan = planner.plan(rng.integers(0, 1000, (16, 64)) ** 2)
-    for array in (plan.expert, plan.device, plan.quota, plan.sent, plan.kept):
-        digest.update(array.tobytes())
+for planner in (QuotaPlanner(options, 16), QuotaPlanner(searching, 16)):
+    for _ in range(50):
+        plan = planner.plan(rng.integers(0, 1000, (16, 64)) ** 2)
+        for array in (plan.expert, plan.device, plan.quota, plan.sent, plan.kept):
+            digest.update(array.tobytes())
 print(digest.hexdigest())
 """
 
