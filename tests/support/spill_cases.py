@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pytest
 
 from moeplan.solvers import SpillOptions, SpillPlan
 
@@ -50,13 +51,17 @@ def check(plan: SpillPlan, counts: Counts, options: SpillOptions, *, slots: bool
     assert (received <= options.spare).all()
     assert (plan.quota >= options.min_tokens).all()
     assert (options.domain[plan.device] == options.domain[options.home[plan.expert]]).all()
-    over = np.maximum(load + options.replica_tokens * received - options.token_cap, 0)
-    np.testing.assert_array_equal(over, plan.shortfall)
-    time = load / options.speed + options.transfer_tokens * received
-    assert plan.makespan == max(time)
+    tile = options.tile_rows
+    at_home = tile * np.bincount(options.home, weights=-(-tokens // tile), minlength=devices).astype(np.int64)
+    rows = tile * np.bincount(options.home, weights=-(-plan.home_quota // tile), minlength=devices).astype(np.int64)
+    np.add.at(rows, plan.device, tile * -(-plan.quota // tile))
+    assert rows.sum() == at_home.sum()
+    memory, cap = tile * -(-options.replica_tokens // tile), options.token_cap - options.token_cap % tile
+    np.testing.assert_array_equal(np.maximum(rows + memory * received - cap, 0), plan.shortfall)
+    time = rows / options.speed + options.transfer_tokens * received
+    assert plan.makespan == (max(time) if tile == 1 else pytest.approx(max(time)))
     if not plan.shortfall.any():
         assert plan.bound <= plan.makespan * (1 + 1e-12)
-    at_home = np.bincount(options.home, weights=tokens, minlength=devices)
     if not np.maximum(at_home - options.token_cap, 0).any():
         assert plan.makespan <= (at_home / options.speed).max()
     assert experts == len(plan.home_quota)

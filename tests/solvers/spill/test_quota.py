@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from typing import TypeVar
 
 import numpy as np
@@ -48,6 +49,7 @@ def instances(draw: st.DrawFn) -> tuple[Counts, SpillOptions]:
         min_tokens=draw(st.sampled_from([1, 1, 4])),
         tolerance=draw(st.sampled_from([0.0, 5e-4, 0.05])),
         threshold=draw(st.sampled_from([1.0, 1.3])),
+        tile_rows=draw(st.sampled_from([1, 1, 16])),
     )
     return counts.reshape(sources, experts), options
 
@@ -111,6 +113,61 @@ def test_unequal_speeds_match_cp_sat() -> None:
     exact = solve_exactly(counts, options, time_limit_s=20)
     assert exact.optimal
     assert plan_of(counts, options).makespan <= 1.003 * exact.makespan
+
+
+def test_what_chunks_leave_over_finds_a_place() -> None:
+    loads = np.array([[330, 560, 80, 70, 60, 580, 40, 260]])
+    options = SpillOptions.uniform(8, 4, 2, min_tokens=145, tolerance=0.0)
+    assert solve_exactly(loads, options).makespan == 495
+    assert plan_of(loads, options).load.tolist() == [495] * 4
+
+
+SMALL_KINDS = ("", "m", "s", "t", "c", "mt", "ms", "st", "mc", "tc", "mstc", "msd", "k", "mk", "mtk")
+
+
+def small_problem(rng: np.random.Generator, kind: str) -> tuple[Counts, SpillOptions]:
+    """Up to 10 experts on 2 - 4 devices; m: least tokens, s: speeds, t: transfers, c: caps, d: domains, k: tiles."""
+    devices = int(rng.integers(2, 5))
+    experts, spare = int(rng.integers(devices, 11)), int(rng.integers(1, 4))
+    popularity = rng.permutation(np.arange(1, experts + 1) ** -rng.uniform(0, 1.5))
+    counts = rng.multinomial(int(rng.choice([20, 200, 2000])) * devices, popularity / popularity.sum(), size=1)
+    mean = counts.sum() / devices
+    options = SpillOptions.uniform(
+        experts,
+        devices,
+        spare,
+        domain=2 if "d" in kind else None,
+        speed=rng.choice([0.5, 1.0, 1.0, 2.0], devices) if "s" in kind else None,
+        token_cap=np.ceil(mean * rng.uniform(0.9, 1.8, devices)).astype(np.int64) if "c" in kind else 2**46,
+        replica_tokens=int(mean * rng.uniform(0, 0.1)) if "c" in kind else 0,
+        transfer_tokens=round(mean * rng.uniform(0.01, 0.3), 1) if "t" in kind else 0.0,
+        min_tokens=1 + int(mean * rng.uniform(0.02, 0.6)) if "m" in kind else 1,
+        tolerance=0.0,
+        tile_rows=1 + int(mean * rng.uniform(0, 0.1)) if "k" in kind else 1,
+    )
+    return counts, options
+
+
+def test_small_problems_of_every_kind_are_within_a_hundredth_of_cp_sat() -> None:
+    ratios = []
+    for kind in SMALL_KINDS:
+        rng = np.random.default_rng(list(kind.encode()))
+        for _ in range(10):
+            counts, options = small_problem(rng, kind)
+            plan = plan_of(counts, options)
+            exact = solve_exactly(counts, options, time_limit_s=2, hint=plan)
+            assert plan.shortfall.any() == exact.infeasible
+            if not exact.infeasible:
+                assert plan.bound <= exact.makespan * (1 + 2e-4)  # the model rounds speeds
+                ratios.append(plan.makespan / exact.makespan)
+    assert len(ratios) >= 140
+    assert np.quantile(ratios, 0.99) <= 1.01
+
+
+def test_transfers_that_any_plan_needs_are_in_the_bound() -> None:
+    counts = np.array([[400, 0, 0, 0]])
+    plan = plan_of(counts, SpillOptions.uniform(4, 4, 1, transfer_tokens=40.0, tolerance=0.0))
+    assert plan.makespan == 130.0 == pytest.approx(plan.bound)  # three transfers of 40 beside 400 tokens, on 4 devices
 
 
 @pytest.mark.parametrize("skew", [0.3, 0.8, 1.2])
@@ -237,16 +294,29 @@ def test_a_copy_survives_the_next_call_and_int32_counts_give_the_same_plan() -> 
     np.testing.assert_array_equal(narrow.kept, copy.kept)
 
 
+def test_replicas_get_whole_tiles_where_products_compute_whole_tiles() -> None:
+    counts = np.array([[200, 50, 1, 1]])  # four tiles and one at the first device, two at the second
+    options = SpillOptions.uniform(4, 2, 1, tile_rows=64, tolerance=0.0)
+    plan = plan_of(counts, options)
+    assert plan.quota.tolist() == [64]
+    assert plan.load.tolist() == [186, 66]
+    assert plan.makespan == plan.bound == 256
+    assert solve_exactly(counts, options).makespan == 256
+    assert plan_of(counts, replace(options, tile_rows=1)).makespan == 126
+
+
 _DIGEST = """
 import hashlib, numpy as np
 from moeplan.solvers import QuotaPlanner, SpillOptions
 rng = np.random.default_rng(7)
-planner = QuotaPlanner(SpillOptions.uniform(64, 16, 1, domain=8), 16)
+options = SpillOptions.uniform(64, 16, 1, domain=8)
+searching = SpillOptions.uniform(64, 16, 2, domain=8, min_tokens=10**5, transfer_tokens=1e5, tile_rows=64)
 digest = hashlib.sha256()
-for _ in range(50):
-    plan = planner.plan(rng.integers(0, 1000, (16, 64)) ** 2)
-    for array in (plan.expert, plan.device, plan.quota, plan.sent, plan.kept):
-        digest.update(array.tobytes())
+for planner in (QuotaPlanner(options, 16), QuotaPlanner(searching, 16)):
+    for _ in range(50):
+        plan = planner.plan(rng.integers(0, 1000, (16, 64)) ** 2)
+        for array in (plan.expert, plan.device, plan.quota, plan.sent, plan.kept):
+            digest.update(array.tobytes())
 print(digest.hexdigest())
 """
 
@@ -285,6 +355,7 @@ def test_invalid_counts_are_refused(counts: Counts, message: str) -> None:
         ({"tolerance": -0.1}, "spill.tolerance"),
         ({"threshold": 0.5}, "spill.threshold"),
         ({"min_tokens": 0}, "spill.min_tokens"),
+        ({"tile_rows": 0}, "spill.tile_rows"),
     ],
 )
 def test_invalid_options_are_refused(arguments: dict[str, object], field: str) -> None:

@@ -65,6 +65,7 @@ class Costs(NamedTuple):
         smallest: Fewest tokens of a chunk.
         tolerance: Accepted distance from the lower bound, as a fraction.
         threshold: Imbalance of the homes up to which nothing moves.
+        search: Chunks that `replica_search` may look at; 0 where packing alone comes near the optimum.
     """
 
     transfer: float
@@ -72,6 +73,7 @@ class Costs(NamedTuple):
     smallest: int
     tolerance: float
     threshold: float
+    search: int
 
 
 class State(NamedTuple):

@@ -16,6 +16,9 @@ __all__ = ["MAX_TOTAL", "NO_CAP", "SpillOptions", "contiguous_home", "transfer_t
 MAX_TOTAL = 2**46
 """Largest total of one layer's tokens: kernels pack a token count and a device number into one 64-bit word."""
 
+MAX_TILE = 2**16
+"""Largest tile of a grouped product."""
+
 NO_CAP = MAX_TOTAL
 """Token cap of a device whose memory is no limit."""
 
@@ -38,6 +41,8 @@ class SpillOptions:
         min_tokens: Fewest tokens worth a replica (a grouped GEMM below some size saves no time).
         tolerance: A plan within this fraction of the lower bound is good enough; looser needs fewer replicas.
         threshold: Spill nothing while max load / mean load of the homes is at most this (LLEP's lambda).
+        tile_rows: Rows that a grouped product computes at a time. The tokens of an expert on a device count as rows
+            rounded up to a multiple of it, in time and in `token_cap`; replicas get whole tiles, or an expert's last.
 
     Raises:
         ProblemError: a field is out of range, or the arrays differ in length.
@@ -54,6 +59,7 @@ class SpillOptions:
     min_tokens: int = 1
     tolerance: float = 5e-4
     threshold: float = 1.0
+    tile_rows: int = 1
 
     def __post_init__(self) -> None:
         for name, high in (("spare", MAX_SLOTS), ("domain", MAX_DEVICES), ("node", MAX_DEVICES)):
@@ -72,7 +78,7 @@ class SpillOptions:
             length = len(getattr(self, name))
             if length != self.devices:
                 raise ProblemError(f"spill.{name}", f"{length} values", f"must have one per device ({self.devices})")
-        for name, low, limit in (("replica_tokens", 0, NO_CAP), ("min_tokens", 1, NO_CAP)):
+        for name, low, limit in (("replica_tokens", 0, NO_CAP), ("min_tokens", 1, NO_CAP), ("tile_rows", 1, MAX_TILE)):
             value = getattr(self, name)
             if not low <= value <= limit:
                 raise ProblemError(f"spill.{name}", value, f"must be {low} to {limit}")
@@ -98,6 +104,7 @@ class SpillOptions:
         min_tokens: int = 1,
         tolerance: float = 5e-4,
         threshold: float = 1.0,
+        tile_rows: int = 1,
     ) -> SpillOptions:
         """`devices` devices of `spare` spare slots each, with contiguous homes, domains and nodes.
 
@@ -115,6 +122,7 @@ class SpillOptions:
             min_tokens: Fewest tokens of a replica.
             tolerance: Accepted distance from the lower bound, as a fraction.
             threshold: Imbalance of the homes up to which nothing is spilled.
+            tile_rows: Rows that a grouped product computes at a time.
 
         Raises:
             ProblemError: a value is out of range.
@@ -142,6 +150,7 @@ class SpillOptions:
             min_tokens=min_tokens,
             tolerance=tolerance,
             threshold=threshold,
+            tile_rows=tile_rows,
         )
 
     @property

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from moeplan.solvers.problem.arrays import Float64, Int32, Int64
 from moeplan.solvers.problem.errors import ProblemError
 from moeplan.solvers.problem.kernel import kernel
-from moeplan.solvers.spill.domain_search import lower_bound, solve_domain
+from moeplan.solvers.spill.domain_search import lower_bound, solve_domain, with_transfers
 from moeplan.solvers.spill.filling import (
     CHUNK_EXPERT,
     CHUNK_TO,
@@ -22,7 +22,8 @@ from moeplan.solvers.spill.filling import (
     finish_time,
     go_home,
 )
-from moeplan.solvers.spill.options import MAX_TOTAL, SpillOptions
+from moeplan.solvers.spill.options import MAX_TOTAL, NO_CAP, SpillOptions
+from moeplan.solvers.spill.replica_search import Trial
 from moeplan.solvers.spill.sourcing import Places, Quotas, Scratch, source_spill
 from moeplan.solvers.spill.spill_plan import SpillPlan
 from moeplan.solvers.split.sources import Groups, Sources
@@ -32,11 +33,14 @@ __all__ = ["QuotaPlanner", "fill_plans"]
 # Rows of the tables that carry a planner's arrays into its kernel. Each argument of a compiled function costs about
 # 0.1 us of unpacking per call, so arrays of one length share a table.
 _FIRST, _SPARE, _CAP, _DEVICE, _NODE, _OF_DEVICE, _OF_NODE = range(7)
-_AT_HOME, _LOAD, _RECEIVED, _ROOM, _EXCESS = range(5)
-_TOKENS, _LEFT, _GROUP = range(3)
+_AT_HOME, _LOAD, _RECEIVED, _ROOM, _EXCESS, _TRIED_LOAD, _TRIED_RECEIVED, _QUEUE, _ENTRY, _COUNTERS = range(10)
+_TOKENS, _LEFT, _GROUP, _TRIED_LEFT = range(4)
 _EXPERT, _HOST, _QUOTA, _GROUPED, _START, _ORDER, _CURSOR, _NEED = range(8)
 _OUT_LOAD, _OUT_SHORT = range(2)
 _REPLICAS, _TIMES = range(2)
+
+_SEARCH = 40_000
+"""Chunks that a search over replicas may look at: some tenths of a millisecond, where it runs at all."""
 
 
 class _Topology(NamedTuple):
@@ -48,7 +52,7 @@ class _Topology(NamedTuple):
         speed: float64[positions].
         domains: int64[domains + 1], first position of each domain.
         sources: int64[2, sources], sources sorted by device and by node.
-        costs: float64[6], the fields of `Costs`, then the number of nodes.
+        costs: float64[9], the fields of `Costs`, in tiles; then the nodes, and the tokens of a tile and a least chunk.
     """
 
     experts: Int64
@@ -63,10 +67,10 @@ class _Work(NamedTuple):
     """Memory of a call between its steps, and nothing beyond it: a row per name above.
 
     Attributes:
-        devices: int64[5, devices].
-        experts: int64[3, experts].
+        devices: int64[10, devices].
+        experts: int64[4, experts].
         supply: int64[sources].
-        chunks: int64[2, 4, slots].
+        chunks: int64[4, 4, slots].
     """
 
     devices: Int64
@@ -135,10 +139,10 @@ class QuotaPlanner:
         experts, devices = options.experts, options.devices
         slots = int(np.minimum(options.spare, experts).sum())
         work = _Work(
-            np.zeros((5, devices), np.int64),
-            np.full((3, experts), -1, np.int64),
+            np.zeros((10, devices), np.int64),
+            np.full((4, experts), -1, np.int64),
             np.zeros(sources, np.int64),
-            np.zeros((2, 4, slots), np.int64),
+            np.zeros((4, 4, slots), np.int64),
         )
         self._plans = _Plans(
             np.zeros((layers, 8, slots + 1), np.int64),
@@ -230,17 +234,19 @@ def _topology(options: SpillOptions, source_device: Int64) -> _Topology:
     table = np.zeros((7, max(devices, nodes) + 1), np.int64)
     table[_FIRST, : devices + 1] = np.searchsorted(np.sort(home), np.arange(devices + 1))
     table[_SPARE, :devices] = np.minimum(options.spare, options.experts)[device]
-    table[_CAP, :devices] = options.token_cap[device]
+    tile = options.tile_rows
+    table[_CAP, :devices] = options.token_cap[device] // tile
     table[_DEVICE, :devices] = device
     table[_NODE, :devices] = options.node
     table[_OF_DEVICE, : devices + 1] = np.searchsorted(source_device, np.arange(devices + 1))
     table[_OF_NODE, : nodes + 1] = np.searchsorted(np.sort(source_node), np.arange(nodes + 1))
     costs = Costs(
-        options.transfer_tokens,
-        options.replica_tokens,
-        options.min_tokens,
+        options.transfer_tokens / tile,
+        -(-options.replica_tokens // tile),
+        -(-options.min_tokens // tile),
         options.tolerance,
         options.threshold,
+        _SEARCH if _looks_ahead(options) else 0,
     )
     return _Topology(
         np.stack([np.argsort(home, kind="stable"), options.home.astype(np.int64)]),
@@ -248,8 +254,14 @@ def _topology(options: SpillOptions, source_device: Int64) -> _Topology:
         options.speed[device],
         np.append(np.flatnonzero(np.diff(options.domain[device], prepend=-1)), devices).astype(np.int64),
         np.stack([np.arange(len(source_device)), np.argsort(source_node, kind="stable")]),
-        np.array([*costs, nodes], np.float64),
+        np.array([*costs, nodes, tile, options.min_tokens], np.float64),
     )
+
+
+def _looks_ahead(options: SpillOptions) -> bool:
+    """True where packing, which does not look ahead, may miss plans; elsewhere it is near the optimum."""
+    alike = all((row == row[0]).all() for row in (options.spare, options.speed))
+    return options.min_tokens > 1 or options.transfer_tokens > 0 or options.token_cap.min() < NO_CAP or not alike
 
 
 @kernel
@@ -312,9 +324,9 @@ def fill_plans(
 def _plan_each(counts: npt.NDArray[Any], topology: _Topology, work: _Work, plans: _Plans) -> int:
     """Plan every layer; -1, or the first layer whose counts are invalid."""
     table, numbers = topology.table, topology.costs
-    costs = Costs(numbers[0], int(numbers[1]), int(numbers[2]), numbers[3], numbers[4])
+    costs = Costs(numbers[0], int(numbers[1]), int(numbers[2]), numbers[3], numbers[4], int(numbers[5]))
     by_device, by_node = topology.sources[0], topology.sources[1]
-    of_node = table[_OF_NODE, : int(numbers[5]) + 1]
+    of_node = table[_OF_NODE, : int(numbers[6]) + 1]
     places = Places(topology.experts[1], Sources(table[_NODE], by_device, table[_OF_DEVICE], by_node, of_node))
     for layer in range(len(counts)):
         replicas, home_quota = plans.replicas[layer], plans.home_quota[layer]
@@ -342,16 +354,23 @@ def _plan_quotas(
     rows = work.devices
     state = State(rows[_AT_HOME], rows[_LOAD], rows[_RECEIVED], rows[_ROOM], rows[_EXCESS])
     w, left = work.experts[_TOKENS], work.experts[_LEFT]
+    tile = int(topology.costs[7])
     for i in range(len(order)):
-        w[i] = home_quota[order[i]]
+        w[i] = home_quota[order[i]] if tile == 1 else -(-home_quota[order[i]] // tile)
     _loads_at_home(w, every.first, state.at_home)
     go_home(state)
     floor = 0.0
     for k in range(len(domains) - 1):
         low, high = domains[k], domains[k + 1]
-        floor = max(floor, lower_bound(_part(every, low, high), state.at_home[low:high]))
+        part, at_home = _part(every, low, high), state.at_home[low:high]
+        bound = lower_bound(part, at_home)
+        if costs.transfer > 0:
+            bound = with_transfers(bound, w, part, at_home, costs.transfer)
+        floor = max(floor, bound)
     worst, short = finish_time(every, costs, state)
     balanced = state.at_home.sum() / topology.speed.sum()
+    if tile > 1:
+        _hold_last_tiles(home_quota, order, tile, int(topology.costs[8]), w)
 
     count = 0
     if short > 0 or worst > costs.threshold * balanced:
@@ -364,26 +383,64 @@ def _plan_quotas(
                 state.room[low:high],
                 state.excess[low:high],
             )
-            best, found = solve_domain(floor, w, _part(every, low, high), costs, here, left, chunks)
+            trial = _trial(rows[:, low:high], work)
+            best, found = solve_domain(floor, w, _part(every, low, high), costs, here, left, chunks, trial)
             for c in range(found):
                 e = order[chunks[best, CHUNK_EXPERT, c]]
                 expert[count] = e
                 host[count] = device[low + chunks[best, CHUNK_TO, c]]
-                quota[count] = chunks[best, CHUNK_TOKENS, c]
-                home_quota[e] -= chunks[best, CHUNK_TOKENS, c]
+                quota[count] = min(chunks[best, CHUNK_TOKENS, c] * tile, home_quota[e])
+                home_quota[e] -= quota[count]
                 count += 1
         worst, short = finish_time(every, costs, state)
     load, received, cap = state.load, state.received, every.cap
     for p in range(n):
         devices[_OUT_LOAD, device[p]] = load[p]
-        devices[_OUT_SHORT, device[p]] = max(load[p] + costs.memory * received[p] - cap[p], 0)
+        devices[_OUT_SHORT, device[p]] = max(load[p] + costs.memory * received[p] - cap[p], 0) * tile
+    if tile > 1:
+        _load_in_tokens(count, quotas, topology.experts[1], devices[_OUT_LOAD])
     summary[_REPLICAS] = count
-    summary[_TIMES] = worst
-    summary[_TIMES + 1] = floor
-    summary[_TIMES + 2] = balanced
+    summary[_TIMES] = worst * tile
+    summary[_TIMES + 1] = floor * tile
+    summary[_TIMES + 2] = balanced * tile
+
+
+@kernel
+def _hold_last_tiles(tokens: Int64, order: Int64, tile: int, smallest: int, w: Int64) -> None:
+    """Keep an expert's last tile, if it is not full, at home where a least chunk would have too few tokens with it."""
+    for i in range(len(order)):
+        missing = w[i] * tile - tokens[order[i]]
+        if missing > 0 and -(-smallest // tile) * tile - missing < smallest:
+            w[i] -= 1
+
+
+@kernel
+def _load_in_tokens(replicas: int, quotas: Quotas, home: Int64, load: Int64) -> None:
+    """Tokens of each device, where loads were counted in tiles."""
+    for d in range(len(load)):
+        load[d] = 0
+    for e in range(len(home)):
+        load[home[e]] += quotas.home_quota[e]
+    for r in range(replicas):
+        load[quotas.device[r]] += quotas.quota[r]
 
 
 @kernel
 def _part(every: Domain, low: int, high: int) -> Domain:
     """The devices at positions ``low:high``."""
     return Domain(every.first[low : high + 1], every.spare[low:high], every.cap[low:high], every.speed[low:high])
+
+
+@kernel
+def _trial(rows: Int64, work: _Work) -> Trial:
+    """The memory of a search over some of the devices' columns."""
+    return Trial(
+        rows[_TRIED_LOAD],
+        rows[_TRIED_RECEIVED],
+        rows[_QUEUE],
+        rows[_ENTRY],
+        rows[_COUNTERS],
+        work.experts[_TRIED_LEFT],
+        work.chunks[2],
+        work.chunks[3],
+    )

@@ -53,7 +53,8 @@ def solve_exactly(
 
     The model: y[e, d] in {0, 1} for a replica of e on d inside e's domain, x[e, d] tokens with
     ``min_tokens * y <= x <= tokens[e] * y``, at most `spare` replicas on d, the memory cap, and the device time
-    ``load / speed + transfer_tokens * replicas``. `tolerance` and `threshold` are ignored.
+    ``load / speed + transfer_tokens * replicas``; the load adds up every x rounded up to a multiple of `tile_rows`.
+    `tolerance` and `threshold` are ignored.
 
     Args:
         counts: int[experts], or int[sources, experts].
@@ -76,11 +77,13 @@ def solve_exactly(
     x, y = _replica_variables(model, tokens, options)
 
     slowest = float(options.speed.min())
-    horizon = int((total / slowest + options.transfer_tokens * (int(options.spare.max()) + 1) + 1) * _SPEED_UNITS)
+    tile = options.tile_rows
+    rows = total + options.experts * (tile - 1)
+    horizon = int((rows / slowest + options.transfer_tokens * (int(options.spare.max()) + 1) + 1) * _SPEED_UNITS)
     makespan = model.new_int_var(0, horizon, "makespan")
     for d in range(options.devices):
         replicas = [var for (_, device), var in y.items() if device == d]
-        load = sum(var for (_, device), var in x.items() if device == d)
+        load = sum(_rows(model, var, int(tokens[e]), tile) for (e, device), var in x.items() if device == d)
         received = sum(replicas)
         model.add(received <= int(options.spare[d]))
         model.add(load + options.replica_tokens * received <= int(options.token_cap[d]))
@@ -102,6 +105,15 @@ def solve_exactly(
     for (e, d), var in x.items():
         share[e, d] = solver.value(var)
     return ExactSpill(share, solver.objective_value / _SPEED_UNITS, bound, status == cp_model.OPTIMAL, False)
+
+
+def _rows(model: cp_model.CpModel, tokens: cp_model.IntVar, most: int, tile: int) -> cp_model.LinearExprT:
+    """Tokens, of which there are `most`, rounded up to whole tiles."""
+    if tile == 1:
+        return tokens
+    tiles = model.new_int_var(0, -(-most // tile), "")
+    model.add(tile * tiles >= tokens)
+    return tile * tiles
 
 
 _Variables: TypeAlias = "dict[tuple[int, int], cp_model.IntVar]"

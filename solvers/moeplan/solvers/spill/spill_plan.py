@@ -30,7 +30,8 @@ class SpillPlan:
         kept: counts dtype[sources, experts], tokens that each source sends to each expert's home. For every source
             and expert, `kept` and the `sent` of its replicas add up to the count.
         load: int64[devices], tokens that each device computes.
-        shortfall: int64[devices], tokens by which a device exceeds its memory cap; all 0 if the plan is feasible.
+        shortfall: int64[devices], tokens by which a device exceeds its memory cap, in whole tiles; all 0 if the plan is
+            feasible.
         times: float64[3], what `makespan`, `bound` and `balanced` return.
     """
 
@@ -51,7 +52,7 @@ class SpillPlan:
 
     @property
     def makespan(self) -> float:
-        """Largest device time, in tokens at speed 1: load / speed + transfers."""
+        """Largest device time, in tokens at speed 1: load / speed + transfers; tokens count as `tile_rows` says."""
         return float(self.times[0])
 
     @property
@@ -61,7 +62,7 @@ class SpillPlan:
 
     @property
     def balanced(self) -> float:
-        """Tokens / total speed: the makespan if every device worked equally long."""
+        """Tokens (in tiles, as at home) / total speed: the makespan if every device worked equally long."""
         return float(self.times[2])
 
     @property
