@@ -111,7 +111,7 @@ def swap(slots: Int32, share: Float64, speed: Float64, rounds: int) -> None:
         for d in range(1, devices):
             if load[d] / speed[d] > load[top] / speed[top]:
                 top = d
-        cold = (load / speed).argmin()
+        cold = int((load / speed).argmin())
         level = load[top] / speed[top] * (1 - 1e-12)
         bound, _, _ = _best_exchange(slots, on, load, share, speed, top, cold, level)
         best, best_d, best_c, best_k = level, -1, 0, 0

@@ -105,7 +105,7 @@ def _expand(slots: Int32, loads: Float64, replicas: Int32, speed: Float64, level
     Only devices without the heaviest expert count; of several the one where `level` falls most.
     """
     share = loads / replicas
-    hot = share.argmax()
+    hot = int(share.argmax())
     cold = _coldest(slots, share, replicas, hot)
     if cold < 0:
         return False
