@@ -91,7 +91,9 @@ def measured(axis: str) -> list[dict[str, Any]]:
     rows = []
     for size in track(AXES[axis][1], axis, transient=True):
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-            rows.append({"axis": axis, "size": size, **pool.submit(point, *AXES[axis][2](size)).result()})
+            rows.append(
+                {"kind": "size", "axis": axis, "size": size, **pool.submit(point, *AXES[axis][2](size)).result()}
+            )
     return rows
 
 
@@ -124,7 +126,7 @@ def slopes_of(axis: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     upper = of_axis[len(of_axis) // 2 - 1 :]
     sizes = np.log([row["size"] for row in upper])
     fitted = {name: float(np.polyfit(sizes, np.log([max(row[name], 1e-6) for row in upper]), 1)[0]) for name in TIMES}
-    return [{"axis": axis, "stays": AXES[axis][0], "slope": True, **fitted}] if len(upper) > 1 else []
+    return [{"kind": "slope", "axis": axis, "stays": AXES[axis][0], **fitted}] if len(upper) > 1 else []
 
 
 def plot(path: Path, rows: list[dict[str, Any]]) -> None:
