@@ -135,6 +135,25 @@ def test_from_four_ranks_to_three_to_one_and_back_to_transformers(ranks: Launch,
     assert set(index["weight_map"]) == names_in(folders[3])
 
 
+def test_layers_that_predict_further_tokens_are_left_out(ranks: Launch, tmp_path: Path) -> None:
+    """A checkpoint has one layer more than the model, as those of DeepSeek-V3 do; transformers leaves it out, too."""
+    from safetensors.torch import load_file, save_file
+
+    source, target = tmp_path / "source", tmp_path / "target"
+    original = tiny_model("deepseek_v3")
+    original.save_pretrained(source)
+    file = source / "model.safetensors"
+    tensors = load_file(file)
+    last = f"model.layers.{original.config.num_hidden_layers - 1}."
+    further = f"model.layers.{original.config.num_hidden_layers}."
+    more = {name.replace(last, further): tensor + 1 for name, tensor in tensors.items() if name.startswith(last)}
+    assert any(".experts." in name for name in more)
+    save_file({**tensors, **more, f"{further}eh_proj.weight": torch.ones(2, 2)}, file, {"format": "pt"})
+    (actual,) = ranks(1, quietly, "sharded", None, source, target)
+    torch.testing.assert_close(actual, logits(original), rtol=0, atol=1e-6)
+    assert names_in(target) == set(tensors)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "wrapper", "group_size"), [("resident", "zero", 2), ("sharded", "fsdp", None), ("resident", "ddp", 2)]
