@@ -166,7 +166,10 @@ class Ranks:
                 await self._stream(channels[address], end)
             except grpc.aio.AioRpcError as error:
                 known = error_of(error)
-                self.seen.counts[f"stream ended: {known.reason or known.code.name}"] += 1
+                why = known.reason or known.code.name
+                if known.code is grpc.StatusCode.INTERNAL:
+                    why = f"INTERNAL, {(error.details() or '')[:40]}"
+                self.seen.counts[f"stream ended: {why}"] += 1
                 address = known.metadata.get("owner", "")
             except (TimeoutError, asyncio.InvalidStateError):
                 self.seen.counts["stream ended: no answer"] += 1
@@ -341,7 +344,7 @@ def total(daemons: list[Daemon]) -> Counter[str]:
     return events
 
 
-SHOWN = {"job lost", "job taken over", "store failed", "not ready", "ready", "serving", "ended", "job given"}
+SHOWN = {"call failed", "job lost", "job taken over", "store failed", "not ready", "ready", "serving", "ended", "job given"}
 
 
 async def load(names: list[str], ranks: int, interval_s: float, seen: Seen, daemons: list[Daemon], end: float) -> None:

@@ -20,7 +20,7 @@ from moeplan.planner.daemon.store import LeaseLostError
 from moeplan.planner.daemon.tenants import ANYONE, CALLER, NOBODY, Caller, Role, Tenant, Tenants, may
 from moeplan.solvers.problem.errors import ProblemError
 
-__all__ = ["Gate"]
+__all__ = ["Gate", "refusal_for"]
 
 OPEN = "/grpc.health.v1.Health/"
 """Probes carry no token."""
@@ -209,7 +209,7 @@ class _Call:
         """End the call with the status of an error."""
         if isinstance(error, grpc.aio.AbortError):
             raise error
-        refusal = _refusal(error, self._method)
+        refusal = refusal_for(error, self._method)
         self._code = refusal.code
         log.info("call refused", method=self._method, code=refusal.code.name, message=refusal.message)
         await context.abort_with_status(refusal.status())
@@ -248,7 +248,8 @@ def _unknown() -> RefusalError:
     )
 
 
-def _refusal(error: Exception, method: str) -> RefusalError:
+def refusal_for(error: Exception, method: str) -> RefusalError:
+    """The status of any error of a call; one that nothing foresaw is logged."""
     match error:
         case RefusalError():
             return error

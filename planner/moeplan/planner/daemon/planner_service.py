@@ -18,6 +18,7 @@ from google.protobuf.message import DecodeError
 
 from moeplan.api import wire
 from moeplan.api.jobs import JobStatus
+from moeplan.planner.daemon.interceptor import refusal_for
 from moeplan.planner.daemon.job_host import JobHost, RankStream
 from moeplan.planner.daemon.job_table import JobTable, described, job_id, stale, unreadable
 from moeplan.planner.daemon.metrics import Metrics
@@ -29,14 +30,12 @@ from moeplan.planner.daemon.statuses import (
     invalid,
     missing,
     precondition,
-    refusal_of,
     unavailable,
 )
 from moeplan.planner.daemon.store import JobRow, Store
 from moeplan.planner.daemon.tenants import CALLER
 from moeplan.planner.jobs.job import RankTakenError, StaleIncarnationError
 from moeplan.planner.jobs.messages import read_report
-from moeplan.solvers.problem.errors import ProblemError
 from moeplan.v1 import job_pb2, planner_pb2, planner_pb2_grpc
 
 __all__ = ["PlannerService"]
@@ -259,13 +258,8 @@ class PlannerService(planner_pb2_grpc.PlannerServiceServicer):
             else:
                 # The client half-closed, or is gone: only a leave would have been its own end.
                 stream.end(RefusalError(grpc.StatusCode.CANCELLED, "the stream ended without a leave"))
-        except RefusalError as error:
-            stream.end(error)
-        except ProblemError as error:
-            stream.end(refusal_of(error))
-        except Exception as error:
-            log.error("stream failed", job=host.name, exc_info=error)
-            stream.end(RefusalError(grpc.StatusCode.INTERNAL, "a fault of the server; its log has the details"))
+        except Exception as error:  # of the store, too, where a rank cannot run a plan
+            stream.end(refusal_for(error, "StreamRank"))
         finally:
             stream.wake.set()
 
