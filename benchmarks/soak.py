@@ -344,7 +344,17 @@ def total(daemons: list[Daemon]) -> Counter[str]:
     return events
 
 
-SHOWN = {"call failed", "job lost", "job taken over", "store failed", "not ready", "ready", "serving", "ended", "job given"}
+SHOWN = {
+    "call failed",
+    "job lost",
+    "job taken over",
+    "store failed",
+    "not ready",
+    "ready",
+    "serving",
+    "ended",
+    "job given",
+}
 
 
 async def load(names: list[str], ranks: int, interval_s: float, seen: Seen, daemons: list[Daemon], end: float) -> None:
