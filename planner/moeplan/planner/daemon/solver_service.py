@@ -25,7 +25,7 @@ from moeplan.v1 import problem_pb2, solver_pb2, solver_pb2_grpc
 
 __all__ = ["SolverService"]
 
-REPLY_S = 0.05
+REPLY_S = 0.25
 """Time kept back from a caller's deadline for the way of the answer; at most a tenth of it."""
 
 FEWEST_LAYERS = 2
