@@ -340,6 +340,85 @@ def test_foreign_and_broken_files_are_refused_in_one_line(
     assert sorted(path.name for path in tmp_path.iterdir()) == [name]
 
 
+PASS = {"forward_pass_id": 1, "rank": 0, "global_physical_count": [[1, 2]]}
+STATISTICS = {"record_type": "eplb_load_stats", "expert_load": [[1, 2]], "p2l_map": [[0, 1]]}
+NO_NUMBERS: list[dict[str, object]] = [
+    {"rank": "x"},
+    {"rank": []},
+    {"forward_pass_id": None},
+    {"forward_pass_id": 0.5},
+]
+TRACED = {"step": 1, "block": "decoder", "layer": 1, "rank": 0, "top_indices": [[0, 1]]}
+
+
+@pytest.mark.parametrize(
+    ("kind", "content"),
+    [
+        ("sglang", {"records": 5, "last_physical_to_logical_map": [[0, 1]]}),
+        *[
+            ("sglang", {"records": [{**PASS, **wrong}], "last_physical_to_logical_map": [[0, 1]]})
+            for wrong in NO_NUMBERS
+        ],
+        ("sglang", {"records": [PASS], "last_physical_to_logical_map": [[2**62, 1]]}),
+        ("vllm", {**STATISTICS, "p2l_map": [[0, 2**62]]}),
+        ("vllm", {**STATISTICS, "step": 10**30}),
+        *[("megatron", {**TRACED, "top_indices": [[wrong]]}) for wrong in (1.5, 2**62, 10**30, float("inf"))],
+        ("megatron", {**TRACED, "layer": 10**30}),
+        ("megatron", {**TRACED, "step": float("inf")}),
+    ],
+    ids=str,
+)
+def test_numbers_that_no_recorder_writes_are_refused(kind: str, content: object, tmp_path: Path) -> None:
+    path = tmp_path / "recording.json"
+    path.write_text(json.dumps(content))
+    with pytest.raises(TraceError):
+        write_recording(tmp_path / "trace.npz", open_recording([path], kind)[1])
+
+
+@pytest.mark.parametrize("kind", ["sglang", "vllm", "megatron"])
+def test_brackets_without_an_end_are_refused(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "recording.json"
+    for start in ("", '{"load_history": ', '{"logical_count": '):
+        path.write_text(start + "[" * 100_000)
+        with pytest.raises(TraceError):
+            open_recording([path], kind)
+
+
+@pytest.mark.parametrize("shape", [[-1, -2], [2**32, 2**32]])
+def test_a_tensor_whose_shape_is_none_is_refused(shape: list[int], tmp_path: Path) -> None:
+    (tmp_path / "meta_info.json").write_text('{"num_experts": 2}')
+    head = json.dumps({"0_1": {"dtype": "I64", "shape": shape, "data_offsets": [0, 16 * (shape[0] < 0)]}}).encode()
+    (tmp_path / "rank0.safetensors").write_bytes(len(head).to_bytes(8, "little") + head + bytes(16))
+    with pytest.raises(TraceError, match="must have the bytes of shape"):
+        write_recording(tmp_path / "trace.npz", open_recording([tmp_path])[1])
+    (tmp_path / "meta_info.json").write_text('{"num_experts": -1}')
+    with pytest.raises(TraceError, match="num_experts = -1: must be 1 to"):
+        open_recording([tmp_path])
+
+
+def test_tensors_that_are_no_counts_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "saved.pt"
+    for routes in (torch.zeros(3, 2, 2, requires_grad=True), torch.zeros(3, 2, 2, dtype=torch.bfloat16), "routes"):
+        torch.save({"rollout_id": 1, "samples": [{"rollout_routed_experts": routes}]}, path)
+        with pytest.raises(TraceError, match=r"rollout_routed_experts = .*: must be whole numbers"):
+            open_recording([path], "slime")
+    torch.save({1: torch.zeros(2)}, path)
+    with pytest.raises(TraceError, match="but 1"):
+        open_recording([path], "sglang")
+    torch.save(torch.zeros(0, 4, dtype=torch.int64), path)
+    with pytest.raises(TraceError, match="must have layers"):
+        write_recording(tmp_path / "trace.npz", open_recording([path], "vllm-ascend")[1])
+
+
+def test_rollouts_of_another_model_are_refused(tmp_path: Path) -> None:
+    paths = [tmp_path / "1.pt", tmp_path / "2.pt"]
+    for path, layers in zip(paths, (3, 2), strict=True):
+        routes = torch.arange(6 * layers).reshape(3, layers, 2)
+        torch.save({"rollout_id": layers, "samples": [{"rollout_routed_experts": routes}]}, path)
+    with pytest.raises(TraceError, match=r"2\.pt: rollout_routed_experts = 2: must have 3 layers, as "):
+        open_recording(paths, "slime")
+
+
 def test_runs_of_the_engine_are_not_taken_for_one(tmp_path: Path) -> None:
     (tmp_path / "again").mkdir()
     paths, _, _ = sglang_per_pass(tmp_path)

@@ -168,6 +168,10 @@ def test_wrong_arguments_are_refused(given: dict[str, Any], line: str) -> None:
         next(plan_known(routes_of_topics(), TOPICS, max_moves=0).spills(6))
 
 
-def test_options_of_other_experts_are_refused() -> None:
+def test_other_things_than_routes_and_their_options_are_refused() -> None:
+    with pytest.raises(ProblemError, match="routes = None: must be"):
+        plan_known(None, TOPICS)  # type: ignore[arg-type]
+    with pytest.raises(ProblemError, match="options = None: must be"):
+        plan_known(routes_of_topics(), None)  # type: ignore[arg-type]
     with pytest.raises(ProblemError, match="32"):
         plan_known(routes_of_topics(), SpillOptions.uniform(16, 8, 2))

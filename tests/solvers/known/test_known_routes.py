@@ -40,6 +40,15 @@ def test_what_cannot_be_counted_is_refused(choices: list[object], line: str) -> 
         count_choices(choices, 4)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("counts", [None, 5, "counts"])
+def test_counts_that_are_none_are_refused(counts: object) -> None:
+    for dealt in (KnownRoutes.by_rank, KnownRoutes.in_turn):
+        with pytest.raises(ProblemError, match=r"routes\.counts = .*: must"):
+            dealt(counts, ranks=2, size=1)  # type: ignore[arg-type]
+    with pytest.raises(ProblemError, match="choices = None: must be a list"):
+        count_choices(None, 4)  # type: ignore[arg-type]
+
+
 def test_frameworks_deal_by_position() -> None:
     counts = np.ones((12, 1, 4), np.int32)
     by_rank = KnownRoutes.by_rank(counts, ranks=2, size=3)

@@ -210,6 +210,33 @@ def test_an_even_split_fits_the_memory_where_it_can() -> None:
         assert plan.objective == pytest.approx(225 / (650 / 3), abs=1e-3)
 
 
+def test_an_even_split_keeps_replicas_in_their_domains_from_a_layout_in_force() -> None:
+    cluster, current = (
+        Cluster(np.array([3, 1]), np.zeros(2, int), np.ones(2)),
+        Layout(np.array([[1, 2, -1], [0, -1, -1]]), 3),
+    )
+    kept = Constraints(domain=np.array([0, 1]), pinned=np.array([[2, 0]]))
+    demand = Demand.of([100, 7, 0])
+    problem = Problem(cluster, demand, current=current, max_moves=1, constraints=kept, split_rule=SplitRule.EVEN)
+    assert solve(problem).objective == pytest.approx(100 / 53.5)
+
+
+@pytest.mark.parametrize("rule", [SplitRule.EVEN, SplitRule.OPTIMAL])
+def test_no_bound_leaves_out_layouts_that_tear_groups_apart(rule: SplitRule) -> None:
+    cluster = Cluster(np.array([2, 2, 1]), np.array([0, 0, 1]), np.ones(3))
+    problem = Problem(cluster, Demand.of([997, 997, 100, 0]), groups=2, split_rule=rule)
+    apart = evaluate(problem, Layout(np.array([[0, 3], [1, 2], [0, -1]]), 4))
+    plan = solve(problem)
+    assert plan.bound <= apart.objective
+
+
+def test_groups_that_fit_no_memory_on_their_nodes_are_torn_apart() -> None:
+    cluster = Cluster(np.array([4, 1]), np.array([0, 1]), np.ones(2), np.array([884, 884]))
+    demand, expert = Demand.of([100, 997, 7, 1]), ExpertSpec(activation_bytes=1)
+    for rule in (SplitRule.EVEN, SplitRule.OPTIMAL):
+        assert solve(Problem(cluster, demand, expert, groups=2, split_rule=rule)).objective < 1.1
+
+
 def test_an_even_split_has_an_exact_model_on_cpsat_alone() -> None:
     problem = Problem(Cluster.uniform(2, 2), Demand.of([40, 30, 20]), split_rule=SplitRule.EVEN)
     with pytest.raises(ProblemError, match="solver = highs: an even split has an exact model on cpsat"):

@@ -232,6 +232,21 @@ def test_limits_that_only_contradict_together_are_proven_infeasible() -> None:
         solve(problem)
 
 
+@pytest.mark.parametrize("tokens", [0, 10**12])
+def test_a_layout_that_few_satisfy_is_found_whatever_the_demand(tokens: int) -> None:
+    problem = Problem(
+        Cluster(np.array([3, 2, 2]), np.array([0, 0, 1]), np.ones(3)),
+        Demand.of(tokens * np.array([3, 1, 2, 1])),
+        current=Layout(np.array([[1, 3, 0], [2, -1, -1], [-1, -1, -1]]), 4),
+        max_moves=2,
+        tail=0.5,
+        constraints=Constraints(domain=np.array([0, 0, 1]), pinned=np.array([[1, 1]]), forbidden=np.array([[0, 0]])),
+    )
+    assert solve(problem).moves is not None
+    with pytest.raises(InfeasibleError, match="no layout satisfies them together"):
+        solve(replace(problem, max_moves=1))
+
+
 def test_policies_that_cannot_honour_a_limit_refuse_it() -> None:
     problem = problem_with(np.arange(1, 25).reshape(1, 4, 6), forbidden=[[0, 0]])
     for name, policy in available_policies().items():

@@ -40,6 +40,15 @@ def write_recording(path: Path, recording: Recording, on_step: Callable[[], None
         TraceError: the recording holds no step, or a count that no plan can hold.
     """
     shape = (len(recording.layer_numbers), recording.sources, recording.experts)
+    if 0 in shape:
+        raise TraceError(path, "must have layers, sources and experts", "the recording", shape)
+    if (
+        not 0
+        <= min(recording.first_step, *recording.layer_numbers)
+        <= max(recording.first_step, *recording.layer_numbers)
+        <= MAX_TOKENS
+    ):
+        raise TraceError(path, "numbers of its first step and of layers must be 0 to 2**53")
     temporary = path.with_name(path.name + ".part")
     steps = 0
     try:

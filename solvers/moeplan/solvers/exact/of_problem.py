@@ -52,7 +52,9 @@ def any_layout(problem: Problem, solver: str, deadline: float | None) -> Int32:
     from moeplan.solvers.construct.repair import table
 
     _check_memory(problem)
-    anyhow = replace(whole(problem, None), even=False)  # the split is no matter yet
+    anyhow = replace(whole(problem, None), even=False, tail=1.0)  # split and risk are no matter yet
+    if anyhow.memory is None:  # nor is the demand, which may be more than a solver's whole numbers hold
+        anyhow = replace(anyhow, loads=np.zeros_like(anyhow.loads[:1]), weights=np.ones(1))
     answer = run(anyhow, solver, Effort(deadline, SEARCH))
     if answer.placed is not None:
         return table(problem, answer.placed)

@@ -21,7 +21,7 @@ from moeplan.solvers.known.reordering import Dealing, Samples, reorder
 from moeplan.solvers.problem.arrays import Int32, Int64, integers
 from moeplan.solvers.problem.demand import Demand
 from moeplan.solvers.problem.errors import ProblemError
-from moeplan.solvers.problem.scalars import integer, number
+from moeplan.solvers.problem.scalars import instance, integer, number
 from moeplan.solvers.spill.options import SpillOptions
 from moeplan.solvers.spill.quota import QuotaPlanner
 from moeplan.solvers.spill.spill_plan import SpillPlan
@@ -105,6 +105,8 @@ def plan_known(
     Raises:
         ProblemError: sizes differ, or a value is out of range.
     """
+    instance("routes", routes, KnownRoutes, "KnownRoutes.by_rank(counts, ranks, size)")
+    instance("options", options, SpillOptions, "SpillOptions.uniform(experts, devices, spare)")
     in_force = _homes_in_force(routes, options, home)
     if not 0 <= number("price", price) < float("inf"):
         raise ProblemError("price", price, "must be finite and at least 0")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from moeplan.solvers.problem.arrays import Int32, Int64, integers
 from moeplan.solvers.problem.cluster import MAX_DEVICES
 from moeplan.solvers.problem.errors import ProblemError
 from moeplan.solvers.problem.kernel import kernel
-from moeplan.solvers.problem.scalars import integer
+from moeplan.solvers.problem.scalars import integer, short
 
 __all__ = ["KnownRoutes", "count_choices"]
 
@@ -71,9 +71,9 @@ class KnownRoutes:
         Raises:
             ProblemError: ``ranks * size`` does not divide the samples, or a value is out of range.
         """
-        samples, each = _dealt(counts, ranks, size)
-        position = np.arange(samples, dtype=np.int32)
-        return cls(np.asarray(counts), position % each // size, position // each, ranks)
+        checked, each = _dealt(counts, ranks, size)
+        position = np.arange(len(checked), dtype=np.int32)
+        return cls(checked, position % each // size, position // each, ranks)
 
     @classmethod
     def in_turn(cls, counts: npt.ArrayLike, ranks: int, size: int) -> KnownRoutes:
@@ -87,9 +87,9 @@ class KnownRoutes:
         Raises:
             ProblemError: ``ranks * size`` does not divide the samples, or a value is out of range.
         """
-        samples, _ = _dealt(counts, ranks, size)
-        run = np.arange(samples, dtype=np.int32) // size
-        return cls(np.asarray(counts), run // ranks, run % ranks, ranks)
+        checked, _ = _dealt(counts, ranks, size)
+        run = np.arange(len(checked), dtype=np.int32) // size
+        return cls(checked, run // ranks, run % ranks, ranks)
 
     @property
     def samples(self) -> int:
@@ -136,16 +136,17 @@ class KnownRoutes:
         return np.stack([_sum(self.counts[order[here & (self.source == s)]]) for s in range(self.sources)], axis=1)
 
 
-def _dealt(counts: npt.ArrayLike, ranks: int, size: int) -> tuple[int, int]:
-    """Samples of a step, and of a rank."""
+def _dealt(counts: npt.ArrayLike, ranks: int, size: int) -> tuple[Int32, int]:
+    """The counts, int32[samples, layers, experts], and the samples of a rank."""
     integer("ranks", ranks, 1, MAX_DEVICES)
     integer("size", size, 1)
-    samples = len(np.asarray(counts))
+    checked = integers("routes.counts", counts, ndim=3, dtype=np.int32, low=0)
+    samples = len(checked)
     if samples % (ranks * size):
         raise ProblemError(
             "routes.counts", f"{samples} samples", f"must be a multiple of ranks * size ({ranks * size})"
         )
-    return samples, samples // ranks
+    return checked, samples // ranks
 
 
 def count_choices(choices: Sequence[npt.ArrayLike], experts: int) -> Int32:
@@ -162,6 +163,8 @@ def count_choices(choices: Sequence[npt.ArrayLike], experts: int) -> Int32:
         ProblemError: there are no samples, they differ in layers or k, or an expert does not exist.
     """
     integer("experts", experts, 1, _MAX_EXPERTS)
+    if not isinstance(choices, Sized):
+        raise ProblemError("choices", short(choices), "must be a list with the choices of each sample")
     if not len(choices):
         raise ProblemError("choices", "no samples", "must hold the choices of at least one")
     counts: Any = None

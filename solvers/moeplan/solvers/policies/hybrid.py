@@ -115,13 +115,19 @@ def hybrid(problem: Problem, parameters: SolveParameters) -> Iterator[Progress]:
     """Bounds, constructions, local search guided by the min cut, large neighbourhoods, few moves; the default."""
     start = time.perf_counter()
     deadline = None if parameters.deadline_s is None else start + parameters.deadline_s
-    problem = _with_groups(problem)
-    bounds = scores.bound(problem)
-    if problem.demand.scenarios == 1 and problem.current is None and _perfect(problem) and _window_applies(problem):
-        yield Progress(Layout(_window(problem), problem.experts), float(bounds[0]))  # perfect, by the theorem
+    kept = _with_groups(problem)
+    bounds = scores.bound(kept)
+    if kept.demand.scenarios == 1 and kept.current is None and _perfect(kept) and _window_applies(kept):
+        yield Progress(Layout(_window(kept), kept.experts), float(bounds[0]))  # perfect, by the theorem
         return
-    state = _Search(problem, parameters, deadline)
-    yield from state.construct()
+    state = _Search(kept, parameters, deadline, preferring=kept is not problem)
+    try:
+        yield from state.construct()
+    except ProblemError:  # with groups kept on their nodes nothing fits, which is no condition
+        if kept is problem:
+            raise
+        state = _Search(problem, parameters, deadline)
+        yield from state.construct()
     if _rule(problem) in SEARCHED:  # constructions are judged by any
         yield from state.search()
     yield state.progress()  # which knows why the search ended
@@ -130,8 +136,11 @@ def hybrid(problem: Problem, parameters: SolveParameters) -> Iterator[Progress]:
 class _Search:
     """The best layout so far and what is left of the limits."""
 
-    def __init__(self, problem: Problem, parameters: SolveParameters, deadline: float | None) -> None:
+    def __init__(
+        self, problem: Problem, parameters: SolveParameters, deadline: float | None, *, preferring: bool = False
+    ) -> None:
         self.problem, self.parameters, self.deadline = problem, parameters, deadline
+        self.preferring = preferring  # some limits are a preference: what they exclude counts for bounds
         self.bounds = scores.bound(problem)
         self.proven = 0.0  # a bound on the objective itself, where a solver proves one
         self.limits = problem.limits
@@ -317,6 +326,8 @@ class _Search:
         answer = run(whole(problem, self.best), parameters.solver, Effort(self.deadline, work, gap=0.0))
         if answer.placed is not None:
             self.take(table(problem, answer.placed))
+        if self.preferring:
+            return answer.status == "optimal"
         if _rule(problem) is SplitRule.EVEN:  # the model's shares are rounded down
             idle = float(problem.demand.weights[problem.mean_level == 0].sum()) if problem.tail >= 1 else 0.0
             self.proven = max(self.proven, min(self.score, answer.bound + idle))
@@ -365,7 +376,7 @@ def _repairs(problem: Problem, wanted: Int32, deadline: float | None) -> Iterato
     placed = placed_in(wanted, problem.experts)
     valid = bool(placed.any(axis=0).all() and (placed.sum(axis=1) <= problem.capacity).all())
     if _rule(problem) is not SplitRule.OPTIMAL and valid and broken(problem.limits, placed) is None:
-        yield wanted, problem.limits
+        yield wanted, next(narrowings(problem, placed, deadline))
     in_force = problem.current is not None and wanted is problem.current.slots
     for limits in narrowings(problem, placed, deadline):
         stay = problem.current is not None and (in_force or limits.moves_limited)

@@ -46,6 +46,8 @@ def json_elements(path: Path, name: str, dropped: list[str]) -> Iterator[Any]:
                     return
                 try:
                     value, end = decode(text, at)
+                except RecursionError:
+                    raise TraceError(path, f"is nested too deeply at {name}[{number}]") from None
                 except json.JSONDecodeError as error:
                     if error.pos < len(text) - WORD:
                         raise TraceError(path, f"is no JSON at {name}[{number}] ({error.msg})") from None

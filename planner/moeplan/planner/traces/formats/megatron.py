@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from moeplan.planner.traces.formats.recording import Recording, json_lines, start_of
+from moeplan.planner.traces.formats.recording import MOST_EXPERTS, Recording, json_lines, start_of
 from moeplan.planner.traces.trace import TraceError
 from moeplan.solvers.problem.arrays import Int64
 
@@ -74,11 +74,11 @@ def read_megatron(paths: Sequence[Path]) -> Recording:
 def _parts(path: Path, line: dict[str, Any]) -> tuple[int, int, int, Int64]:
     try:
         step, layer, rank, chosen = (line[name] for name in FIELDS)
-        flat = np.asarray(chosen, np.int64).reshape(-1)
-        if flat.size and flat.min() < 0:
-            raise ValueError("an expert below 0")
-        return int(step), int(layer), int(rank), flat
-    except (KeyError, ValueError, TypeError) as error:
+        flat = np.asarray(chosen).reshape(-1)
+        if flat.size and (flat.dtype.kind not in "iu" or flat.min() < 0 or flat.max() >= MOST_EXPERTS):
+            raise ValueError(f"experts are whole numbers from 0 and below {MOST_EXPERTS}")
+        return int(step), int(layer), int(rank), flat.astype(np.int64)
+    except (KeyError, ValueError, TypeError, OverflowError) as error:
         raise TraceError(
             path, f"a line is none of Megatron's routing trace ({type(error).__name__}: {error})"
         ) from None

@@ -14,7 +14,17 @@ import numpy.typing as npt
 from moeplan.planner.traces.trace import TraceError
 from moeplan.solvers.problem.arrays import Int64
 
-__all__ = ["Reader", "Recording", "counts_of", "json_lines", "load_torch", "start_of", "whole_numbers"]
+__all__ = [
+    "MOST_EXPERTS",
+    "Reader",
+    "Recording",
+    "counts_of",
+    "experts_of",
+    "json_lines",
+    "load_torch",
+    "start_of",
+    "whole_numbers",
+]
 
 
 @dataclass(slots=True)
@@ -39,6 +49,9 @@ class Recording:
     total: int | None = None
     dropped: list[str] = field(default_factory=list)
 
+
+MOST_EXPERTS = 2**16
+"""Numbers of experts are below this: what is not is no number of one, and arrays would be as large."""
 
 Reader = Callable[[Sequence[Path]], Recording]
 """Opens the files of a recording.
@@ -73,7 +86,7 @@ def json_lines(path: Path, dropped: list[str]) -> Iterator[dict[str, Any]]:
                     continue
                 try:
                     value = json.loads(line)
-                except ValueError:
+                except (ValueError, RecursionError):
                     broken = number
                     continue
                 if not isinstance(value, dict):
@@ -110,7 +123,7 @@ def whole_numbers(path: Path, part: str, value: object, *ndims: int) -> npt.NDAr
     """
     try:
         array = np.asarray(value)
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RuntimeError):  # RuntimeError: a tensor that is no array, such as one of gradients
         array = np.asarray(None)
     if array.dtype.kind not in "iu" or array.ndim not in ndims:
         wanted = " or ".join(map(str, ndims))
@@ -128,3 +141,15 @@ def counts_of(path: Path, part: str, value: object, ndim: int) -> Int64:
     if array.size and array.min() < 0:
         raise TraceError(path, "must be at least 0", part, array.min())
     return array.astype(np.int64)
+
+
+def experts_of(path: Path, part: str, experts: npt.NDArray[np.integer[Any]]) -> int:
+    """How many experts there are where these are named.
+
+    Raises:
+        TraceError: none is, or the number of one is too large.
+    """
+    count = int(experts.max(initial=-1)) + 1
+    if not 1 <= count <= MOST_EXPERTS:
+        raise TraceError(path, f"must name experts below {MOST_EXPERTS}", part, "none" if count == 0 else count - 1)
+    return count

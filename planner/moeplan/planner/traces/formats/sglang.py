@@ -17,7 +17,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from moeplan.planner.traces.formats.recording import Recording, counts_of, load_torch, start_of, whole_numbers
+from moeplan.planner.traces.formats.recording import (
+    Recording,
+    counts_of,
+    experts_of,
+    load_torch,
+    start_of,
+    whole_numbers,
+)
 from moeplan.planner.traces.trace import TraceError
 from moeplan.solvers.problem.arrays import Int64
 
@@ -64,7 +71,7 @@ def read_sglang(paths: Sequence[Path]) -> Recording:
 def _counts(path: Path, content: dict[str, Any]) -> npt.NDArray[np.integer[Any]]:
     """[steps, decoder layers, experts] of a ``stat`` file, as it lies there."""
     if "logical_count" not in content:
-        raise TraceError(path, f"holds neither logical_count nor records, but {', '.join(content)[:200]}")
+        raise TraceError(path, f"holds neither logical_count nor records, but {', '.join(map(str, content))[:200]}")
     counts = whole_numbers(path, "logical_count", content["logical_count"], 2, 3)
     return counts[np.newaxis] if counts.ndim == 2 else counts
 
@@ -73,7 +80,7 @@ def _content(path: Path) -> dict[str, Any]:
     if start_of(path).lstrip().startswith(b"{"):
         try:
             content = json.loads(path.read_text())
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise TraceError(path, f"is no JSON ({error})") from None
     else:
         content = load_torch(path)
@@ -98,7 +105,10 @@ def _passes(paths: Sequence[Path], contents: Sequence[dict[str, Any]]) -> Record
         path: counts_of(path, "last_physical_to_logical_map", content.get("last_physical_to_logical_map"), 2)
         for path, content in zip(paths, contents, strict=True)
     }
-    layers, experts = len(maps[paths[0]]), max(int(p2l.max()) for p2l in maps.values()) + 1
+    layers, experts = (
+        len(maps[paths[0]]),
+        max(experts_of(path, "last_physical_to_logical_map", p2l) for path, p2l in maps.items()),
+    )
     for path, p2l in maps.items():
         if len(p2l) != layers:
             raise TraceError(
@@ -140,12 +150,15 @@ def _by_pass(paths: Sequence[Path], contents: Sequence[dict[str, Any]]) -> dict[
     """By forward pass and rank: file, and the counts [decoder layers, physical experts] as they lie there."""
     passes: dict[int, dict[int, tuple[Path, Any]]] = {}
     for path, content in zip(paths, contents, strict=True):
+        if not isinstance(content["records"], list):
+            raise TraceError(path, "must be a list", "records", type(content["records"]).__name__)
         for record in content["records"]:
             try:
-                number, rank, counts = (record[name] for name in ("forward_pass_id", "rank", "global_physical_count"))
-            except (KeyError, TypeError) as error:
+                counts = record["global_physical_count"]
+                number, rank = (int(whole_numbers(path, name, record[name], 0)) for name in ("forward_pass_id", "rank"))
+            except (KeyError, TypeError, IndexError) as error:
                 raise TraceError(path, f"holds a record without {error}") from None
-            of_pass = passes.setdefault(int(number), {})
+            of_pass = passes.setdefault(number, {})
             if rank in of_pass:
                 reason = f"is of rank {rank}, as one in {of_pass[rank][0]} is; import each run of the engine by itself"
                 raise TraceError(path, reason, "forward_pass_id", number)

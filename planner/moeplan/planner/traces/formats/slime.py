@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from moeplan.planner.traces.formats.recording import Recording, load_torch, start_of
+from moeplan.planner.traces.formats.recording import Recording, load_torch, start_of, whole_numbers
 from moeplan.planner.traces.trace import TraceError
 from moeplan.solvers import ProblemError, count_choices
 from moeplan.solvers.problem.arrays import Int32, Int64
@@ -33,11 +33,15 @@ def read_slime(paths: Sequence[Path]) -> Recording:
     """A step of each file, in the order of rollouts; files are read twice, as the number of experts is known last."""
     experts, lasts = 0, []
     used: set[int] = set()
+    every = -1  # layers, routed or not
     for path in paths:
         number, samples = _rollout(path)
         lasts.append((number, path))
-        experts = max(experts, *(int(np.asarray(sample).max(initial=-1)) + 1 for sample in samples))
+        experts = max(experts, *(int(sample.max(initial=-1)) + 1 for sample in samples))
         counts = _counts(path, samples, max(experts, 1))
+        every = counts.shape[1] if every < 0 else every
+        if counts.shape[1] != every:
+            raise TraceError(path, f"must have {every} layers, as {paths[0]}", ROUTES, counts.shape[1])
         used |= set(np.flatnonzero(counts.sum(axis=(0, 2))).tolist())
     ordered = sorted(lasts)
     if not used:
@@ -62,7 +66,7 @@ def _rollout(path: Path) -> tuple[int, list[Any]]:
     if len(routes) < len(samples) or any(each is None for each in routes):
         raise TraceError(path, f"has samples without {ROUTES}; run slime with --use-rollout-routing-replay")
     number = content.get("rollout_id", 0)
-    return number if isinstance(number, int) else 0, routes
+    return number if isinstance(number, int) else 0, [whole_numbers(path, ROUTES, each, 3) for each in routes]
 
 
 def _counts(path: Path, samples: list[Any], experts: int) -> Int32:

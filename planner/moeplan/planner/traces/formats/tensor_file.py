@@ -7,6 +7,7 @@ the tensors. Source: the format's description in huggingface/safetensors.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,7 +65,7 @@ class TensorFile:
                 if name != "__metadata__"
             }
             data = np.memmap(path, np.uint8, "r")[LENGTH + length :]
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, OverflowError, RecursionError, KeyError, TypeError, AttributeError) as error:
             cause = f"{type(error).__name__}: {error}"
             raise TraceError(path, f"is no safetensors file, or was cut off in its head ({cause})") from None
         return cls(path, places, data)
@@ -83,6 +84,6 @@ class TensorFile:
         if place.dtype not in INTEGERS:
             raise TraceError(self.path, f"must be one of {', '.join(INTEGERS)}", name, place.dtype)
         part = self.data[place.start : place.stop]
-        if len(part) != INTEGERS[place.dtype].itemsize * int(np.prod(place.shape)):
+        if len(part) != INTEGERS[place.dtype].itemsize * math.prod(place.shape) or min(place.shape, default=0) < 0:
             raise TraceError(self.path, f"must have the bytes of shape {place.shape}", name, f"{len(part)} bytes")
         return part.view(INTEGERS[place.dtype]).reshape(place.shape).astype(np.int64)

@@ -13,15 +13,15 @@ from pathlib import Path
 
 import numpy as np
 
-from moeplan.planner.traces.formats.recording import Recording, counts_of
+from moeplan.planner.traces.formats.recording import MOST_EXPERTS, Recording, counts_of
 from moeplan.planner.traces.formats.tensor_file import TensorFile
 from moeplan.planner.traces.trace import TraceError
 from moeplan.solvers.problem.arrays import Int64
 
 __all__ = ["is_tensorrt_llm", "read_tensorrt_llm"]
 
-NAME = re.compile(r"rank(\d+)\.safetensors")
-KEY = re.compile(r"(\d+)_(\d+)")
+NAME = re.compile(r"rank(\d{1,9})\.safetensors")
+KEY = re.compile(r"(\d{1,15})_(\d{1,15})")
 
 
 def is_tensorrt_llm(path: Path) -> bool:
@@ -36,8 +36,10 @@ def read_tensorrt_llm(paths: Sequence[Path]) -> Recording:
     (folder,) = paths
     try:
         experts = int(json.loads((folder / "meta_info.json").read_text())["num_experts"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, OverflowError, RecursionError, KeyError, TypeError) as error:
         raise TraceError(folder / "meta_info.json", f"does not tell num_experts ({type(error).__name__})") from None
+    if not 1 <= experts <= MOST_EXPERTS:
+        raise TraceError(folder / "meta_info.json", f"must be 1 to {MOST_EXPERTS}", "num_experts", experts)
     files = {int(match[1]): file for file in folder.iterdir() if (match := NAME.fullmatch(file.name))}
     if not files:
         raise TraceError(folder, "holds no rank0.safetensors")

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from moeplan.planner.traces.formats.json_array import json_elements
-from moeplan.planner.traces.formats.recording import Recording, counts_of, json_lines, start_of
+from moeplan.planner.traces.formats.recording import Recording, counts_of, experts_of, json_lines, start_of
 from moeplan.planner.traces.trace import TraceError
 from moeplan.solvers.problem.arrays import Int64
 
@@ -62,7 +62,7 @@ def _statistics(paths: Sequence[Path]) -> Recording:
     if first is None:
         raise TraceError(paths[0], "holds no record of type eplb_load_stats")
     p2l = counts_of(first[0], "p2l_map", first[1].get("p2l_map"), 2)
-    shape = (len(p2l), int(p2l.max()) + 1)
+    shape = (len(p2l), experts_of(first[0], "p2l_map", p2l))
     steps = (_logical(path, record, shape) for path, record in chain([first], loads))
     number = first[1].get("step", 0)
     start = number if isinstance(number, int) else 0
@@ -72,7 +72,7 @@ def _statistics(paths: Sequence[Path]) -> Recording:
 def _logical(path: Path, record: dict[str, Any], shape: tuple[int, int]) -> Int64:
     load = counts_of(path, "expert_load", record.get("expert_load"), 2)
     p2l = counts_of(path, "p2l_map", record.get("p2l_map"), 2)
-    if load.shape != p2l.shape or len(load) != shape[0] or p2l.max() >= shape[1]:
+    if load.shape != p2l.shape or len(load) != shape[0] or p2l.max(initial=0) >= shape[1]:
         raise TraceError(path, f"must be as large as p2l_map, {p2l.shape}", "expert_load", load.shape)
     counts = np.zeros((shape[0], 1, shape[1]), np.int64)
     for layer in range(shape[0]):
