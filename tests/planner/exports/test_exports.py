@@ -168,6 +168,14 @@ def test_what_a_layout_costs_is_said_in_seconds(call: Call) -> None:
             "--split-rule = home: vllm divides by even; drop one of both",
         ),
         (("plan", "trace.npz", "--devices", 3, "--slots", 3, "--for", "deepep"), "deepep needs a divisor of the 8"),
+        (
+            ("plan", "trace.npz", "--devices", 4, "--slots", 9, "--for", "vllm"),
+            "--slots = 9: vllm fills every slot, and no device takes an expert twice; give 8 at most",
+        ),
+        (
+            ("plan", "trace.npz", "--devices", 4, "--slots", 3, "--for", "sglang", "--share-slots"),
+            "--share-slots = on: sglang knows one number of slots for all layers; drop it",
+        ),
     ],
 )
 def test_wrong_calls_are_answered_in_one_line(call: Call, arguments: tuple[object, ...], line: str) -> None:

@@ -28,6 +28,7 @@ from moeplan.solvers import (
     evaluate,
     share_slots,
     solve,
+    solve_anytime,
 )
 from moeplan.solvers.construct.tiers import tiered
 from moeplan.solvers.exact.of_problem import any_layout
@@ -235,6 +236,17 @@ def test_groups_that_fit_no_memory_on_their_nodes_are_torn_apart() -> None:
     demand, expert = Demand.of([100, 997, 7, 1]), ExpertSpec(activation_bytes=1)
     for rule in (SplitRule.EVEN, SplitRule.OPTIMAL):
         assert solve(Problem(cluster, demand, expert, groups=2, split_rule=rule)).objective < 1.1
+
+
+@pytest.mark.parametrize("policy", ["hybrid", "ilp"])
+def test_no_plan_on_the_way_needs_more_memory_than_there_is(policy: str) -> None:
+    cluster = Cluster(np.array([2, 1, 2]), np.zeros(3, int), np.array([3, 1.5, 0.5]), np.array([1308, 643, 495]))
+    tokens = np.array([[1, 7, 101, 997], [1, 997, 100, 10], [0, 997, 10, 1]])
+    current = Layout(np.array([[3, 1], [0, -1], [2, 1]]), 4)
+    expert = ExpertSpec(weight_bytes=100, activation_bytes=1)
+    problem = Problem(cluster, Demand.of(tokens[:, None]), expert, current, max_moves=0, split_rule=SplitRule.EVEN)
+    *_, last = solve_anytime(problem, policy=policy)
+    assert last.objective == solve(problem, policy=policy).objective
 
 
 def test_an_even_split_has_an_exact_model_on_cpsat_alone() -> None:

@@ -156,6 +156,10 @@ def plan(
         raise ProblemError("--max-moves", max_moves, "needs --current, the plan file that moves start from")
     if share_slots:
         _check_sharing(server, current, failed)
+        if engine is not None:
+            raise ProblemError(
+                "--share-slots", "on", f"{engine.value} knows one number of slots for all layers; drop it"
+            )
     if policy != "traffic":
         refuse_typed(context, ["traffic_tolerance"], "is for --policy traffic; drop it")
     if server is None:
@@ -165,6 +169,11 @@ def plan(
     limits = read_limits(constraints)
     demanded = limits.constraints
     if engine is not None:
+        if engine is not EngineName.DEEPEP and slots > opened.experts:
+            reason = (
+                f"{engine.value} fills every slot, and no device takes an expert twice; give {opened.experts} at most"
+            )
+            raise ProblemError("--slots", slots, reason)
         split_rule, demanded = _asked_by(engine, split_rule, demanded, opened.experts, devices)
     request = PlanRequest(
         opened,

@@ -120,16 +120,17 @@ def hybrid(problem: Problem, parameters: SolveParameters) -> Iterator[Progress]:
     if kept.demand.scenarios == 1 and kept.current is None and _perfect(kept) and _window_applies(kept):
         yield Progress(Layout(_window(kept), kept.experts), float(bounds[0]))  # perfect, by the theorem
         return
-    state = _Search(kept, parameters, deadline, preferring=kept is not problem)
-    try:
-        yield from state.construct()
-    except ProblemError:  # with groups kept on their nodes nothing fits, which is no condition
-        if kept is problem:
-            raise
-        state = _Search(problem, parameters, deadline)
-        yield from state.construct()
-    if _rule(problem) in SEARCHED:  # constructions are judged by any
-        yield from state.search()
+    for asked in (kept, problem):
+        state = _Search(asked, parameters, deadline, preferring=asked is not problem)
+        try:
+            for progress in state.run():
+                if np.isfinite(state.score):  # what does not fit the memory may yet become what does
+                    yield progress
+        except ProblemError:
+            if asked is problem:
+                raise
+        if asked is problem or np.isfinite(state.score):  # else nothing fits with groups kept, which is no condition
+            break
     yield state.progress()  # which knows why the search ended
 
 
@@ -208,6 +209,12 @@ class _Search:
             return False
         self.best, self.score, self._shown = slots, score, None
         return True
+
+    def run(self) -> Iterator[Progress]:
+        """Constructions, then the search, for rules that it knows."""
+        yield from self.construct()
+        if _rule(self.problem) in SEARCHED:  # constructions are judged by any
+            yield from self.search()
 
     def construct(self) -> Iterator[Progress]:
         problem = self.problem

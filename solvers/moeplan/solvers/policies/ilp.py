@@ -6,6 +6,8 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 
+import numpy as np
+
 from moeplan.solvers.construct.repair import table
 from moeplan.solvers.exact.model import Effort
 from moeplan.solvers.exact.of_problem import whole
@@ -47,8 +49,9 @@ def ilp(problem: Problem, parameters: SolveParameters) -> Iterator[Progress]:
     proven = objective(problem, bound(problem))
     *_, construction = hybrid(problem, replace(parameters, work_limit=0, prove=False))
     incumbent = construction.layout
-    yield Progress(incumbent, proven)
     before = score_of(problem, incumbent.slots)
+    if np.isfinite(before):  # what does not fit the memory may yet become what does
+        yield Progress(incumbent, proven)
     if before <= proven * (1 + parameters.target_gap):
         return
     with_tokens = problem.mean_level > 0
