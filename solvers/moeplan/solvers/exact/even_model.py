@@ -59,7 +59,12 @@ def solve(model: Model, effort: Effort, report: Report) -> Answer:
     def placement(values: Any) -> Bool:
         return np.array([[any(map(values.boolean_value, of_expert)) for of_expert in row] for row in w], np.bool_)
 
-    return minimise(cp, effort, report, placement, lambda objective: objective / (IMBALANCE_UNITS * SHARE_UNITS))
+    def bound(objective: float) -> float:
+        if model.memory is not None:  # its limit rounds shares up, and leaves layouts out
+            return 0.0
+        return objective / (IMBALANCE_UNITS * SHARE_UNITS)
+
+    return minimise(cp, effort, report, placement, bound)
 
 
 def _placements(cp: cp_model.CpModel, model: Model, effort: Effort) -> Any:
