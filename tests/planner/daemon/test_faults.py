@@ -46,7 +46,7 @@ def test_kill_in_the_middle_of_writes_loses_nothing_acknowledged(start: Start, t
     versions: list[int] = []
 
     def create() -> None:
-        with Client(first.address, timeout_s=5) as client:
+        with Client(first.address, timeout_s=WAIT_S) as client:
             try:
                 while True:
                     acknowledged.append(client.create_job(f"job-{len(acknowledged)}", small_job()).name)
