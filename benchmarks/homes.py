@@ -20,16 +20,16 @@ from rich.progress import Progress
 from rich.table import Table
 
 from moeplan.planner.studies.homes import HomesStudy, Variant, follow_homes
-from moeplan.planner.traces.trace import Trace
-from moeplan.solvers import Forecast, SpillOptions
+from moeplan.solvers import Forecast
 from result_file import write_result
+from trace_in_domains import FORM, trace_in_domains
 
 WINDOW = 10
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("traces", nargs="+", metavar="TRACE:DEVICES:DOMAINS")
+    parser.add_argument("traces", nargs="+", metavar=FORM)
     parser.add_argument("--spare", type=int, default=2, help="spare slots of a device")
     parser.add_argument("--moves", type=float, default=0.1, help="largest share of experts that one re-plan may move")
     parser.add_argument("--price", type=float, default=0.15, help="imbalance that moving all experts must gain")
@@ -37,11 +37,7 @@ def main() -> None:
     arguments = parser.parse_args()
     measured: list[dict[str, Any]] = []
     for text in arguments.traces:
-        path, devices, domains = text.rsplit(":", 2)
-        trace = Trace.open(path)
-        options = SpillOptions.uniform(
-            trace.experts, int(devices), arguments.spare, domain=int(devices) // int(domains)
-        )
+        trace, options = trace_in_domains(text, arguments.spare)
         variants = [
             Variant("fixed", 0),
             Variant("followed", int(arguments.moves * trace.experts), arguments.price),
@@ -49,7 +45,7 @@ def main() -> None:
             Variant("floor", None, foresight=True),
         ]
         with Progress(transient=True) as progress:
-            task = progress.add_task(path, total=trace.window_count(WINDOW, 1))
+            task = progress.add_task(trace.path.name, total=trace.window_count(WINDOW, 1))
             tick = partial(progress.advance, task)
             study = follow_homes(trace, options, variants, Forecast(window_steps=WINDOW), on_step=tick)
         missed = misses(study)

@@ -20,14 +20,13 @@ from rich.progress import Progress
 from rich.table import Table
 
 from moeplan.planner.studies.known_steps import KnownStudy, KnownVariant, study_known
-from moeplan.planner.traces.trace import Trace
-from moeplan.solvers import SpillOptions
 from result_file import write_result
+from trace_in_domains import FORM, trace_in_domains
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("traces", nargs="+", metavar="TRACE:DEVICES:DOMAINS")
+    parser.add_argument("traces", nargs="+", metavar=FORM)
     parser.add_argument("--spare", type=int, default=2, help="spare slots of a device")
     parser.add_argument("--micro-batches", type=int, default=8, help="micro-batches of a step")
     parser.add_argument("--moves", type=float, default=0.1, help="largest share of experts that one step may move")
@@ -35,11 +34,7 @@ def main() -> None:
     arguments = parser.parse_args()
     measured: list[dict[str, Any]] = []
     for text in arguments.traces:
-        path, devices, domains = text.rsplit(":", 2)
-        trace = Trace.open(path)
-        options = SpillOptions.uniform(
-            trace.experts, int(devices), arguments.spare, domain=int(devices) // int(domains)
-        )
+        trace, options = trace_in_domains(text, arguments.spare)
         few, title = int(arguments.moves * trace.experts), f"{arguments.moves:.0%}".replace("%", " %")
         variants = [
             KnownVariant("order", 0, reordered=True),
@@ -48,7 +43,7 @@ def main() -> None:
             KnownVariant("homes, no limit, and order", None, reordered=True),
         ]
         with Progress(transient=True) as progress:
-            task = progress.add_task(path, total=trace.steps // arguments.micro_batches)
+            task = progress.add_task(trace.path.name, total=trace.steps // arguments.micro_batches)
             tick = partial(progress.advance, task)
             study = study_known(trace, options, variants, arguments.micro_batches, on_step=tick)
         show(text, study)

@@ -6,14 +6,14 @@ from dataclasses import replace
 
 import numpy as np
 
-from moeplan.solvers.exact.model import Effort, Model
+from moeplan.solvers.exact.model import Answer, Effort, Model
 from moeplan.solvers.exact.run import run
 from moeplan.solvers.problem.arrays import Int32
 from moeplan.solvers.problem.errors import InfeasibleError, ProblemError
 from moeplan.solvers.problem.problem import Problem
 from moeplan.solvers.problem.split_rules import SplitRule
 
-__all__ = ["any_layout", "whole"]
+__all__ = ["any_layout", "proven_by", "whole"]
 
 SEARCH = 5.0
 """Deterministic seconds that the search for any valid layout may take."""
@@ -40,6 +40,14 @@ def whole(problem: Problem, incumbent: Int32 | None) -> Model:
         tail=problem.tail,
         even=problem.split_rule is SplitRule.EVEN,
     )
+
+
+def proven_by(problem: Problem, answer: Answer) -> float:
+    """What the answer of `whole` proves: no layout has a smaller objective.
+
+    Scenarios without tokens are not in the model; their imbalance is 1. That of a tail counts them itself.
+    """
+    return answer.bound + (float(problem.demand.weights[problem.mean_level == 0].sum()) if problem.tail >= 1 else 0.0)
 
 
 def any_layout(problem: Problem, solver: str, deadline: float | None) -> Int32:

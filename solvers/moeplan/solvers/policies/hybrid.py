@@ -30,7 +30,7 @@ from moeplan.solvers.construct.replica_counts import adams_replicas
 from moeplan.solvers.construct.tiers import tiered
 from moeplan.solvers.exact import configurations
 from moeplan.solvers.exact.model import Effort
-from moeplan.solvers.exact.of_problem import any_layout, whole
+from moeplan.solvers.exact.of_problem import any_layout, proven_by, whole
 from moeplan.solvers.exact.run import run
 from moeplan.solvers.objective import score as scores
 from moeplan.solvers.plan.parameters import SolveParameters
@@ -336,8 +336,7 @@ class _Search:
         if self.preferring:
             return answer.status == "optimal"
         if _rule(problem) is SplitRule.EVEN:  # the model's shares are rounded down
-            idle = float(problem.demand.weights[problem.mean_level == 0].sum()) if problem.tail >= 1 else 0.0
-            self.proven = max(self.proven, min(self.score, answer.bound + idle))
+            self.proven = max(self.proven, min(self.score, proven_by(problem, answer)))
             return self.score <= self.target
         if answer.status != "optimal" or problem.tail < 1:  # the model rounds the mean of a tail
             return False

@@ -10,7 +10,7 @@ import numpy as np
 
 from moeplan.solvers.construct.repair import table
 from moeplan.solvers.exact.model import Effort
-from moeplan.solvers.exact.of_problem import whole
+from moeplan.solvers.exact.of_problem import proven_by, whole
 from moeplan.solvers.exact.run import require, run
 from moeplan.solvers.objective.score import bound, objective
 from moeplan.solvers.plan.parameters import SolveParameters
@@ -45,7 +45,6 @@ def ilp(problem: Problem, parameters: SolveParameters) -> Iterator[Progress]:
     require(parameters.solver)
     if problem.split_rule is SplitRule.EVEN and parameters.solver != "cpsat":
         raise ProblemError("parameters.solver", parameters.solver, "an even split has an exact model on cpsat alone")
-    weights = problem.demand.weights
     proven = objective(problem, bound(problem))
     *_, construction = hybrid(problem, replace(parameters, work_limit=0, prove=False))
     incumbent = construction.layout
@@ -54,13 +53,11 @@ def ilp(problem: Problem, parameters: SolveParameters) -> Iterator[Progress]:
         yield Progress(incumbent, proven)
     if before <= proven * (1 + parameters.target_gap):
         return
-    with_tokens = problem.mean_level > 0
     model = whole(problem, incumbent.slots)
     work = max(1, parameters.candidates) / WORK_PER_SECOND
     effort = Effort(deadline, work, parameters.threads, parameters.seed, parameters.target_gap)
     answer = run(model, parameters.solver, effort)
-    idle = float(weights[~with_tokens].sum()) if problem.tail >= 1 else 0.0  # the model of a tail counts them itself
-    proven = max(proven, answer.bound + idle)
+    proven = max(proven, proven_by(problem, answer))
     best = incumbent
     if answer.placed is not None:
         slots = table(problem, answer.placed)
