@@ -67,8 +67,9 @@ def test_kill_in_the_middle_of_writes_loses_nothing_acknowledged(start: Start, t
 
         watcher = threading.Thread(target=watch)
         watcher.start()
-        step = 0
+        step, end = 0, time.monotonic() + WAIT_S
         while len(acknowledged) < 20 or len(versions) < 5:
+            assert time.monotonic() < end, (len(acknowledged), versions, client.job(name).status)
             rank.report(step, tokens(step, ranks=2))
             step += 1
             time.sleep(0.01)
