@@ -1,5 +1,7 @@
 """One MoE layer on real ranks, GPUs or CPU cores: static expert parallelism, `llep`, `quota`, fully sharded experts.
 
+On GPUs also `device`, which is `quota` in passes without the host.
+
     torchrun --nproc-per-node 8 benchmarks/moe_layer_gpu.py --layer gpt-oss-120b        # NCCL, one process per GPU
     torchrun --nproc-per-node 2 benchmarks/moe_layer_gpu.py --layer small --device cpu  # gloo, one core per process
 
@@ -33,6 +35,7 @@ from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 import numpy as np
 import torch
@@ -41,6 +44,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
+from moeplan.runtime_client.device.break_even import measure_transfer
+from moeplan.runtime_client.device.exchange import DeviceExchange
 from moeplan.runtime_client.group import ExpertGroup, Traffic
 from moeplan.runtime_client.layers.feed_forward import ExpertShape, feed_forward
 from moeplan.runtime_client.layers.lending import Loan
@@ -60,6 +65,7 @@ from moeplan.solvers import (
     transfer_tokens,
 )
 from moeplan.solvers.problem.arrays import Int64
+from result_file import write_result
 
 Layer = ResidentExperts | FullyShardedExperts
 
@@ -128,6 +134,9 @@ PUBLISHED = {
 }
 """Forward speed-up of LLEP on 8 H200s in the order of `LOADS` (arXiv 2601.17111, figure 4; DeepSeek-R1 for V3)."""
 
+ROOM = 1.25
+"""Rows that a GPU has room for in passes without the host, as a multiple of those of even loads."""
+
 PUBLISHED_MEMORY = "1.27 | 1.9 2.4 3.5 4.1 | 2.3 3.0 3.8 4.2 | 2.5 3.1 3.9 4.2"
 """Its peak memory for gpt-oss-120b: EP over LLEP, read off figure 4's bars."""
 
@@ -159,6 +168,13 @@ class Bench:
         group = ExpertGroup.create()
         assert group is not None
         self.group = group
+
+    def machine(self) -> dict[str, Any] | None:
+        """The GPUs, if it runs on them."""
+        if self.device.type != "cuda":
+            return None
+        name = torch.cuda.get_device_name()
+        return {"device": name, "ranks": self.group.size, "torch": torch.__version__, "cores": os.cpu_count()}
 
     def largest(self, value: float) -> float:
         """The largest value of all ranks."""
@@ -217,6 +233,8 @@ def main() -> None:
     parser.add_argument("--loads", nargs="+", metavar="NAME", help='only these, for instance "80 %% on 4"')
     parser.add_argument("--trace", type=Path)
     parser.add_argument("--check", action="store_true", help="only compare with the dense model")
+    parser.add_argument("--out", type=Path, help="file for the results, as JSON")
+    parser.add_argument("--commit", help="name of this checkout, where git cannot tell")
     arguments = parser.parse_args()
 
     bench = join_ranks(arguments.device)
@@ -226,7 +244,8 @@ def main() -> None:
             console.print(line)
         if arguments.check:
             return
-        tables = []
+        tables: list[Table] = []
+        rows: list[dict[str, Any]] = []
         for name in arguments.layer:
             own = SIZES[name]
             size = replace(own, tokens=arguments.tokens or own.tokens, experts=arguments.experts or own.experts)
@@ -240,7 +259,9 @@ def main() -> None:
                 if counts.shape[3] == size.experts:
                     loads.append(Load(trace=counts[-1, 0]))
             chosen = [load for load in loads if not arguments.loads or load.name in arguments.loads]
-            tables.append(measure(bench, name, size, chosen, spare, arguments.rounds, console))
+            tables.append(measure(bench, name, size, chosen, spare, arguments.rounds, console, rows))
+            if arguments.out and bench.group.rank == 0:
+                write_result(arguments.out, rows, commit=arguments.commit, machine=bench.machine())
         for table in tables:
             console.print(table)
     finally:
@@ -273,7 +294,7 @@ def make_methods(bench: Bench, size: Size, dtype: torch.dtype, spare: int, cost:
     static = ResidentExperts(size.shape, experts, group, dtype=dtype, device=bench.device)
     spilling = [
         ResidentExperts(size.shape, experts, group, planner=planner, buffer=static.buffer, dtype=dtype, device="meta")
-        for planner in (LlepPlanner(exact, group.size, min_tokens=least), QuotaPlanner(exact, group.size))
+        for planner in (LlepPlanner(exact, group.size, min_tokens=least), QuotaPlanner(exact, group.size, quick=True))
     ]
     sharded = FullyShardedExperts(size.shape, experts, group, dtype=dtype, device=bench.device, reshard=False)
     methods = [
@@ -282,6 +303,9 @@ def make_methods(bench: Bench, size: Size, dtype: torch.dtype, spare: int, cost:
         Method("quota", spilling[1]),
         Method("sharded", sharded),
     ]
+    if dtype == torch.bfloat16 and group.size > 1:
+        spilling.append(on_device(bench, size, exact))
+        methods.append(Method("device", spilling[-1]))
     for spiller in spilling:
         spiller.flat = static.flat
     random = torch.Generator(bench.device).manual_seed(0)
@@ -291,6 +315,21 @@ def make_methods(bench: Bench, size: Size, dtype: torch.dtype, spare: int, cost:
             assert isinstance(layer, ResidentExperts | FullyShardedExperts)
             layer.load_experts(expert, (flat / size.hidden**0.5).to(dtype))
     return methods
+
+
+def on_device(bench: Bench, size: Size, options: SpillOptions) -> ResidentExperts:
+    """Spilling in passes without the host, which lends what earns the transfer that is measured here."""
+    group, pairs = bench.group, size.tokens * size.choices
+    planner = QuotaPlanner(options, group.size, quick=True)
+    exchange = DeviceExchange(
+        group, planner, size.shape, max_tokens=size.tokens, choices=size.choices, device=bench.device,
+        weights=torch.bfloat16, capacity=min(int(ROOM * pairs), group.size * pairs),
+    )  # fmt: skip
+    exchange.charge(measure_transfer(exchange))
+    planner = QuotaPlanner(exchange.mailbox.options, group.size, quick=True)
+    return ResidentExperts(
+        size.shape, size.experts, group, planner=planner, exchange=exchange, dtype=torch.bfloat16, device="meta"
+    )
 
 
 def plan_layout(layer: FullyShardedExperts, counts: Int64, spare: int) -> float:
@@ -421,8 +460,16 @@ def dense(shape: ExpertShape, whole: Tensor, hidden: Tensor, index: Tensor, weig
 
 
 def measure(
-    bench: Bench, name: str, size: Size, loads: Sequence[Load], spare: int, rounds: int, console: Console
+    bench: Bench,
+    name: str,
+    size: Size,
+    loads: Sequence[Load],
+    spare: int,
+    rounds: int,
+    console: Console,
+    rows: list[dict[str, Any]],
 ) -> Table:
+    """The table of all loads; what it shows is added to `rows` as figures."""
     dtype = torch.bfloat16 if bench.device.type == "cuda" else torch.float32
     cost, per_token = calibrate(bench, size, dtype)
     least = 1024 if bench.device.type == "cuda" else 64
@@ -445,12 +492,14 @@ def measure(
             balanced = {method.name: method.memory for method in methods}
         add_rows(table, load, methods, balanced, published, memory if name == "gpt-oss-120b" else {})
         static, *others = methods
+        rows.append({"layer": name, "ranks": bench.group.size, "tokens": load.name} | figures(methods))
         reached = (
             f"{method.name} {min(static.step) / min(method.step):.2f}x, memory {static.memory / method.memory:.2f}x"
             for method in others
         )
         ideal = statistics.median(static.imbalance)
-        console.print(f"measured {load.name}: {'; '.join(reached)}; ideal {ideal:.2f}x", style="dim")
+        seconds = ", ".join(f"{method.name} {1e3 * min(method.step):.1f}" for method in methods)
+        console.print(f"measured {load.name}: {'; '.join(reached)}; ideal {ideal:.2f}x; ms {seconds}", style="dim")
     return table
 
 
@@ -540,6 +589,16 @@ def new_table(title: str) -> Table:
     return table
 
 
+def figures(methods: list[Method]) -> dict[str, float]:
+    """Of one load: times in milliseconds, and the share that spilling reaches of a step with even loads."""
+    found: dict[str, float] = {"ideal": statistics.median(methods[0].imbalance)}
+    for method in methods:
+        found[method.name] = 1e3 * min(method.step)
+        found[f"{method.name}_forward"] = 1e3 * min(method.forward)
+        found[f"{method.name}_gib"] = method.memory / 2**30
+    return found
+
+
 def add_rows(
     table: Table,
     load: Load,
@@ -570,7 +629,7 @@ def add_rows(
             memory.get(load.name, "") if is_llep else "",
             f"{method.memory / balanced['static']:.2f}" if balanced else "",
             f"{1e6 * statistics.median(method.planning):.0f}",
-            f"{statistics.median(method.sent) / 1e6:.1f}",
+            "" if method.name == "device" else f"{statistics.median(method.sent) / 1e6:.1f}",
             end_section=method is methods[-1],
         )
 

@@ -18,14 +18,19 @@ __all__ = ["write_result"]
 HERE = Path(__file__).parent
 
 
-def write_result(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+def write_result(
+    path: Path, rows: Sequence[dict[str, Any]], *, commit: str | None = None, machine: dict[str, Any] | None = None
+) -> None:
     """Write what was measured.
 
     Args:
         path: File to write.
         rows: Figures by name, as a table of the documents shows them.
+        commit: Name of this checkout, where git cannot tell.
+        machine: What it ran on, if not this host's processor.
     """
-    result = {"commit": _commit(), "date": f"{datetime.now(UTC):%Y-%m-%d}", "machine": _machine()}
+    commit, machine = commit or _commit(), machine or _machine()
+    result = {"commit": commit, "date": f"{datetime.now(UTC):%Y-%m-%d}", "machine": machine}
     path.write_text(json.dumps({**result, "command": _command(), "rows": list(rows)}, indent=1) + "\n")
 
 

@@ -102,7 +102,12 @@ def cell(value: Any, form: str) -> str:
 def origin(result: Row) -> str:
     """Where, when and by what the figures were measured; of older ones that a document had, the text says where."""
     machine, command = result["machine"], result["command"]
-    where = f"{machine['cores']} cores of {machine['cpu']}" if machine else "taken down from what was printed"
+    if machine is None:
+        where = "taken down from what was printed"
+    elif "device" in machine:
+        where = f"{machine['ranks']} x {machine['device']}, torch {machine['torch']}"
+    else:
+        where = f"{machine['cores']} cores of {machine['cpu']}"
     by = f": `{shlex.join(['python', *command])}`" if command else ""
     return f"{result['date']}, commit {result['commit']}, {where}{by}"
 

@@ -426,7 +426,7 @@ class Bench:
         )
         if spare:
             exchange.charge(measure_transfer(exchange))
-        planner = QuotaPlanner(exchange.mailbox.options, group.size)
+        planner = QuotaPlanner(exchange.mailbox.options, group.size, quick=True)
         layers = resident_layers(size, group, "meta", lambda: planner, torch.bfloat16, exchange=exchange)
         for layer, first in zip(layers, self.layers["static"], strict=True):
             layer.flat = first.weights

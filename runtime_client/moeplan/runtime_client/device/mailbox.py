@@ -235,7 +235,7 @@ class Mailbox:
         self._words: Int64 = self.words.numpy()
         self._note = np.zeros(5, np.int64)
         self._told = np.zeros((options.devices, 5), np.int64)
-        own = QuotaPlanner(options, options.devices, dtype=np.int32)
+        own = QuotaPlanner(options, options.devices, dtype=np.int32, quick=True)
         owners = Owners.of(options)
         arguments = (
             own.workspace,

@@ -172,7 +172,7 @@ def solve_domain(
 
     go_home(state)
     replay(chunks[best], best_count, state)
-    if costs.search > 0 and len(state.load) > 1 and (best_short > 0 or best_time > floor + step):
+    if costs.search > 0 and len(state.load) > 1 and (best_short > 0 or (costs.quick == 0 and best_time > floor + step)):
         first, last = domain.first[0], domain.first[-1]
         for e in range(first, last):
             left[e] = w[e]

@@ -66,6 +66,7 @@ class Costs(NamedTuple):
         tolerance: Accepted distance from the lower bound, as a fraction.
         threshold: Imbalance of the homes up to which nothing moves.
         search: Chunks that `replica_search` may look at; 0 where packing alone comes near the optimum.
+        quick: 1 to leave it at packing but where a cap is exceeded, else 0.
     """
 
     transfer: float
@@ -74,6 +75,7 @@ class Costs(NamedTuple):
     tolerance: float
     threshold: float
     search: int
+    quick: int
 
 
 class State(NamedTuple):

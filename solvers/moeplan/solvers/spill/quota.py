@@ -52,7 +52,7 @@ class _Topology(NamedTuple):
         speed: float64[positions].
         domains: int64[domains + 1], first position of each domain.
         sources: int64[2, sources], sources sorted by device and by node.
-        costs: float64[9], the fields of `Costs`, in tiles; then the nodes, and the tokens of a tile and a least chunk.
+        costs: float64[10], the fields of `Costs`, in tiles; then the nodes, and the tokens of a tile and a least chunk.
     """
 
     experts: Int64
@@ -114,6 +114,9 @@ class QuotaPlanner:
         sources: Ranks whose tokens are routed; source i is on device ``i * devices // sources``.
         layers: Layers of one `plan_layers` call; the workspace holds one plan for each.
         dtype: int32 or int64, type of the counts.
+        quick: Whether to leave it at packing, some microseconds, where limits that packing does not look ahead to (see
+            `_looks_ahead`) are worth a search of some tenths of a millisecond otherwise. Within a pass they are not:
+            experts take no longer than that for the tokens that it gains. It searches where packing exceeds a cap.
 
     Attributes:
         workspace: What `fill_plans` takes after the counts, for compiled callers; ends with what it fills.
@@ -123,7 +126,13 @@ class QuotaPlanner:
     """
 
     def __init__(
-        self, options: SpillOptions, sources: int, *, layers: int = 1, dtype: npt.DTypeLike = np.int64
+        self,
+        options: SpillOptions,
+        sources: int,
+        *,
+        layers: int = 1,
+        dtype: npt.DTypeLike = np.int64,
+        quick: bool = False,
     ) -> None:
         for name, value in (("sources", sources), ("layers", layers)):
             if not 1 <= value < 2**31:
@@ -131,6 +140,7 @@ class QuotaPlanner:
         self.options = options
         self.sources = sources
         self.layers = layers
+        self.quick = quick
         self.dtype = np.dtype(dtype)
         if self.dtype not in (np.dtype(np.int32), np.dtype(np.int64)):
             raise ProblemError("spill.dtype", self.dtype, "must be int32 or int64")
@@ -152,13 +162,18 @@ class QuotaPlanner:
             np.zeros((layers, sources, experts), self.dtype),
             np.zeros((layers, 4), np.float64),
         )
-        self.workspace: tuple[Any, ...] = (*_topology(options, self.source_device), *work, *self._plans)
+        self.workspace: tuple[Any, ...] = (
+            *_topology(options, self.source_device, quick),
+            *work,
+            *self._plans,
+        )
         self._views: list[dict[int, SpillPlan]] = [{} for _ in range(layers)]
         self.plan(np.zeros((sources, experts), self.dtype))  # compiles, or loads what is compiled
 
     def with_home(self, home: Int32) -> QuotaPlanner:
         """A planner that differs in the homes, int32[experts], only; it has a workspace of its own."""
-        return QuotaPlanner(replace(self.options, home=home), self.sources, layers=self.layers, dtype=self.dtype)
+        options = replace(self.options, home=home)
+        return QuotaPlanner(options, self.sources, layers=self.layers, dtype=self.dtype, quick=self.quick)
 
     def plan(self, counts: npt.NDArray[Any]) -> SpillPlan:
         """The plan of one layer.
@@ -225,7 +240,7 @@ class QuotaPlanner:
         return plan
 
 
-def _topology(options: SpillOptions, source_device: Int64) -> _Topology:
+def _topology(options: SpillOptions, source_device: Int64, quick: bool) -> _Topology:
     devices = options.devices
     device = np.argsort(options.domain, kind="stable")
     home = np.argsort(device)[options.home]
@@ -247,6 +262,7 @@ def _topology(options: SpillOptions, source_device: Int64) -> _Topology:
         options.tolerance,
         options.threshold,
         _SEARCH if _looks_ahead(options) else 0,
+        int(quick),
     )
     return _Topology(
         np.stack([np.argsort(home, kind="stable"), options.home.astype(np.int64)]),
@@ -324,9 +340,11 @@ def fill_plans(
 def _plan_each(counts: npt.NDArray[Any], topology: _Topology, work: _Work, plans: _Plans) -> int:
     """Plan every layer; -1, or the first layer whose counts are invalid."""
     table, numbers = topology.table, topology.costs
-    costs = Costs(numbers[0], int(numbers[1]), int(numbers[2]), numbers[3], numbers[4], int(numbers[5]))
+    costs = Costs(
+        numbers[0], int(numbers[1]), int(numbers[2]), numbers[3], numbers[4], int(numbers[5]), int(numbers[6])
+    )
     by_device, by_node = topology.sources[0], topology.sources[1]
-    of_node = table[_OF_NODE, : int(numbers[6]) + 1]
+    of_node = table[_OF_NODE, : int(numbers[7]) + 1]
     places = Places(topology.experts[1], Sources(table[_NODE], by_device, table[_OF_DEVICE], by_node, of_node))
     for layer in range(len(counts)):
         replicas, home_quota = plans.replicas[layer], plans.home_quota[layer]
@@ -354,7 +372,7 @@ def _plan_quotas(
     rows = work.devices
     state = State(rows[_AT_HOME], rows[_LOAD], rows[_RECEIVED], rows[_ROOM], rows[_EXCESS])
     w, left = work.experts[_TOKENS], work.experts[_LEFT]
-    tile = int(topology.costs[7])
+    tile = int(topology.costs[8])
     for i in range(len(order)):
         w[i] = home_quota[order[i]] if tile == 1 else -(-home_quota[order[i]] // tile)
     _loads_at_home(w, every.first, state.at_home)
@@ -370,7 +388,7 @@ def _plan_quotas(
     worst, short = finish_time(every, costs, state)
     balanced = state.at_home.sum() / topology.speed.sum()
     if tile > 1:
-        _hold_last_tiles(home_quota, order, tile, int(topology.costs[8]), w)
+        _hold_last_tiles(home_quota, order, tile, int(topology.costs[9]), w)
 
     count = 0
     if short > 0 or worst > costs.threshold * balanced:
