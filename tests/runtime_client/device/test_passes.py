@@ -203,12 +203,12 @@ def meetings(folder: Path) -> None:
     rank, size = exchange.group.rank, exchange.group.size
     for number in range(6):
         time.sleep(0.05 * ((number + rank) % size))
-        exchange.scale.fill_(10 * number + rank)
+        exchange.share.fill_(10 * number + rank)
         exchange.meet()
         for peer in range(size):
             # Seen through the addresses that kernels use.
             theirs = exchange.memory.held[peer]  # type: ignore[index]
-            place = exchange.scale.data_ptr() - exchange.memory.own.data_ptr()
+            place = exchange.share.data_ptr() - exchange.memory.own.data_ptr()
             assert theirs[place : place + 4].view(torch.float32).item() == 10 * number + peer
         exchange.meet()
     assert exchange.state.item() == 12

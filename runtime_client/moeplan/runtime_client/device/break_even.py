@@ -20,13 +20,16 @@ __all__ = ["measure_transfer"]
 _ROWS, _REPLICAS = 8192, 4
 """Rows of the products that are timed, and the experts that they belong to."""
 
+_AHEAD = 8
+"""Times that the products run before what is timed: some milliseconds, in which the host launches it."""
+
 
 def measure_transfer(exchange: DeviceExchange) -> float:
     """Time of lending one expert in a forward and a backward pass, in tokens that a rank computes meanwhile.
 
-    For `transfer_tokens` of `SpillOptions`, so that planners lend only what earns its transfer. All ranks call it at
-    the same time, outside of passes, and get the same number: the largest time of a loan over the largest of a token.
-    It takes a few milliseconds after the first call, which compiles kernels.
+    For `DeviceExchange.charge`, so that planners lend only what earns its transfer. All ranks call it at the same time,
+    outside of passes, and get the same number: the largest time of a loan over the largest of a token. It takes some
+    milliseconds after the first call, which compiles kernels.
 
     Args:
         exchange: With spare slots.
@@ -45,17 +48,21 @@ def measure_transfer(exchange: DeviceExchange) -> float:
     one = Route(answer.clone(), none.target, none.ends)
     one.answer[LENT], one.answer[shape.loans + 1] = 1, (exchange.group.rank + 1) % exchange.group.size
     nothing = experts.new_empty(0, exchange.shape.hidden)
-    parts = [(nothing, exchange.label[:0], exchange.scale[:0], none.ends)]
+    nowhere = torch.full_like(exchange.where, -1)
 
     def lend(route: Route) -> None:
         exchange.hand_out(route, nothing, experts)
-        exchange.give_back(route, parts, gradient)
+        exchange.give_back(route, nowhere, [nothing], exchange.share, gradient)
 
-    loan = _median_ms(lambda: lend(one)) - _median_ms(lambda: lend(none))
     weights = torch.randn(_REPLICAS, elements, device=device).to(exchange.dtype)
     rows = torch.randn(_ROWS, exchange.shape.hidden, device=device).to(exchange.dtype)
     ends = torch.arange(1, _REPLICAS + 1, dtype=torch.int32, device=device) * (_ROWS // _REPLICAS)
-    products = _median_ms(lambda: _products(exchange.shape, weights, rows, ends))
+
+    def compute() -> None:
+        _products(exchange.shape, weights, rows, ends)
+
+    loan = _median_ms(lambda: lend(one), compute) - _median_ms(lambda: lend(none), compute)
+    products = _median_ms(compute, compute)
     times = torch.tensor([loan, products], dtype=torch.float64, device=device)
     dist.all_reduce(times, dist.ReduceOp.MAX, group=exchange.group.tokens)
     loan, products = times.tolist()
@@ -74,10 +81,14 @@ def _products(shape: Expert, weights: Tensor, rows: Tensor, ends: Tensor) -> Non
     functional.grouped_mm(first, inner, offs=ends)
 
 
-def _median_ms(work: Callable[[], None], times: int = 9) -> float:
+def _median_ms(work: Callable[[], None], before: Callable[[], None], times: int = 9) -> float:
+    """Time of the device for `work`, which the host launches while the device is busy with what is `before`."""
     for _ in range(3):
         work()
     marks = [torch.cuda.Event(enable_timing=True) for _ in range(times + 1)]
+    torch.cuda.synchronize()
+    for _ in range(_AHEAD):
+        before()
     marks[0].record()
     for mark in marks[1:]:
         work()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -20,10 +21,10 @@ from moeplan.runtime_client.group import ExpertGroup
 from moeplan.solvers import QuotaPlanner, SpillOptions
 from moeplan.solvers.problem.arrays import Int32
 
-__all__ = ["DeviceExchange", "Route"]
+__all__ = ["Arrivals", "DeviceExchange", "Route"]
 
-_LENDERS = 32
-"""Blocks that move lent experts beside the tokens."""
+_LENDERS = 128
+"""Blocks that move lent experts beside the tokens: as many as it takes to fill a link with reads from another GPU."""
 
 _ELEMENTS = 8192
 """Elements that a block moves at a time."""
@@ -61,6 +62,21 @@ class Route:
     ends: Tensor
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Arrivals:
+    """What a pass brought to this rank.
+
+    Attributes:
+        rows: [rows, hidden], tokens ordered by expert.
+        scale: float32[rows], their weights.
+        where: int32[tokens of the group, choices], the row of each, -1 if it is computed elsewhere.
+    """
+
+    rows: Tensor
+    scale: Tensor
+    where: Tensor
+
+
 class DeviceExchange:
     """Lets `ResidentExperts` run its passes on GPUs without the host: counts, plan, dispatch, products, combine.
 
@@ -72,10 +88,10 @@ class DeviceExchange:
     `max_tokens`, a rank that does not come in time) makes its output not a number on all ranks, and that of every later
     pass; the error is raised by the next pass that sees it, and by `check`. Nothing works after that.
 
-    Memory of a rank, in bytes, with b bytes per element, P = max_tokens * choices, K spare slots and C = capacity, or
-    2 * capacity where lent experts have rows of their own: symmetric ``b * (hidden * (C + P) + K * elements)`` and a
-    little more; and for each pass whose backward is to come ``b * C * (hidden + rows of the first matrix)`` and lent
-    experts.
+    Memory of a rank, in bytes, with b bytes per element, N ranks, T = max_tokens, K spare slots and C = capacity, or
+    2 * capacity where lent experts have rows of their own: in symmetric memory
+    ``b * (hidden * T * (N + choices) + K * elements)`` and a little more; and for each pass whose backward is to come
+    ``b * C * (hidden + rows of the first matrix)`` and lent experts.
 
     Args:
         group: The ranks.
@@ -141,6 +157,9 @@ class DeviceExchange:
         self.rows = self.capacity * (1 if self.joined else 2)
         if group.size * self.rows >= 2**31:
             raise ValueError(f"capacity = {self.capacity}: {group.size} ranks have room for 2**31 rows together")
+        self.group_tokens = group.size * max_tokens
+        if self.group_tokens * choices >= 2**31:
+            raise ValueError(f"max_tokens = {max_tokens}: {group.size} ranks have 2**31 choices together")
         self.group, self.shape, self.choices, self.device = group, shape, choices, device
         self.dtype, self.weights = dtype, weights
         self.max_tokens, self.pairs = max_tokens, pairs
@@ -154,9 +173,9 @@ class DeviceExchange:
             "flags": 8 * group.size,
             "abort": 8,
             "table": 4 * self.mailbox.table.numel(),
-            "rows": item * self.rows * hidden,
-            "label": 4 * self.rows,
-            "scale": 4 * self.rows,
+            "arrived": item * self.group_tokens * hidden,
+            "where": 4 * self.group_tokens * choices,
+            "share": 4 * self.group_tokens * choices,
             "returned": item * pairs * hidden,
             "returned_weight": 4 * pairs,
             "lent": item * self.spare * shape.elements,
@@ -168,9 +187,9 @@ class DeviceExchange:
         self.flags = view(begins["flags"], (group.size,), torch.int64)
         self.abort = view(begins["abort"], (1,), torch.int64)
         self.table = view(begins["table"], tuple(self.mailbox.table.shape), torch.int32)
-        self.arrived = view(begins["rows"], (self.rows, hidden), dtype)
-        self.label = view(begins["label"], (self.rows,), torch.int32)
-        self.scale = view(begins["scale"], (self.rows,), torch.float32)
+        self.arrived = view(begins["arrived"], (self.group_tokens, hidden), dtype)
+        self.where = view(begins["where"], (self.group_tokens, choices), torch.int32)
+        self.share = view(begins["share"], (self.group_tokens, choices), torch.float32)
         self.returned = view(begins["returned"], (pairs, hidden), dtype)
         self.returned_weight = view(begins["returned_weight"], (pairs,), torch.float32)
         self.lent = view(begins["lent"], (self.spare, shape.elements), dtype)
@@ -202,14 +221,18 @@ class DeviceExchange:
             if own != other:
                 raise ValueError(f"{name} = {other}: the exchange was made for {own}")
 
-    def charge(self, transfer_tokens: float) -> None:
-        """Plan from now on with this price of a loan, the same on all ranks; see `measure_transfer`.
+    def charge(self, tokens: float) -> None:
+        """Lend from now on only what relieves a rank of so many tokens, the same on all ranks; see `measure_transfer`.
+
+        The price is the `min_tokens` of a loan, not its `transfer_tokens`: all ranks wait until loans have arrived, so
+        a rank that borrows should compute no less for it.
 
         Args:
-            transfer_tokens: As in `SpillOptions`.
+            tokens: Time of a loan, in tokens that a rank computes meanwhile.
         """
         self.mailbox.close()
-        self.mailbox = self._open_mailbox(replace(self.mailbox.options, transfer_tokens=transfer_tokens))
+        least = max(self.mailbox.options.min_tokens, math.ceil(tokens))
+        self.mailbox = self._open_mailbox(replace(self.mailbox.options, min_tokens=least))
 
     def _open_mailbox(self, options: SpillOptions) -> Mailbox:
         sizes = MailboxSizes(self.rows, -1 if self.joined else self.capacity)
@@ -258,72 +281,83 @@ class DeviceExchange:
         launch.plan(
             (1, 1, 1), *self._signals, self.table, answer, mailbox.words, mailbox.table, mailbox.answer, turn.layer
         )
-        if pairs:
-            launch.place((-(-pairs // 512), 1, 1), index, order, tallies, answer, target, pairs)
+        launch.place(
+            (-(-self.pairs // 512), 1, 1), index, weight, order, tallies, answer, target, self.where, self.share,
+            self.peers, pairs, self.group.rank,
+        )  # fmt: skip
         return Route(answer, target, answer[shape.home_ends : shape.loans])
 
-    def hand_out(self, route: Route, source: Tensor, experts: Tensor, weight: Tensor | None = None) -> None:
-        """Rows to their places on all ranks; lent experts with them in the forward pass, weights in the backward."""
-        launch, lenders = (self._launches.hand_out, self._lenders) if weight is None else (self._launches.return_out, 0)
-        blocks = lenders + -(-len(route.target) // self._wide["BLOCK"])
+    def hand_out(self, route: Route, source: Tensor, experts: Tensor | None) -> None:
+        """Tokens [tokens, hidden] to the ranks that compute them; lent ones of `experts` [owned, elements], if any."""
+        launch, lenders = self._launches.hand_out, self._lenders
+        if experts is None:
+            launch, lenders = self._launches.hand_tokens, 0
+        blocks = lenders + -(-len(source) // self._wide["BLOCK"])
         if blocks:
             launch(
-                (blocks, 1, 1), source, route.target, self.scale if weight is None else weight, self.arrived,
-                self.label, self.scale, self.peers, experts, self.lent, route.answer, len(route.target),
-                self.group.rank,
+                (blocks, 1, 1), source, route.target, self.arrived, self.peers, source if experts is None else experts,
+                self.lent, route.answer, len(source), self.group.rank,
             )  # fmt: skip
         self.meet()
 
-    def keep(self, route: Route, lent: Tensor) -> tuple[Tensor, Tensor]:
-        """Arrivals, for the backward pass: copies of rows and labels, and of lent experts in `lent`."""
-        rows, label = torch.empty_like(self.arrived), torch.empty_like(self.label)
-        owned = self.mailbox.shape.owned
-        borrowed = route.answer[BORROWED:]
-        self._launches.keep(
-            (self._lenders + self._blocks, 1, 1), self.arrived, self.label, self.lent, rows, label, lent,
-            route.ends[-1:] if self.joined else route.ends[owned - 1 :],
-            borrowed if self.joined or self.spare == 0 else route.ends[-1:], borrowed,
+    def arrange(self, route: Route, lent: Tensor) -> Arrivals:
+        """What has arrived, ordered by expert; and lent experts, into `lent` [spare, elements]."""
+        rows = torch.empty(self.rows, self.shape.hidden, dtype=self.dtype, device=self.device)
+        scale = torch.empty(self.rows, dtype=torch.float32, device=self.device)
+        where = torch.empty_like(self.where)
+        self._launches.arrange(
+            (self._lenders + self._blocks, 1, 1), self.arrived, self.where, self.share, self.lent, rows, scale, where,
+            lent, route.answer[BORROWED:],
         )  # fmt: skip
-        return rows, label
+        return Arrivals(rows, scale, where)
+
+    def arrange_gradients(self, route: Route, before: Arrivals) -> Tensor:
+        """Gradients [rows, hidden] that have arrived, in the rows of the forward pass."""
+        rows = torch.empty_like(before.rows)
+        self._launches.arrange_gradients(
+            (self._blocks, 1, 1), self.arrived, before.where, before.scale, self.lent, rows, before.scale, before.where,
+            self.lent, route.answer[BORROWED:],
+        )  # fmt: skip
+        return rows
 
     def give_back(
         self,
         route: Route,
-        parts: Sequence[tuple[Tensor, Tensor, Tensor, Tensor]],
+        where: Tensor,
+        results: Sequence[Tensor],
+        to_weight: Tensor | None = None,
         gradient: Tensor | None = None,
     ) -> None:
         """Results to their sources; in the backward pass also the gradients of weights and of lent experts.
 
         Args:
             route: Of the pass.
-            parts: Of experts at home and of lent ones: results [rows, hidden]; int32[rows] labels; float32[rows]
-                gradients of the weights, read in the backward pass; int32[replicas] ends.
-            gradient: [owned, elements], to which what borrowers left in `lent` is added.
+            where: As `Arrivals.where`.
+            results: Those of experts at home [rows, hidden], and of lent ones where they are apart.
+            to_weight: In the backward pass: float32[rows], gradients of the weights.
+            gradient: In the backward pass: [owned, elements], to which what borrowers left in `lent` is added.
         """
+        at_home, away = results[0], results[-1]
         launch, lenders = self._launches.give_back, 0
-        if gradient is not None:
-            launch = self._launches.give_gradients
+        if to_weight is None or gradient is None:
+            to_weight, gradient = self.share, at_home  # not read
+        else:
+            launch, lenders = self._launches.give_gradients, self._lenders
             if self.spare:
                 self.meet()  # borrowers have left what they found
-                launch, lenders = self._launches.give_all, self._lenders
-        for results, label, to_weight, ends in parts:
-            launch(
-                (lenders + self._blocks, 1, 1), results, label, to_weight, self.returned, self.returned_weight,
-                self.peers, ends[-1:], results if gradient is None else gradient, self.lent, route.answer,
-            )  # fmt: skip
-            if lenders:
-                launch, lenders = self._launches.give_gradients, 0
+        launch(
+            (lenders + self._blocks, 1, 1), at_home, away, where, self.share, to_weight, self.returned,
+            self.returned_weight, self.peers, gradient, self.lent, route.answer,
+        )  # fmt: skip
         self.meet()
 
-    def collect(self, route: Route, out: Tensor, weight: Tensor | None = None) -> None:
-        """Fill ``out`` [tokens, hidden] with the sum over the choices of what has returned, weighted if so."""
-        launch = self._launches.add_up if weight is None else self._launches.weigh
+    def collect(self, route: Route, out: Tensor) -> None:
+        """Fill ``out`` [tokens, hidden] with the sum of what the ranks gave back."""
         grid = (-(-len(out) // self._narrow["BLOCK"]), -(-self.shape.hidden // self._narrow["COLUMNS"]), 1)
         if len(out):
-            launch(
-                grid, self.returned, self.returned if weight is None else weight, out, route.answer, self.abort,
-                self.mailbox.words, len(out),
-            )  # fmt: skip
+            self._launches.collect(
+                grid, self.returned, route.target, out, route.answer, self.abort, self.mailbox.words, len(out)
+            )
 
     def activate(self, first: Tensor, end: Tensor) -> Tensor:
         """The activations [rows, width] of the first product."""
@@ -332,12 +366,12 @@ class DeviceExchange:
         return out
 
     def activate_backward(
-        self, gradient: Tensor, first: Tensor, scale: Tensor, end: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of the first product; weighted activations; float32[rows] gradients of the weights."""
-        to_first, scaled, to_weight = torch.empty_like(first), torch.empty_like(gradient), torch.empty_like(scale)
+        self, gradient: Tensor, first: Tensor, scale: Tensor, to_weight: Tensor, end: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Gradients of the first product; weighted activations; and those of the weights, into float32[rows]."""
+        to_first, scaled = torch.empty_like(first), torch.empty_like(gradient)
         self._launches.activate_backward((self._blocks, 1, 1), gradient, first, scale, to_first, scaled, to_weight, end)
-        return to_first, scaled, to_weight
+        return to_first, scaled
 
     def flatten(self, route: Route, inner: Tensor, outer: Tensor, out: Tensor, *, lent: bool) -> None:
         """Gradients of matrices into ``out`` [replicas, elements]; of lent experts, only those that there are."""
@@ -357,22 +391,23 @@ class DeviceExchange:
         def loans(lenders: int) -> dict[str, int]:
             return {"ELEMENTS": shape.elements, "LENDERS": lenders, "LENT": LENT, "LOANS": answer.loans}
 
-        def hand_out(lenders: int, backward: bool) -> Launch:
+        def hand_out(lenders: int) -> Launch:
             return Launch(
-                kernels.hand_out, 8, CHOICES=self.choices, **way, ROWS=self.rows, LABELS=self.pairs, **loans(lenders),
-                BACKWARD=backward, **self._wide, PIECE=self._piece,
+                kernels.hand_out, 8, CHOICES=self.choices, TOKENS=self.max_tokens, **way, ROWS=self.rows,
+                **loans(lenders), **self._wide, PIECE=self._piece,
+            )  # fmt: skip
+
+        def arrange(lenders: int, backward: bool) -> Launch:
+            return Launch(
+                kernels.arrange, 8, CHOICES=self.choices, GROUP_TOKENS=self.group_tokens, WIDTH=shape.hidden,
+                ELEMENTS=shape.elements, LENDERS=lenders, BACKWARD=backward, **self._wide, PIECE=self._piece,
             )  # fmt: skip
 
         def give_back(lenders: int, backward: bool) -> Launch:
             return Launch(
-                kernels.give_back, 8, LABELS=self.pairs, **way, **loans(lenders), BACKWARD=backward, **self._wide,
+                kernels.give_back, 8, CHOICES=self.choices, TOKENS=self.max_tokens, GROUP_TOKENS=self.group_tokens,
+                JOINED=self.joined, AWAY=self.capacity, **way, **loans(lenders), BACKWARD=backward, **self._wide,
                 PIECE=self._piece,
-            )  # fmt: skip
-
-        def collect(weighted: bool) -> Launch:
-            return Launch(
-                kernels.collect, 8, CHOICES=self.choices, WIDTH=shape.hidden, WEIGHTED=weighted, ABORTED=ABORTED,
-                **self._narrow,
             )  # fmt: skip
 
         def flatten(bounded: bool) -> Launch:
@@ -392,20 +427,19 @@ class DeviceExchange:
                 ANSWERED=ANSWERED, ABORTED=ABORTED, BLOCK=1024,
             ),
             place=Launch(
-                kernels.place, 4, EXPERTS=experts, COLUMNS=columns, FIRST=answer.first, BEGIN=answer.begin,
-                TARGET=answer.target, BLOCK=512,
+                kernels.place, 4, RANKS=size, PAIRS=self.pairs, ROWS=self.rows, EXPERTS=experts, COLUMNS=columns,
+                FIRST=answer.first, BEGIN=answer.begin, TARGET=answer.target, BLOCK=512,
             ),
-            hand_out=hand_out(self._lenders, backward=False),
-            return_out=hand_out(0, backward=True),
-            keep=Launch(
-                kernels.keep, 8, JOINED=self.joined, AWAY=self.capacity, WIDTH=shape.hidden, ELEMENTS=shape.elements,
-                LENDERS=self._lenders, **self._wide, PIECE=self._piece,
-            ),
+            hand_out=hand_out(self._lenders),
+            hand_tokens=hand_out(0),
+            arrange=arrange(self._lenders, backward=False),
+            arrange_gradients=arrange(0, backward=True),
             give_back=give_back(0, backward=False),
-            give_gradients=give_back(0, backward=True),
-            give_all=give_back(self._lenders, backward=True),
-            weigh=collect(weighted=True),
-            add_up=collect(weighted=False),
+            give_gradients=give_back(self._lenders, backward=True),
+            collect=Launch(
+                kernels.collect, 8, CHOICES=self.choices, ROWS=self.rows, WIDTH=shape.hidden, ABORTED=ABORTED,
+                **self._narrow,
+            ),
             activate=Launch(kernels.activate, 4, **network),
             activate_backward=Launch(kernels.activate_backward, 4, **network),
             flatten=flatten(bounded=False),

@@ -4,6 +4,8 @@ Symmetric memory is named by what this rank sees of it. ``peers`` is int64[ranks
 seen from the beginning of this rank's, in units of 16 bytes, so that compilers see what accesses are aligned.
 ``EACH`` is the number of elements in 16 bytes. Rows of a rank's computation are numbered ``0..rows-1``, experts at
 home from 0 and lent ones from the place where their region begins; ``device * rows + row`` names a row of the group.
+Tokens of the group are numbered ``rank * TOKENS + token``, ``GROUP_TOKENS`` in all. A token travels once to each rank
+that computes one of its choices, and the sum of that rank's results travels back (as in DeepEP).
 
 With ``TRITON_INTERPRET=1`` the same kernels run on CPU memory that processes share.
 """
@@ -22,12 +24,12 @@ __all__ = [
     "ON_GPU",
     "activate",
     "activate_backward",
+    "arrange",
     "collect",
     "count",
     "flatten",
     "give_back",
     "hand_out",
-    "keep",
     "lanes",
     "meet",
     "place",
@@ -49,7 +51,7 @@ _UNFILLED = tl.constexpr(2**31 - 1)
 def program(function: Callable[..., Any]) -> Any:
     """A Triton kernel, or a part of one, compiled once for all numbers and for all places of single words."""
     numbers = ["rank", "layer", "tokens", "pairs", "chunks", "excess", "limit", "number"]
-    return triton.jit(function, do_not_specialize=[*numbers, "end", "at_home", "away", "used", "number_borrowed"])
+    return triton.jit(function, do_not_specialize=[*numbers, "end", "used", "number_borrowed"])
 
 
 # Signals
@@ -293,11 +295,19 @@ def plan(
 @program
 def place(
     index: tl.tensor,
+    weight: tl.tensor,
     order: tl.tensor,
     before: tl.tensor,
     answer: tl.tensor,
     target: tl.tensor,
+    where: tl.tensor,
+    share: tl.tensor,
+    peers: tl.tensor,
     pairs: tl.tensor,
+    rank: tl.tensor,
+    RANKS: tl.constexpr,
+    PAIRS: tl.constexpr,
+    ROWS: tl.constexpr,
     EXPERTS: tl.constexpr,
     COLUMNS: tl.constexpr,
     FIRST: tl.constexpr,
@@ -305,25 +315,30 @@ def place(
     TARGET: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """The row of the group that each pair goes to, -1 where there is no plan.
+    """The row of the group that each pair goes to, -1 where there is no plan; every rank learns which go to it.
 
     The pairs of an expert, in their order, go to its replicas in the order of their devices, so many to each.
 
     Args:
         index: int64[pairs].
+        weight: [pairs].
         order: int32[pairs], as `count` left it.
         before: int32[chunks, COLUMNS], as `total` left the tallies.
         answer: The plan; see `routes`.
         target: int32[pairs], out.
+        where: int32[ranks, PAIRS] in symmetric memory, out: the row of each pair on the rank whose memory it is, -1 if
+            it goes elsewhere, or if the source has no such pair.
+        share: float32[ranks, PAIRS] in symmetric memory, out: the weights.
+        pairs: Number of pairs of this rank.
     """
     pair = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = pair < pairs
     planned = tl.load(answer) == 0
     wide = tl.load(index + pair, mask=inside, other=0)
-    inside = inside & (wide >= 0) & (wide < EXPERTS)
-    expert = tl.where(inside, wide, 0).to(tl.int32)
-    mine = tl.load(before + (pair // _CHUNK) * COLUMNS + expert, mask=inside, other=0)
-    mine += tl.load(order + pair, mask=inside, other=0)
+    known = inside & (wide >= 0) & (wide < EXPERTS)
+    expert = tl.where(known, wide, 0).to(tl.int32)
+    mine = tl.load(before + (pair // _CHUNK) * COLUMNS + expert, mask=known, other=0)
+    mine += tl.load(order + pair, mask=known, other=0)
     first = tl.load(answer + FIRST + expert)
     end = tl.load(answer + FIRST + expert + 1)
     chosen = first
@@ -331,8 +346,15 @@ def place(
         begin = tl.load(answer + BEGIN + first + step, mask=first + step < end, other=_UNFILLED)
         chosen += (begin <= mine).to(tl.int32)
     chosen = tl.where(planned, chosen, 0)
-    row = tl.load(answer + TARGET + chosen) + mine - tl.load(answer + BEGIN + chosen)
-    tl.store(target + pair, tl.where(planned & inside, row, -1), mask=pair < pairs)
+    goal = tl.load(answer + TARGET + chosen) + mine - tl.load(answer + BEGIN + chosen)
+    goal = tl.where(planned & known, goal, -1)
+    tl.store(target + pair, goal, mask=inside)
+    value = tl.load(weight + pair, mask=inside, other=0.0).to(tl.float32)
+    for peer in range(RANKS):
+        at = tl.load(peers + peer) * 4 + rank * PAIRS + pair
+        here = (goal >= 0) & (goal // ROWS == peer)
+        tl.store(where + at, tl.where(here, goal % ROWS, -1), mask=pair < PAIRS)
+        tl.store(share + at, value, mask=here)
 
 
 # Rows and weights on their way
@@ -342,41 +364,34 @@ def place(
 def hand_out(
     source: tl.tensor,
     target: tl.tensor,
-    weight: tl.tensor,
-    rows: tl.tensor,
-    label: tl.tensor,
-    scale: tl.tensor,
+    arrived: tl.tensor,
     peers: tl.tensor,
     experts: tl.tensor,
     lent: tl.tensor,
     answer: tl.tensor,
-    pairs: tl.tensor,
+    tokens: tl.tensor,
     rank: tl.tensor,
     CHOICES: tl.constexpr,
+    TOKENS: tl.constexpr,
     WIDTH: tl.constexpr,
     EACH: tl.constexpr,
     ROWS: tl.constexpr,
-    LABELS: tl.constexpr,
     ELEMENTS: tl.constexpr,
     LENDERS: tl.constexpr,
     LENT: tl.constexpr,
     LOANS: tl.constexpr,
-    BACKWARD: tl.constexpr,
     BLOCK: tl.constexpr,
     COLUMNS: tl.constexpr,
     PIECE: tl.constexpr,
 ) -> None:
-    """Write rows to their places on all ranks, and lent experts into the borrowers' memory.
+    """Write each token once to every rank that computes one of its choices, and lent experts to their borrowers.
 
-    The first `LENDERS` blocks lend; each of the others moves the rows of `BLOCK` pairs.
+    The first `LENDERS` blocks lend; each of the others moves `BLOCK` tokens.
 
     Args:
         source: [tokens, WIDTH].
-        target: int32[pairs].
-        weight: [pairs], read in the backward pass.
-        rows: [ROWS, WIDTH] in symmetric memory, out.
-        label: int32[ROWS] in symmetric memory, out in the forward pass: ``rank * LABELS + pair``.
-        scale: float32[ROWS] in symmetric memory, out in the backward pass: the weight.
+        target: int32[tokens * CHOICES].
+        arrived: [ranks, TOKENS, WIDTH] in symmetric memory, out.
         experts: [owned, ELEMENTS], this rank's.
         lent: [slots, ELEMENTS] in symmetric memory, out.
         answer: The plan.
@@ -392,50 +407,73 @@ def hand_out(
                 value = tl.load(experts + mine * ELEMENTS + piece, mask=piece < ELEMENTS)
                 tl.store(lent + away + slot * ELEMENTS + piece, value.to(lent.dtype.element_ty), mask=piece < ELEMENTS)
     else:
-        pair = (block - LENDERS) * BLOCK + tl.arange(0, BLOCK)
-        goal = tl.load(target + pair, mask=pair < pairs, other=-1)
-        there = goal >= 0
-        goal = tl.where(there, goal, 0)
-        units = tl.load(peers + goal // ROWS, mask=there, other=0)
-        row = (goal % ROWS).to(tl.int64)
-        if BACKWARD:
-            value = tl.load(weight + pair, mask=there, other=0.0).to(tl.float32)
-            tl.store(scale + units * 4 + row, value, mask=there)
-        else:
-            tl.store(label + units * 4 + row, rank * LABELS + pair, mask=there)
-        token = (pair // CHOICES).to(tl.int64)
+        token = (block - LENDERS) * BLOCK + tl.arange(0, BLOCK)
+        there = token < tokens
+        row = (rank * TOKENS + token).to(tl.int64)
         for first in range(0, WIDTH, COLUMNS):
             column = first + tl.arange(0, COLUMNS)
-            mask = there[:, None] & (column < WIDTH)[None, :]
-            values = tl.load(source + token[:, None] * WIDTH + column[None, :], mask=mask)
-            tl.store(rows + units[:, None] * EACH + row[:, None] * WIDTH + column[None, :], values, mask=mask)
+            inside = (column < WIDTH)[None, :]
+            values = tl.load(
+                source + token.to(tl.int64)[:, None] * WIDTH + column[None, :], mask=there[:, None] & inside
+            )
+            for choice in tl.static_range(CHOICES):
+                goal = tl.load(target + token * CHOICES + choice, mask=there, other=-1)
+                leads = leads_to(target, token, there, goal, choice, CHOICES, ROWS)
+                units = tl.load(peers + goal // ROWS, mask=leads, other=0)
+                to = arrived + units[:, None] * EACH + row[:, None] * WIDTH + column[None, :]
+                tl.store(to, values, mask=leads[:, None] & inside)
 
 
 @program
-def keep(
-    rows: tl.tensor,
-    label: tl.tensor,
+def leads_to(
+    target: tl.tensor,
+    token: tl.tensor,
+    there: tl.tensor,
+    goal: tl.tensor,
+    choice: tl.constexpr,
+    CHOICES: tl.constexpr,
+    ROWS: tl.constexpr,
+) -> tl.tensor:
+    """Whether this choice, which goes to `goal`, is the token's first that goes to its rank."""
+    leads = goal >= 0
+    for earlier in tl.static_range(choice):
+        other = tl.load(target + token * CHOICES + earlier, mask=there, other=-1)
+        leads = leads & ((other < 0) | (other // ROWS != goal // ROWS))
+    return leads
+
+
+@program
+def arrange(
+    arrived: tl.tensor,
+    where: tl.tensor,
+    share: tl.tensor,
     lent: tl.tensor,
-    kept_rows: tl.tensor,
-    kept_label: tl.tensor,
+    rows: tl.tensor,
+    scale: tl.tensor,
+    kept_where: tl.tensor,
     kept_lent: tl.tensor,
-    at_home: tl.tensor,
-    away: tl.tensor,
     number_borrowed: tl.tensor,
-    JOINED: tl.constexpr,
-    AWAY: tl.constexpr,
+    CHOICES: tl.constexpr,
+    GROUP_TOKENS: tl.constexpr,
     WIDTH: tl.constexpr,
     ELEMENTS: tl.constexpr,
     LENDERS: tl.constexpr,
+    BACKWARD: tl.constexpr,
     BLOCK: tl.constexpr,
     COLUMNS: tl.constexpr,
     PIECE: tl.constexpr,
 ) -> None:
-    """Copy what has arrived out of symmetric memory: rows, labels, and experts that were lent to this rank.
+    """Tokens that have arrived to the rows of this rank's experts; in the forward pass, all that backward needs.
 
     Args:
-        at_home: int32, number of rows, or of experts at home if those of lent ones are apart and begin at `AWAY`.
-        away: int32, number of rows of lent experts if they are apart.
+        arrived: [GROUP_TOKENS, WIDTH].
+        where: int32[GROUP_TOKENS, CHOICES], their rows.
+        share: float32[GROUP_TOKENS, CHOICES], weights, read in the forward pass.
+        lent: [slots, ELEMENTS], experts that were lent to this rank, read in the forward pass.
+        rows: [rows, WIDTH], out.
+        scale: float32[rows], out in the forward pass: the weight of each row.
+        kept_where: As `where`, out in the forward pass.
+        kept_lent: As `lent`, out in the forward pass.
         number_borrowed: int32, number of lent experts.
     """
     block = tl.program_id(0)
@@ -445,36 +483,77 @@ def keep(
             piece = first + tl.arange(0, PIECE)
             tl.store(kept_lent + piece, tl.load(lent + piece, mask=piece < end), mask=piece < end)
     else:
-        home = tl.load(at_home)
-        count_rows = home
-        if not JOINED:
-            count_rows += tl.load(away)
-        step = (tl.num_programs(0) - LENDERS) * BLOCK
-        for start in range((block - LENDERS) * BLOCK, count_rows, step):
-            row = start + tl.arange(0, BLOCK)
-            used = row < count_rows
-            row = tl.where(row < home, row, row - home + AWAY).to(tl.int64)
-            tl.store(kept_label + row, tl.load(label + row, mask=used), mask=used)
+        for start in range((block - LENDERS) * BLOCK, GROUP_TOKENS, (tl.num_programs(0) - LENDERS) * BLOCK):
+            token = start + tl.arange(0, BLOCK)
+            inside = token < GROUP_TOKENS
+            used = tl.zeros([BLOCK], tl.int1)
+            for choice in tl.static_range(CHOICES):
+                row = tl.load(where + token * CHOICES + choice, mask=inside, other=-1)
+                used = used | (row >= 0)
+                if not BACKWARD:
+                    value = tl.load(share + token * CHOICES + choice, mask=row >= 0, other=0.0)
+                    tl.store(scale + row, value, mask=row >= 0)
+                    tl.store(kept_where + token * CHOICES + choice, row, mask=inside)
             for first in range(0, WIDTH, COLUMNS):
                 column = first + tl.arange(0, COLUMNS)
-                mask = used[:, None] & (column < WIDTH)[None, :]
-                at = row[:, None] * WIDTH + column[None, :]
-                tl.store(kept_rows + at, tl.load(rows + at, mask=mask), mask=mask)
+                mask = (column < WIDTH)[None, :]
+                at = arrived + token.to(tl.int64)[:, None] * WIDTH + column[None, :]
+                values = tl.load(at, mask=used[:, None] & mask)
+                for choice in tl.static_range(CHOICES):
+                    row = tl.load(where + token * CHOICES + choice, mask=inside, other=-1)
+                    to = rows + row.to(tl.int64)[:, None] * WIDTH + column[None, :]
+                    tl.store(to, values, mask=(row >= 0)[:, None] & mask)
+
+
+@program
+def fetch(
+    gradient: tl.tensor,
+    borrowed: tl.tensor,
+    answer: tl.tensor,
+    peers: tl.tensor,
+    piece: tl.tensor,
+    EACH: tl.constexpr,
+    ELEMENTS: tl.constexpr,
+    LENT: tl.constexpr,
+    LOANS: tl.constexpr,
+) -> None:
+    """Add what borrowers found for these elements of every expert that was lent, in the order of the list."""
+    inside = piece < ELEMENTS
+    # Loans of one expert follow one another: it is read and written once.
+    before = tl.full([], -1, tl.int64)
+    sums = tl.zeros(piece.shape, tl.float32)
+    for loan in range(tl.load(answer + LENT)):
+        at = answer + LOANS + 3 * loan
+        mine, device, slot = tl.load(at).to(tl.int64), tl.load(at + 1), tl.load(at + 2).to(tl.int64)
+        if mine != before:
+            if before >= 0:
+                tl.store(gradient + before * ELEMENTS + piece, sums, mask=inside)
+            sums = tl.load(gradient + mine * ELEMENTS + piece, mask=inside, other=0.0).to(tl.float32)
+            before = mine
+        away = tl.load(peers + device) * EACH
+        sums += tl.load(borrowed + away + slot * ELEMENTS + piece, mask=inside, other=0.0).to(tl.float32)
+    if before >= 0:
+        tl.store(gradient + before * ELEMENTS + piece, sums, mask=inside)
 
 
 @program
 def give_back(
-    results: tl.tensor,
-    label: tl.tensor,
+    at_home: tl.tensor,
+    away: tl.tensor,
+    where: tl.tensor,
+    share: tl.tensor,
     to_weight: tl.tensor,
     returned: tl.tensor,
     returned_weight: tl.tensor,
     peers: tl.tensor,
-    end: tl.tensor,
     gradient: tl.tensor,
     borrowed: tl.tensor,
     answer: tl.tensor,
-    LABELS: tl.constexpr,
+    CHOICES: tl.constexpr,
+    TOKENS: tl.constexpr,
+    GROUP_TOKENS: tl.constexpr,
+    JOINED: tl.constexpr,
+    AWAY: tl.constexpr,
     WIDTH: tl.constexpr,
     EACH: tl.constexpr,
     ELEMENTS: tl.constexpr,
@@ -486,82 +565,85 @@ def give_back(
     COLUMNS: tl.constexpr,
     PIECE: tl.constexpr,
 ) -> None:
-    """Write results to their sources, and fetch the gradients of experts that this rank lent.
+    """Sum each token's results of this rank and write them to its source; fetch gradients of experts that were lent.
 
-    The first `LENDERS` blocks fetch: they add what borrowers found, in float32 and in the order of the list.
+    Sums are taken in float32, in the order of the choices, weighted in the forward pass. The first `LENDERS` blocks
+    fetch: they add what borrowers found, in float32 and in the order of the list.
 
     Args:
-        results: [rows, WIDTH].
-        label: int32[rows], where each comes from.
-        to_weight: float32[rows], gradients of the routers' weights, in the backward pass.
-        returned: [pairs, WIDTH] in symmetric memory, out.
-        returned_weight: float32[pairs] in symmetric memory, out in the backward pass.
-        end: int32, number of rows.
+        at_home: [rows or AWAY, WIDTH], results.
+        away: [rows - AWAY, WIDTH], those of lent experts, from row `AWAY` on, where they are not `JOINED`.
+        where: int32[GROUP_TOKENS, CHOICES], the row of each pair, -1 where it is not computed here.
+        share: float32[GROUP_TOKENS, CHOICES], the weights, read in the forward pass.
+        to_weight: float32[rows], gradients of the routers' weights, read in the backward pass.
+        returned: [TOKENS, CHOICES, WIDTH] in symmetric memory, out at the token's first choice of this rank.
+        returned_weight: float32[TOKENS, CHOICES] in symmetric memory, out in the backward pass.
         gradient: [owned, ELEMENTS], changed in place.
         borrowed: [slots, ELEMENTS] in symmetric memory, what borrowers found.
     """
     block = tl.program_id(0)
     if block < LENDERS:
-        lent = tl.load(answer + LENT)
         for first in range(block * PIECE, ELEMENTS, LENDERS * PIECE):
             piece = first + tl.arange(0, PIECE)
-            inside = piece < ELEMENTS
-            # Loans of one expert follow one another: it is read and written once.
-            before = tl.full([], -1, tl.int64)
-            sums = tl.zeros([PIECE], tl.float32)
-            for loan in range(lent):
-                at = answer + LOANS + 3 * loan
-                mine, device, slot = tl.load(at).to(tl.int64), tl.load(at + 1), tl.load(at + 2).to(tl.int64)
-                if mine != before:
-                    if before >= 0:
-                        tl.store(gradient + before * ELEMENTS + piece, sums, mask=inside)
-                    sums = tl.load(gradient + mine * ELEMENTS + piece, mask=inside, other=0.0).to(tl.float32)
-                    before = mine
-                away = tl.load(peers + device) * EACH
-                part = tl.load(borrowed + away + slot * ELEMENTS + piece, mask=inside, other=0.0)
-                sums += part.to(tl.float32)
-            if before >= 0:
-                tl.store(gradient + before * ELEMENTS + piece, sums, mask=inside)
+            fetch(gradient, borrowed, answer, peers, piece, EACH, ELEMENTS, LENT, LOANS)
     else:
-        rows = tl.load(end)
-        step = (tl.num_programs(0) - LENDERS) * BLOCK
-        for start in range((block - LENDERS) * BLOCK, rows, step):
-            row = start + tl.arange(0, BLOCK)
-            used = row < rows
-            origin = tl.load(label + row, mask=used, other=0)
-            units = tl.load(peers + origin // LABELS, mask=used, other=0)
-            pair = (origin % LABELS).to(tl.int64)
-            if BACKWARD:
-                value = tl.load(to_weight + row, mask=used, other=0.0)
-                tl.store(returned_weight + units * 4 + pair, value, mask=used)
+        for start in range((block - LENDERS) * BLOCK, GROUP_TOKENS, (tl.num_programs(0) - LENDERS) * BLOCK):
+            token = start + tl.arange(0, BLOCK)
+            inside = token < GROUP_TOKENS
+            units = tl.load(peers + token // TOKENS, mask=inside, other=0)
+            pair = (token % TOKENS) * CHOICES
+            lead = tl.full([BLOCK], CHOICES, tl.int32)
+            for choice in tl.static_range(CHOICES):
+                row = tl.load(where + token * CHOICES + choice, mask=inside, other=-1)
+                lead = tl.where((row >= 0) & (lead == CHOICES), choice, lead)
+                if BACKWARD:
+                    value = tl.load(to_weight + row, mask=row >= 0, other=0.0)
+                    tl.store(returned_weight + units * 4 + pair + choice, value, mask=row >= 0)
+            to = (pair + lead).to(tl.int64)
             for first in range(0, WIDTH, COLUMNS):
                 column = first + tl.arange(0, COLUMNS)
-                mask = used[:, None] & (column < WIDTH)[None, :]
-                values = tl.load(results + row.to(tl.int64)[:, None] * WIDTH + column[None, :], mask=mask)
-                tl.store(returned + units[:, None] * EACH + pair[:, None] * WIDTH + column[None, :], values, mask=mask)
+                mask = (column < WIDTH)[None, :]
+                sums = tl.zeros([BLOCK, COLUMNS], tl.float32)
+                for choice in tl.static_range(CHOICES):
+                    row = tl.load(where + token * CHOICES + choice, mask=inside, other=-1)
+                    here = row >= 0
+                    if not JOINED:
+                        apart = row >= AWAY
+                        at = away + (row - AWAY).to(tl.int64)[:, None] * WIDTH + column[None, :]
+                        lent_values = tl.load(at, mask=apart[:, None] & mask, other=0.0).to(tl.float32)
+                        here = here & (row < AWAY)
+                    at = at_home + row.to(tl.int64)[:, None] * WIDTH + column[None, :]
+                    values = tl.load(at, mask=here[:, None] & mask, other=0.0).to(tl.float32)
+                    if not JOINED:
+                        values += lent_values
+                    if not BACKWARD:
+                        values *= tl.load(share + token * CHOICES + choice, mask=row >= 0, other=0.0)[:, None]
+                    sums += values
+                at = returned + units[:, None] * EACH + to[:, None] * WIDTH + column[None, :]
+                tl.store(at, sums.to(returned.dtype.element_ty), mask=(lead < CHOICES)[:, None] & mask)
 
 
 @program
 def collect(
     returned: tl.tensor,
-    weight: tl.tensor,
+    target: tl.tensor,
     out: tl.tensor,
     answer: tl.tensor,
     abort: tl.tensor,
     host_words: tl.tensor,
     tokens: tl.tensor,
     CHOICES: tl.constexpr,
+    ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
-    WEIGHTED: tl.constexpr,
     ABORTED: tl.constexpr,
     BLOCK: tl.constexpr,
     COLUMNS: tl.constexpr,
 ) -> None:
-    """Sum each token's rows in float32, weighted in the forward pass; not a number where the pass has failed.
+    """Add up in float32 what each token got back from the ranks; not a number where the pass has failed.
 
     Args:
-        returned: [tokens, CHOICES, WIDTH].
-        weight: [tokens, CHOICES], read if `WEIGHTED`.
+        returned: [tokens, CHOICES, WIDTH], the sum of a rank at the token's first choice that went there.
+        target: int32[tokens * CHOICES].
         out: [tokens, WIDTH], out.
     """
     stopped = tl.load(abort, volatile=True)
@@ -571,17 +653,16 @@ def collect(
     token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     inside = token < tokens
-    mask = inside[:, None] & (column < WIDTH)[None, :]
-    token = token.to(tl.int64)
+    mask = (column < WIDTH)[None, :]
     sums = tl.zeros([BLOCK, COLUMNS], tl.float32)
     for choice in tl.static_range(CHOICES):
-        pair = token * CHOICES + choice
-        values = tl.load(returned + pair[:, None] * WIDTH + column[None, :], mask=mask, other=0.0).to(tl.float32)
-        if WEIGHTED:
-            values *= tl.load(weight + pair, mask=inside, other=0.0).to(tl.float32)[:, None]
-        sums += values
+        goal = tl.load(target + token * CHOICES + choice, mask=inside, other=-1)
+        leads = leads_to(target, token, inside, goal, choice, CHOICES, ROWS)
+        at = returned + (token.to(tl.int64) * CHOICES + choice)[:, None] * WIDTH + column[None, :]
+        sums += tl.load(at, mask=leads[:, None] & mask, other=0.0).to(tl.float32)
     sums = tl.where(failed, float("nan"), sums)
-    tl.store(out + token[:, None] * WIDTH + column[None, :], sums.to(out.dtype.element_ty), mask=mask)
+    to = out + token.to(tl.int64)[:, None] * WIDTH + column[None, :]
+    tl.store(to, sums.to(out.dtype.element_ty), mask=inside[:, None] & mask)
 
 
 # Activations

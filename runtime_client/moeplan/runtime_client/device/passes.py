@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from moeplan.runtime_client.device.exchange import DeviceExchange, Expert, Route
+from moeplan.runtime_client.device.exchange import Arrivals, DeviceExchange, Expert, Route
 from moeplan.runtime_client.device.mailbox import Turn
 
 __all__ = ["run_pass"]
@@ -48,8 +48,7 @@ def run_pass(
         if own != other:
             raise ValueError(f"{turn.title}: {name} = {other}: the exchange was made for {own}")
     exchange.check()
-    repeated = torch.is_grad_enabled() and any(part.requires_grad for part in (flat, hidden, weight))
-    output: Tensor = _Pass.apply(flat, hidden, weight, index, exchange, turn, repeated)  # type: ignore[no-untyped-call]
+    output: Tensor = _Pass.apply(flat, hidden, weight, index, exchange, turn)  # type: ignore[no-untyped-call]
     return output
 
 
@@ -63,7 +62,6 @@ class _Pass(torch.autograd.Function):
         index: Tensor,
         exchange: DeviceExchange,
         turn: Turn,
-        repeated: bool,
     ) -> Tensor:
         # What there is no room for takes no part; the pass fails on all ranks.
         excess = max(len(hidden) - exchange.max_tokens, 0)
@@ -77,59 +75,55 @@ class _Pass(torch.autograd.Function):
             own, lent = _aligned(flat), flat.new_empty(spare, flat.shape[1])
         route = exchange.plan(chosen, shares, excess, turn)
         exchange.hand_out(route, some.to(exchange.dtype), own)
-        if repeated:
-            rows, label = exchange.keep(route, lent)
-        else:
-            rows, label = exchange.arrived, exchange.label
-            lent.copy_(exchange.lent)
+        arrivals = exchange.arrange(route, lent)
         weights = [experts] if exchange.joined else [own, lent]
-        firsts, parts = [], []
+        firsts, results = [], []
         with torch.autocast(hidden.device.type, enabled=False):
             for region, ends, matrices in zip(*_regions(exchange, route), weights, strict=True):
                 inner, outer = split(exchange.shape, matrices)
-                first = functional.grouped_mm(rows[region], inner.transpose(1, 2), offs=ends)
+                first = functional.grouped_mm(arrivals.rows[region], inner.transpose(1, 2), offs=ends)
                 active = exchange.activate(first, ends[-1:])
-                results = functional.grouped_mm(active, outer.transpose(1, 2), offs=ends)
+                results.append(functional.grouped_mm(active, outer.transpose(1, 2), offs=ends))
                 firsts.append(first)
-                parts.append((results, label[region], exchange.scale[region], ends))
-        exchange.give_back(route, parts)
+        exchange.give_back(route, arrivals.where, results)
         output = torch.full_like(hidden, float("nan")) if excess else torch.empty_like(hidden)
-        exchange.collect(route, output[: len(some)], shares)
-        ctx.exchange, ctx.route, ctx.regions = exchange, route, len(weights)
-        ctx.save_for_backward(flat, shares, rows, label, *weights, *firsts)
+        exchange.collect(route, output[: len(some)])
+        ctx.exchange, ctx.route, ctx.regions, ctx.shape = exchange, route, len(weights), index.shape
+        ctx.save_for_backward(flat, arrivals.rows, arrivals.scale, arrivals.where, *weights, *firsts)
+        ctx.weights = weight.dtype
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         exchange, route = ctx.exchange, ctx.route
-        flat, weight, rows, label, *rest = ctx.saved_tensors
+        flat, rows, scale, where, *rest = ctx.saved_tensors
         weights, firsts = rest[: ctx.regions], rest[ctx.regions :]
         exchange.meet()  # all ranks are done with what arrived in earlier passes
         some = _aligned(gradient[: exchange.max_tokens].to(exchange.dtype))
-        exchange.hand_out(route, some, weights[0], weight)
-        to_flat = torch.empty_like(flat)
+        exchange.hand_out(route, some, None)
+        arrived = exchange.arrange_gradients(route, Arrivals(rows, scale, where))
+        to_flat, to_weight = torch.empty_like(flat), torch.empty_like(scale)
         to_inner: list[Tensor] = []
         to_outer: list[Tensor] = []
-        parts = []
+        results = []
         with torch.autocast(gradient.device.type, enabled=False):
             for region, ends, matrices, first in zip(*_regions(exchange, route), weights, firsts, strict=True):
                 inner, outer = split(exchange.shape, matrices)
-                arrived = exchange.arrived[region]
-                raw = functional.grouped_mm(arrived, outer, offs=ends)
-                to_first, scaled, to_weight = exchange.activate_backward(raw, first, exchange.scale[region], ends[-1:])
-                to_outer += _replicas(exchange, functional.grouped_mm(arrived.T, scaled, offs=ends))
+                raw = functional.grouped_mm(arrived[region], outer, offs=ends)
+                to_first, scaled = exchange.activate_backward(raw, first, scale[region], to_weight[region], ends[-1:])
+                to_outer += _replicas(exchange, functional.grouped_mm(arrived[region].T, scaled, offs=ends))
                 to_inner += _replicas(exchange, functional.grouped_mm(to_first.T, rows[region], offs=ends))
-                parts.append((functional.grouped_mm(to_first, inner, offs=ends), label[region], to_weight, ends))
+                results.append(functional.grouped_mm(to_first, inner, offs=ends))
         exchange.flatten(route, to_inner[0], to_outer[0], to_flat, lent=False)
         if exchange.spare:
             exchange.flatten(route, to_inner[1], to_outer[1], exchange.lent, lent=True)
-        exchange.give_back(route, parts, to_flat)
+        exchange.give_back(route, where, results, to_weight, to_flat)
         to_hidden = torch.full_like(gradient, float("nan"))
         exchange.collect(route, to_hidden[: len(some)])
-        to_choices = weight.new_zeros(len(gradient), exchange.choices)
-        to_choices[: len(some)] = exchange.returned_weight[: weight.numel()].view_as(weight)
-        return to_flat, to_hidden, to_choices, None, None, None, None
+        to_choices = torch.zeros(ctx.shape, dtype=ctx.weights, device=gradient.device)
+        to_choices[: len(some)] = exchange.returned_weight[: len(some) * exchange.choices].view(-1, exchange.choices)
+        return to_flat, to_hidden, to_choices, None, None, None
 
 
 def _regions(exchange: DeviceExchange, route: Route) -> tuple[list[slice], list[Tensor]]:
