@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from moeplan.runtime_client.device.exchange import DeviceExchange
 from moeplan.runtime_client.device.memory import symmetric_memory
+from moeplan.runtime_client.device.routes import FULLEST
 from moeplan.runtime_client.errors import MissedPassError, PassError, RanksDifferError, RouterError
 from moeplan.runtime_client.group import ExpertGroup
 from moeplan.runtime_client.layers.feed_forward import ExpertShape
@@ -44,13 +45,15 @@ def make_layers(
     shape: ExpertShape = SHAPE,
     limit: timedelta = timedelta(hours=1),
     capacity: int | None = None,
+    rounds: int = 1,
+    tokens: int = TOKENS,
 ) -> tuple[ResidentExperts, ResidentExperts, DeviceExchange]:
     """A layer on gloo and one without the host, with equal weights of this type, computing in float32."""
     group = make_group()
     planner = QuotaPlanner(SpillOptions.uniform(EXPERTS, group.size, spare), group.size)
     exchange = DeviceExchange(
-        group, planner, shape, max_tokens=TOKENS, choices=CHOICES, device=CPU, dtype=torch.float32, weights=dtype,
-        capacity=capacity, time_limit=limit, memory=shared_memory(folder),
+        group, planner, shape, max_tokens=tokens, choices=CHOICES, device=CPU, dtype=torch.float32, weights=dtype,
+        capacity=capacity, rounds=rounds, time_limit=limit, memory=shared_memory(folder),
     )  # fmt: skip
     layers = [
         ResidentExperts(
@@ -116,6 +119,33 @@ def test_a_pass_equals_that_on_collectives(
 ) -> None:
     lent = ranks(size, equals_gloo, tmp_path, dtype, spare, shape, timeout_s=200)
     assert (sum(map(sum, lent)) > 0) == (spare > 0)
+
+
+def overflows(folder: Path, dtype: torch.dtype, spare: int) -> tuple[int, int]:
+    """Most rows of a rank with uneven and with few tokens, where a round has room for 64."""
+    gloo, own, exchange = make_layers(folder, dtype=dtype, spare=spare, capacity=64, rounds=4, tokens=90)
+    fullest = []
+    for seed, tokens in enumerate((90 - dist.get_rank(), 7)):
+        parts = batch(seed, tokens, 1.5)
+        found = answers(own, parts)
+        assert_close(answers(gloo, parts), found)
+        fullest.append(int(exchange.mailbox.answer[FULLEST]))
+        for one, other in zip(found, answers(own, parts, recompute=True), strict=True):
+            assert torch.equal(one, other)
+    with torch.no_grad():
+        assert_close([gloo(*parts[:3])], [own(*parts[:3])])
+    exchange.check()
+    exchange.mailbox.close()
+    return fullest[0], fullest[1]
+
+
+@pytest.mark.parametrize(("dtype", "spare"), [(torch.float32, 0), (torch.float32, 3), (torch.float64, 1)])
+def test_rows_beyond_the_capacity_are_computed_in_rounds(
+    ranks: Launch, tmp_path: Path, dtype: torch.dtype, spare: int
+) -> None:
+    for most, few in ranks(2, overflows, tmp_path, dtype, spare, timeout_s=200):
+        assert 128 < most <= 256
+        assert few <= 64
 
 
 def repeated(folder: Path) -> None:
@@ -235,6 +265,8 @@ def refusals(folder: Path) -> list[str]:
         (quota, ExpertShape(16, 8, limit=7.0), {}),
         (quota, ExpertShape(16, 8, transposed=True), {}),
         (quota, SHAPE, {"capacity": 7}),
+        (quota, SHAPE, {"capacity": 3, "rounds": 2}),
+        (quota, SHAPE, {"rounds": 0}),
         (quota, SHAPE, {"max_tokens": 0}),
         (quota, SHAPE, {"device": torch.device("cuda"), "dtype": torch.float32}),
     ):
@@ -253,7 +285,9 @@ def test_what_cannot_run_without_the_host_is_refused_by_name(ranks: Launch, tmp_
         "expert.hidden = 12",
         "limit=7.0",
         "transposed=True",
-        "capacity = 7",
+        "capacity = 7: must be 8 to 16 rows with 1 rounds",
+        "capacity = 3: must be 4 to 16 rows with 2 rounds",
+        "rounds = 0",
         "max_tokens",
         "dtype",
     )

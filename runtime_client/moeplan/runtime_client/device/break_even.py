@@ -52,7 +52,8 @@ def measure_transfer(exchange: DeviceExchange) -> float:
 
     def lend(route: Route) -> None:
         exchange.hand_out(route, nothing, experts)
-        exchange.give_back(route, nowhere, [nothing], exchange.share, gradient)
+        exchange.give_back(route, 0, nowhere, [nothing], exchange.share, gradient)
+        exchange.meet()
 
     weights = torch.randn(_REPLICAS, elements, device=device).to(exchange.dtype)
     rows = torch.randn(_ROWS, exchange.shape.hidden, device=device).to(exchange.dtype)

@@ -16,12 +16,12 @@ from torch import Tensor
 from moeplan.runtime_client.device.launches import Launch
 from moeplan.runtime_client.device.mailbox import ABORTED, ANSWERED, LAYER, REQUEST, TOLD, Mailbox, MailboxSizes, Turn
 from moeplan.runtime_client.device.memory import SymmetricMemory, places, symmetric_memory
-from moeplan.runtime_client.device.routes import BORROWED, LENT
+from moeplan.runtime_client.device.routes import BORROWED, FULLEST, LENT
 from moeplan.runtime_client.group import ExpertGroup
 from moeplan.solvers import QuotaPlanner, SpillOptions
 from moeplan.solvers.problem.arrays import Int32
 
-__all__ = ["Arrivals", "DeviceExchange", "Route"]
+__all__ = ["DeviceExchange", "Route"]
 
 _LENDERS = 128
 """Blocks that move lent experts beside the tokens: as many as it takes to fill a link with reads from another GPU."""
@@ -62,36 +62,25 @@ class Route:
     ends: Tensor
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Arrivals:
-    """What a pass brought to this rank.
-
-    Attributes:
-        rows: [rows, hidden], tokens ordered by expert.
-        scale: float32[rows], their weights.
-        where: int32[tokens of the group, choices], the row of each, -1 if it is computed elsewhere.
-    """
-
-    rows: Tensor
-    scale: Tensor
-    where: Tensor
-
-
 class DeviceExchange:
     """Lets `ResidentExperts` run its passes on GPUs without the host: counts, plan, dispatch, products, combine.
 
     One for all layers of the same dimensions that run one after another on one stream; pass it to each of them. The
     ranks must reach each other's memory (one NVLink domain). A thread plans and takes a core of its own; see `Mailbox`.
 
-    All shapes are static: a pass has room for `max_tokens` of this rank and for `capacity` rows of its experts. The
-    planner keeps every rank within `capacity`. What goes wrong in a pass (a router's fault, no feasible plan, more than
-    `max_tokens`, a rank that does not come in time) makes its output not a number on all ranks, and that of every later
-    pass; the error is raised by the next pass that sees it, and by `check`. Nothing works after that.
+    All shapes are static: a pass has room for `max_tokens` of this rank, and for `capacity` rows of its experts at a
+    time. What exceeds these waits for the next of `rounds`, which the host launches in any case: kernels find on the
+    device that nothing is left, and return. The planner keeps every rank within all rounds.
+
+    What goes wrong in a pass (a router's fault, no feasible plan, more than `max_tokens`, a rank that does not come in
+    time) makes its output not a number on all ranks, and that of every later pass; the error is raised by the next pass
+    that sees it, and by `check`. Nothing works after that.
 
     Memory of a rank, in bytes, with b bytes per element, N ranks, T = max_tokens, K spare slots and C = capacity, or
     2 * capacity where lent experts have rows of their own: in symmetric memory
     ``b * (hidden * T * (N + choices) + K * elements)`` and a little more; and for each pass whose backward is to come
-    ``b * C * (hidden + rows of the first matrix)`` and lent experts.
+    ``b * C * (hidden + rows of the first matrix)`` and lent experts. Later rounds keep no more than the tokens of this
+    rank: their backward sends these again, and computes again what the first round keeps.
 
     Args:
         group: The ranks.
@@ -103,7 +92,8 @@ class DeviceExchange:
         weights: Type of the layers' parameter. If it is another, a pass converts them all anyway, and lent experts join
             the copy: one product does both. If it is the same, lent experts are computed apart, with rows of their own.
         device: This rank's GPU.
-        capacity: Rows that a rank has room for; by default all of the group, so that no plan exceeds it.
+        capacity: Rows that a rank has room for at a time; by default all of the group, so that no plan exceeds it.
+        rounds: How many times, so that a rank computes up to ``rounds * capacity`` rows of a pass.
         time_limit: How long a pass waits for another rank; by default as long as the group does.
 
     Raises:
@@ -123,6 +113,7 @@ class DeviceExchange:
         dtype: torch.dtype = torch.bfloat16,
         weights: torch.dtype = torch.float32,
         capacity: int | None = None,
+        rounds: int = 1,
         time_limit: timedelta | None = None,
         memory: Callable[[dist.ProcessGroup, int, torch.device], SymmetricMemory] = symmetric_memory,
     ) -> None:
@@ -131,7 +122,7 @@ class DeviceExchange:
             raise ValueError("group of one rank: there is nothing to exchange; leave `exchange` out")
         if not isinstance(planner, QuotaPlanner):
             raise ValueError(f"planner = {type(planner).__name__}: without the host only QuotaPlanner plans")
-        for name, value in (("max_tokens", max_tokens), ("choices", choices)):
+        for name, value in (("max_tokens", max_tokens), ("choices", choices), ("rounds", rounds)):
             if value < 1:
                 raise ValueError(f"{name} = {value}: must be at least 1")
         if device.type == "cuda" and dtype != torch.bfloat16:
@@ -149,12 +140,14 @@ class DeviceExchange:
             raise ValueError("options.domain: all ranks must be of one link domain; leave `exchange` out")
         pairs = max_tokens * choices
         self.capacity = group.size * pairs if capacity is None else capacity
-        if not pairs <= self.capacity <= group.size * pairs:
-            raise ValueError(f"capacity = {capacity}: must be {pairs} to {group.size * pairs} rows")
-        self.capacity = -(-self.capacity // 64) * 64
+        if not pairs <= rounds * self.capacity or not self.capacity <= group.size * pairs:
+            least, most = -(-pairs // rounds), group.size * pairs
+            raise ValueError(f"capacity = {capacity}: must be {least} to {most} rows with {rounds} rounds")
+        self.capacity, self.rounds = -(-self.capacity // 64) * 64, rounds
         self.spare = min(int(options.spare[0]), options.experts)
         self.joined = self.spare == 0 or weights != dtype
-        self.rows = self.capacity * (1 if self.joined else 2)
+        self.room = self.capacity * (1 if self.joined else 2)
+        self.rows = self.room * rounds
         if group.size * self.rows >= 2**31:
             raise ValueError(f"capacity = {self.capacity}: {group.size} ranks have room for 2**31 rows together")
         self.group_tokens = group.size * max_tokens
@@ -167,7 +160,9 @@ class DeviceExchange:
         self._turns: dict[int, Turn] = {}
         self._nothing_told = torch.zeros(3, dtype=torch.int64, device=device)
 
-        self.mailbox = self._open_mailbox(replace(options, token_cap=options.token_cap.clip(max=self.capacity)))
+        self.mailbox = self._open_mailbox(
+            replace(options, token_cap=options.token_cap.clip(max=rounds * self.capacity))
+        )
         item, hidden = dtype.itemsize, shape.hidden
         sizes = {
             "flags": 8 * group.size,
@@ -235,7 +230,7 @@ class DeviceExchange:
         self.mailbox = self._open_mailbox(replace(self.mailbox.options, min_tokens=least))
 
     def _open_mailbox(self, options: SpillOptions) -> Mailbox:
-        sizes = MailboxSizes(self.rows, -1 if self.joined else self.capacity)
+        sizes = MailboxSizes(self.rows, -1 if self.joined else self.rounds * self.capacity)
         return Mailbox(options, self.group.rank, sizes, pinned=self.device.type == "cuda")
 
     def check(self) -> None:
@@ -287,11 +282,27 @@ class DeviceExchange:
         )  # fmt: skip
         return Route(answer, target, answer[shape.home_ends : shape.loans])
 
-    def hand_out(self, route: Route, source: Tensor, experts: Tensor | None) -> None:
-        """Tokens [tokens, hidden] to the ranks that compute them; lent ones of `experts` [owned, elements], if any."""
-        launch, lenders = self._launches.hand_out, self._lenders
-        if experts is None:
-            launch, lenders = self._launches.hand_tokens, 0
+    def regions(self, route: Route, nth: int) -> list[tuple[slice, Tensor]]:
+        """Rows that a product of a round computes, and ends of its experts: of all, or those at home and lent ones."""
+        ends = route.ends
+        if self.rounds > 1:
+            ends = (ends - nth * self.capacity).clamp_(0, self.capacity)
+        if self.joined:
+            return [(slice(0, self.room), ends)]
+        owned = self.mailbox.shape.owned
+        return [(slice(0, self.capacity), ends[:owned]), (slice(self.capacity, self.room), ends[owned:])]
+
+    def hand_out(self, route: Route, source: Tensor, experts: Tensor | None = None, *, again: bool = False) -> None:
+        """Send tokens or their gradients to the ranks that compute them, and lent experts.
+
+        Args:
+            route: Of the pass.
+            source: [tokens, hidden].
+            experts: [owned, elements], from which those that are lent are sent.
+            again: Only if a rank has rows in later rounds.
+        """
+        lenders = 0 if experts is None else self._lenders
+        launch = self._launches.hand_again if again else self._launches.hand_out[lenders]
         blocks = lenders + -(-len(source) // self._wide["BLOCK"])
         if blocks:
             launch(
@@ -300,56 +311,65 @@ class DeviceExchange:
             )  # fmt: skip
         self.meet()
 
-    def arrange(self, route: Route, lent: Tensor) -> Arrivals:
-        """What has arrived, ordered by expert; and lent experts, into `lent` [spare, elements]."""
-        rows = torch.empty(self.rows, self.shape.hidden, dtype=self.dtype, device=self.device)
-        scale = torch.empty(self.rows, dtype=torch.float32, device=self.device)
-        where = torch.empty_like(self.where)
-        self._launches.arrange(
-            (self._lenders + self._blocks, 1, 1), self.arrived, self.where, self.share, self.lent, rows, scale, where,
-            lent, route.answer[BORROWED:],
-        )  # fmt: skip
-        return Arrivals(rows, scale, where)
+    def arrange(self, route: Route, nth: int, where: Tensor, lent: Tensor) -> tuple[Tensor, Tensor]:
+        """What has arrived for a round of the forward pass; what backward needs of it.
 
-    def arrange_gradients(self, route: Route, before: Arrivals) -> Tensor:
-        """Gradients [rows, hidden] that have arrived, in the rows of the forward pass."""
-        rows = torch.empty_like(before.rows)
-        self._launches.arrange_gradients(
-            (self._blocks, 1, 1), self.arrived, before.where, before.scale, self.lent, rows, before.scale, before.where,
-            self.lent, route.answer[BORROWED:],
+        Args:
+            route: Of the pass.
+            nth: The round, from 0.
+            where: int32[tokens of the group, choices], out: the row of each pair, -1 if it is computed elsewhere.
+            lent: [spare, elements], out in the first round: lent experts.
+
+        Returns:
+            Tokens [rows, hidden] ordered by expert, and float32[rows], their weights.
+        """
+        rows = torch.empty(self.room, self.shape.hidden, dtype=self.dtype, device=self.device)
+        scale = torch.empty(self.room, dtype=torch.float32, device=self.device)
+        lenders = 0 if nth else self._lenders
+        self._launches.arrange[lenders](
+            (lenders + self._blocks, 1, 1), self.arrived, self.where, self.share, self.lent, rows, scale, where, lent,
+            route.answer[BORROWED:], nth * self.capacity,
+        )  # fmt: skip
+        return rows, scale
+
+    def arrange_again(self, route: Route, nth: int, where: Tensor) -> Tensor:
+        """What has arrived in the backward pass for a round, [rows, hidden]; `where` is as in `arrange`."""
+        rows = torch.empty(self.room, self.shape.hidden, dtype=self.dtype, device=self.device)
+        self._launches.arrange_again(
+            (self._blocks, 1, 1), self.arrived, where, self.share, self.lent, rows, self.share, where, self.lent,
+            route.answer[BORROWED:], nth * self.capacity,
         )  # fmt: skip
         return rows
 
     def give_back(
         self,
         route: Route,
+        nth: int,
         where: Tensor,
         results: Sequence[Tensor],
         to_weight: Tensor | None = None,
         gradient: Tensor | None = None,
     ) -> None:
-        """Results to their sources; in the backward pass also the gradients of weights and of lent experts.
+        """Results of a round to their sources; in the backward pass also the gradients of weights and lent experts.
 
         Args:
             route: Of the pass.
-            where: As `Arrivals.where`.
+            nth: The round, from 0.
+            where: As in `arrange`.
             results: Those of experts at home [rows, hidden], and of lent ones where they are apart.
             to_weight: In the backward pass: float32[rows], gradients of the weights.
-            gradient: In the backward pass: [owned, elements], to which what borrowers left in `lent` is added.
+            gradient: In the last round of it: [owned, elements], to which what borrowers left in `lent` is added.
         """
         at_home, away = results[0], results[-1]
-        launch, lenders = self._launches.give_back, 0
-        if to_weight is None or gradient is None:
-            to_weight, gradient = self.share, at_home  # not read
-        else:
-            launch, lenders = self._launches.give_gradients, self._lenders
-            if self.spare:
-                self.meet()  # borrowers have left what they found
+        lenders = 0 if gradient is None else self._lenders
+        if lenders:
+            self.meet()  # borrowers have left what they found
+        launch = self._launches.give_back if to_weight is None else self._launches.give_gradients[lenders]
         launch(
-            (lenders + self._blocks, 1, 1), at_home, away, where, self.share, to_weight, self.returned,
-            self.returned_weight, self.peers, gradient, self.lent, route.answer,
+            (lenders + self._blocks, 1, 1), at_home, away, where, self.share,
+            self.share if to_weight is None else to_weight, self.returned, self.returned_weight, self.peers,
+            at_home if gradient is None else gradient, self.lent, route.answer, nth * self.capacity,
         )  # fmt: skip
-        self.meet()
 
     def collect(self, route: Route, out: Tensor) -> None:
         """Fill ``out`` [tokens, hidden] with the sum of what the ranks gave back."""
@@ -373,10 +393,19 @@ class DeviceExchange:
         self._launches.activate_backward((self._blocks, 1, 1), gradient, first, scale, to_first, scaled, to_weight, end)
         return to_first, scaled
 
-    def flatten(self, route: Route, inner: Tensor, outer: Tensor, out: Tensor, *, lent: bool) -> None:
-        """Gradients of matrices into ``out`` [replicas, elements]; of lent experts, only those that there are."""
-        launch = self._launches.flatten_lent if lent else self._launches.flatten
-        launch((len(out), -(-self.shape.elements // self._piece), 1), inner, outer, out, route.answer[BORROWED:])
+    def flatten(self, route: Route, nth: int, gradients: tuple[Tensor, Tensor, Tensor], out: Tensor) -> None:
+        """Gradients of a round into ``out`` [replicas, elements]; of `lent` experts, only those that there are.
+
+        Args:
+            route: Of the pass.
+            nth: The round, from 0; later ones are added.
+            gradients: Of the matrices, [replicas, rows, columns] each, and int32[replicas], the ends of their rows.
+            out: [replicas, elements].
+        """
+        inner, outer, ends = gradients
+        launch = self._launches.flatten[out is self.lent, nth > 0]
+        grid = (len(out), -(-self.shape.elements // self._piece), 1)
+        launch(grid, inner, outer, out, route.answer[BORROWED:], ends[-1:])
 
     def _make_launches(self) -> SimpleNamespace:
         """Every kernel with its constants."""
@@ -391,30 +420,34 @@ class DeviceExchange:
         def loans(lenders: int) -> dict[str, int]:
             return {"ELEMENTS": shape.elements, "LENDERS": lenders, "LENT": LENT, "LOANS": answer.loans}
 
-        def hand_out(lenders: int) -> Launch:
+        rounds = {"AWAY": self.rounds * self.capacity, "SPAN": self.capacity}
+
+        def hand_out(lenders: int, again: bool = False) -> Launch:
             return Launch(
                 kernels.hand_out, 8, CHOICES=self.choices, TOKENS=self.max_tokens, **way, ROWS=self.rows,
-                **loans(lenders), **self._wide, PIECE=self._piece,
+                SPAN=self.capacity, AGAIN=again, FULLEST=FULLEST, **loans(lenders), **self._wide, PIECE=self._piece,
             )  # fmt: skip
 
-        def arrange(lenders: int, backward: bool) -> Launch:
+        def arrange(lenders: int, backward: bool = False) -> Launch:
             return Launch(
-                kernels.arrange, 8, CHOICES=self.choices, GROUP_TOKENS=self.group_tokens, WIDTH=shape.hidden,
-                ELEMENTS=shape.elements, LENDERS=lenders, BACKWARD=backward, **self._wide, PIECE=self._piece,
-            )  # fmt: skip
-
-        def give_back(lenders: int, backward: bool) -> Launch:
-            return Launch(
-                kernels.give_back, 8, CHOICES=self.choices, TOKENS=self.max_tokens, GROUP_TOKENS=self.group_tokens,
-                JOINED=self.joined, AWAY=self.capacity, **way, **loans(lenders), BACKWARD=backward, **self._wide,
+                kernels.arrange, 8, CHOICES=self.choices, GROUP_TOKENS=self.group_tokens, JOINED=self.joined, **rounds,
+                WIDTH=shape.hidden, ELEMENTS=shape.elements, LENDERS=lenders, BACKWARD=backward, **self._wide,
                 PIECE=self._piece,
             )  # fmt: skip
 
-        def flatten(bounded: bool) -> Launch:
+        def give_back(lenders: int, backward: bool = True) -> Launch:
+            return Launch(
+                kernels.give_back, 8, CHOICES=self.choices, TOKENS=self.max_tokens, GROUP_TOKENS=self.group_tokens,
+                JOINED=self.joined, **rounds, **way, **loans(lenders), BACKWARD=backward, **self._wide,
+                PIECE=self._piece,
+            )  # fmt: skip
+
+        def flatten(lent: bool, more: bool) -> Launch:
             inner = shape.elements - shape.hidden * shape.width
             return Launch(
-                kernels.flatten, 8, BOUNDED=bounded, INNER=inner, OUTER=shape.elements - inner, PIECE=self._piece
-            )
+                kernels.flatten, 8, BOUNDED=lent, MORE=more, INNER=inner, OUTER=shape.elements - inner,
+                PIECE=self._piece,
+            )  # fmt: skip
 
         return SimpleNamespace(
             meet=Launch(kernels.meet, 1, **lanes),
@@ -430,20 +463,19 @@ class DeviceExchange:
                 kernels.place, 4, RANKS=size, PAIRS=self.pairs, ROWS=self.rows, EXPERTS=experts, COLUMNS=columns,
                 FIRST=answer.first, BEGIN=answer.begin, TARGET=answer.target, BLOCK=512,
             ),
-            hand_out=hand_out(self._lenders),
-            hand_tokens=hand_out(0),
-            arrange=arrange(self._lenders, backward=False),
-            arrange_gradients=arrange(0, backward=True),
+            hand_out={lenders: hand_out(lenders) for lenders in (0, self._lenders)},
+            hand_again=hand_out(0, again=True),
+            arrange={lenders: arrange(lenders) for lenders in (0, self._lenders)},
+            arrange_again=arrange(0, backward=True),
             give_back=give_back(0, backward=False),
-            give_gradients=give_back(self._lenders, backward=True),
+            give_gradients={lenders: give_back(lenders) for lenders in (0, self._lenders)},
             collect=Launch(
-                kernels.collect, 8, CHOICES=self.choices, ROWS=self.rows, WIDTH=shape.hidden, ABORTED=ABORTED,
-                **self._narrow,
+                kernels.collect, 8, CHOICES=self.choices, ROWS=self.rows, **rounds, WIDTH=shape.hidden,
+                ABORTED=ABORTED, **self._narrow,
             ),
             activate=Launch(kernels.activate, 4, **network),
             activate_backward=Launch(kernels.activate_backward, 4, **network),
-            flatten=flatten(bounded=False),
-            flatten_lent=flatten(bounded=True),
+            flatten={(lent, more): flatten(lent, more) for lent in (False, True) for more in (False, True)},
         )  # fmt: skip
 
 

@@ -50,7 +50,7 @@ _UNFILLED = tl.constexpr(2**31 - 1)
 
 def program(function: Callable[..., Any]) -> Any:
     """A Triton kernel, or a part of one, compiled once for all numbers and for all places of single words."""
-    numbers = ["rank", "layer", "tokens", "pairs", "chunks", "excess", "limit", "number"]
+    numbers = ["rank", "layer", "tokens", "pairs", "chunks", "excess", "limit", "number", "low"]
     return triton.jit(function, do_not_specialize=[*numbers, "end", "used", "number_borrowed"])
 
 
@@ -376,6 +376,9 @@ def hand_out(
     WIDTH: tl.constexpr,
     EACH: tl.constexpr,
     ROWS: tl.constexpr,
+    SPAN: tl.constexpr,
+    AGAIN: tl.constexpr,
+    FULLEST: tl.constexpr,
     ELEMENTS: tl.constexpr,
     LENDERS: tl.constexpr,
     LENT: tl.constexpr,
@@ -386,7 +389,8 @@ def hand_out(
 ) -> None:
     """Write each token once to every rank that computes one of its choices, and lent experts to their borrowers.
 
-    The first `LENDERS` blocks lend; each of the others moves `BLOCK` tokens.
+    The first `LENDERS` blocks lend; each of the others moves `BLOCK` tokens. If it is done `AGAIN`, then only where a
+    rank has more rows than the `SPAN` of a round, of which nothing was kept.
 
     Args:
         source: [tokens, WIDTH].
@@ -397,6 +401,8 @@ def hand_out(
         answer: The plan.
     """
     block = tl.program_id(0)
+    if AGAIN and tl.load(answer + FULLEST) <= SPAN:
+        return
     if block < LENDERS:
         for loan in range(tl.load(answer + LENT)):
             at = answer + LOANS + 3 * loan
@@ -418,7 +424,7 @@ def hand_out(
             )
             for choice in tl.static_range(CHOICES):
                 goal = tl.load(target + token * CHOICES + choice, mask=there, other=-1)
-                leads = leads_to(target, token, there, goal, choice, CHOICES, ROWS)
+                leads = leads_to(target, token, there, goal, choice, CHOICES, ROWS, ROWS, ROWS)
                 units = tl.load(peers + goal // ROWS, mask=leads, other=0)
                 to = arrived + units[:, None] * EACH + row[:, None] * WIDTH + column[None, :]
                 tl.store(to, values, mask=leads[:, None] & inside)
@@ -433,13 +439,32 @@ def leads_to(
     choice: tl.constexpr,
     CHOICES: tl.constexpr,
     ROWS: tl.constexpr,
+    AWAY: tl.constexpr,
+    SPAN: tl.constexpr,
 ) -> tl.tensor:
-    """Whether this choice, which goes to `goal`, is the token's first that goes to its rank."""
+    """Whether this choice, which goes to `goal`, is the token's first that goes to its rank and round."""
     leads = goal >= 0
     for earlier in tl.static_range(choice):
         other = tl.load(target + token * CHOICES + earlier, mask=there, other=-1)
-        leads = leads & ((other < 0) | (other // ROWS != goal // ROWS))
+        leads = leads & ((other < 0) | (computed_by(other, ROWS, AWAY, SPAN) != computed_by(goal, ROWS, AWAY, SPAN)))
     return leads
+
+
+@program
+def computed_by(goal: tl.tensor, ROWS: tl.constexpr, AWAY: tl.constexpr, SPAN: tl.constexpr) -> tl.tensor:
+    """A number for the rank and the round that compute a row of the group."""
+    return goal // ROWS * (AWAY // SPAN) + goal % ROWS % AWAY // SPAN
+
+
+@program
+def in_round(row: tl.tensor, low: tl.tensor, JOINED: tl.constexpr, AWAY: tl.constexpr, SPAN: tl.constexpr) -> tl.tensor:
+    """Place of a row among those of the round that begins at row `low` of each region; -1 if it is not one of them."""
+    place = row - low
+    begin = tl.zeros_like(row)
+    if not JOINED:
+        place = tl.where(row >= AWAY, place - AWAY, place)
+        begin = tl.where(row >= AWAY, SPAN, 0)
+    return tl.where((row >= 0) & (place >= 0) & (place < SPAN), begin + place, -1)
 
 
 @program
@@ -453,8 +478,12 @@ def arrange(
     kept_where: tl.tensor,
     kept_lent: tl.tensor,
     number_borrowed: tl.tensor,
+    low: tl.tensor,
     CHOICES: tl.constexpr,
     GROUP_TOKENS: tl.constexpr,
+    JOINED: tl.constexpr,
+    AWAY: tl.constexpr,
+    SPAN: tl.constexpr,
     WIDTH: tl.constexpr,
     ELEMENTS: tl.constexpr,
     LENDERS: tl.constexpr,
@@ -463,18 +492,19 @@ def arrange(
     COLUMNS: tl.constexpr,
     PIECE: tl.constexpr,
 ) -> None:
-    """Tokens that have arrived to the rows of this rank's experts; in the forward pass, all that backward needs.
+    """Tokens that have arrived to the rows of a round; in the forward pass, also what backward needs.
 
     Args:
         arrived: [GROUP_TOKENS, WIDTH].
         where: int32[GROUP_TOKENS, CHOICES], their rows.
         share: float32[GROUP_TOKENS, CHOICES], weights, read in the forward pass.
         lent: [slots, ELEMENTS], experts that were lent to this rank, read in the forward pass.
-        rows: [rows, WIDTH], out.
-        scale: float32[rows], out in the forward pass: the weight of each row.
+        rows: [rows of a round, WIDTH], out.
+        scale: float32[rows of a round], out in the forward pass: the weight of each row.
         kept_where: As `where`, out in the forward pass.
         kept_lent: As `lent`, out in the forward pass.
         number_borrowed: int32, number of lent experts.
+        low: First row of the round.
     """
     block = tl.program_id(0)
     if block < LENDERS:
@@ -488,19 +518,21 @@ def arrange(
             inside = token < GROUP_TOKENS
             used = tl.zeros([BLOCK], tl.int1)
             for choice in tl.static_range(CHOICES):
-                row = tl.load(where + token * CHOICES + choice, mask=inside, other=-1)
+                whole = tl.load(where + token * CHOICES + choice, mask=inside, other=-1)
+                row = in_round(whole, low, JOINED, AWAY, SPAN)
                 used = used | (row >= 0)
                 if not BACKWARD:
                     value = tl.load(share + token * CHOICES + choice, mask=row >= 0, other=0.0)
                     tl.store(scale + row, value, mask=row >= 0)
-                    tl.store(kept_where + token * CHOICES + choice, row, mask=inside)
+                    tl.store(kept_where + token * CHOICES + choice, whole, mask=inside)
             for first in range(0, WIDTH, COLUMNS):
                 column = first + tl.arange(0, COLUMNS)
                 mask = (column < WIDTH)[None, :]
                 at = arrived + token.to(tl.int64)[:, None] * WIDTH + column[None, :]
                 values = tl.load(at, mask=used[:, None] & mask)
                 for choice in tl.static_range(CHOICES):
-                    row = tl.load(where + token * CHOICES + choice, mask=inside, other=-1)
+                    whole = tl.load(where + token * CHOICES + choice, mask=inside, other=-1)
+                    row = in_round(whole, low, JOINED, AWAY, SPAN)
                     to = rows + row.to(tl.int64)[:, None] * WIDTH + column[None, :]
                     tl.store(to, values, mask=(row >= 0)[:, None] & mask)
 
@@ -549,11 +581,13 @@ def give_back(
     gradient: tl.tensor,
     borrowed: tl.tensor,
     answer: tl.tensor,
+    low: tl.tensor,
     CHOICES: tl.constexpr,
     TOKENS: tl.constexpr,
     GROUP_TOKENS: tl.constexpr,
     JOINED: tl.constexpr,
     AWAY: tl.constexpr,
+    SPAN: tl.constexpr,
     WIDTH: tl.constexpr,
     EACH: tl.constexpr,
     ELEMENTS: tl.constexpr,
@@ -565,21 +599,22 @@ def give_back(
     COLUMNS: tl.constexpr,
     PIECE: tl.constexpr,
 ) -> None:
-    """Sum each token's results of this rank and write them to its source; fetch gradients of experts that were lent.
+    """Sum each token's results of a round and write them to its source; fetch gradients of experts that were lent.
 
     Sums are taken in float32, in the order of the choices, weighted in the forward pass. The first `LENDERS` blocks
     fetch: they add what borrowers found, in float32 and in the order of the list.
 
     Args:
-        at_home: [rows or AWAY, WIDTH], results.
-        away: [rows - AWAY, WIDTH], those of lent experts, from row `AWAY` on, where they are not `JOINED`.
+        at_home: [SPAN, WIDTH], results.
+        away: [SPAN, WIDTH], those of lent experts, where they are not `JOINED`.
         where: int32[GROUP_TOKENS, CHOICES], the row of each pair, -1 where it is not computed here.
         share: float32[GROUP_TOKENS, CHOICES], the weights, read in the forward pass.
-        to_weight: float32[rows], gradients of the routers' weights, read in the backward pass.
-        returned: [TOKENS, CHOICES, WIDTH] in symmetric memory, out at the token's first choice of this rank.
+        to_weight: float32[rows of a round], gradients of the routers' weights, read in the backward pass.
+        returned: [TOKENS, CHOICES, WIDTH] in symmetric memory, out at the token's first choice of this rank and round.
         returned_weight: float32[TOKENS, CHOICES] in symmetric memory, out in the backward pass.
         gradient: [owned, ELEMENTS], changed in place.
         borrowed: [slots, ELEMENTS] in symmetric memory, what borrowers found.
+        low: First row of the round.
     """
     block = tl.program_id(0)
     if block < LENDERS:
@@ -595,6 +630,7 @@ def give_back(
             lead = tl.full([BLOCK], CHOICES, tl.int32)
             for choice in tl.static_range(CHOICES):
                 row = tl.load(where + token * CHOICES + choice, mask=inside, other=-1)
+                row = in_round(row, low, JOINED, AWAY, SPAN)
                 lead = tl.where((row >= 0) & (lead == CHOICES), choice, lead)
                 if BACKWARD:
                     value = tl.load(to_weight + row, mask=row >= 0, other=0.0)
@@ -606,12 +642,13 @@ def give_back(
                 sums = tl.zeros([BLOCK, COLUMNS], tl.float32)
                 for choice in tl.static_range(CHOICES):
                     row = tl.load(where + token * CHOICES + choice, mask=inside, other=-1)
+                    row = in_round(row, low, JOINED, AWAY, SPAN)
                     here = row >= 0
                     if not JOINED:
-                        apart = row >= AWAY
-                        at = away + (row - AWAY).to(tl.int64)[:, None] * WIDTH + column[None, :]
+                        apart = row >= SPAN
+                        at = away + (row - SPAN).to(tl.int64)[:, None] * WIDTH + column[None, :]
                         lent_values = tl.load(at, mask=apart[:, None] & mask, other=0.0).to(tl.float32)
-                        here = here & (row < AWAY)
+                        here = here & (row < SPAN)
                     at = at_home + row.to(tl.int64)[:, None] * WIDTH + column[None, :]
                     values = tl.load(at, mask=here[:, None] & mask, other=0.0).to(tl.float32)
                     if not JOINED:
@@ -634,6 +671,8 @@ def collect(
     tokens: tl.tensor,
     CHOICES: tl.constexpr,
     ROWS: tl.constexpr,
+    AWAY: tl.constexpr,
+    SPAN: tl.constexpr,
     WIDTH: tl.constexpr,
     ABORTED: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -642,7 +681,7 @@ def collect(
     """Add up in float32 what each token got back from the ranks; not a number where the pass has failed.
 
     Args:
-        returned: [tokens, CHOICES, WIDTH], the sum of a rank at the token's first choice that went there.
+        returned: [tokens, CHOICES, WIDTH], the sum of a rank and round at the token's first choice that went there.
         target: int32[tokens * CHOICES].
         out: [tokens, WIDTH], out.
     """
@@ -657,7 +696,7 @@ def collect(
     sums = tl.zeros([BLOCK, COLUMNS], tl.float32)
     for choice in tl.static_range(CHOICES):
         goal = tl.load(target + token * CHOICES + choice, mask=inside, other=-1)
-        leads = leads_to(target, token, inside, goal, choice, CHOICES, ROWS)
+        leads = leads_to(target, token, inside, goal, choice, CHOICES, ROWS, AWAY, SPAN)
         at = returned + (token.to(tl.int64) * CHOICES + choice)[:, None] * WIDTH + column[None, :]
         sums += tl.load(at, mask=leads[:, None] & mask, other=0.0).to(tl.float32)
     sums = tl.where(failed, float("nan"), sums)
@@ -790,7 +829,9 @@ def flatten(
     outer: tl.tensor,
     out: tl.tensor,
     used: tl.tensor,
+    end: tl.tensor,
     BOUNDED: tl.constexpr,
+    MORE: tl.constexpr,
     INNER: tl.constexpr,
     OUTER: tl.constexpr,
     PIECE: tl.constexpr,
@@ -802,14 +843,20 @@ def flatten(
         outer: [experts, OUTER].
         out: [experts, INNER + OUTER], out.
         used: int32, number of experts to do if `BOUNDED`.
+        end: int32, number of rows of this round: if there is `MORE`, they are added to what is there.
     """
     expert = tl.program_id(0).to(tl.int64)
     if BOUNDED and expert >= tl.load(used):
         return
+    if MORE and tl.load(end) == 0:
+        return
     at = tl.program_id(1) * PIECE + tl.arange(0, PIECE)
     value = tl.load(inner + expert * INNER + at, mask=at < INNER, other=0.0)
     value += tl.load(outer + expert * OUTER + at - INNER, mask=(at >= INNER) & (at < INNER + OUTER), other=0.0)
-    tl.store(out + expert * (INNER + OUTER) + at, value.to(out.dtype.element_ty), mask=at < INNER + OUTER)
+    to = out + expert * (INNER + OUTER) + at
+    if MORE:
+        value = value.to(tl.float32) + tl.load(to, mask=at < INNER + OUTER, other=0.0).to(tl.float32)
+    tl.store(to, value.to(out.dtype.element_ty), mask=at < INNER + OUTER)
 
 
 def lanes(ranks: int) -> int:

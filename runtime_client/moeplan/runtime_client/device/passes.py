@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn import functional
+from torch.nn.functional import grouped_mm
 
-from moeplan.runtime_client.device.exchange import Arrivals, DeviceExchange, Expert, Route
+from moeplan.runtime_client.device.exchange import DeviceExchange, Expert
 from moeplan.runtime_client.device.mailbox import Turn
 
 __all__ = ["run_pass"]
@@ -48,7 +48,8 @@ def run_pass(
         if own != other:
             raise ValueError(f"{turn.title}: {name} = {other}: the exchange was made for {own}")
     exchange.check()
-    output: Tensor = _Pass.apply(flat, hidden, weight, index, exchange, turn)  # type: ignore[no-untyped-call]
+    with torch.autocast(hidden.device.type, enabled=False):
+        output: Tensor = _Pass.apply(flat, hidden, weight, index, exchange, turn)  # type: ignore[no-untyped-call]
     return output
 
 
@@ -74,65 +75,76 @@ class _Pass(torch.autograd.Function):
         else:
             own, lent = _aligned(flat), flat.new_empty(spare, flat.shape[1])
         route = exchange.plan(chosen, shares, excess, turn)
-        exchange.hand_out(route, some.to(exchange.dtype), own)
-        arrivals = exchange.arrange(route, lent)
+        tokens = some.to(exchange.dtype)
+        exchange.hand_out(route, tokens, own)
+        where = torch.empty_like(exchange.where)
         weights = [experts] if exchange.joined else [own, lent]
-        firsts, results = [], []
-        with torch.autocast(hidden.device.type, enabled=False):
-            for region, ends, matrices in zip(*_regions(exchange, route), weights, strict=True):
+        scales, kept = [], []
+        for nth in range(exchange.rounds):
+            rows, scale = exchange.arrange(route, nth, where, lent)
+            results = []
+            for (region, ends), matrices in zip(exchange.regions(route, nth), weights, strict=True):
                 inner, outer = split(exchange.shape, matrices)
-                first = functional.grouped_mm(arrivals.rows[region], inner.transpose(1, 2), offs=ends)
-                active = exchange.activate(first, ends[-1:])
-                results.append(functional.grouped_mm(active, outer.transpose(1, 2), offs=ends))
-                firsts.append(first)
-        exchange.give_back(route, arrivals.where, results)
+                first = grouped_mm(rows[region], inner.transpose(1, 2), offs=ends)
+                results.append(grouped_mm(exchange.activate(first, ends[-1:]), outer.transpose(1, 2), offs=ends))
+                kept += [] if nth else [first]
+            exchange.give_back(route, nth, where, results)
+            kept += [] if nth else [rows]
+            scales.append(scale)
+        exchange.meet()
         output = torch.full_like(hidden, float("nan")) if excess else torch.empty_like(hidden)
         exchange.collect(route, output[: len(some)])
-        ctx.exchange, ctx.route, ctx.regions, ctx.shape = exchange, route, len(weights), index.shape
-        ctx.save_for_backward(flat, arrivals.rows, arrivals.scale, arrivals.where, *weights, *firsts)
-        ctx.weights = weight.dtype
+        ctx.exchange, ctx.route, ctx.like = exchange, route, (index.shape, weight.dtype)
+        if exchange.rounds == 1:
+            tokens = tokens[:0]
+        ctx.save_for_backward(flat, tokens, where, *weights, *scales, *kept)
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         exchange, route = ctx.exchange, ctx.route
-        flat, rows, scale, where, *rest = ctx.saved_tensors
-        weights, firsts = rest[: ctx.regions], rest[ctx.regions :]
+        flat, tokens, where, *rest = ctx.saved_tensors
+        parts = 1 if exchange.joined else 2
+        weights, scales, kept = rest[:parts], rest[parts : parts + exchange.rounds], rest[parts + exchange.rounds :]
         exchange.meet()  # all ranks are done with what arrived in earlier passes
+        rows = [kept.pop()]
+        if exchange.rounds > 1:
+            exchange.hand_out(route, tokens, again=True)
+            rows += [exchange.arrange_again(route, nth, where) for nth in range(1, exchange.rounds)]
+            exchange.meet()
         some = _aligned(gradient[: exchange.max_tokens].to(exchange.dtype))
-        exchange.hand_out(route, some, None)
-        arrived = exchange.arrange_gradients(route, Arrivals(rows, scale, where))
-        to_flat, to_weight = torch.empty_like(flat), torch.empty_like(scale)
-        to_inner: list[Tensor] = []
-        to_outer: list[Tensor] = []
-        results = []
+        exchange.hand_out(route, some)
+        to_flat = torch.empty_like(flat)
         with torch.autocast(gradient.device.type, enabled=False):
-            for region, ends, matrices, first in zip(*_regions(exchange, route), weights, firsts, strict=True):
-                inner, outer = split(exchange.shape, matrices)
-                raw = functional.grouped_mm(arrived[region], outer, offs=ends)
-                to_first, scaled = exchange.activate_backward(raw, first, scale[region], to_weight[region], ends[-1:])
-                to_outer += _replicas(exchange, functional.grouped_mm(arrived[region].T, scaled, offs=ends))
-                to_inner += _replicas(exchange, functional.grouped_mm(to_first.T, rows[region], offs=ends))
-                results.append(functional.grouped_mm(to_first, inner, offs=ends))
-        exchange.flatten(route, to_inner[0], to_outer[0], to_flat, lent=False)
-        if exchange.spare:
-            exchange.flatten(route, to_inner[1], to_outer[1], exchange.lent, lent=True)
-        exchange.give_back(route, where, results, to_weight, to_flat)
+            for nth in range(exchange.rounds):
+                arrived, to_weight = exchange.arrange_again(route, nth, where), torch.empty_like(scales[nth])
+                to_inner: list[Tensor] = []
+                to_outer: list[Tensor] = []
+                results = []
+                regions = exchange.regions(route, nth)
+                for part, ((region, ends), matrices) in enumerate(zip(regions, weights, strict=True)):
+                    inner, outer = split(exchange.shape, matrices)
+                    first = grouped_mm(rows[nth][region], inner.transpose(1, 2), offs=ends) if nth else kept[part]
+                    raw = grouped_mm(arrived[region], outer, offs=ends)
+                    to_first, scaled = exchange.activate_backward(
+                        raw, first, scales[nth][region], to_weight[region], ends[-1:]
+                    )
+                    to_outer += _replicas(exchange, grouped_mm(arrived[region].T, scaled, offs=ends))
+                    to_inner += _replicas(exchange, grouped_mm(to_first.T, rows[nth][region], offs=ends))
+                    results.append(grouped_mm(to_first, inner, offs=ends))
+                exchange.flatten(route, nth, (to_inner[0], to_outer[0], regions[0][1]), to_flat)
+                if exchange.spare:
+                    exchange.flatten(route, nth, (to_inner[1], to_outer[1], regions[-1][1]), exchange.lent)
+                is_last = nth == exchange.rounds - 1
+                exchange.give_back(route, nth, where, results, to_weight, to_flat if is_last else None)
+        exchange.meet()
         to_hidden = torch.full_like(gradient, float("nan"))
         exchange.collect(route, to_hidden[: len(some)])
-        to_choices = torch.zeros(ctx.shape, dtype=ctx.weights, device=gradient.device)
+        shape, dtype = ctx.like
+        to_choices = torch.zeros(shape, dtype=dtype, device=gradient.device)
         to_choices[: len(some)] = exchange.returned_weight[: len(some) * exchange.choices].view(-1, exchange.choices)
         return to_flat, to_hidden, to_choices, None, None, None
-
-
-def _regions(exchange: DeviceExchange, route: Route) -> tuple[list[slice], list[Tensor]]:
-    """Rows that one product computes, and the ends of its experts: all, or those at home and lent ones apart."""
-    if exchange.joined:
-        return [slice(0, exchange.rows)], [route.ends]
-    owned = exchange.mailbox.shape.owned
-    regions = [slice(0, exchange.capacity), slice(exchange.capacity, exchange.rows)]
-    return regions, [route.ends[:owned], route.ends[owned:]]
 
 
 def _replicas(exchange: DeviceExchange, gradients: Tensor) -> Sequence[Tensor]:

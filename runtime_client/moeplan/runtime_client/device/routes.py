@@ -14,8 +14,9 @@ from moeplan.solvers.problem.kernel import kernel
 
 __all__ = ["AnswerShape", "Owners", "write_answer"]
 
-FAULT, MOST, LENT, BORROWED = range(4)
-"""First words of an answer: why there is no plan, or 0; most replicas of an expert; experts lent, and borrowed."""
+FAULT, MOST, LENT, BORROWED, FULLEST = range(5)
+"""First words of an answer: why there is no plan, or 0; most replicas of an expert; experts lent, and borrowed; most
+rows that a rank has at home, or, where lent experts have rows of their own, in either region."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +46,7 @@ class AnswerShape:
 
     @property
     def first(self) -> int:
-        return 4
+        return 5
 
     @property
     def begin(self) -> int:
@@ -189,10 +190,12 @@ def write_answer(
         answer[at_first + e + 1] = answer[at_first + e] + fill[e]
         fill[e] = answer[at_first + e]
 
+    fullest = 0
     for d in range(devices):
         held[d] = 0
         for i in range(first[d], first[d + 1]):
             held[d] += all_of[order[i]]
+        fullest = max(fullest, held[d])
 
     # Lent rows of each device follow one another in that order.
     used, end = 0, 0
@@ -206,6 +209,7 @@ def write_answer(
                 before = end
             end += sent[r, s]
         goal[r] = device[r] * rows + before
+        fullest = max(fullest, end if away < 0 else end - away)
         if device[r] == rank:
             answer[at_lent + used] = end if away < 0 else end - away
             borrowed = used + 1
@@ -245,4 +249,4 @@ def write_answer(
                 answer[at_loans + 3 * lent + 1] = device[r]
                 answer[at_loans + 3 * lent + 2] = slot[r]
                 lent += 1
-    answer[FAULT], answer[MOST], answer[LENT], answer[BORROWED] = 0, most, lent, borrowed
+    answer[FAULT], answer[MOST], answer[LENT], answer[BORROWED], answer[FULLEST] = 0, most, lent, borrowed, fullest

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
+import inspect
 from collections.abc import Callable
-from typing import TypeVar
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeVar
 
 import numba
+from numba.core.caching import FunctionCache
 
 __all__ = ["kernel"]
 
 F = TypeVar("F", bound=Callable[..., object])
+
+_SOLVERS = Path(__file__).parents[1]
 
 
 def kernel(function: F) -> F:
@@ -17,5 +24,29 @@ def kernel(function: F) -> F:
 
     Ranks that solve the same problem must agree bit for bit, so floating-point operations are never reordered.
     """
-    compiled: F = numba.njit(cache=True, nogil=True)(function)
+    compiled: Any = numba.njit(nogil=True)(function)
+    compiled._cache = _Cache(function)
     return compiled
+
+
+class _Cache(FunctionCache):  # type: ignore[misc]
+    """Numba's cache of machine code, which holds that of called kernels, too, but looks only at the caller's file.
+
+    Other files may change without it, as when another version is installed over this one. So what is cached belongs to
+    the sources of all kernels.
+    """
+
+    def _index_key(self, signature: Any, codegen: Any) -> tuple[Any, ...]:
+        folder = Path(inspect.getfile(self._py_func)).parent
+        return *super()._index_key(signature, codegen), _sources(_SOLVERS), _sources(folder)
+
+
+@cache
+def _sources(folder: Path) -> str:
+    """A digest of the modules below a folder that hold kernels."""
+    digest = hashlib.blake2b(digest_size=16)
+    for path in sorted(folder.rglob("*.py")):
+        text = path.read_bytes()
+        if b"\n@kernel\n" in text:
+            digest.update(text)
+    return digest.hexdigest()
