@@ -22,7 +22,7 @@ from moeplan.solvers.problem.arrays import Int32, Int64
 
 __all__ = ["PublishedShard", "ShardMemory"]
 
-_BUFFERS = 2
+_ROOMS = 2
 """Rooms for gradients, in turn: one is filled while the other is added up."""
 
 _PIECE = 4096
@@ -50,7 +50,8 @@ class PublishedShard:
         rows: [experts, width] in symmetric memory, this rank's.
         addresses: int64[ranks], where each rank's begins as seen from here.
         held: What the addresses depend on.
-        read: Meetings before the last gathering; as many now mean that other ranks may still be reading.
+        read: Meetings before the last gathering; as many now mean that other ranks may still be reading. -1 before the
+            first, when there is nothing to read.
     """
 
     rows: Tensor
@@ -108,21 +109,18 @@ class ShardMemory:
         self.elements, self.width = elements, -(-elements // group.size)
         self._make, self._ranks = memory, group.weights
         rank, size = group.rank, group.size
-        begins, total = places(
-            {
-                "gathering": 8 * size,
-                "returning": 8 * size,
-                "abort": 8,
-                "gradients": _BUFFERS * size * slots * self.width * dtype.itemsize,
-            }
-        )
+        rooms = [f"gradients {number}" for number in range(_ROOMS)]
+        sizes = {"gathering": 8 * size, "returning": 8 * size, "abort": 8}
+        begins, total = places(sizes | dict.fromkeys(rooms, size * slots * self.width * dtype.itemsize))
         shared = memory(group.weights, total, device)
         self._shared = shared
         self.device = shared.own.device
         self._abort = shared.view(begins["abort"], (1,), torch.int64)
         self._failed = torch.zeros(1, dtype=torch.int64, pin_memory=device.type == "cuda")
-        self._rooms = shared.view(begins["gradients"], (_BUFFERS, size * slots, self.width), dtype)
-        self._room_addresses = _addresses(shared, begins["gradients"])
+        self._rooms = [
+            (shared.view(begins[room], (size * slots, self.width), dtype), _addresses(shared, begins[room]))
+            for room in rooms
+        ]
         limit_ns = int((time_limit or group.timeout).total_seconds() * 1e9)
         self._gathering, self._returning = (
             _Line(shared, shared.view(begins[name], (size,), torch.int64), self._abort, rank, limit_ns)
@@ -244,20 +242,19 @@ class ShardMemory:
             [experts, width] in the dtype of `like`, and when it is whole; see `wait`.
         """
         line, size, row = self._returning, self.group.size, self.width * self.dtype.itemsize
-        slots = len(gradient)
+        gradient, slots = gradient.contiguous(), len(gradient)
+        arrived, addresses = self._rooms[self._returns % _ROOMS]
         self.release()
         with line.beside():
             total = torch.empty_like(like, requires_grad=False)
-            room = self._returns % _BUFFERS
-            place = row * (room * size * self.slots + placed.begin + np.arange(slots))
             peers = self._peers[:-1]  # what this rank owns itself is read where it is
-            out = self._room_addresses[peers, None] + place
+            out = addresses[peers, None] + row * (placed.begin + np.arange(slots))
             source = gradient.data_ptr() + row * (size * np.arange(slots) + np.array(peers)[:, None])
             copy_pieces(out.ravel(), source.ravel(), row, line.stream)
             # Before it, all ranks have added up what was in the other room, so that they may write there afterwards.
             line.meet()
             self._adding(like.dtype)(
-                (self.experts, -(-self.width // _PIECE), 1), self._rooms[room], gradient, placed.order,
+                (self.experts, -(-self.width // _PIECE), 1), arrived, gradient, placed.order,
                 placed.start, total, self._abort, self.group.rank, placed.begin, placed.begin + slots,
             )  # fmt: skip
             self._tell()

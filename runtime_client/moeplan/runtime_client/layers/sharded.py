@@ -250,7 +250,8 @@ class FullyShardedExperts(ExpertLayer):
             self._published = memory.open()
         # Between a forward pass and its backward weights stay as they are; at any other time they may have changed, and
         # in ways that autograd does not see.
-        shown, published = _in_backward(), self._published
+        published = self._published
+        shown = _in_backward() and published.read >= 0
         return DirectGathering(self.shard, placement, memory, published, shown, self.traffic, purpose, storage)
 
     def _return(self, gradient: Tensor, placement: Placement) -> Returning | DirectReturning:
