@@ -78,8 +78,7 @@ def symmetric_memory(group: dist.ProcessGroup, size: int, device: torch.device) 
     if version < _FIRST_TORCH:
         raise RuntimeError(
             f"torch {torch.__version__}: GPUs reach each other by the symmetric memory of torch "
-            f"{'.'.join(map(str, _FIRST_TORCH))} or later; leave `exchange` and `memory` out and stay on NCCL, or update "
-            "torch"
+            f"{'.'.join(map(str, _FIRST_TORCH))} or later; leave `exchange` or `memory` out to stay on NCCL, or update"
         )
     import torch.distributed._symmetric_memory as symmetric
 
