@@ -395,7 +395,7 @@ def copies_equal_nccl(ranks: Ranks) -> str:
                     ranks.place(layers, seed)
                     batch = ranks.batch(seed, (TOKENS, 7, 0)[(seed + ranks.group.rank) % 3], skew=1 + seed)
                     found.append(sharded_answers(layers, batch, again=seed % 3 == 2 and layers is own))
-                    for layer, gradient in zip(layers, found[-1][3:], strict=True):
+                    for layer, gradient in zip(layers, found[-1][-len(layers) :], strict=True):
                         layer.shard.grad = gradient
                     optimizer.step()
                     optimizer.zero_grad()
