@@ -196,11 +196,13 @@ def resident_layers(
 
 
 def sharded_layers(
-    size: Size, group: ExpertGroup, device: torch.device, dtype: torch.dtype
+    size: Size, group: ExpertGroup, device: torch.device | str, dtype: torch.dtype, **shared: Any
 ) -> list[FullyShardedExperts]:
-    """The experts of each block, each in equal parts on all ranks."""
+    """The experts of each block, each in equal parts on all ranks; `memory` as there."""
     layers = [
-        FullyShardedExperts(size.shape, size.experts, group, compute_dtype=dtype, device=device, reshard=False)
+        FullyShardedExperts(
+            size.shape, size.experts, group, compute_dtype=dtype, device=device, reshard=False, **shared
+        )
         for _ in range(size.blocks)
     ]
     chain(layers)
