@@ -169,6 +169,25 @@ def equals_nccl(ranks: Ranks) -> str:
     return f"largest error on NCCL {theirs:.1e}, without the host {ours:.1e}"
 
 
+def rounds_equal_nccl(ranks: Ranks) -> str:
+    told = []
+    for dtype in (torch.float32, torch.bfloat16):
+        for spare in (0, 2):
+            nccl, own, exchange = ranks.layers(dtype=dtype, spare=spare, capacity=704, rounds=4)
+            exact = ranks.exact(nccl)
+            for seed, tokens in enumerate((TOKENS, 7)):
+                batch = ranks.batch(seed, tokens, skew=1.2)
+                doubles = tuple(part.double() if part.is_floating_point() else part for part in batch)
+                found = answers(own, batch)
+                told.append(compare(answers(exact, doubles), answers(nccl, batch), found))
+                for one, other in zip(found, answers(own, batch, again=True), strict=True):
+                    assert torch.equal(one, other)
+            exchange.check()
+            exchange.mailbox.close()
+    theirs, ours = (max(errors) for errors in zip(*told, strict=True))
+    return f"rows of three rounds and of one: largest error on NCCL {theirs:.1e}, without the host {ours:.1e}"
+
+
 def deterministic(ranks: Ranks) -> str:
     _, own, exchange = ranks.layers(count=3)
     batch = ranks.batch(5)
