@@ -486,8 +486,8 @@ def copies_miss_a_rank(ranks: Ranks) -> str:
 
 
 CHECKS = (
-    copies_equal_nccl, copies_in_flight, copies_beside_products, copies_miss_a_rank, equals_nccl, deterministic,
-    in_flight, host_is_free, beside_an_all_reduce, replays, loan_has_a_price, bad_router, too_many_tokens,
+    copies_equal_nccl, copies_in_flight, copies_beside_products, copies_miss_a_rank, equals_nccl,
+    rounds_equal_nccl, deterministic, in_flight, host_is_free, beside_an_all_reduce, replays, loan_has_a_price, bad_router, too_many_tokens,
     too_little_room, other_layer, rank_missing,
 )  # fmt: skip
 
@@ -501,6 +501,10 @@ def main() -> None:
     assert group is not None
     ranks = Ranks(group, device)
     names = sys.argv[1:]
+    if unknown := set(names) - {check.__name__ for check in CHECKS}:
+        sys.exit(
+            f"{', '.join(sorted(unknown))}: no such check; there are {', '.join(each.__name__ for each in CHECKS)}"
+        )
     for check in CHECKS:
         if not names or check.__name__ in names:
             torch.manual_seed(0)
