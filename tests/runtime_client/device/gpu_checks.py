@@ -487,8 +487,8 @@ def copies_miss_a_rank(ranks: Ranks) -> str:
 
 CHECKS = (
     copies_equal_nccl, copies_in_flight, copies_beside_products, copies_miss_a_rank, equals_nccl,
-    rounds_equal_nccl, deterministic, in_flight, host_is_free, beside_an_all_reduce, replays, loan_has_a_price, bad_router, too_many_tokens,
-    too_little_room, other_layer, rank_missing,
+    rounds_equal_nccl, deterministic, in_flight, host_is_free, beside_an_all_reduce, replays, loan_has_a_price,
+    bad_router, too_many_tokens, too_little_room, other_layer, rank_missing,
 )  # fmt: skip
 
 
