@@ -8,11 +8,10 @@
 
 Modes: `force-balanced` has a router that deals tokens out evenly to static experts: what the best balancing could
 reach. `static` is plain expert parallelism; `quota` and `llep` lend experts in each pass; `sharded` experts have a
-layout that is perfect for the step before, and those of `sharded-device` travel by copy engines. `static-device` and
-`quota-device` run passes without the host, and beside them `force-balanced-device`; shares are of the faster of both
-force-balanced ones. Routing: `text` is what the routers choose, which have been trained for some steps on the example's
-text; `trace` deals tokens out by the last steps of the recorded trace in `examples/traces`, with the busiest experts on
-the first ranks; `skewed` has the squares of its loads.
+layout that is perfect for the step before. `static-device` and `quota-device` run passes without the host, and beside
+them `force-balanced-device`; shares are of the faster of both force-balanced ones. Routing: `text` is what the routers
+choose, which have been trained for some steps on the example's text; `trace` deals tokens out by the last steps of the
+recorded trace in `examples/traces`, with the busiest experts on the first ranks; `skewed` has the squares of its loads.
 
 Every rank is a process for this checkout, and one for each other checkout given, with the same weights, seeds and
 text; they take turns. Weights stay as they are while steps are measured (the optimizer runs with a rate of zero), so
@@ -53,8 +52,7 @@ START = time.perf_counter()
 HERE = Path(__file__).resolve()
 ROOTS = ("solvers", "planner", "runtime_client", "proto")
 MODES = ("quota", "llep", "sharded")
-DEVICE_MODES = ("static-device", "quota-device", "sharded-device")
-SHARDED_MODES = ("sharded", "sharded-device")
+DEVICE_MODES = ("static-device", "quota-device")
 SAMPLED = ("ms", "forward", "backward", "optimizer", "memory", "imbalance")
 SIZES = ("tiny", "small", "large", "wide", "fine", "gpt-oss")
 ROUTINGS = ("text", "trace", "skewed")
@@ -210,7 +208,7 @@ def measure_size(
         print(f"{size}: losses after {arguments.train} steps {losses}", flush=True)
     modes = ["static", *arguments.mode]
     even = ["force-balanced"]
-    if {"static-device", "quota-device"} & set(modes):
+    if set(DEVICE_MODES) & set(modes):
         even.append("force-balanced-device")
     cases = [*(("even", mode) for mode in even), *((routing, mode) for routing in arguments.routing for mode in modes)]
     rows: dict[tuple[str, str, str], Result] = {}
@@ -222,7 +220,7 @@ def measure_size(
             for name in list(ranks)[:: 1 if nth % 2 else -1]:
                 if mode.endswith("-device") and name != next(iter(ranks)):
                     continue  # other checkouts may not have it
-                planned = layouts.get((name, routing)) if mode in SHARDED_MODES else None
+                planned = layouts.get((name, routing)) if mode == "sharded" else None
                 sample = ranks[name].call("sample", mode=mode, routing=routing, nth=nth, layouts=planned)
                 if mode == "static":
                     expected[name, routing] = sample["loss"]
@@ -240,7 +238,7 @@ def measure_size(
     ours, rank = next(iter(ranks.items()))
     beside = beside_planner(arguments, rank, size, is_first) if arguments.planner else {}
     for routing, mode in cases:
-        planned = layouts.get((ours, routing)) if mode in SHARDED_MODES else None
+        planned = layouts.get((ours, routing)) if mode == "sharded" else None
         rows[ours, routing, mode] |= rank.call("profile", mode=mode, routing=routing, layouts=planned)
     listed = [{"commit": name, "routing": routing, "mode": mode} | row for (name, routing, mode), row in rows.items()]
     return described[0]["machine"], described[0]["size"] | {"rows": listed} | beside

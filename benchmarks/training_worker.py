@@ -378,8 +378,6 @@ class Bench:
     def _step(self, text: Tensor, times: Times | None = None) -> Tensor:
         mark = times.mark if times else lambda: None
         mark()
-        if self.mode == "sharded-device" and isinstance(first := self.layers[self.mode][0], FullyShardedExperts):
-            first.prefetch()
         loss: Tensor = self.model(text)
         mark()
         self._backward(loss)
@@ -435,29 +433,13 @@ class Bench:
         self._watch(layers)
         return layers
 
-    def _copied_layers(self) -> list[FullyShardedExperts]:
-        """Sharded experts that travel by copy engines."""
-        from moeplan.runtime_client import ShardMemory  # other checkouts may not have it
-
-        size, group, first = self.size, self.group, self.layers["sharded"]
-        slots = -(-size.experts // group.size) + 1
-        memory = ShardMemory(group, size.shape.elements, size.experts, slots=slots, device=self.device)
-        layers = sharded_layers(size, group, "meta", torch.bfloat16, memory=memory)
-        for layer, other in zip(layers, first, strict=True):
-            layer.shard = other.weights
-        self._watch(layers)
-        return layers
-
     def _enter(self, mode: str) -> None:
-        if mode == "sharded-device" and mode not in self.layers:
-            self.layers[mode] = self._copied_layers()
-        elif mode.endswith("-device") and mode not in self.layers:
+        if mode.endswith("-device") and mode not in self.layers:
             static, spare = self._device_layers(0), spill_options(self.size, self.group.size).spare[0]
             self.layers |= {"force-balanced-device": static, "static-device": static}
             self.layers["quota-device"] = self._device_layers(int(spare))
-        self.mode = mode
-        if self.is_sharded != mode.startswith("sharded"):
-            self.is_sharded = mode.startswith("sharded")
+        if self.is_sharded != (mode == "sharded"):
+            self.is_sharded = mode == "sharded"
             for memory in self.memory:
                 if self.is_sharded:
                     memory.shard()
@@ -467,7 +449,7 @@ class Bench:
             block.experts = experts
 
     def _set_layouts(self, layouts: Sequence[Any] | None) -> None:
-        for layer, slots in zip(self.layers[self.mode], layouts or (), strict=bool(layouts)):
+        for layer, slots in zip(self.layers["sharded"], layouts or (), strict=bool(layouts)):
             layer.layout = Layout(np.array(slots, np.int32), self.size.experts)
 
     def _texts(self, nth: int) -> list[Tensor]:

@@ -196,13 +196,11 @@ def resident_layers(
 
 
 def sharded_layers(
-    size: Size, group: ExpertGroup, device: torch.device | str, dtype: torch.dtype, **shared: Any
+    size: Size, group: ExpertGroup, device: torch.device, dtype: torch.dtype
 ) -> list[FullyShardedExperts]:
-    """The experts of each block, each in equal parts on all ranks; `memory` as there."""
+    """The experts of each block, each in equal parts on all ranks."""
     layers = [
-        FullyShardedExperts(
-            size.shape, size.experts, group, compute_dtype=dtype, device=device, reshard=False, **shared
-        )
+        FullyShardedExperts(size.shape, size.experts, group, compute_dtype=dtype, device=device, reshard=False)
         for _ in range(size.blocks)
     ]
     chain(layers)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from typing import Any, ClassVar
 
 import numpy as np
@@ -14,21 +13,12 @@ from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from moeplan.runtime_client.device.shard_memory import PublishedShard, ShardMemory
 from moeplan.runtime_client.group import ExpertGroup, Traffic
 from moeplan.runtime_client.layers.dividing import Division, PlannedLayer
 from moeplan.runtime_client.layers.expert_layer import ExpertLayer
 from moeplan.runtime_client.layers.feed_forward import ExpertShape, feed_forward
 from moeplan.runtime_client.layers.routing import combine, dispatch, find_route
-from moeplan.runtime_client.layers.sharding import (
-    DirectGathering,
-    DirectReturning,
-    Gathering,
-    Placement,
-    Returning,
-    shard_width,
-    version_of,
-)
+from moeplan.runtime_client.layers.sharding import Gathering, Placement, Returning, shard_width, version_of
 from moeplan.solvers.problem.arrays import Int64
 from moeplan.solvers.problem.cluster import Cluster
 from moeplan.solvers.problem.layout import Layout
@@ -60,8 +50,6 @@ class FullyShardedExperts(ExpertLayer):
         compute_dtype: Type that weights travel and compute in; by default that of autocast, or else of the parameter.
         reshard: Whether to free the gathered weights after the forward pass and gather them again for the backward.
             It saves their memory and costs a second gather.
-        memory: Has copy engines of GPUs gather the weights and return their gradients; share one between layers that
-            run one after another. Without it, collectives of the group do.
         dtype: Type of the parameter.
         device: Device of the parameter.
 
@@ -84,7 +72,6 @@ class FullyShardedExperts(ExpertLayer):
         expert: ExpertSpec = ExpertSpec(),
         compute_dtype: torch.dtype | None = None,
         reshard: bool = True,
-        memory: ShardMemory | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
@@ -93,10 +80,6 @@ class FullyShardedExperts(ExpertLayer):
         if self._division.cluster.devices != group.size:
             raise ValueError(f"cluster.devices = {self._division.cluster.devices}: the group has {group.size} ranks")
         self.reshard = reshard
-        self.memory = memory
-        self._published: PublishedShard | None = None
-        if memory is not None:
-            memory.require(shape.elements, experts)
         self.shard = nn.Parameter(
             torch.zeros(experts, shard_width(shape.elements, group.size), dtype=dtype, device=device)
         )
@@ -104,7 +87,7 @@ class FullyShardedExperts(ExpertLayer):
             layout = Layout.contiguous(experts, np.full(group.size, math.ceil(experts / group.size), np.int32))
         self.layout = layout
         self._order: list[FullyShardedExperts] = []
-        self._ahead: Gathering | DirectGathering | None = None
+        self._ahead: Gathering | None = None
         self._latest: _Pass | None = None
 
     @property
@@ -118,8 +101,6 @@ class FullyShardedExperts(ExpertLayer):
             raise TypeError("layout = a PlannedLayer: it says how to divide tokens too; write `layer.plan = planned`")
         if layout.experts != self.experts:
             raise ValueError(f"layout.experts = {layout.experts}: the layer has {self.experts}")
-        if self.memory is not None:
-            self.memory.require_room(layout.slots)
         self._placement = Placement(layout, self.group, self.shard.device)
 
     @property
@@ -199,17 +180,10 @@ class FullyShardedExperts(ExpertLayer):
         follower = self._follower()
         fingerprint = placement.fingerprint ^ (follower._placement.fingerprint << 1 if follower else 0)
         fingerprint ^= division.fingerprint
-        returning = None
-        if self.memory is not None:
-            self.memory.check()
-            fingerprint ^= self.memory.meetings << 32
-            returning = self.memory.returning
         counts = self._gather_counts(index, weight, fingerprint & (2**62 - 1))
         gathering = self._take_ahead(dtype) or self._start(placement, dtype, "weights.forward")
         this = _Pass(self, placement, dtype)
-        # Its backward runs on the stream of its forward, so that no other waits for the gradients.
-        with nullcontext() if returning is None else torch.cuda.stream(returning):
-            landed: Tensor = _Land.apply(self.shard, this)  # type: ignore[no-untyped-call]
+        landed: Tensor = _Land.apply(self.shard, this)  # type: ignore[no-untyped-call]
         slots = placement.layout.slots
         route = find_route(slots, *division.of_rank(placement.layout, counts, group.rank), index)
         (arrived,) = dispatch(group, route, rows, self.traffic, [sum(route.receive)])
@@ -236,31 +210,10 @@ class FullyShardedExperts(ExpertLayer):
             self._placement = Placement(self.layout, self.group, self.shard.device)
         return self._placement
 
-    def _start(
-        self, placement: Placement, dtype: torch.dtype, purpose: str, storage: torch.UntypedStorage | None = None
-    ) -> Gathering | DirectGathering:
-        """Begin to gather the weights, into new memory by default."""
-        memory = self.memory
-        if memory is None:
-            return Gathering(self.shard, placement, self.group, dtype, self.traffic, purpose, storage)
-        for name, own, other in (("dtype", dtype, memory.dtype), ("device", self.shard.device, memory.device)):
-            if own != other:
-                raise ValueError(f"{self.title}: {name} = {own}: the memory was made for {other}")
-        if self._published is None:
-            self._published = memory.open()
-        # Between a forward pass and its backward weights stay as they are; at any other time they may have changed, and
-        # in ways that autograd does not see.
-        published = self._published
-        shown = _in_backward() and published.read >= 0
-        return DirectGathering(self.shard, placement, memory, published, shown, self.traffic, purpose, storage)
+    def _start(self, placement: Placement, dtype: torch.dtype, purpose: str) -> Gathering:
+        return Gathering(self.shard, placement, self.group, dtype, self.traffic, purpose)
 
-    def _return(self, gradient: Tensor, placement: Placement) -> Returning | DirectReturning:
-        """Begin to return the gradients of slots."""
-        if self.memory is None:
-            return Returning(gradient, placement, self.group, self.traffic)
-        return DirectReturning(gradient, placement, self.memory, self.shard, self.traffic)
-
-    def _take_ahead(self, dtype: torch.dtype) -> Gathering | DirectGathering | None:
+    def _take_ahead(self, dtype: torch.dtype) -> Gathering | None:
         ahead, self._ahead = self._ahead, None
         now = self._placement, version_of(self.shard), dtype
         if ahead is None or (ahead.placement, ahead.version, ahead.dtype) == now:
@@ -277,7 +230,7 @@ class FullyShardedExperts(ExpertLayer):
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies, which are in no chain."""
-        return super().__getstate__() | {"_order": [], "_ahead": None, "_latest": None, "_published": None}
+        return super().__getstate__() | {"_order": [], "_ahead": None, "_latest": None}
 
 
 def chain(layers: Sequence[FullyShardedExperts]) -> None:
@@ -299,8 +252,8 @@ class _Pass:
         self.placement = placement
         self.dtype = dtype
         self.freed = False
-        self.arriving: Gathering | DirectGathering | None = None
-        self.returning: Returning | DirectReturning | None = None
+        self.arriving: Gathering | None = None
+        self.returning: Returning | None = None
         # Weak, because autograd alone decides how long the weights are wanted.
         self.storage: StorageWeakRef | None = None
         place = layer._order.index(layer) if layer._order else 0
@@ -325,8 +278,7 @@ class _Pass:
     def start(self) -> None:
         """Begin to gather the weights again, if they have been freed and are still wanted."""
         if self.freed and self.arriving is None and self.storage and not self.storage.expired():
-            storage = torch.UntypedStorage._new_with_weak_ptr(self.storage.cdata)
-            self.arriving = self.layer._start(self.placement, self.dtype, "weights.backward", storage)
+            self.arriving = self.layer._start(self.placement, self.dtype, "weights.backward")
 
     def restore(self, flat: Tensor) -> None:
         """Bring the weights back.
@@ -338,7 +290,8 @@ class _Pass:
             return
         self.start()
         assert self.arriving is not None, "the storage is alive, since `flat` refers to it"
-        self.arriving.finish()
+        storage.resize_(flat.numel() * flat.element_size())
+        self.arriving.finish(flat)
         self.arriving, self.freed = None, False
 
 
@@ -369,9 +322,12 @@ class _Gather(torch.autograd.Function):
     """The weights of this rank's slots; its backward sends their gradients to the owners."""
 
     @staticmethod
-    def forward(ctx: Any, shard: Tensor, gathering: Gathering | DirectGathering, this: _Pass) -> Tensor:
+    def forward(ctx: Any, shard: Tensor, gathering: Gathering, this: _Pass) -> Tensor:
         ctx.this, ctx.shape = this, shard.shape
-        flat = gathering.finish()
+        layer = this.layer
+        slots, width = len(this.placement.experts), layer.group.size * shard.shape[1]
+        flat = torch.empty(slots, width, dtype=this.dtype, device=shard.device)
+        gathering.finish(flat)
         this.storage = StorageWeakRef(flat.untyped_storage())
         return flat
 
@@ -379,7 +335,7 @@ class _Gather(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         this: _Pass = ctx.this
-        this.returning = this.layer._return(gradient, this.placement)
+        this.returning = Returning(gradient, this.placement, this.layer.group, this.layer.traffic)
         # Only tells _Land to run; the true gradient is still travelling.
         return gradient.new_zeros(()).expand(ctx.shape), None, None
 

@@ -12,21 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moeplan.runtime_client.device.shard_memory import PublishedShard, ShardMemory
 from moeplan.runtime_client.group import ExpertGroup, Traffic, Transfer, beside, join
 from moeplan.runtime_client.layers.copies import copy_strided, scatter_rows
 from moeplan.solvers.problem.arrays import Int64
 from moeplan.solvers.problem.layout import EMPTY, Layout
 
-__all__ = [
-    "DirectGathering",
-    "DirectReturning",
-    "Gathering",
-    "Placement",
-    "Returning",
-    "shard_width",
-    "version_of",
-]
+__all__ = ["Gathering", "Placement", "Returning", "shard_width", "version_of"]
 
 
 def shard_width(elements: int, size: int) -> int:
@@ -51,9 +42,6 @@ class Placement:
         replicas: int64[replicas], the expert of every replica in the order of devices and slots.
         first: int64[experts], position in `replicas` of each expert's first one.
         several: int64[n], experts with more than one replica, those with most in front.
-        begin: Number of replicas on the ranks before this one.
-        order: int64[replicas], positions in `replicas` by expert, ascending for each.
-        start: int64[experts + 1], where those of each expert begin in `order`.
         rounds: Positions of the first replicas of the experts in `several`, of the second ones, and so on; as those
             with most are in front, each covers a beginning of `several`. Empty if no expert has several.
     """
@@ -73,20 +61,18 @@ class Placement:
         replicas = layout.slots[filled].astype(np.int64)
         self.device = device
         self.replicas = torch.from_numpy(replicas).to(device)
-        self.begin = sum(self.filled[: group.rank])
         tables = (torch.from_numpy(table).to(device) for table in _by_expert(replicas, layout))
-        self.order, self.start, self.first, self.several, *self.rounds = tables
+        self.first, self.several, *self.rounds = tables
 
 
 def _by_expert(replicas: Int64, layout: Layout) -> list[Int64]:
-    """`order`, `start`, `first`, `several` and each of the `rounds` of a `Placement`."""
+    """`first`, `several` and each of the `rounds` of a `Placement`."""
     order = np.argsort(replicas, kind="stable")
-    starts = layout.hosts.start.astype(np.int64)
-    start = starts[:-1]
+    start = layout.hosts.start[:-1]
     several = np.argsort(-layout.replicas, kind="stable")[: (layout.replicas > 1).sum()]
     most = int(layout.replicas[several].max(initial=0))
     rounds = (order[start[several[layout.replicas[several] > nth]] + nth] for nth in range(most))
-    return [order, starts, order[start], several, *rounds]
+    return [order[start], several, *rounds]
 
 
 class Gathering:
@@ -101,7 +87,6 @@ class Gathering:
         dtype: Type that the weights travel and arrive in.
         traffic: Counter of the bytes sent.
         purpose: Key in `traffic`.
-        storage: Memory that they go to, of any size; new by default.
     """
 
     def __init__(
@@ -112,13 +97,11 @@ class Gathering:
         dtype: torch.dtype,
         traffic: Traffic,
         purpose: str,
-        storage: torch.UntypedStorage | None = None,
     ) -> None:
         self.placement = placement
         self.version = version_of(shard)
         self.dtype = dtype
         self._size = group.size
-        self._storage = storage
         with beside(shard.device):
             packed = shard.detach().to(dtype).index_select(0, placement.replicas)
             receive = [len(placement.experts)] * group.size
@@ -126,21 +109,17 @@ class Gathering:
                 packed, placement.filled, receive, weights=True, traffic=traffic, purpose=purpose
             )
 
-    def finish(self) -> Tensor:
-        """The weights, [filled slots, N * width]. On CUDA the current stream waits for them, not the host."""
+    def finish(self, flat: Tensor) -> None:
+        """Wait, and write into `flat`, [filled slots, N * width]. On CUDA the current stream waits, not the host."""
         assert self._transfer is not None, "a gathering is finished once"
-        slots, width = len(self.placement.experts), self._transfer.received.shape[1]
-        flat = self._transfer.received.new_empty(0 if self._storage else (slots, self._size * width))
-        if self._storage is not None:
-            self._storage.resize_(slots * self._size * width * flat.element_size())
-            flat.set_(self._storage, 0, (slots, self._size * width), (self._size * width, 1))
         with beside(flat.device):
             received = self._transfer.wait()
-            by_slot = flat.view(slots, self._size, width)
+            slots, width = len(flat), received.shape[1]
+            # `data`: autograd need not know that a saved tensor is written, as its old values come back.
+            by_slot = flat.data.view(slots, self._size, width)
             copy_strided(by_slot, received.view(self._size, slots, width).transpose(0, 1))
             self._transfer = None
         join(flat.device)
-        return flat
 
     def drop(self) -> None:
         """Wait for a gathering that is of no use, so that its buffers may go."""
@@ -148,49 +127,6 @@ class Gathering:
             with beside(self._transfer.received.device):
                 self._transfer.wait()
             self._transfer = None
-
-
-class DirectGathering:
-    """As `Gathering`, by copies straight from the ranks' memory into the weights' own, which set out at once.
-
-    Args:
-        shard: [experts, width], this rank's part of every expert.
-        placement: The layout to gather.
-        memory: Of the layers.
-        published: Of this layer in it.
-        shown: Whether other ranks know these weights already, from a gathering before.
-        traffic: Counter of the bytes sent.
-        purpose: Key in `traffic`.
-        storage: Memory that the weights go to, of any size; new by default.
-    """
-
-    def __init__(
-        self,
-        shard: Tensor,
-        placement: Placement,
-        memory: ShardMemory,
-        published: PublishedShard,
-        shown: bool,
-        traffic: Traffic,
-        purpose: str,
-        storage: torch.UntypedStorage | None = None,
-    ) -> None:
-        self.placement = placement
-        self.version = version_of(shard)
-        self.dtype = memory.dtype
-        self._memory = memory
-        self._flat, self._arrival = memory.gather(published, placement, None if shown else shard, storage)
-        to_others = sum(placement.filled) - len(placement.experts)
-        traffic[purpose] += to_others * shard.shape[1] * memory.dtype.itemsize
-
-    def finish(self) -> Tensor:
-        """As of `Gathering`."""
-        self._memory.wait(self._arrival)
-        return self._flat
-
-    def drop(self) -> None:
-        """As of `Gathering`."""
-        self._memory.wait(self._arrival)
 
 
 class Returning:
@@ -245,28 +181,3 @@ class Returning:
         if like.device.type == "cuda":
             total.record_stream(torch.cuda.current_stream(like.device))
         return total
-
-
-class DirectReturning:
-    """As `Returning`, by copies straight into the memory of the owners.
-
-    Args:
-        gradient: [filled slots, N * width].
-        placement: The layout that the slots were gathered by.
-        memory: Of the layers.
-        shard: [experts, width], for its type.
-        traffic: Counter of the bytes sent.
-    """
-
-    def __init__(
-        self, gradient: Tensor, placement: Placement, memory: ShardMemory, shard: Tensor, traffic: Traffic
-    ) -> None:
-        self._memory = memory
-        self._total, self._arrival = memory.give_back(gradient, placement, shard)
-        others = memory.group.size - 1
-        traffic["gradients"] += len(gradient) * others * shard.shape[1] * gradient.element_size()
-
-    def finish(self, like: Tensor) -> Tensor:
-        """As of `Returning`."""
-        self._memory.wait(self._arrival)
-        return self._total
