@@ -60,6 +60,19 @@ def test_every_plan_keeps_the_rules(instance: tuple[Counts, SpillOptions]) -> No
     plan_of(*instance)
 
 
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(instances())
+def test_a_quick_plan_keeps_them_and_the_caps_wherever_another_does(instance: tuple[Counts, SpillOptions]) -> None:
+    counts, options = instance
+    quick = QuotaPlanner(options, len(counts), dtype=counts.dtype, quick=True)
+    plan = quick.plan(counts)
+    check(plan, counts, options)
+    other = plan_of(counts, options)
+    assert plan.shortfall.any() == other.shortfall.any()
+    assert plan.makespan >= other.makespan - 1e-9 or plan.shortfall.any()
+    assert quick.with_home(options.home).quick
+
+
 @pytest.mark.parametrize("spare", [1, 2])
 @pytest.mark.parametrize("seed", range(6))
 def test_small_instances_reach_the_optimum_of_cp_sat(seed: int, spare: int) -> None:
