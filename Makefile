@@ -71,7 +71,9 @@ dist: $(STAMP)  ## build wheel and source archive into dist/; a tag of this comm
 	@$(BIN)/python -m hatchling build
 
 coverage: $(STAMP)  ## which lines the tests run, in all their processes
-	@$(BIN)/coverage erase && $(BIN)/coverage run -m pytest; $(BIN)/coverage combine --quiet && $(BIN)/coverage report
+	@$(BIN)/python -c "from moeplan.solvers import warm_up; warm_up()"
+	@$(BIN)/coverage erase && $(BIN)/coverage run -m pytest -n 3 --dist loadfile; \
+		$(BIN)/coverage combine --quiet && $(BIN)/coverage report
 
 tables: $(STAMP)  ## make the tables of the documents from the results of benchmarks
 	@$(BIN)/python benchmarks/tables.py

@@ -31,10 +31,18 @@ def run(folder: Path, mode: str, *options: str, dimensions: tuple[str, ...]) -> 
     return train("megatron_loop.py", str(folder), mode, *dimensions, *options, python=python, ranks=ranks)
 
 
+KINDS = [
+    *(pytest.param("resident", *each.values, id=f"resident, {each.id}") for each in DIMENSIONS),
+    pytest.param("sharded", ALONE, id="sharded, expert"),
+    pytest.param("sharded", DATA, id="sharded, expert and data"),
+    pytest.param("sharded", PIPELINE, id="sharded, expert and pipeline"),
+]
+
+
 @cache
-def static(dimensions: tuple[str, ...]) -> dict[str, Any]:
+def static(dimensions: tuple[str, ...], *options: str) -> dict[str, Any]:
     with TemporaryDirectory() as folder:
-        return run(Path(folder), "static", dimensions=dimensions)
+        return run(Path(folder), "static", *options, dimensions=dimensions)
 
 
 DENSE_STAGE = """
@@ -56,10 +64,34 @@ parallel_state.initialize_model_parallel(pipeline_model_parallel_size=2)
 assert balance(dense, "spill") is dense
 """
 
+REFUSED = """
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from moeplan.runtime_client.integrations.megatron import balance
+
+legacy = "moe_grouped_gemm = True: with the local spec it names the legacy GroupedMLP"
+for options, kind, answer in (
+    ({"moe_grouped_gemm": True}, "resident", legacy),
+    ({"moe_grouped_gemm": True}, "sharded", legacy),
+    ({}, "shared", "kind = 'shared': must be resident or sharded"),
+):
+    try:
+        balance(get_gpt_layer_local_spec(num_experts=8, **options), "spill", kind=kind)
+    except ValueError as error:
+        assert str(error).startswith(answer), error
+    else:
+        raise AssertionError(answer)
+balance(get_gpt_layer_local_spec(num_experts=8, moe_grouped_gemm=True), "record")
+"""
+
 
 def test_a_stage_of_dense_layers_stays_as_it_is_and_a_model_without_experts_is_refused(tmp_path: Path) -> None:
     (tmp_path / "program.py").write_text(DENSE_STAGE)
     launch(tmp_path / "program.py", python=python_of("megatron"))
+
+
+def test_experts_and_kinds_that_are_not_known_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "program.py").write_text(REFUSED)
+    launch(tmp_path / "program.py", python=python_of("megatron"), ranks=1)
 
 
 @pytest.mark.parametrize("dimensions", DIMENSIONS)
@@ -75,19 +107,33 @@ def test_recording_changes_nothing(tmp_path: Path, dimensions: tuple[str, ...]) 
             assert arrays["counts"].shape == (19, layers, 2, 8)
 
 
-@pytest.mark.parametrize("dimensions", DIMENSIONS)
-def test_spilling_balances_with_the_same_losses(tmp_path: Path, dimensions: tuple[str, ...]) -> None:
-    home, computed = check_trained(run(tmp_path, "spill", dimensions=dimensions), static(dimensions), TOLERANCE).T
+@pytest.mark.parametrize(("kind", "dimensions"), KINDS)
+def test_spilling_balances_with_the_same_losses(tmp_path: Path, kind: str, dimensions: tuple[str, ...]) -> None:
+    spilled = run(tmp_path, "spill", f"kind={kind}", dimensions=dimensions)
+    home, computed = check_trained(spilled, static(dimensions), TOLERANCE).T
     assert home.max() > 1.1
     assert computed.max() < 1.01
 
 
-@pytest.mark.parametrize("dimensions", DIMENSIONS)
+@pytest.mark.parametrize(("kind", "dimensions"), KINDS)
 def test_planned_layouts_balance_with_the_same_losses(
-    tmp_path: Path, dimensions: tuple[str, ...], start: Start
+    tmp_path: Path, kind: str, dimensions: tuple[str, ...], start: Start
 ) -> None:
     daemon = start().serving()
-    planned = run(tmp_path, "planned", f"planner={daemon.address}", "job=tiny", dimensions=dimensions)
+    options = (f"planner={daemon.address}", "job=tiny", f"kind={kind}")
+    planned = run(tmp_path, "planned", *options, dimensions=dimensions)
     imbalances = check_trained(planned, static(dimensions), TOLERANCE)
     home, computed = imbalances[8:].T  # the planner has what it needs after five steps
     assert computed.mean() < home.mean()
+
+
+@pytest.mark.parametrize("kind", ["resident", "sharded"])
+def test_expert_biases_are_those_of_megatron_on_all_ranks(tmp_path: Path, kind: str) -> None:
+    """Each micro-batch counts its tokens, and at the end of a step all ranks move the biases alike."""
+    plain = static(ALONE, "router=expert_bias")
+    spilled = run(tmp_path, "spill", f"kind={kind}", "router=expert_bias", dimensions=ALONE)
+    home, computed = check_trained(spilled, plain, TOLERANCE).T
+    assert home.max() > 1.1 > computed.max()
+    first, second = spilled["biases"]
+    assert first == second == plain["biases"][0]
+    assert all(any(layer) for layer in first)
