@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from tests.support.daemon import Start
-from tests.support.frameworks import check_trained, launch, python_of, train
+from tests.support.frameworks import EXAMPLES, check_trained, launch, python_of, train
 
 pytestmark = pytest.mark.slow
 TOLERANCE = 1e-4
@@ -82,6 +82,93 @@ for options, kind, answer in (
         raise AssertionError(answer)
 balance(get_gpt_layer_local_spec(num_experts=8, moe_grouped_gemm=True), "record")
 """
+
+OPTIMIZED = """
+import sys
+from pathlib import Path
+
+import torch.distributed as dist
+
+folder, examples = Path(sys.argv[1]), sys.argv[2]
+sys.path.append(examples)
+import megatron_loop as loop
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from moeplan.runtime_client.integrations.megatron import balance
+
+
+class Training:
+    def __init__(self, kind):
+        spec = loop.get_gpt_layer_local_spec(num_experts=loop.EXPERTS)
+        self.gpt = loop.make(balance(spec, "spill", kind=kind) if kind else spec, "aux_loss")
+        self.model = DistributedDataParallel(self.gpt.config, DistributedDataParallelConfig(), self.gpt)
+        self.gpt.config.finalize_model_grads_func = finalize_model_grads
+        # Megatron clips gradients of GPUs alone
+        self.optimizer = get_megatron_optimizer(OptimizerConfig(optimizer="adam", lr=1e-3, clip_grad=0.0), [self.model])
+
+    def run(self, data):
+        seen = []
+        run = loop.get_forward_backward_func()
+        for step in range(3):
+            self.model.zero_grad_buffer()
+            self.optimizer.zero_grad()
+            losses = run(
+                data_iterator=data, num_microbatches=4, micro_batch_size=1, forward_step_func=loop.forward,
+                model=[self.model], seq_length=loop.LENGTH,
+            )
+            seen.append(loop.mean_of_ranks(losses))
+            self.optimizer.prepare_grads()
+            seen.append(float(self.optimizer.get_grad_norm()))
+            self.optimizer.step()
+        return seen
+
+    def state(self, loading=False):
+        model = self.gpt.sharded_state_dict()
+        return {"model": model, "optimizer": self.optimizer.sharded_state_dict(model, is_loading=loading)}
+
+    def load(self, path):
+        loaded = dist_checkpointing.load(self.state(loading=True), path)
+        self.gpt.load_state_dict(loaded["model"])
+        self.optimizer.load_state_dict(loaded["optimizer"])
+
+
+def close(mine, others):
+    assert max(abs(a - b) for a, b in zip(mine, others, strict=True)) < 1e-5, (mine, others)
+
+
+def main():
+    dist.init_process_group("gloo")
+    parallel_state.initialize_model_parallel(expert_model_parallel_size=2)
+    runs = {}
+    for kind in ("", "sharded"):
+        training, data = Training(kind), loop.batches()
+        path = folder / (kind or "megatron")
+        if dist.get_rank() == 0:
+            path.mkdir()
+        dist.barrier()
+        before = training.run(data)
+        dist_checkpointing.save(training.state(), str(path))
+        runs[kind] = before + training.run(data)
+    close(runs["sharded"], runs[""])
+    for saved, kind in (("megatron", "sharded"), ("sharded", ""), ("sharded", "sharded")):
+        training, data = Training(kind), loop.batches()
+        for _ in range(12):
+            next(data)
+        training.load(str(folder / saved))
+        close(training.run(data), runs[""][6:])
+
+
+if __name__ == "__main__":
+    with loop.OnCpu():
+        main()
+"""
+
+
+def test_an_optimizer_goes_on_from_what_the_other_kind_saved(tmp_path: Path) -> None:
+    """Losses and norms of gradients are those of Megatron alone, before a checkpoint and after it."""
+    (tmp_path / "program.py").write_text(OPTIMIZED)
+    launch(tmp_path / "program.py", str(tmp_path), str(EXAMPLES), python=python_of("megatron"))
 
 
 def test_a_stage_of_dense_layers_stays_as_it_is_and_a_model_without_experts_is_refused(tmp_path: Path) -> None:
