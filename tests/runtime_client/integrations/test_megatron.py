@@ -82,6 +82,43 @@ for options, kind, answer in (
         raise AssertionError(answer)
 balance(get_gpt_layer_local_spec(num_experts=8, moe_grouped_gemm=True), "record")
 """
+HOOKED = """
+import sys
+
+import torch
+import torch.distributed as dist
+
+sys.path.append(sys.argv[1])
+import megatron_loop as loop
+from megatron.core import parallel_state
+from moeplan.runtime_client.integrations.megatron import balance
+
+dist.init_process_group("gloo")
+parallel_state.initialize_model_parallel()
+for kind in ("resident", "sharded"):
+    spec = balance(loop.get_gpt_layer_local_spec(num_experts=loop.EXPERTS), "spill", kind=kind)
+    layer = loop.make(spec, "aux_loss").decoder.layers[0].mlp
+    arrived = set()
+
+    def gather(module, *_):
+        for parameter in module.parameters(recurse=False):
+            parameter.data.zero_()
+            arrived.add(parameter)
+
+    for module in layer.experts.modules():
+        module.register_forward_pre_hook(gather)
+    output, _ = layer(torch.randn(loop.LENGTH, 1, 32))
+    assert arrived == set(layer.experts.parameters())
+    assert not output.any()
+"""
+
+
+def test_weights_are_read_once_ddp_has_gathered_them() -> None:
+    """It does so in hooks of the modules that hold them, where gathering overlaps with the pass."""
+    with TemporaryDirectory() as folder:
+        (Path(folder) / "program.py").write_text(HOOKED)
+        launch(Path(folder) / "program.py", str(EXAMPLES), python=python_of("megatron"), ranks=1)
+
 
 OPTIMIZED = """
 import sys

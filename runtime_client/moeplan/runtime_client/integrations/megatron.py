@@ -144,6 +144,7 @@ class BalancedMoELayer(MoELayer):
             return super().routed_experts_compute(hidden_states, probs)
         if isinstance(self.experts, ShardedExperts):
             return self.experts(hidden_states, *probs), None
+        _wait_for_weights(self.experts)
         return self._balanced.run(_weights(self.experts), hidden_states, *probs), None
 
     def combine(self, output: Tensor) -> Tensor:
@@ -244,6 +245,14 @@ def _names(experts: Any) -> list[list[str]]:
 def _weights(experts: Any) -> list[Tensor]:
     """[owned, ...], first and second matrices of this rank's experts."""
     return [torch.stack([experts.get_parameter(name) for name in each]) for each in _names(experts)]
+
+
+def _wait_for_weights(experts: Any) -> None:
+    """Run the hooks of the modules that hold weights, as they are not called: Megatron's DDP waits there for them."""
+    for name in sorted({name.rpartition(".")[0] for each in _names(experts) for name in each}):
+        module = experts.get_submodule(name)
+        for hook in module._forward_pre_hooks.values():
+            hook(module, ())
 
 
 def _require_known(title: str, config: TransformerConfig, experts: Any, tensor_parallel: int) -> None:
