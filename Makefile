@@ -24,9 +24,10 @@ compare: $(STAMP)  ## plan from a recorded trace and compare policies on steps t
 	@$(BIN)/python examples/compare_policies.py
 
 # Files of tests side by side, as most of their time is spent waiting for daemons and ranks; kernels are compiled before.
+SIDE_BY_SIDE := -n 3 --dist loadfile --no-loadscope-reorder
 test: $(STAMP)  ## run the tests
-	@$(BIN)/python -c "from moeplan.solvers import warm_up; warm_up()"
-	@$(BIN)/python -m pytest -n 3 --dist loadfile
+	@PYTHONPATH=. $(BIN)/python tests/support/compile_kernels.py
+	@$(BIN)/python -m pytest $(SIDE_BY_SIDE)
 
 test-all: $(STAMP) docs  ## run the tests, those that take minutes too, with new random examples, and build the documentation
 	@$(BIN)/python -m pytest -m "slow or not slow" --hypothesis-profile=new
@@ -71,7 +72,9 @@ dist: $(STAMP)  ## build wheel and source archive into dist/; a tag of this comm
 	@$(BIN)/python -m hatchling build
 
 coverage: $(STAMP)  ## which lines the tests run, in all their processes
-	@$(BIN)/coverage erase && $(BIN)/coverage run -m pytest; $(BIN)/coverage combine --quiet && $(BIN)/coverage report
+	@PYTHONPATH=. $(BIN)/python tests/support/compile_kernels.py
+	@$(BIN)/coverage erase && $(BIN)/coverage run -m pytest $(SIDE_BY_SIDE); \
+		$(BIN)/coverage combine --quiet && $(BIN)/coverage report
 
 tables: $(STAMP)  ## make the tables of the documents from the results of benchmarks
 	@$(BIN)/python benchmarks/tables.py

@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 where a table is out of date")
     arguments = parser.parse_args()
     old = []
-    for document in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))):
+    for document in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))):
         text = document.read_text()
         made = BLOCK.sub(partial(block, document), text)
         if made != text:

@@ -5,9 +5,10 @@
     torchrun --nproc-per-node 4 examples/integrations/megatron_loop.py FOLDER spill expert=2 pipeline=2
 
 It trains for 20 steps of four micro-batches from a seed, saves with Megatron's distributed checkpointing, loads that
-into a model without moeplan, and prints a line of JSON. The word is static (without moeplan), record, spill or planned.
-There are `pipeline` stages of data-parallel ranks, over `expert` of which the experts are spread; by default there is
-one stage, and its experts are spread over all. Other options go to `balance`.
+into a model without moeplan, saves again, loads that with moeplan, and prints a line of JSON. The word is static
+(without moeplan), record, spill or planned. There are `pipeline` stages of data-parallel ranks, over `expert` of which
+the experts are spread; by default there is one stage, and its experts are spread over all. `router` is aux_loss or
+expert_bias. Other options go to `balance`.
 """
 
 from __future__ import annotations
@@ -68,13 +69,24 @@ def batches() -> Iterator[torch.Tensor]:
         yield (torch.rand(1, LENGTH + 1, generator=rng) ** 4 * WORDS).long()
 
 
-def make(spec: Any) -> GPTModel:
+ROUTERS: dict[str, dict[str, Any]] = {
+    "aux_loss": {"moe_router_load_balancing_type": "aux_loss", "moe_aux_loss_coeff": 1e-2},
+    "expert_bias": {
+        "moe_router_score_function": "sigmoid",
+        "moe_router_enable_expert_bias": True,
+        "moe_z_loss_coeff": 1e-3,
+    },
+}
+"""What evens the load in training, beside us."""
+
+
+def make(spec: Any, router: str) -> GPTModel:
     torch.manual_seed(parallel_state.get_pipeline_model_parallel_rank())
     config = TransformerConfig(
         num_layers=2, hidden_size=32, num_attention_heads=4, ffn_hidden_size=48, moe_ffn_hidden_size=48,
-        num_moe_experts=EXPERTS, moe_router_topk=2, moe_token_dispatcher_type="allgather", moe_aux_loss_coeff=1e-2,
-        moe_router_load_balancing_type="aux_loss", gated_linear_unit=True, activation_func=torch.nn.functional.silu,
-        add_bias_linear=False, use_cpu_initialization=True, init_method_std=0.2, hidden_dropout=0, attention_dropout=0,
+        num_moe_experts=EXPERTS, moe_router_topk=2, moe_token_dispatcher_type="allgather", **ROUTERS[router],
+        gated_linear_unit=True, activation_func=torch.nn.functional.silu, add_bias_linear=False,
+         use_cpu_initialization=True, init_method_std=0.2, hidden_dropout=0, attention_dropout=0,
         bias_dropout_fusion=False, gradient_accumulation_fusion=False, pipeline_dtype=torch.float32,
         expert_model_parallel_size=parallel_state.get_expert_model_parallel_world_size(),
         pipeline_model_parallel_size=parallel_state.get_pipeline_model_parallel_world_size(),
@@ -104,6 +116,22 @@ def mean_of_ranks(losses: list[torch.Tensor]) -> float:
     return float(both[0] / both[1])
 
 
+def a_batch() -> dict[str, Any]:
+    return {"data_iterator": batches(), "num_microbatches": 1, "micro_batch_size": 1, "forward_only": True}
+
+
+def save(model: GPTModel, folder: Path) -> str:
+    if dist.get_rank() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+    dist.barrier()
+    dist_checkpointing.save(model.sharded_state_dict(), str(folder))
+    return str(folder)
+
+
+def load(model: GPTModel, folder: str) -> None:
+    model.load_state_dict(dist_checkpointing.load(model.sharded_state_dict(), folder))
+
+
 def main(folder: Path, mode: str, *given: str) -> None:
     options: dict[str, Any] = dict(option.split("=", 1) for option in given)
     pipeline = int(options.pop("pipeline", 1))
@@ -112,12 +140,13 @@ def main(folder: Path, mode: str, *given: str) -> None:
         pipeline_model_parallel_size=pipeline,
         expert_model_parallel_size=int(options.pop("expert", dist.get_world_size() // pipeline)),
     )
+    router = options.pop("router", "aux_loss")
     spec = plain = get_gpt_layer_local_spec(num_experts=EXPERTS)
     if mode != "static":
         from moeplan.runtime_client.integrations.megatron import balance  # line 1
 
         spec = balance(plain, mode, **options)  # line 2
-    gpt = make(spec)
+    gpt = make(spec, router)
     model = DistributedDataParallel(gpt.config, DistributedDataParallelConfig(), gpt)
     gpt.config.finalize_model_grads_func = finalize_model_grads
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
@@ -136,20 +165,27 @@ def main(folder: Path, mode: str, *given: str) -> None:
             end = time.monotonic() + 60  # these steps are short: a planner gets time for its first layouts
             while step == 5 and balancer.session and not balancer.session.status.newest and time.monotonic() < end:
                 time.sleep(0.05)
-    saved = folder / mode
-    if dist.get_rank() == 0:
-        saved.mkdir(parents=True, exist_ok=True)
-    dist.barrier()
-    dist_checkpointing.save(gpt.sharded_state_dict(), str(saved))
-    other = make(plain)
-    other.load_state_dict(dist_checkpointing.load(other.sharded_state_dict(), str(saved)))
-    same = torch.tensor(all(torch.equal(a, b) for a, b in zip(gpt.parameters(), other.parameters(), strict=True)))
-    dist.all_reduce(same := same.int(), dist.ReduceOp.MIN)
+    other, again = make(plain, router), make(spec, router)
+    load(other, save(gpt, folder / mode))
+    load(again, save(other, folder / f"{mode}-and-back"))
+    checks = [mean_of_ranks(run(model=[checked.eval()], **a_batch())) for checked in (gpt, other)]
+    same = all(torch.equal(a, b) for a, b in zip(gpt.parameters(), again.parameters(), strict=True))
+    mine = {
+        "imbalances": imbalances[1:],
+        "biases": [layer.mlp.router.expert_bias.tolist() for layer in gpt.decoder.layers if router == "expert_bias"],
+        "same": same and abs(checks[0] - checks[1]) < 1e-5,
+    }
     ranks: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(ranks, imbalances[1:])
+    dist.all_gather_object(ranks, mine)
     if dist.get_rank() == 0:
-        steps = [tuple(sum(rank) / len(ranks) for rank in zip(*step, strict=True)) for step in zip(*ranks, strict=True)]
-        print(json.dumps({"mode": mode, "losses": losses, "imbalances": steps, "loaded_again": bool(same)}))
+        steps = zip(*(rank["imbalances"] for rank in ranks), strict=True)
+        answer = {
+            "losses": losses,
+            "imbalances": [tuple(sum(rank) / len(ranks) for rank in zip(*step, strict=True)) for step in steps],
+            "biases": [rank["biases"] for rank in ranks],
+            "loaded_again": all(rank["same"] for rank in ranks),
+        }
+        print(json.dumps({"mode": mode} | answer))
     dist.destroy_process_group()
 
 

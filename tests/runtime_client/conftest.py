@@ -12,4 +12,4 @@ from tests.support.ranks import Ranks
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
     pool = Ranks(tmp_path_factory.mktemp("ranks"))
     yield pool
-    pool.stop()
+    pool.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import os
 import pickle
@@ -72,6 +73,16 @@ class Ranks:
                 if not answers[rank][0]:
                     end = min(end, time.monotonic() + 5)  # the others may be waiting for this one
         return [answers[rank] for rank in range(len(workers))]
+
+    def close(self) -> None:
+        """Let the ranks end, so that what counts their lines can write them down, and stop those that do not."""
+        for worker in self._workers:
+            assert worker.stdin is not None
+            worker.stdin.close()
+        for worker in self._workers:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                worker.wait(10)
+        self.stop()
 
     def stop(self) -> None:
         for worker in self._workers:

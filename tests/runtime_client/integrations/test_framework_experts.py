@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from moeplan.runtime_client.integrations.balancing import Balancer
+from moeplan.runtime_client.integrations.framework_experts import FrameworkExperts, FrameworkShards
 from moeplan.runtime_client.integrations.planned_replicas import PlannedReplicas
 from moeplan.runtime_client.integrations.versions import UnsupportedVersionError, require_version
 from moeplan.runtime_client.layers.dividing import PlannedLayer
-from moeplan.runtime_client.layers.feed_forward import ExpertShape
+from moeplan.runtime_client.layers.feed_forward import ExpertShape, join_weights
 from moeplan.solvers.problem.layout import Layout
 
 Launch = Callable[..., list[Any]]
@@ -41,7 +42,7 @@ def train(mode: str, planned: Layout | None, checkpointed: bool) -> tuple[tuple[
     optimizers = [torch.optim.SGD(parameters, lr=0.01) for parameters in (own, list(whole.parameters()))]
     balancer = Balancer(mode, spare=1)
     layer = balancer.layer("layer 0", EXPERTS, dist.group.WORLD, ExpertShape(HIDDEN, WIDTH))
-    assert layer.experts is not None
+    assert isinstance(layer.experts, FrameworkExperts)
     if planned is not None:
         source = layer.experts.source
         assert isinstance(source, PlannedReplicas)
@@ -92,6 +93,43 @@ def test_planned_replicas_compute_what_one_process_does(ranks: Launch) -> None:
         assert computed < home
 
 
+def train_shards(mode: str, planned: Layout | None) -> tuple[float, float]:
+    """Experts that a framework has initialised at home, spread over the ranks: one step is that of the whole module."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    torch.manual_seed(0)
+    whole = FusedExperts().double()
+    at_home = join_weights(whole.gate_up_proj, whole.down_proj).detach().chunk(size)[rank]
+    balancer = Balancer(mode, spare=1)
+    layer = balancer.layer("layer 0", EXPERTS, dist.group.WORLD, ExpertShape(HIDDEN, WIDTH), at_home)
+    shards = layer.experts
+    assert isinstance(shards, FrameworkShards)
+    assert torch.equal(shards.homes_of(shards.shard), at_home)
+    if planned is not None:
+        shards.plan_in_force = PlannedLayer(planned, shards.plan_in_force.division)
+    hidden, index, weight = batch(0)
+    expected = whole(hidden, index, weight)
+    expected.square().sum().backward()
+    output = shards(hidden.chunk(size)[rank], index.chunk(size)[rank], weight.chunk(size)[rank])
+    torch.testing.assert_close(output, expected.chunk(size)[rank], rtol=0, atol=1e-12)
+    output.square().sum().backward()
+    assert shards.shard.grad is not None
+    gradients = [part.grad for part in (whole.gate_up_proj, whole.down_proj)]
+    wanted = join_weights(*(gradient for gradient in gradients if gradient is not None)).chunk(size)[rank]
+    torch.testing.assert_close(shards.homes_of(shards.shard.grad), wanted, rtol=0, atol=1e-12)
+    balancer.abandon()
+    home, computed = shards.loads
+    return float(home.max() / home.mean()), float(computed.max() / computed.mean())
+
+
+@pytest.mark.parametrize(
+    ("mode", "planned"), [("spill", None), ("planned", Layout(np.array([[0, 1, 2], [0, 3, -1]]), EXPERTS))]
+)
+def test_shards_compute_what_one_process_does(ranks: Launch, mode: str, planned: Layout | None) -> None:
+    for home, computed in ranks(2, train_shards, mode, planned):
+        assert computed < home
+        assert computed == 1 or mode == "planned"
+
+
 def test_without_a_plan_experts_stay_at_home() -> None:
     planner = PlannedReplicas(EXPERTS, 2, 1)
     plan = planner.plan(np.arange(8).reshape(2, 4))
@@ -103,7 +141,7 @@ def test_without_a_plan_experts_stay_at_home() -> None:
 def differ() -> None:
     balancer = Balancer("planned", spare=1)
     layer = balancer.layer("layer 0", EXPERTS, dist.group.WORLD, ExpertShape(HIDDEN, WIDTH))
-    assert layer.experts is not None
+    assert isinstance(layer.experts, FrameworkExperts)
     source = layer.experts.source
     assert isinstance(source, PlannedReplicas)
     if dist.get_rank():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ import torch
 from tests.support.repository import ROOT
 
 from moeplan.runtime_client.integrations import nemo_rl, slime, verl
-from moeplan.solvers import KnownRoutes, SpillOptions, plan_known
+from moeplan.solvers import KnownRoutes, ProblemError, SpillOptions, plan_known
 from moeplan.solvers.problem.arrays import Int64
 
 EXPERTS, LAYERS, K, LENGTHS = 8, 3, 2, (5, 9, 2, 7)
@@ -59,8 +60,6 @@ def test_verl_pads_on_both_sides_or_nests() -> None:
     assert np.array_equal(verl.sample_counts(batch, EXPERTS, mask, [0, 2]), counted(routes)[:, [0, 2]])
     nested = torch.nested.as_nested_tensor([b[m.bool()] for b, m in zip(batch, mask, strict=True)], layout=torch.jagged)
     assert np.array_equal(verl.sample_counts(nested, EXPERTS), counted(routes))
-    with pytest.raises(ValueError, match="attention_mask is missing"):
-        verl.sample_counts(batch, EXPERTS)
 
 
 def test_tokens_that_verl_did_not_run_are_not_tokens_of_the_first_expert() -> None:
@@ -79,6 +78,137 @@ def test_nemo_rl_replays_what_it_made_up_and_not_what_it_lacks() -> None:
     wanted = counted([np.delete(sample, 2, axis=0) if i == 1 else sample for i, sample in enumerate(routes)])
     wanted[:, :, :K] += 1
     assert np.array_equal(nemo_rl.sample_counts(batch, EXPERTS, torch.tensor(LENGTHS)), wanted)
+
+
+ROUTES = torch.zeros(2, 4, LAYERS, K, dtype=torch.int16)
+"""Two samples of four tokens."""
+MASK = torch.ones(2, 4, dtype=torch.long)
+NESTED = torch.nested.as_nested_tensor(list(ROUTES), layout=torch.jagged)
+
+WRONG = [
+    pytest.param(lambda: slime.sample_counts([], EXPERTS, [1]), "routed_experts = no samples", id="no samples"),
+    pytest.param(
+        lambda: slime.sample_counts(ROUTES, EXPERTS, [1]),  # type: ignore[arg-type]
+        "routed_experts = tensor.*must be a list with the routes of each sample",
+        id="one tensor for a list",
+    ),
+    pytest.param(
+        lambda: slime.sample_counts([ROUTES[0, 0]], EXPERTS, [1]),
+        r"routed_experts\[0\] = array of shape \(3, 2\): must be whole numbers \[tokens - 1, layers, k\]",
+        id="a dimension missing",
+    ),
+    pytest.param(
+        lambda: slime.sample_counts([ROUTES[0], ROUTES[1, :, :2]], EXPERTS, [1]),
+        r"routed_experts\[1\] = array of shape \(4, 2, 2\): must be \[tokens, 3, 2\] as the first",
+        id="samples that differ",
+    ),
+    pytest.param(
+        lambda: slime.sample_counts([ROUTES[0].bfloat16()], EXPERTS, [1]),
+        r"routed_experts\[0\] = tensor of torch.bfloat16: must be whole numbers",
+        id="scores",
+    ),
+    pytest.param(
+        lambda: slime.sample_counts([ROUTES[0].numpy() + 0.5], EXPERTS, [1]),
+        r"routed_experts\[0\] = array of float64: must be whole numbers",
+        id="fractions",
+    ),
+    pytest.param(
+        lambda: slime.sample_counts([None], EXPERTS, [1]),  # type: ignore[list-item]
+        r"routed_experts\[0\] = None: must hold numbers",
+        id="a sample without routes",
+    ),
+    pytest.param(
+        lambda: slime.sample_counts([ROUTES[0]], EXPERTS, [LAYERS]),
+        r"moe_layers\[0\] = 3: must be at most 2",
+        id="a layer that is not there",
+    ),
+    pytest.param(
+        lambda: slime.sample_counts([ROUTES[0]], EXPERTS, [1, 1]),
+        r"moe_layers = \[1, 1\]: names a layer twice",
+        id="a layer twice",
+    ),
+    pytest.param(
+        lambda: slime.sample_counts([ROUTES[0]], EXPERTS, None),  # type: ignore[arg-type]
+        "moe_layers = None: dense layers are recorded, too",
+        id="no layers",
+    ),
+    pytest.param(
+        lambda: slime.sample_counts([ROUTES[0] + EXPERTS], EXPERTS, [1]),
+        r"routed_experts\[0\] = expert 8: must be at most 7",
+        id="an expert beyond",
+    ),
+    pytest.param(
+        lambda: slime.sample_counts([ROUTES[0] - 100], EXPERTS, [1]),
+        r"routed_experts\[0\] = expert -100: must be at least -1.*a type that is too small",
+        id="an expert below -1",
+    ),
+    pytest.param(
+        lambda: slime.sample_counts([ROUTES[0]], 1, [1]),
+        r"routed_experts\[0\] = array of shape \(4, 3, 2\): k is above experts \(1\)",
+        id="more choices than experts",
+    ),
+    pytest.param(lambda: slime.sample_counts([ROUTES[0]], 0, [1]), "experts = 0: must be", id="no experts"),
+    pytest.param(
+        lambda: verl.sample_counts({"routed_experts": ROUTES}, EXPERTS),  # type: ignore[arg-type]
+        r'routed_experts = .*: must be Tensor; write batch\["routed_experts"\]',
+        id="the batch for its tensor",
+    ),
+    pytest.param(
+        lambda: verl.sample_counts(ROUTES, EXPERTS),
+        "attention_mask = None: a padded batch has zeros that are no routes",
+        id="no mask",
+    ),
+    pytest.param(
+        lambda: verl.sample_counts(ROUTES, EXPERTS, MASK[:, 1:]),
+        r"attention_mask = array of shape \(2, 3\): must be \[2, 4\], samples and tokens of routed_experts",
+        id="a mask of other tokens",
+    ),
+    pytest.param(
+        lambda: verl.sample_counts(ROUTES, EXPERTS, MASK * 2), "attention_mask = 2 to 2: must be ones", id="no mask's"
+    ),
+    pytest.param(
+        lambda: verl.sample_counts(ROUTES, EXPERTS, MASK.float()),
+        "attention_mask = tensor of torch.float32: must be whole numbers",
+        id="a mask of fractions",
+    ),
+    pytest.param(
+        lambda: verl.sample_counts(ROUTES, EXPERTS, NESTED),
+        r"attention_mask = nested tensor: must be whole numbers \[samples, tokens\]",
+        id="a nested mask of a padded batch",
+    ),
+    pytest.param(
+        lambda: verl.sample_counts(ROUTES.to("meta"), EXPERTS, MASK),
+        "routed_experts = meta tensor",
+        id="a tensor without values",
+    ),
+    pytest.param(
+        lambda: verl.sample_counts(ROUTES.to_sparse(), EXPERTS, MASK),
+        "routed_experts = sparse tensor",
+        id="a sparse tensor",
+    ),
+    pytest.param(
+        lambda: nemo_rl.sample_counts(ROUTES, EXPERTS, torch.tensor([4, 5])),
+        r"input_lengths\[1\] = 5: must be at most 4",
+        id="a length beyond the tokens",
+    ),
+    pytest.param(
+        lambda: nemo_rl.sample_counts(ROUTES, EXPERTS, torch.tensor([4])),
+        r"input_lengths = 1 values: must have one per sample \(2\)",
+        id="lengths of fewer samples",
+    ),
+    pytest.param(
+        lambda: nemo_rl.sample_counts(NESTED, EXPERTS, torch.tensor([4, 4])),
+        r"routed_experts = nested tensor: must be whole numbers \[samples, tokens, layers, k\]",
+        id="a nested batch",
+    ),
+]
+
+
+@pytest.mark.parametrize(("read", "answer"), WRONG)
+def test_what_is_no_record_of_routes_is_answered_by_one_line(read: Callable[[], object], answer: str) -> None:
+    with pytest.raises(ProblemError, match=answer) as caught:
+        read()
+    assert "\n" not in str(caught.value)
 
 
 def test_a_batch_is_planned_and_reordered() -> None:

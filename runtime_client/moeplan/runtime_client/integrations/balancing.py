@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from moeplan.runtime_client.group import ExpertGroup
-from moeplan.runtime_client.integrations.framework_experts import FrameworkExperts
+from moeplan.runtime_client.integrations.framework_experts import FrameworkExperts, FrameworkShards
 from moeplan.runtime_client.integrations.planned_replicas import PlannedReplicas
 from moeplan.runtime_client.layers.dividing import PlannedLayer
 from moeplan.runtime_client.layers.feed_forward import ExpertShape
@@ -106,7 +106,12 @@ class Balancer:
         atexit.register(self.abandon)
 
     def layer(
-        self, name: str, experts: int, process_group: dist.ProcessGroup | None, shape: ExpertShape | None
+        self,
+        name: str,
+        experts: int,
+        process_group: dist.ProcessGroup | None,
+        shape: ExpertShape | None,
+        shard: Tensor | None = None,
     ) -> BalancedLayer:
         """Add a layer; every rank of the group adds the same ones in the same order.
 
@@ -115,6 +120,8 @@ class Balancer:
             experts: Number of experts on all ranks together, at home on them in order.
             process_group: The expert-parallel ranks; None for one alone.
             shape: Dimensions of an expert; None where the framework computes them itself, to `record`.
+            shard: [owned, elements], this rank's experts in flat form, to be spread over the ranks as
+                `FrameworkShards`; None where they stay at home.
 
         Raises:
             ValueError: the number of experts differs from that of the layers before.
@@ -126,19 +133,21 @@ class Balancer:
             self._groups[ranks] = ExpertGroup() if process_group is None else ExpertGroup.within(process_group)
             self._first = ranks[0] if ranks and len(ranks) < dist.get_world_size() else None
         group = self._groups[ranks]
-        made = None
-        if shape is not None and self.mode is not Mode.RECORD:
-            made = FrameworkExperts(
-                shape, experts, group, planner=self._planner_of(experts, group.size), buffer=self._buffer
-            )
+        made = None if shape is None or self.mode is Mode.RECORD else self._made(shape, experts, group, shard)
+        if made is not None:
             made.name = name
         self.layers.append(BalancedLayer(self, experts, group, made))
         return self.layers[-1]
 
-    def _planner_of(self, experts: int, ranks: int) -> QuotaPlanner | PlannedReplicas:
-        if self.mode is Mode.PLANNED:
-            return PlannedReplicas(experts, ranks, self.spare)
-        return QuotaPlanner(SpillOptions.uniform(experts, ranks, self.spare), ranks)
+    def _made(
+        self, shape: ExpertShape, experts: int, group: ExpertGroup, shard: Tensor | None
+    ) -> FrameworkExperts | FrameworkShards:
+        spills = self.mode is Mode.SPILL
+        planner = QuotaPlanner(SpillOptions.uniform(experts, group.size, self.spare), group.size) if spills else None
+        if shard is not None:
+            return FrameworkShards(shape, experts, group, shard, spare=self.spare, planner=planner)
+        planned = PlannedReplicas(experts, group.size, self.spare)
+        return FrameworkExperts(shape, experts, group, planner=planner or planned, buffer=self._buffer)
 
     def _optimizer_has_stepped(self, *_: object) -> None:
         self._updated = True
@@ -178,24 +187,26 @@ class Balancer:
         return (_mean_imbalance(home),) * 2
 
     def _start_session(self, group: ExpertGroup) -> PlannerSession:
-        planners = self._planned()
+        followers = self._planned()
         ranks = next(ranks for ranks, made in self._groups.items() if made is group)
         return PlannerSession(
             self._planner,
             self._job if self._first is None else f"{self._job}-{self._first}",
-            [planner.plan_in_force.layout for planner in planners],
+            [follower.plan_in_force.layout for follower in followers],
             self._apply,
-            slots=planners[0].plan_in_force.layout.slots.shape[1],
+            slots=followers[0].plan_in_force.layout.slots.shape[1],
             ranks=ranks or None,
         )
 
-    def _planned(self) -> list[PlannedReplicas]:
-        planners = (layer.experts.source for layer in self.layers if layer.experts is not None)
-        return [planner for planner in planners if isinstance(planner, PlannedReplicas)]
+    def _planned(self) -> list[PlannedReplicas | FrameworkShards]:
+        """What follows a plan in each layer."""
+        experts = (layer.experts for layer in self.layers)
+        followers = (each.source if isinstance(each, FrameworkExperts) else each for each in experts)
+        return [follower for follower in followers if isinstance(follower, PlannedReplicas | FrameworkShards)]
 
     def _apply(self, plans: Sequence[PlannedLayer]) -> None:
-        for planner, planned in zip(self._planned(), plans, strict=True):
-            planner.plan_in_force = planned
+        for follower, planned in zip(self._planned(), plans, strict=True):
+            follower.plan_in_force = planned
 
     def save_trace(self) -> None:
         """Write the counts of the last steps to `trace`, if it was given and this is the first rank of its group."""
@@ -222,7 +233,9 @@ class BalancedLayer:
         tokens: int64[experts], tokens of this rank in the step so far.
     """
 
-    def __init__(self, balancer: Balancer, experts: int, group: ExpertGroup, made: FrameworkExperts | None) -> None:
+    def __init__(
+        self, balancer: Balancer, experts: int, group: ExpertGroup, made: FrameworkExperts | FrameworkShards | None
+    ) -> None:
         self.balancer = balancer
         self.group = group
         self.experts = made
@@ -245,8 +258,8 @@ class BalancedLayer:
         self.tokens.scatter_add_(0, chosen, torch.ones_like(chosen))
 
     def run(self, weights: Sequence[Tensor], hidden: Tensor, index: Tensor, weight: Tensor) -> Tensor:
-        """The layer's output; see `FrameworkExperts.run`."""
-        assert self.experts is not None, "the layer is only recorded"
+        """The output of a layer whose weights are the framework's; see `FrameworkExperts.run`."""
+        assert isinstance(self.experts, FrameworkExperts), "the layer is only recorded, or holds its own weights"
         return self.experts.run(weights, hidden, index, weight)
 
 

@@ -1,4 +1,4 @@
-"""Resident experts whose weights another framework owns."""
+"""Experts that another framework trains: resident ones, whose weights it owns, and fully sharded ones."""
 
 from __future__ import annotations
 
@@ -6,17 +6,23 @@ from collections.abc import Sequence
 from typing import cast
 
 import numpy as np
+import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
-from moeplan.runtime_client.group import ExpertGroup
+from moeplan.runtime_client.group import ExpertGroup, Traffic
 from moeplan.runtime_client.integrations.planned_replicas import PlannedReplicas
+from moeplan.runtime_client.layers.dividing import PlannedLayer
 from moeplan.runtime_client.layers.feed_forward import ExpertShape, join_weights
 from moeplan.runtime_client.layers.lending import LoanBuffer
 from moeplan.runtime_client.layers.resident import ResidentExperts, SpillPlanner
+from moeplan.runtime_client.layers.sharded import FullyShardedExperts
+from moeplan.runtime_client.layers.sharding import Placement
 from moeplan.solvers import SpillPlan
 from moeplan.solvers.problem.arrays import Int64
+from moeplan.solvers.problem.layout import EMPTY, Layout
 
-__all__ = ["FrameworkExperts"]
+__all__ = ["FrameworkExperts", "FrameworkShards"]
 
 
 class FrameworkExperts(ResidentExperts):
@@ -71,6 +77,99 @@ class FrameworkExperts(ResidentExperts):
 
     def _require_own_gradients(self, weights: nn.Parameter) -> None:
         """The framework reduces gradients."""
+
+
+class FrameworkShards(FullyShardedExperts):
+    """Fully sharded experts, made of those that a framework has initialised at home.
+
+    Their shard is the parameter that the framework optimises, clips and saves. A rank gathers as many experts as it
+    had at home, and up to `spare` more: those of a planned layout, or, with a planner, what that lends for the
+    micro-batch, known once the counts are.
+
+    Args:
+        shape: Dimensions of an expert.
+        experts: Number of experts, at home on the ranks of the group in order.
+        group: The ranks.
+        flat: [owned, elements], this rank's experts. Every rank gives its own at the same point.
+        spare: Slots of a rank beyond as many as it had at home.
+        planner: Plans each micro-batch; None where layouts come from a session.
+    """
+
+    def __init__(
+        self,
+        shape: ExpertShape,
+        experts: int,
+        group: ExpertGroup,
+        flat: Tensor,
+        *,
+        spare: int,
+        planner: SpillPlanner | None = None,
+    ) -> None:
+        home = Layout.contiguous(experts, np.full(group.size, len(flat) + spare, np.int32))
+        super().__init__(shape, experts, group, layout=home, dtype=flat.dtype, device="meta")
+        self.shard = nn.Parameter(self.shards_of(flat))
+        self._planner = planner
+        self._last: tuple[Int64, Layout] | None = None
+
+    @property
+    def plan_in_force(self) -> PlannedLayer:
+        """What the passes to come follow, on all ranks alike."""
+        return self.plan
+
+    @plan_in_force.setter
+    def plan_in_force(self, planned: PlannedLayer) -> None:
+        self.plan = planned
+
+    @property
+    def loads(self) -> tuple[Int64, Int64]:
+        """(int64[ranks] of the experts at home, int64[ranks] as computed): tokens of each rank in the last pass."""
+        if self._last is None:
+            return (np.zeros(self.group.size, np.int64),) * 2
+        counts, layout = self._last
+        home = counts.sum(axis=0).reshape(self.group.size, -1).sum(axis=1)
+        return home, self._division.divide(layout, counts).device_loads()[0]
+
+    @torch.no_grad()
+    def shards_of(self, flat: Tensor) -> Tensor:
+        """[experts, width], this rank's part of what all ranks give: [owned, elements] of the experts at home."""
+        size, owned = self.group.size, len(flat)
+        padded = functional.pad(flat, (0, self.shard.shape[1] * size - flat.shape[1]))
+        parts = padded.unflatten(1, (size, -1)).transpose(0, 1).flatten(0, 1)
+        return self._exchanged(parts, owned)
+
+    @torch.no_grad()
+    def homes_of(self, shard: Tensor) -> Tensor:
+        """[owned, elements] of the experts at home, from all ranks' parts [experts, width]; undoes `shards_of`."""
+        size = self.group.size
+        parts = self._exchanged(shard, len(shard) // size)
+        return parts.unflatten(0, (size, -1)).transpose(0, 1).flatten(1)[:, : self.shape.elements].contiguous()
+
+    def _exchanged(self, rows: Tensor, each: int) -> Tensor:
+        every = [each] * self.group.size
+        return self.group.exchange(rows, every, every, weights=True, traffic=Traffic(), purpose="read").wait()
+
+    def _placement_of(self, counts: Int64) -> Placement:
+        placement = self._placed()
+        if self._planner is not None:
+            plan = self._planner.plan(counts).require_feasible()
+            slots = placement.layout.slots.copy()
+            for expert, device in zip(plan.expert, plan.device, strict=True):
+                slots[device, np.flatnonzero(slots[device] == EMPTY)[0]] = expert
+            placement = Placement(Layout(slots, self.experts), self.group, self.shard.device)
+        self._last = counts, placement.layout
+        return placement
+
+    @property
+    def _compares(self) -> bool:
+        """Never: how a framework initialises and reduces its weights is its own."""
+        return False
+
+    def _require_own_gradients(self, weights: nn.Parameter) -> None:
+        """The framework reduces gradients."""
+
+    # This rank's part under its own name: the framework's checkpoints put parts together.
+    _save_to_state_dict = nn.Module._save_to_state_dict
+    _load_from_state_dict = nn.Module._load_from_state_dict
 
 
 class _Watched:

@@ -12,17 +12,19 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.transformer.moe.experts import SequentialMLP, TEGroupedMLP
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensorFactory
+from megatron.core.transformer.moe.experts import GroupedMLP, SequentialMLP, TEGroupedMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
-from torch import Tensor
+from torch import Tensor, nn
 
 from moeplan.runtime_client.integrations.balancing import Balancer, Mode
+from moeplan.runtime_client.integrations.framework_experts import FrameworkShards
 from moeplan.runtime_client.integrations.versions import require_version
-from moeplan.runtime_client.layers.feed_forward import ExpertShape, activation_name
+from moeplan.runtime_client.layers.feed_forward import ExpertShape, activation_name, join_weights, split_weights
 
-__all__ = ["SUPPORTED", "BalancedMoELayer", "balance"]
+__all__ = ["SUPPORTED", "BalancedMoELayer", "ShardedExperts", "balance"]
 
 SUPPORTED = ("0.16",)
 """Releases that this was run with."""
@@ -36,6 +38,7 @@ def balance(
     planner: str = "127.0.0.1:7433",
     job: str = "training",
     trace: Path | str | None = None,
+    kind: str = "resident",
 ) -> Any:
     """A spec with `BalancedMoELayer` in the place of every ``MoELayer``; the one given stays as it is.
 
@@ -46,15 +49,20 @@ def balance(
         planner: Address of the daemon.
         job: Id of the job.
         trace: File for counts.
+        kind: ``resident``, where weights stay at home and are lent, or ``sharded``, where every expert-parallel rank
+            owns an equal part of each expert and gathers those that it computes; to ``record``, both are Megatron's.
 
     Raises:
         UnsupportedVersionError: megatron-core is in another release.
-        ValueError: `mode` is none of the three words, or the spec has no ``MoELayer`` and is not of a pipeline's stage.
+        ValueError: `mode` is none of the three words, `kind` neither of the two, experts are of the legacy
+            ``GroupedMLP`` (unless only recorded), or the spec has no ``MoELayer`` and is not of a pipeline's stage.
     """
     require_version("megatron-core", SUPPORTED)
+    if kind not in ("resident", "sharded"):
+        raise ValueError(f"kind = {kind!r}: must be resident or sharded")
     balancer = Balancer(mode, spare=spare, planner=planner, job=job, trace=trace)
     layers = spec.layer_specs if hasattr(spec, "layer_specs") else [spec]
-    balanced = [_with_ours(layer, balancer) for layer in layers]
+    balanced = [_with_ours(layer, balancer, kind) for layer in layers]
     if all(new is old for new, old in zip(balanced, layers, strict=True)):
         balancer.abandon()
         if hasattr(spec, "layer_specs") and _pipelined():  # a stage may have dense layers alone
@@ -68,18 +76,25 @@ def _pipelined() -> bool:
     return ready and parallel_state.get_pipeline_model_parallel_world_size() > 1
 
 
-def _with_ours(layer: ModuleSpec, balancer: Balancer) -> ModuleSpec:
+def _with_ours(layer: ModuleSpec, balancer: Balancer, kind: str) -> ModuleSpec:
     mlp = layer.submodules.mlp
     if getattr(mlp, "module", None) is not MoELayer:
         return layer
-    ours = replace(mlp, module=BalancedMoELayer, params=mlp.params | {"balancer": balancer})
+    if balancer.mode is not Mode.RECORD and getattr(mlp.submodules.experts, "module", None) is GroupedMLP:
+        balancer.abandon()
+        raise ValueError(
+            "moe_grouped_gemm = True: with the local spec it names the legacy GroupedMLP, whose weights are all in "
+            "one; write get_gpt_layer_with_transformer_engine_spec(...), or leave it out: products are grouped by us"
+        )
+    ours = replace(mlp, module=BalancedMoELayer, params=mlp.params | {"balancer": balancer, "kind": kind})
     return replace(layer, submodules=replace(layer.submodules, mlp=ours))
 
 
 class BalancedMoELayer(MoELayer):
     """An MoE layer whose tokens are counted, and, unless only recorded, dispatched by us.
 
-    Router, auxiliary losses, expert bias, shared experts, parameters and ``sharded_state_dict`` are Megatron's own.
+    Router, auxiliary losses, expert bias, shared experts, parameters and ``sharded_state_dict`` are Megatron's own; but
+    for experts that are sharded, which are parameters of another shape, and in checkpoints Megatron's all the same.
 
     Attributes:
         balancer: What knows the counts and the imbalance of all layers.
@@ -87,6 +102,8 @@ class BalancedMoELayer(MoELayer):
     Raises:
         ValueError: the configuration has something that our dispatch does not do.
     """
+
+    experts: Any
 
     def __init__(
         self,
@@ -96,15 +113,20 @@ class BalancedMoELayer(MoELayer):
         pg_collection: Any = None,
         *,
         balancer: Balancer,
+        kind: str = "resident",
     ) -> None:
         super().__init__(config, submodules, layer_number, pg_collection)
         self.balancer = balancer
         self._records = balancer.mode is Mode.RECORD
-        title = f"MoE layer {layer_number}"
+        title, shape, shard = f"MoE layer {layer_number}", None, None
         if not self._records:
             _require_known(title, config, self.experts, self.attn_tp_group.size())
-        shape = None if self._records else _shape(title, config)
-        self._balanced = balancer.layer(title, config.num_moe_experts, self.ep_group, shape)
+            shape = _shape(title, config)
+        if shape is not None and kind == "sharded":
+            shard = join_weights(*_weights(self.experts)).detach()
+        self._balanced = balancer.layer(title, config.num_moe_experts, self.ep_group, shape, shard)
+        if isinstance(self._balanced.experts, FrameworkShards):
+            self.experts = ShardedExperts(self._balanced.experts, self.experts)
 
     def preprocess(self, hidden_states: Tensor, probs: Tensor, routing_map: Tensor) -> Any:
         """Choices instead of the permutation by expert; `routed_experts_compute` does all that follows."""
@@ -120,6 +142,9 @@ class BalancedMoELayer(MoELayer):
     def routed_experts_compute(self, hidden_states: Tensor, probs: Any) -> Any:
         if self._records:
             return super().routed_experts_compute(hidden_states, probs)
+        if isinstance(self.experts, ShardedExperts):
+            return self.experts(hidden_states, *probs), None
+        _wait_for_weights(self.experts)
         return self._balanced.run(_weights(self.experts), hidden_states, *probs), None
 
     def combine(self, output: Tensor) -> Tensor:
@@ -133,24 +158,106 @@ class BalancedMoELayer(MoELayer):
         return output if shared_expert_output is None else output + shared_expert_output
 
 
+class ShardedExperts(nn.Module):
+    """The experts of one layer as `FrameworkShards`, in checkpoints under Megatron's names and in its form.
+
+    To save or load, the ranks bring the experts of a layer home, which takes the memory of one more copy.
+
+    Args:
+        shards: The experts.
+        own: Megatron's own experts, whose weights they are made of; their memory is given up.
+    """
+
+    def __init__(self, shards: FrameworkShards, own: Any) -> None:
+        super().__init__()
+        self.shards = shards
+        for name in ("allreduce", "tensor_model_parallel"):  # by which Megatron reduces gradients and adds up norms
+            setattr(shards.shard, name, getattr(own.get_parameter(_names(own)[0][0]), name))
+        self._own = [own.to("meta")]  # in a list, as it is no part of the model any more
+        self.register_load_state_dict_post_hook(_without_extra_states)  # type: ignore[no-untyped-call]
+
+    def forward(self, hidden: Tensor, index: Tensor, weight: Tensor) -> Tensor:
+        output: Tensor = self.shards(hidden, index, weight)
+        return output
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: Any = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """A factory of what Megatron's own experts save, for the shard and for an optimizer's states of it."""
+        (own,), names = self._own, _names(self._own[0])
+        key = f"{prefix}experts"
+
+        def states(flat: Tensor) -> dict[str, Any]:
+            parts = zip(names, split_weights(self.shards.shape, flat), strict=True)
+            own.load_state_dict(
+                {name: weight for each, part in parts for name, weight in zip(each, part, strict=True)},
+                strict=False,
+                assign=True,
+            )
+            made: dict[str, Any] = own.sharded_state_dict(prefix, sharded_offsets, metadata)
+            own.to("meta")
+            return made
+
+        factories: dict[str, ShardedTensorFactory] = {}
+
+        def build(named: str, shard: Tensor, _: Any, flattened: slice | None) -> dict[str, Any]:
+            if flattened is not None:
+                raise ValueError(
+                    f"{prefix}: its optimizer's state is cut up, and sharded experts are saved whole; write "
+                    "dp_reshardable or fully_reshardable for the distributed optimizer's format"
+                )
+            made = {}
+            for name, state in states(self.shards.homes_of(shard)).items():
+                if isinstance(state, ShardedObject):
+                    continue
+                state.key = named + state.key.removeprefix(key)
+                if isinstance(state, ShardedTensorFactory):
+                    factories[name] = state
+                    state = state.build()
+                made[name] = state
+            return made
+
+        def merge(loaded: dict[str, Any]) -> Tensor:
+            whole = {
+                name: factories[name].merge_fn(state) if name in factories else state for name, state in loaded.items()
+            }
+            return self.shards.shards_of(
+                join_weights(*(torch.stack([whole[prefix + name] for name in each]) for each in names))
+            )
+
+        empty = own.sharded_state_dict(prefix, sharded_offsets, metadata)
+        kept = {name: state for name, state in empty.items() if isinstance(state, ShardedObject)}
+        return kept | {f"{prefix}shards.shard": ShardedTensorFactory(key, self.shards.shard, build, merge)}
+
+
+def _without_extra_states(_: nn.Module, keys: Any) -> None:
+    """Those of Transformer Engine's modules, which are saved for the likes of them, are of none here."""
+    keys.unexpected_keys[:] = [key for key in keys.unexpected_keys if not key.endswith("_extra_state")]
+
+
+def _names(experts: Any) -> list[list[str]]:
+    """Names of the first and of the second matrices of this rank's experts."""
+    form = "local_experts.{number}.{matrix}.weight" if isinstance(experts, SequentialMLP) else "{matrix}.weight{number}"
+    numbers = range(experts.num_local_experts)
+    return [[form.format(matrix=matrix, number=n) for n in numbers] for matrix in ("linear_fc1", "linear_fc2")]
+
+
 def _weights(experts: Any) -> list[Tensor]:
     """[owned, ...], first and second matrices of this rank's experts."""
-    if isinstance(experts, SequentialMLP):
-        each = experts.local_experts
-        return [
-            torch.stack([expert.linear_fc1.weight for expert in each]),
-            torch.stack([e.linear_fc2.weight for e in each]),
-        ]
-    numbers = range(experts.num_local_experts)
-    return [
-        torch.stack([getattr(linear, f"weight{number}") for number in numbers])
-        for linear in (experts.linear_fc1, experts.linear_fc2)
-    ]
+    return [torch.stack([experts.get_parameter(name) for name in each]) for each in _names(experts)]
+
+
+def _wait_for_weights(experts: Any) -> None:
+    """Run the hooks of the modules that hold weights, as they are not called: Megatron's DDP waits there for them."""
+    for name in sorted({name.rpartition(".")[0] for each in _names(experts) for name in each}):
+        module = experts.get_submodule(name)
+        for hook in module._forward_pre_hooks.values():
+            hook(module, ())
 
 
 def _require_known(title: str, config: TransformerConfig, experts: Any, tensor_parallel: int) -> None:
     unknown = {
-        "experts as the legacy GroupedMLP": not isinstance(experts, SequentialMLP | TEGroupedMLP),
+        f"experts as {type(experts).__name__}": not isinstance(experts, SequentialMLP | TEGroupedMLP),
         "add_bias_linear": config.add_bias_linear,
         "expert_tensor_parallel_size above 1": (config.expert_tensor_parallel_size or 1) > 1,
         "tensor parallelism without sequence_parallel": tensor_parallel > 1 and not config.sequence_parallel,
@@ -159,6 +266,8 @@ def _require_known(title: str, config: TransformerConfig, experts: Any, tensor_p
         "moe_expert_capacity_factor": config.moe_expert_capacity_factor is not None,
         "moe_latent_size": bool(config.moe_latent_size),
         "moe_shared_expert_overlap": config.moe_shared_expert_overlap,
+        "overlap_moe_expert_parallel_comm": config.overlap_moe_expert_parallel_comm,
+        "delay_wgrad_compute": config.delay_wgrad_compute,
         "cuda_graph_impl": config.cuda_graph_impl != "none",
     }
     found = [name for name, is_so in unknown.items() if is_so]

@@ -11,11 +11,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 from torch import Tensor
 
-from moeplan.solvers import count_choices
-from moeplan.solvers.problem.arrays import Int32
+from moeplan.runtime_client.integrations.route_tensors import count_samples, host_array
+from moeplan.solvers import ProblemError
+from moeplan.solvers.problem.arrays import Int32, integers
 
 __all__ = ["sample_counts"]
 
@@ -32,8 +32,13 @@ def sample_counts(
         moe_layers: Numbers from 0 of those of its layers that are MoE layers; None for all.
 
     Raises:
-        ProblemError: an expert does not exist.
+        ProblemError: a tensor has another shape or type, a length is not within the tokens, a layer is not among those
+            recorded, or an expert does not exist.
     """
-    routes, lengths = routed_experts.cpu().numpy(), input_lengths.cpu().numpy()
-    kept = slice(None) if moe_layers is None else np.asarray(moe_layers)
-    return count_choices([sample[:length, kept] for sample, length in zip(routes, lengths, strict=True)], experts)
+    routes = host_array("routed_experts", routed_experts, ("samples", "tokens", "layers", "k"))
+    given = host_array("input_lengths", input_lengths, ("samples",))
+    lengths = integers("input_lengths", given, ndim=1, low=0, high=routes.shape[1])
+    if len(lengths) != len(routes):
+        raise ProblemError("input_lengths", f"{len(lengths)} values", f"must have one per sample ({len(routes)})")
+    samples = [sample[:length] for sample, length in zip(routes, lengths, strict=True)]
+    return count_samples(samples, experts, moe_layers)

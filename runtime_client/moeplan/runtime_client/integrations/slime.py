@@ -9,16 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 import numpy.typing as npt
+from torch import Tensor
 
-from moeplan.solvers import count_choices
+from moeplan.runtime_client.integrations.route_tensors import count_samples, host_array
+from moeplan.solvers import ProblemError
 from moeplan.solvers.problem.arrays import Int32
+from moeplan.solvers.problem.scalars import short
 
 __all__ = ["sample_counts"]
 
 
-def sample_counts(routed_experts: Sequence[npt.ArrayLike], experts: int, moe_layers: Sequence[int]) -> Int32:
+def sample_counts(routed_experts: Sequence[Tensor | npt.ArrayLike], experts: int, moe_layers: Sequence[int]) -> Int32:
     """int32[samples, MoE layers, experts], tokens of each sample that go to each expert.
 
     Args:
@@ -27,6 +29,13 @@ def sample_counts(routed_experts: Sequence[npt.ArrayLike], experts: int, moe_lay
         moe_layers: Numbers from 0 of the layers that are MoE layers.
 
     Raises:
-        ProblemError: samples differ in layers or k, or an expert does not exist.
+        ProblemError: samples are no such arrays or differ in layers or k, a layer is not among theirs, or an expert
+            does not exist.
     """
-    return count_choices([np.asarray(sample)[:, list(moe_layers)] for sample in routed_experts], experts)
+    if not isinstance(routed_experts, Sequence):
+        raise ProblemError("routed_experts", short(routed_experts), "must be a list with the routes of each sample")
+    if moe_layers is None:  # which count_samples takes for all
+        raise ProblemError("moe_layers", None, "dense layers are recorded, too; give the numbers of the MoE layers")
+    dimensions = ("tokens - 1", "layers", "k")
+    samples = [host_array(f"routed_experts[{i}]", sample, dimensions) for i, sample in enumerate(routed_experts)]
+    return count_samples(samples, experts, moe_layers)

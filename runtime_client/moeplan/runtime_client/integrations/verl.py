@@ -10,11 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 from torch import Tensor
 
-from moeplan.solvers import count_choices
+from moeplan.runtime_client.integrations.route_tensors import count_samples, host_array
+from moeplan.solvers import ProblemError
 from moeplan.solvers.problem.arrays import Int32
+from moeplan.solvers.problem.scalars import instance
 
 __all__ = ["sample_counts"]
 
@@ -30,19 +31,27 @@ def sample_counts(
     Args:
         routed_experts: ``batch["routed_experts"]``, padded or nested.
         experts: Experts of a layer.
-        attention_mask: bool or int[samples, tokens], of a padded batch.
+        attention_mask: bool[samples, tokens], or ones and zeros, of a padded batch; a nested one needs none.
         moe_layers: Numbers from 0 of those of its layers that are MoE layers; None for all.
 
     Raises:
-        ValueError: a padded batch has no mask.
-        ProblemError: an expert does not exist.
+        ProblemError: a padded batch has no mask, a tensor has another shape or type, a layer is not among those
+            recorded, or an expert does not exist.
     """
+    instance("routed_experts", routed_experts, Tensor, 'batch["routed_experts"]')
     if routed_experts.is_nested:
-        samples = [sample.cpu().numpy() for sample in routed_experts.unbind()]
+        dimensions = ("tokens", "layers", "k")
+        nested = enumerate(routed_experts.unbind())
+        samples = [host_array(f"routed_experts[{i}]", sample, dimensions) for i, sample in nested]
     elif attention_mask is None:
-        raise ValueError("attention_mask is missing: a padded batch has zeros that are no routes; give the batch's own")
+        raise ProblemError("attention_mask", None, "a padded batch has zeros that are no routes; give the batch's own")
     else:
-        routes, masks = routed_experts.cpu().numpy(), attention_mask.cpu().numpy().astype(bool)
-        samples = [sample[mask] for sample, mask in zip(routes, masks, strict=True)]
-    kept = slice(None) if moe_layers is None else np.asarray(moe_layers)
-    return count_choices([sample[:-1, kept] for sample in samples], experts)
+        routes = host_array("routed_experts", routed_experts, ("samples", "tokens", "layers", "k"))
+        mask = host_array("attention_mask", attention_mask, ("samples", "tokens"))
+        if mask.shape != routes.shape[:2]:
+            wanted = f"must be {list(routes.shape[:2])}, samples and tokens of routed_experts"
+            raise ProblemError("attention_mask", f"array of shape {mask.shape}", wanted)
+        if mask.min(initial=0) < 0 or mask.max(initial=0) > 1:
+            raise ProblemError("attention_mask", f"{mask.min()} to {mask.max()}", "must be ones and zeros")
+        samples = [sample[kept] for sample, kept in zip(routes, mask.astype(bool), strict=True)]
+    return count_samples([sample[:-1] for sample in samples], experts, moe_layers)

@@ -181,6 +181,7 @@ class FullyShardedExperts(ExpertLayer):
         fingerprint = placement.fingerprint ^ (follower._placement.fingerprint << 1 if follower else 0)
         fingerprint ^= division.fingerprint
         counts = self._gather_counts(index, weight, fingerprint & (2**62 - 1))
+        placement = self._placement_of(counts)
         gathering = self._take_ahead(dtype) or self._start(placement, dtype, "weights.forward")
         this = _Pass(self, placement, dtype)
         landed: Tensor = _Land.apply(self.shard, this)  # type: ignore[no-untyped-call]
@@ -209,6 +210,10 @@ class FullyShardedExperts(ExpertLayer):
         if self._placement.device != self.shard.device:
             self._placement = Placement(self.layout, self.group, self.shard.device)
         return self._placement
+
+    def _placement_of(self, counts: Int64) -> Placement:
+        """What a pass with these counts, int64[sources, experts], gathers: the layout."""
+        return self._placed()
 
     def _start(self, placement: Placement, dtype: torch.dtype, purpose: str) -> Gathering:
         return Gathering(self.shard, placement, self.group, dtype, self.traffic, purpose)
