@@ -176,6 +176,7 @@ class PlannerService(planner_pb2_grpc.PlannerServiceServicer):
                 raise stale(error) from None
             except RankTakenError as error:
                 raise exists(f"{host.name} rank {error.rank}", "RANK_TAKEN", str(error)) from None
+            host.traces.joined(stream.number, min(ranks), context.invocation_metadata() or ())
             reader = asyncio.get_running_loop().create_task(self._read(request_iterator, host, stream, ranks))
             try:
                 sent = host.job.plan.version
@@ -196,6 +197,7 @@ class PlannerService(planner_pb2_grpc.PlannerServiceServicer):
                         sent = host.job.plan.version
                         self._metrics.plan_bytes.inc(update.ByteSize())
                         yield update
+                        host.traces.sent(sent)
                     if stream.taken > stream.acknowledged and (stream.left or self._due(stream)):
                         stream.acknowledged = stream.taken
                         acknowledgement = planner_pb2.Acknowledgement(sequence=stream.taken)
@@ -280,7 +282,7 @@ class PlannerService(planner_pb2_grpc.PlannerServiceServicer):
                 if self._due(stream):
                     stream.wake.set()
             case "applied":
-                host.job.applied(request.applied.version)
+                host.applied(request.applied.version)
             case "failed":
                 failed = request.failed
                 await host.apply_failed(failed.version, failed.in_force_version, failed.reason[:LONGEST_REASON])
