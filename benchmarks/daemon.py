@@ -7,9 +7,10 @@
     python benchmarks/daemon.py solve                                         Solve against the same solve in process
     python benchmarks/daemon.py restart --jobs 100                            kill -9, start, everything there
 
-Results are JSON on standard output, and with --out in a file. Messages a second of the daemon's own processor time depend
-little on what else the machine does. Latency of a plan: from the writing of the window's last statistics to the plan's
-arrival at each rank, less the time that the daemon reports for the solve (decision to plan: queue, solve and answer).
+Results are JSON on standard output, and with --out in a file. Messages a second of the daemon's own processor time
+depend less on what else the machine does than those a second. Latency of a plan: from the writing of the window's last
+statistics to the plan's arrival at each rank, less the time that the daemon reports for the solve (decision to plan:
+queue, solve and answer).
 """
 
 from __future__ import annotations

@@ -292,9 +292,11 @@ class JobHost:
         try:
             with part("solve", layers=len(task.layers), policy=task.policy):
                 candidates = await self._candidates(task)
-        except (RefusalError, ProblemError, RuntimeError) as error:
-            log.warning("solve failed", job=self.name, step=task.step, error=str(error)[-2_000:])
-            self.job.failed(task, str(error)[:1_000])
+        except Exception as error:  # one that nothing foresaw, too, must not be the end of the job's plans
+            known = isinstance(error, (RefusalError, ProblemError, RuntimeError))
+            text = str(error) if known else repr(error)
+            log.warning("solve failed", job=self.name, step=task.step, error=text[-2_000:])
+            self.job.failed(task, text[:1_000])
             self._decided()
         else:
             await self._decide(task, candidates, time.monotonic() - start)

@@ -286,9 +286,11 @@ class Workers:
                 waiting = self._jobs.take()
             elif self._free and self._free_running < self._free_most:
                 waiting = self._free.take()
-                self._free_running += 1
             else:
                 break
+            if waiting.worker.done():  # cancelled, or out of time, just now: it has not withdrawn yet
+                continue
+            self._free_running += waiting.free
             waiting.worker.set_result(self._idle.popleft())
         self._metrics.queue.set(self._depth)
 
