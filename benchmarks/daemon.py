@@ -29,6 +29,7 @@ import tempfile
 import threading
 import time
 import urllib.request
+from collections import Counter
 from multiprocessing.queues import Queue
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,8 @@ from moeplan.v1 import planner_pb2, planner_pb2_grpc, solver_pb2
 from result_file import write_result
 
 LAYERS, EXPERTS = 8, 64
+AHEAD = 2
+"""Steps that a rank may be ahead of the last one where all go as fast as they can: ranks of a training go together."""
 
 
 class Daemon:
@@ -122,9 +125,12 @@ def job(ranks: int, devices: int, every: int) -> JobSpec:
 
 
 async def _ranks(
-    address: str, streams: list[tuple[str, range, float]], seconds: float, interval: float
+    address: str, streams: list[tuple[str, range, float]], seconds: float, interval: float, done_steps: Any, own: int
 ) -> dict[str, Any]:
-    """Ranks of one process; each reports a step, waits for its turn, and notes when plans come."""
+    """Ranks of one process; each reports a step, waits for its turn, and notes when plans come.
+
+    `done_steps` has the steps that all ranks of each process have reported; `own` is this process.
+    """
     options = [("grpc.use_local_subchannel_pool", 1), ("grpc.max_receive_message_length", -1)]
     channels = [grpc.aio.insecure_channel(address, options) for _ in range(8)]
     rng = np.random.default_rng(len(streams))
@@ -134,6 +140,17 @@ async def _ranks(
     sent_at: dict[tuple[str, int], float] = {}
     arrivals: list[tuple[str, int, float, float]] = []
     sent = acknowledged = 0
+    reported = Counter[int]()
+    allowed, moved = AHEAD, asyncio.Event()
+
+    async def keep_together() -> None:
+        nonlocal allowed, moved
+        while allowed < sys.maxsize:
+            await asyncio.sleep(0.001)
+            newest = min(done_steps) + AHEAD if time.time() < start + seconds else sys.maxsize
+            if newest > allowed:
+                allowed, past, moved = newest, moved, asyncio.Event()
+                past.set()
 
     async def node(number: int, name: str, ranks: range, phase: float) -> None:
         nonlocal sent, acknowledged
@@ -167,7 +184,9 @@ async def _ranks(
                 break
             if interval:
                 await asyncio.sleep(max(0.0, due - time.time()))
-            elif time.time() > start + seconds:
+            while not interval and step >= allowed:
+                await moved.wait()
+            if not interval and time.time() > start + seconds:
                 break
             async with asyncio.timeout(60):
                 await room.acquire()
@@ -176,11 +195,16 @@ async def _ranks(
             sent_at[name, step] = max(sent_at.get((name, step), 0.0), time.time())
             sent += 1
             step += 1
+            reported[step] += 1
+            if reported[step] == len(streams):
+                done_steps[own] = step
         await asyncio.sleep(1.0)
         await call.write(planner_pb2.StreamRankRequest(leave=planner_pb2.Leave()))
         await receiver
 
+    together = asyncio.create_task(keep_together())
     await asyncio.gather(*(node(n, name, ranks, phase) for n, (name, ranks, phase) in enumerate(streams)))
+    await together
     for channel in channels:
         await channel.close()
     return {
@@ -213,9 +237,12 @@ def streams(
         all_streams = [(name, own, n * interval / jobs) for n, name in enumerate(names) for own in nodes]
         context = multiprocessing.get_context("spawn")
         queue: Queue[Any] = context.Queue()
-        parts = [all_streams[n::2] for n in range(2)]
+        done_steps = context.Array("q", 2)
         workers = [
-            context.Process(target=_process, args=(queue, daemon.address, part, seconds, interval)) for part in parts
+            context.Process(
+                target=_process, args=(queue, daemon.address, all_streams[n::2], seconds, interval, done_steps, n)
+            )
+            for n in range(2)
         ]
         for worker in workers:
             worker.start()
