@@ -6,8 +6,9 @@
 Jobs belong to four tenants. Of each job one stream reports for all of its ranks, as the leader of a node does. It
 connects to any daemon, follows where its job is owned, and comes back when its stream ends. Beside that jobs are
 created and deleted all the time. Faults, in turn: a daemon is killed and started again, a daemon is stopped for longer
-than its lease, the database answers slowly, the database swallows everything for longer than a lease, and the
-database's processes are stopped.
+than its lease, the database answers slowly, the database swallows everything for longer than a lease, the database's
+processes are stopped, and the database's disk is full: new rows are refused with its error for that, by a trigger, as a
+small disk needs root.
 
 It fails if a job that was acknowledged is gone, one whose deletion was acknowledged is back, a rank saw a version go
 back, the newest version at the end is older than one that any rank has seen, or a job of the ranks never got a plan.
@@ -45,6 +46,7 @@ from typing import Any
 
 import grpc
 import numpy as np
+import psycopg
 from tests.support.slow_link import SlowLink
 
 from moeplan.api import wire
@@ -62,6 +64,15 @@ LAYERS, EXPERTS, DEVICES = 4, 32, 8
 EVERY_STEPS = 2
 DISTINCT = 16
 """Steps after which loads repeat: more than a window, so that there is always something to plan."""
+FAILED_WRITE = "Internal error from Core"
+"""What grpc's client for asyncio makes of a write that a stream's end overtakes, in place of the server's status."""
+FULL = """
+    CREATE FUNCTION full_disk() RETURNS trigger AS $$ BEGIN
+        RAISE EXCEPTION 'could not extend file: No space left on device' USING ERRCODE = 'disk_full';
+    END $$ LANGUAGE plpgsql;
+    CREATE TRIGGER full_disk BEFORE INSERT ON moeplan_jobs EXECUTE FUNCTION full_disk();
+    CREATE TRIGGER full_disk BEFORE INSERT ON moeplan_plans EXECUTE FUNCTION full_disk()
+"""
 TENANTS = ("alpha", "beta", "gamma", "delta")
 METRICS = ("moeplan_store_errors_total", "moeplan_lease_age_seconds", "moeplan_jobs_owned")
 
@@ -169,6 +180,8 @@ class Ranks:
                 why = known.reason or known.code.name
                 if known.code is grpc.StatusCode.INTERNAL:
                     why = f"INTERNAL, {(error.details() or '')[:40]}"
+                if error.details() == FAILED_WRITE:
+                    why = "while the client wrote"
                 self.seen.counts[f"stream ended: {why}"] += 1
                 address = known.metadata.get("owner", "")
             except (TimeoutError, asyncio.InvalidStateError):
@@ -275,7 +288,9 @@ def client(daemon: Daemon, tenant: str) -> Client:
     return Client(daemon.address, Security(token=token(tenant)), timeout_s=10)
 
 
-def faults(daemons: list[Daemon], links: list[SlowLink], postmaster: int, end: float) -> list[dict[str, Any]]:
+def faults(
+    daemons: list[Daemon], links: list[SlowLink], database: str, postmaster: int, end: float
+) -> list[dict[str, Any]]:
     """Do harm in turn; what each did, and how it showed."""
     done: list[dict[str, Any]] = []
 
@@ -306,7 +321,13 @@ def faults(daemons: list[Daemon], links: list[SlowLink], postmaster: int, end: f
             if how is signal.SIGSTOP:
                 time.sleep(1.5 * LEASE_S)
 
-    kinds: list[Callable[[int], None]] = [killed, stopped, slow, dead, frozen]
+    def full(_: int) -> None:
+        with psycopg.connect(database, autocommit=True) as connection:
+            connection.execute(FULL)
+            time.sleep(2 * LEASE_S)
+            connection.execute("DROP FUNCTION full_disk CASCADE")
+
+    kinds: list[Callable[[int], None]] = [killed, stopped, slow, dead, frozen, full]
     while time.monotonic() + FAULT_EVERY_S < end:
         kind, number = kinds[len(done) % len(kinds)], len(done) % len(daemons)
         before = total(daemons)
@@ -436,7 +457,7 @@ def main() -> None:
         harm: list[dict[str, Any]] = []
         threads = [
             threading.Thread(target=churn, args=(seen, daemons, spec(2, given.work), end)),
-            threading.Thread(target=lambda: harm.extend(faults(daemons, links, postmaster, end))),
+            threading.Thread(target=lambda: harm.extend(faults(daemons, links, uri, postmaster, end))),
         ]
         for thread in threads:
             thread.start()

@@ -8,7 +8,9 @@ import threading
 import time
 from collections.abc import Callable
 
-__all__ = ["SlowLink"]
+from psycopg.conninfo import conninfo_to_dict
+
+__all__ = ["SlowLink", "link_to", "through"]
 
 
 class SlowLink:
@@ -37,9 +39,14 @@ class SlowLink:
                 near, _ = self._listener.accept()
             except OSError:
                 return
-            far = self._connect()
-            for source, target in ((near, far), (far, near)):
-                threading.Thread(target=self._pass, args=(source, target), daemon=True).start()
+            threading.Thread(target=self._join, args=(near, self._connect()), daemon=True).start()
+
+    def _join(self, near: socket.socket, far: socket.socket) -> None:
+        with near, far:
+            back = threading.Thread(target=self._pass, args=(far, near), daemon=True)
+            back.start()
+            self._pass(near, far)
+            back.join()
 
     def _pass(self, source: socket.socket, target: socket.socket) -> None:
         with contextlib.suppress(OSError):
@@ -51,3 +58,22 @@ class SlowLink:
         for end in (source, target):
             with contextlib.suppress(OSError):
                 end.shutdown(socket.SHUT_RDWR)
+
+
+def link_to(postgres: str, delay_s: float) -> SlowLink:
+    """A link to the database of a URL, which has a Unix socket."""
+    parts = conninfo_to_dict(postgres)
+    folder, port = str(parts["host"]), parts.get("port", 5432)
+
+    def connect() -> socket.socket:
+        connection = socket.socket(socket.AF_UNIX)
+        connection.connect(f"{folder}/.s.PGSQL.{port}")
+        return connection
+
+    return SlowLink(connect, delay_s)
+
+
+def through(link: SlowLink, postgres: str) -> str:
+    """URL of the database behind a link."""
+    parts = conninfo_to_dict(postgres)
+    return f"postgresql://{parts['user']}@{link.address}/{parts['dbname']}"

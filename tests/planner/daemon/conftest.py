@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 from tests.support.daemon import DaemonProcess, started
+from tests.support.slow_link import SlowLink, link_to
 
 GIB = 1024**3
 
@@ -16,3 +17,18 @@ def frugal(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DaemonProcess]:
     wrapper = ["prlimit", f"--data={GIB}"]
     for start in started(lambda: tmp_path_factory.mktemp("data")):
         yield start("--limit", "hello_s=1", "--limit", "job_bytes=100000000", wrapper=wrapper).serving()
+
+
+@pytest.fixture
+def link(postgres: str) -> Iterator[Callable[[float], SlowLink]]:
+    """Makes links to the database."""
+    made: list[SlowLink] = []
+
+    def make(delay_s: float) -> SlowLink:
+        made.append(link_to(postgres, delay_s))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.dead.clear()
+        one.close()

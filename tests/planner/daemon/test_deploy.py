@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import yaml
 from tests.support.daemon import WAIT_S, DaemonProcess, Start
+from tests.support.prometheus import alerts
 from tests.support.repository import ROOT
 
 from moeplan.api.client import Client
@@ -192,12 +193,6 @@ def expressions() -> Iterator[tuple[str, str]]:
     for panel in board["panels"]:
         for target in panel["targets"]:
             yield panel["title"], target["expr"]
-
-
-def alerts() -> list[dict[str, Any]]:
-    """The alerts."""
-    groups = yaml.safe_load((ROOT / "deploy" / "prometheus" / "alerts.yaml").read_text())["groups"]
-    return [rule for group in groups for rule in group["rules"]]
 
 
 def test_alerts_and_panels_ask_for_what_a_daemon_shows(daemon: DaemonProcess) -> None:

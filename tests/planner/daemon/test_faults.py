@@ -216,6 +216,31 @@ def test_reads_go_on_while_another_process_writes(start: Start, tmp_path: Path) 
             assert client.plan("jobs/kept/plans/1").version == 1
 
 
+def test_what_a_rank_that_vanishes_has_begun_is_finished(start: Start, tmp_path: Path) -> None:
+    """It says that it cannot run a plan, and is gone while that is written: the daemon knows what is on disk."""
+    data = tmp_path / "data"
+    daemon = start(data=data).serving()
+    with daemon.client() as client:
+        name = client.create_job("vanishing", small_job()).name
+        rank = Rank(client, name, 0, hello={"reports_for": [0, 1]})
+        rank.report(0, tokens(0, ranks=2))
+        assert rank.next("plan_update").plan.version == 2
+        with contextlib.closing(sqlite3.connect(data / "moeplan.sqlite3", isolation_level=None)) as connection:
+            connection.execute("BEGIN IMMEDIATE")
+            rank.send(failed=planner_pb2.PlanFailed(version=2, in_force_version=1, reason="no memory"))
+            time.sleep(0.5)  # it waits for the database now
+            rank.close()
+            eventually(lambda: client.job(name).status.connected_ranks == 0)
+        eventually(lambda: client.job(name).status.plan_version == 3)
+        again = Rank(client, name, 0, hello={"reports_for": [0, 1], "plan_version": 3})
+        again.next("welcome")
+        again.report(1, tokens(1, ranks=2))
+        assert again.next("plan_update").plan.version == 4
+        again.close()
+    assert not daemon.events("plan not stored")
+    assert not daemon.events("job lost")
+
+
 def test_deleting_a_job_that_is_being_planned_raises_no_alarm(start: Start) -> None:
     daemon = start().serving()
     with daemon.client() as client:

@@ -6,20 +6,18 @@ import asyncio
 import contextlib
 import shutil
 import signal
-import socket
 import sqlite3
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import grpc
 import psycopg
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from psycopg.conninfo import conninfo_to_dict
 from tests.support.daemon import WAIT_S, Rank, Start, eventually, small_job, tokens
-from tests.support.slow_link import SlowLink
+from tests.support.slow_link import SlowLink, through
 
 from moeplan.api.client import Client
 from moeplan.api.errors import ServiceError, UnavailableError
@@ -146,35 +144,6 @@ def test_a_job_that_was_lost_and_comes_straight_back_is_served_anew(start: Start
         assert again.next("plan_update").plan.version == 2
         again.close()
         client.delete_job(name)
-
-
-@pytest.fixture
-def link(postgres: str) -> Iterator[Callable[[float], SlowLink]]:
-    """Makes links to the database."""
-    made: list[SlowLink] = []
-
-    def make(delay_s: float) -> SlowLink:
-        parts = conninfo_to_dict(postgres)
-        folder, port = str(parts["host"]), parts.get("port", 5432)
-
-        def connect() -> socket.socket:
-            connection = socket.socket(socket.AF_UNIX)
-            connection.connect(f"{folder}/.s.PGSQL.{port}")
-            return connection
-
-        made.append(SlowLink(connect, delay_s))
-        return made[-1]
-
-    yield make
-    for one in made:
-        one.dead.clear()
-        one.close()
-
-
-def through(link: SlowLink, postgres: str) -> str:
-    """URL of the database behind a link."""
-    parts = conninfo_to_dict(postgres)
-    return f"postgresql://{parts['user']}@{link.address}/{parts['dbname']}"
 
 
 @pytest.mark.slow

@@ -39,6 +39,12 @@ def serve(
         str | None,
         typer.Option(help="host:port of Prometheus metrics.", show_default="127.0.0.1:7434", rich_help_panel=DAEMON),
     ] = None,
+    traces: Annotated[
+        str | None,
+        typer.Option(
+            help="Collector of OpenTelemetry traces, http(s)://host:port.", show_default="none", rich_help_panel=DAEMON
+        ),
+    ] = None,
     no_page: Annotated[
         bool, typer.Option("--no-page", help="No live page where metrics are.", rich_help_panel=DAEMON)
     ] = False,
@@ -110,6 +116,7 @@ def serve(
         "listen": listen,
         "advertise": advertise,
         "metrics": metrics,
+        "traces": traces,
         "page": False if no_page else None,
         "store": store,
         "data": data,

@@ -17,6 +17,7 @@ from moeplan.planner.daemon.database import StoreError
 from moeplan.planner.daemon.metrics import Metrics
 from moeplan.planner.daemon.statuses import RefusalError, precondition
 from moeplan.planner.daemon.store import LeaseLostError, Store
+from moeplan.planner.daemon.traces import JobTraces, part, passed
 from moeplan.planner.daemon.workers.frames import Kind
 from moeplan.planner.daemon.workers.pool import Workers
 from moeplan.planner.jobs.job import PlanningJob, SolveTask
@@ -77,6 +78,7 @@ class JobHost:
         writing: Held while a plan is decided and stored.
         ended: Why the job is no longer here.
         lost: A plan was refused, as the job is another daemon's.
+        traces: How its plans come about, for OpenTelemetry.
     """
 
     def __init__(
@@ -89,13 +91,13 @@ class JobHost:
         workers: Workers,
         store: Store,
         metrics: Metrics,
-        solve_s: float,
+        traces: JobTraces,
     ) -> None:
         self.id, self.name = job_id, f"jobs/{job_id}"
         self.message, self.created, self.job = message, created, job
         self.streams: dict[int, RankStream] = {}
         self._watchers: set[asyncio.Event] = set()
-        self._workers, self._store, self._metrics, self._solve_s = workers, store, metrics, solve_s
+        self._workers, self._store, self._metrics = workers, store, metrics
         self._solving: asyncio.Task[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
         self.writing = asyncio.Lock()
@@ -104,6 +106,7 @@ class JobHost:
         self._closed_step = job.closed_step
         self.ended: RefusalError | None = None
         self.lost = False
+        self.traces = traces
         self._written: dict[int, planner_pb2.StreamRankResponse] = {}
         self._written_of: JobPlan | None = None
 
@@ -132,6 +135,7 @@ class JobHost:
     def leave(self, stream: RankStream) -> None:
         """A stream is over."""
         self.job.end(stream.number)
+        self.traces.left(stream.number)
         self.streams.pop(stream.number, None)
 
     def check(self) -> None:
@@ -169,7 +173,13 @@ class JobHost:
 
     def report(self, report: Report) -> None:
         """Statistics came."""
+        self.traces.reported()
         self._act(self.job.report(report, time.monotonic()))
+
+    def applied(self, version: int) -> None:
+        """A rank runs a plan."""
+        self.job.applied(version)
+        self.traces.applied(version)
 
     async def apply_failed(self, version: int, in_force: int, detail: str) -> None:
         """A rank cannot run a plan: go back for all."""
@@ -270,24 +280,33 @@ class JobHost:
     # Planning
 
     async def _solve(self, task: SolveTask) -> None:
+        with self.traces.look(task.step) as note:
+            await self._look(task)
+            decision = self.job.decision
+            note(reason=decision.reason.value, changed_layers=decision.changed_layers, version=self.job.plan.version)
+        self._solving = None
+        self._act(self.job.tick(time.monotonic()))
+
+    async def _look(self, task: SolveTask) -> None:
         start = time.monotonic()
         try:
-            candidates = await self._candidates(task)
-        except (RefusalError, ProblemError, RuntimeError) as error:
-            log.warning("solve failed", job=self.name, step=task.step, error=str(error)[-2_000:])
-            self.job.failed(task, str(error)[:1_000])
+            with part("solve", layers=len(task.layers), policy=task.policy):
+                candidates = await self._candidates(task)
+        except Exception as error:  # one that nothing foresaw, too, must not be the end of the job's plans
+            known = isinstance(error, (RefusalError, ProblemError, RuntimeError))
+            text = str(error) if known else repr(error)
+            log.warning("solve failed", job=self.name, step=task.step, error=text[-2_000:])
+            self.job.failed(task, text[:1_000])
             self._decided()
         else:
             await self._decide(task, candidates, time.monotonic() - start)
             if self.job.decision.changed_layers:
                 self._metrics.plan_delay.observe(time.monotonic() - start)
-        self._solving = None
-        self._act(self.job.tick(time.monotonic()))
 
     async def _candidates(self, task: SolveTask) -> list[Candidate]:
         """Solve the layers, in parallel where there are several workers."""
         chunks = min(self._workers.size, len(task.layers))
-        limit_s = self._solve_s
+        limit_s = self._workers.solve_s
         if task.parameters.deadline_s is not None:
             limit_s = min(limit_s, task.parameters.deadline_s)
         end = time.monotonic() + limit_s
@@ -318,10 +337,12 @@ class JobHost:
     async def _keep(self, plan: JobPlan) -> None:
         plan = replace(plan, created=datetime.now(UTC))
         whole = wire.write_job_plan(self.name, plan)
+        start = time.monotonic()
         try:
             await self._store.save(
                 self.id, incarnation=plan.incarnation, version=plan.version, plan=whole.SerializeToString()
             )
+            passed("store", start)
         except StoreError as error:
             if self.ended is not None:  # deleted, or gone to another daemon, while it was solved
                 return
@@ -332,6 +353,7 @@ class JobHost:
             return
         if self.job.commit(plan):
             self._metrics.planned(plan)
+            self.traces.stored(plan.version)
             self._decided()
             self._announce()
 

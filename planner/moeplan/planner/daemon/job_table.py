@@ -31,6 +31,7 @@ from moeplan.planner.daemon.statuses import (
 )
 from moeplan.planner.daemon.store import CLAIMED, VERSION, JobRow, PlanRow, ServerRow, Store
 from moeplan.planner.daemon.tenants import CALLER
+from moeplan.planner.daemon.traces import Traces
 from moeplan.planner.daemon.workers.pool import Workers
 from moeplan.planner.jobs.job import KEPT_PLANS, PlanningJob, StaleIncarnationError
 from moeplan.planner.jobs.job_plan import initial_plan
@@ -68,8 +69,11 @@ def job_id(field: str, name: str) -> str:
 class JobTable:
     """Jobs by id. `start` it before use, `stop` it after."""
 
-    def __init__(self, settings: Settings, store: Store, workers: Workers, metrics: Metrics, address: str) -> None:
+    def __init__(
+        self, settings: Settings, store: Store, workers: Workers, metrics: Metrics, traces: Traces, address: str
+    ) -> None:
         self._address = address
+        self._traces = traces
         self._draining = False
         self._settings, self._store, self._workers, self._metrics = settings, store, workers, metrics
         self._hosts: dict[str, JobHost] = {}
@@ -388,7 +392,7 @@ class JobTable:
             workers=self._workers,
             store=self._store,
             metrics=self._metrics,
-            solve_s=self._settings.limits.solve_s,
+            traces=self._traces.of(f"jobs/{identity}"),
         )
         self._hosts[identity] = host
         self._show()

@@ -117,7 +117,8 @@ class Metrics:
         """Make the series of every method exist."""
         for method in methods:
             self.started.labels(method)
-            self.handled.labels(method, grpc.StatusCode.OK.name)
+            for code in (grpc.StatusCode.OK, grpc.StatusCode.RESOURCE_EXHAUSTED):  # whose first ones count, too
+                self.handled.labels(method, code.name)
 
     def planned(self, plan: JobPlan) -> None:
         """A plan became the newest."""

@@ -52,7 +52,10 @@ log = structlog.get_logger()
 
 
 class PlannerService(planner_pb2_grpc.PlannerServiceServicer):
-    """moeplan.v1.PlannerService."""
+    """moeplan.v1.PlannerService.
+
+    A change that has begun is finished although its caller goes away: once it is on disk, it must be known here too.
+    """
 
     def __init__(self, table: JobTable, store: Store, metrics: Metrics, limits: ServiceLimits, owner: str) -> None:
         self._table, self._store, self._metrics, self._limits, self._owner = table, store, metrics, limits, owner
@@ -72,7 +75,8 @@ class PlannerService(planner_pb2_grpc.PlannerServiceServicer):
     ) -> planner_pb2.CreateJobResponse:
         """Create a job."""
         CALLER.get().tenant.check_job(request.job_id)
-        return planner_pb2.CreateJobResponse(job=self._job(await self._table.create(request.job_id, request.job)))
+        host = await asyncio.shield(self._table.create(request.job_id, request.job))
+        return planner_pb2.CreateJobResponse(job=self._job(host))
 
     async def GetJob(  # noqa: N802
         self, request: planner_pb2.GetJobRequest, context: Context
@@ -116,7 +120,7 @@ class PlannerService(planner_pb2_grpc.PlannerServiceServicer):
         self, request: planner_pb2.DeleteJobRequest, context: Context
     ) -> planner_pb2.DeleteJobResponse:
         """Delete a job."""
-        await self._table.delete(_own("name", request.name))
+        await asyncio.shield(self._table.delete(_own("name", request.name)))
         log.info("job deleted", job=request.name)
         return planner_pb2.DeleteJobResponse()
 
@@ -176,6 +180,7 @@ class PlannerService(planner_pb2_grpc.PlannerServiceServicer):
                 raise stale(error) from None
             except RankTakenError as error:
                 raise exists(f"{host.name} rank {error.rank}", "RANK_TAKEN", str(error)) from None
+            host.traces.joined(stream.number, min(ranks), context.invocation_metadata() or ())
             reader = asyncio.get_running_loop().create_task(self._read(request_iterator, host, stream, ranks))
             try:
                 sent = host.job.plan.version
@@ -196,6 +201,7 @@ class PlannerService(planner_pb2_grpc.PlannerServiceServicer):
                         sent = host.job.plan.version
                         self._metrics.plan_bytes.inc(update.ByteSize())
                         yield update
+                        host.traces.sent(sent)
                     if stream.taken > stream.acknowledged and (stream.left or self._due(stream)):
                         stream.acknowledged = stream.taken
                         acknowledgement = planner_pb2.Acknowledgement(sequence=stream.taken)
@@ -280,10 +286,11 @@ class PlannerService(planner_pb2_grpc.PlannerServiceServicer):
                 if self._due(stream):
                     stream.wake.set()
             case "applied":
-                host.job.applied(request.applied.version)
+                host.applied(request.applied.version)
             case "failed":
                 failed = request.failed
-                await host.apply_failed(failed.version, failed.in_force_version, failed.reason[:LONGEST_REASON])
+                undone = host.apply_failed(failed.version, failed.in_force_version, failed.reason[:LONGEST_REASON])
+                await asyncio.shield(undone)
             case "leave":
                 stream.left = True
             case other:

@@ -39,6 +39,7 @@ from moeplan.planner.daemon.solver_service import SolverService
 from moeplan.planner.daemon.statuses import unavailable
 from moeplan.planner.daemon.store import Store
 from moeplan.planner.daemon.tenants import Tenants
+from moeplan.planner.daemon.traces import Traces
 from moeplan.planner.daemon.workers.pool import Workers
 from moeplan.v1 import admin_pb2, admin_pb2_grpc, planner_pb2, planner_pb2_grpc, solver_pb2, solver_pb2_grpc
 
@@ -89,6 +90,7 @@ class Daemon:
         self._page: LivePage | None = None
         self._ready: dict[str, bool] = {}
         self._worker_seen_s = -NO_WORKER_S
+        self._traces: Traces
         self._tenants: Tenants
         self._budgets: Budgets
         self.workers: Workers
@@ -109,6 +111,12 @@ class Daemon:
             self._certificates = Certificates.of(settings.security)
         except (OSError, ValueError) as error:
             raise StartError(str(error)) from None
+        try:
+            self._traces = Traces(settings.traces)
+        except ModuleNotFoundError as error:
+            raise StartError(
+                f"traces = {settings.traces}: needs the package {error.name}; pip install 'moeplan[traces]'"
+            ) from None
         self._secrets = self._stamps()
         self._budgets = Budgets(self._tenants)
         self.workers = Workers(settings.workers, limits, self.metrics, self._budgets)
@@ -129,7 +137,7 @@ class Daemon:
         try:
             await self._store.open()
             self.workers.start()
-            self._table = JobTable(settings, self._store, self.workers, self.metrics, address)
+            self._table = JobTable(settings, self._store, self.workers, self.metrics, self._traces, address)
             await self._table.start()
             security = settings.security
             if settings.page and settings.metrics and (security.tokens is not None or security.client_ca is None):
@@ -157,6 +165,7 @@ class Daemon:
         await self._store.close()
         if self._scrapes is not None:
             await self._scrapes.stop()
+        await self._traces.stop()
         log.info("stopped")
 
     def reload(self) -> None:
@@ -236,6 +245,7 @@ class Daemon:
             client_certificates=security.client_ca is not None,
             tokens=security.tokens is not None,
             tenants=self._tenants.count,
+            traces=self.settings.traces,
             limits=self.settings.limits.model_dump(),
         )
 

@@ -117,6 +117,7 @@ class Settings(BaseSettings):
     listen: str = Field("127.0.0.1:7433", description="address: host:port (port 0 takes a free one) or unix:path")
     advertise: str = Field("", description="address by which others reach this daemon; `listen` if empty")
     metrics: str = Field("127.0.0.1:7434", description="address of Prometheus metrics over HTTP; empty for none")
+    traces: str = Field("", description="collector of OpenTelemetry traces, http(s)://host:port (OTLP over gRPC)")
     page: bool = Field(True, description="answer the live page where metrics are, to browsers on this machine")
     store: str = Field("", description="SQLAlchemy URL, for instance postgresql://host/moeplan; SQLite if empty")
     data: Path = Field(default_factory=default_data_folder, description="folder of the embedded store")
@@ -137,6 +138,13 @@ class Settings(BaseSettings):
     def _data_is_named(cls, value: object) -> object:
         if value == "":  # a path would make it the current folder
             raise ValueError("is empty; give a folder, or leave it out for the default one")
+        return value
+
+    @field_validator("traces")
+    @classmethod
+    def _collector_is_named(cls, value: str) -> str:
+        if value and not re.fullmatch(r"https?://[^/@\s]+", value):  # without a scheme, TLS would be a guess
+            raise ValueError(f"traces = {value}: must be http://host:port, or https://host:port for TLS")
         return value
 
     @model_validator(mode="after")

@@ -20,6 +20,7 @@ from moeplan.api.connection import LONGEST_DELAY_S, Security, open_channel
 from moeplan.api.errors import InvalidRequestError, error_of
 from moeplan.api.jobs import JobSpec
 from moeplan.runtime_client.planning.aggregation import LayoutAndRule
+from moeplan.runtime_client.planning.rank_trace import RankTrace
 from moeplan.solvers.problem.arrays import Int64
 from moeplan.solvers.problem.layout import check_layout
 from moeplan.solvers.problem.split_rules import RANK_RULES, split_rule
@@ -113,6 +114,7 @@ class PlannerStream:
         self._reports_for = tuple(reports_for) or (rank,)
         self._security = Security.from_files() if security is None else security
         self._session = uuid.uuid4().hex
+        self._trace = RankTrace.here()
         self._pid = os.getpid()
         self._change = threading.Condition()
         self._unsent: deque[planner_pb2.Statistics] = deque()
@@ -154,6 +156,7 @@ class PlannerStream:
         if os.getpid() != self._pid:
             return
         statistics = planner_pb2.Statistics(step=step, tokens=wire.write_counts(tokens))
+        self._trace.note("moeplan.report", step=step)
         with self._change:
             self._unsent.append(statistics)
             if len(self._unsent) > UNSENT:
@@ -168,6 +171,7 @@ class PlannerStream:
         with self._change:
             for old in [held for held in self._held if held < version]:
                 del self._held[old]
+        self._trace.note("moeplan.applied", step=step, version=version)
         self._tell(planner_pb2.StreamRankRequest(applied=planner_pb2.PlanApplied(version=version, step=step)))
 
     def close(self, timeout_s: float = 3.0) -> None:
@@ -220,7 +224,7 @@ class PlannerStream:
             over, refused = threading.Event(), threading.Event()
             with self._change:
                 self._sequence = self._acknowledged = self._credit = 0
-            call = stub.StreamRank(self._requests(over, refused), metadata=metadata)
+            call = stub.StreamRank(self._requests(over, refused), metadata=(*metadata, *self._trace.headers))
             self._call = call
             try:
                 for response in call:

@@ -26,6 +26,7 @@ from moeplan.planner.daemon.budgets import Budgets
 from moeplan.planner.daemon.metrics import Metrics
 from moeplan.planner.daemon.settings import ServiceLimits
 from moeplan.planner.daemon.statuses import RefusalError, exhausted, unavailable
+from moeplan.planner.daemon.traces import passed
 from moeplan.planner.daemon.workers import frames, tasks
 from moeplan.planner.daemon.workers.frames import FORK, Kind
 from moeplan.planner.daemon.workers.turns import Turns
@@ -89,6 +90,11 @@ class Workers:
     def size(self) -> int:
         """Number of workers."""
         return self._size
+
+    @property
+    def solve_s(self) -> float:
+        """Longest that a solve may take, seconds."""
+        return self._limits.solve_s
 
     def payer(self, job: str) -> str:
         """For whom the plans of a job, by its id, are solved."""
@@ -173,6 +179,7 @@ class Workers:
             worker = await self._acquire(end, kind is not Kind.LAYERS, caller, len(payload))
         finally:
             self._metrics.queue_wait.labels(label).observe(time.monotonic() - asked)
+            passed("queue", asked)
         start = time.monotonic()
         self._metrics.busy.inc()
         outcome = "cancelled"
@@ -210,6 +217,7 @@ class Workers:
             self._metrics.solve.labels(label).observe(took)
             self._budgets.spend(caller, took)
             self._metrics.solves.labels(label, outcome).inc()
+            passed("worker", start, outcome=outcome, process=worker.pid)
             self._metrics.busy.dec()
             self._free_running -= kind is not Kind.LAYERS
             if clean:
@@ -278,9 +286,11 @@ class Workers:
                 waiting = self._jobs.take()
             elif self._free and self._free_running < self._free_most:
                 waiting = self._free.take()
-                self._free_running += 1
             else:
                 break
+            if waiting.worker.done():  # cancelled, or out of time, just now: it has not withdrawn yet
+                continue
+            self._free_running += waiting.free
             waiting.worker.set_result(self._idle.popleft())
         self._metrics.queue.set(self._depth)
 

@@ -1,0 +1,42 @@
+"""The pool of workers, where what matters is the order of two things in one turn of the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+
+import pytest
+from tests.support.daemon import WAIT_S
+
+from moeplan.planner.daemon.budgets import Budgets
+from moeplan.planner.daemon.metrics import Metrics
+from moeplan.planner.daemon.settings import ServiceLimits
+from moeplan.planner.daemon.tenants import Tenants
+from moeplan.planner.daemon.workers.pool import Workers
+
+
+@pytest.mark.parametrize("free", [False, True])
+def test_a_worker_that_is_free_as_one_gives_up_is_not_lost(free: bool) -> None:
+    """Who waits is cancelled, or its time is over, and in the same turn a worker is free, before it has withdrawn."""
+
+    async def give_up() -> None:
+        workers = Workers(1, ServiceLimits(), Metrics(), Budgets(Tenants(None, None)))
+        workers.start()
+        try:
+            end = time.monotonic() + WAIT_S
+            worker = await workers._acquire(end, free, "first", 0)
+            waiting = asyncio.create_task(workers._acquire(end, free, "second", 0))
+            await asyncio.sleep(0)
+            waiting.cancel()
+            workers._free_running -= free
+            workers._idle.append(worker)
+            workers._hand_out()
+            with contextlib.suppress(asyncio.CancelledError):
+                await waiting
+            async with asyncio.timeout(WAIT_S):
+                assert await workers._acquire(end, free, "third", 0) is worker
+        finally:
+            await workers.stop()
+
+    asyncio.run(give_up())
