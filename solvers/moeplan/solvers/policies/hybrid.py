@@ -10,6 +10,8 @@
    `configurations`).
 4. Interchangeable devices are renamed so that the fewest replicas move. A limit of moves holds throughout: a
    construction that exceeds it is cut to the arrivals that it may have, and the search never steps over it.
+5. One load vector says nothing of how loads change. Where no layout is in force, a short search on it and on a
+   few that drift from it looks for a layout that is as good and less fragile.
 """
 
 from __future__ import annotations
@@ -44,6 +46,7 @@ from moeplan.solvers.policies.static import static
 from moeplan.solvers.policies.symi import symi
 from moeplan.solvers.problem.arrays import Float64, Int32
 from moeplan.solvers.problem.errors import ProblemError
+from moeplan.solvers.problem.forecast import drifted
 from moeplan.solvers.problem.layout import EMPTY, Layout, placed_in
 from moeplan.solvers.problem.limit_kernels import limit_arrays
 from moeplan.solvers.problem.limits import Limits, broken
@@ -103,6 +106,12 @@ SEARCHED_BEFORE = 0.5
 WORK_PER_SECOND = 1_000
 """Candidates that a deterministic second of a solver counts as."""
 
+WIDENING = 100
+"""Candidates for a less fragile layout where there is only one load vector."""
+
+WIDENING_BURST = 50
+"""Candidates of it between two looks at the clock."""
+
 WORK_PER_BURST = 2_000_000
 """Scenario x slot visits between two looks at the clock: a few milliseconds."""
 
@@ -116,9 +125,12 @@ def hybrid(problem: Problem, parameters: SolveParameters) -> Iterator[Progress]:
     start = time.perf_counter()
     deadline = None if parameters.deadline_s is None else start + parameters.deadline_s
     kept = _with_groups(problem)
-    bounds = scores.bound(kept)
     if kept.demand.scenarios == 1 and kept.current is None and _perfect(kept) and _window_applies(kept):
-        yield Progress(Layout(_window(kept), kept.experts), float(bounds[0]))  # perfect, by the theorem
+        state = _Search(kept, parameters, deadline)
+        state.take(_window(kept))  # perfect, by the theorem
+        yield state.progress()
+        state.widen()
+        yield state.progress()
         return
     for asked in (kept, problem):
         state = _Search(asked, parameters, deadline, preferring=asked is not problem)
@@ -131,6 +143,7 @@ def hybrid(problem: Problem, parameters: SolveParameters) -> Iterator[Progress]:
                 raise
         if asked is problem or np.isfinite(state.score):  # else nothing fits with groups kept, which is no condition
             break
+    state.widen()
     yield state.progress()  # which knows why the search ended
 
 
@@ -296,6 +309,28 @@ class _Search:
                     proofs = proofs or _proofs(problem, self._reached(), self.deadline)
                     self.bounds = next(proofs, self.bounds)
             yield self.progress()
+
+    def widen(self) -> None:
+        """Where there is one load vector, take a layout that is as good on it and suits loads near it, if found."""
+        problem, parameters = self.problem, self.parameters
+        known = problem.demand.scenarios > 1 or not problem.demand.spread or problem.current is not None
+        if known or problem.devices == 1 or _rule(problem) is not SplitRule.OPTIMAL or self.late:
+            return
+        work = min(WIDENING, parameters.candidates)
+        near = replace(problem, demand=drifted(problem.demand))
+        wide = _Search(near, replace(parameters, work_limit=work), self.deadline)
+        wide.limits = self.limits
+        if self.best is None or not wide.take(self.best):  # loads near it do not fit the memory
+            return
+        if self.limits.simple:
+            for _ in wide.construct():
+                pass
+        while not wide.over:
+            wide._descend(min(WIDENING_BURST, work), 0.0)
+        assert wide.best is not None
+        score = score_of(problem, wide.best)
+        if score <= max(self.score, self.target):
+            self.best, self.score, self._shown = wide.best, score, None
 
     def _descend(self, burst: int, price: float) -> None:
         """A burst of local search, from where the one before ended; once moves are free, from the best layout."""
