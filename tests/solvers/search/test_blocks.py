@@ -26,13 +26,13 @@ def drifting(experts: int, scenarios: int) -> Int64:
 def test_blocks_divide_devices_and_experts_with_spare_slots_for_each(seed: int) -> None:
     rng = np.random.default_rng(seed)
     devices, experts = rng.integers(1, 80), rng.integers(1, 300)
-    slots = rng.integers(0, 12, devices)
+    slots = rng.integers(0, 12, devices, np.int32)
     slots[0] += max(0, experts - np.minimum(slots, experts).sum() + slots[0])
     speed = rng.choice([np.ones(devices), rng.uniform(0.5, 2, devices)])
     tokens = rng.integers(0, 50, (rng.integers(1, 4), 1, experts))
     if np.minimum(slots, experts).sum() < experts:
         return
-    problem = Problem(Cluster(slots, np.zeros(devices, int), speed), Demand.of(tokens))
+    problem = Problem(Cluster(slots, np.zeros(devices, np.int32), speed), Demand.of(tokens))
     blocks = blocks_of(problem)
     if blocks:
         assert np.array_equal(np.sort(np.concatenate([d for d, _ in blocks])), np.flatnonzero(problem.capacity))
@@ -44,7 +44,7 @@ def test_blocks_divide_devices_and_experts_with_spare_slots_for_each(seed: int) 
 @pytest.mark.parametrize("speeds", [False, True])
 def test_many_devices_are_planned_well_with_little_work(speeds: bool) -> None:
     speed = np.random.default_rng(1).uniform(0.5, 1.5, 128) if speeds else np.ones(128)
-    cluster = Cluster(np.full(128, 9), np.zeros(128, int), speed)
+    cluster = Cluster(np.full(128, 9, np.int32), np.zeros(128, np.int32), speed)
     plan = solve(Problem(cluster, Demand.of(drifting(1024, 4))), parameters=SolveParameters(work_limit=500))
     assert plan.objective < 1.005
 
