@@ -7,8 +7,8 @@
    perfect for the mean is fragile.
 3. Where devices are many and spare slots suffice, blocks of a few devices that are planned apart (see `search.blocks`).
 4. Local search (see `search.local`, or `search.even` where every replica takes an even share) from the best of them;
-   where it stalls, large neighbourhoods (see `neighbourhoods`), and if asked for, stronger bounds (see
-   `configurations`).
+   where it stalls, large neighbourhoods (see `neighbourhoods`), and one step of a stronger bound, or if asked for, all
+   of them (see `configurations`).
 5. Interchangeable devices are renamed so that the fewest replicas move. A limit of moves holds throughout: a
    construction that exceeds it is cut to the arrivals that it may have, and the search never steps over it.
 6. One load vector says nothing of how loads change. Where no layout is in force, a short search on it and on a
@@ -110,6 +110,9 @@ LAST_RESORT_S = 0.01
 SHORTEST_S = 0.05
 """Time below which a neighbourhood is not begun."""
 
+FIRST_PROOF_S = 0.5
+"""Time below which a stronger bound is not begun that was not asked for."""
+
 SMALL_DEVICES, SMALL_VARIABLES = 6, 200
 """Problems up to this size are solved exactly where local search stalls, or has had `SEARCHED_BEFORE` of the work."""
 
@@ -209,6 +212,12 @@ class _Search:
     def over(self) -> bool:
         """True if it is time to stop."""
         return self.score <= self.target or self.late or self.work >= self.parameters.candidates
+
+    @property
+    def _time_for_proof(self) -> bool:
+        """True if a first step of a stronger bound, which halves the gap as a rule, applies and fits into the time."""
+        in_time = self.deadline is None or self.deadline - time.perf_counter() > FIRST_PROOF_S
+        return in_time and _rule(self.problem) is SplitRule.OPTIMAL
 
     def progress(self) -> Progress:
         """The best layout, the same object until there is a better one, and the bound."""
@@ -350,9 +359,12 @@ class _Search:
                 exact = False
             if idle >= STALL and _rule(problem) is SplitRule.OPTIMAL and not self.over:
                 self._neighbourhoods(rng)
-                if parameters.prove:
+                if parameters.prove or (proofs is None and self._time_for_proof):
                     proofs = proofs or _proofs(problem, self._reached(), self.deadline)
                     self.bounds = next(proofs, self.bounds)
+            yield self.progress()
+        if proofs is None and self.work >= STALL and self.score > self.target and self._time_for_proof:
+            self.bounds = next(_proofs(problem, self._reached(), self.deadline), self.bounds)
             yield self.progress()
 
     def widen(self) -> None:
