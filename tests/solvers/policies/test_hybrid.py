@@ -52,6 +52,39 @@ def test_small_problems_are_solved_exactly_with_any_limit_of_moves(
     assert plan.objective <= optimum(limited) * (1 + 2e-4)
 
 
+@settings(max_examples=60, deadline=None)
+@given(small_problems(scenarios=3), st.booleans())
+def test_a_plan_for_one_load_vector_is_as_good_on_it_as_one_that_knows_no_other(
+    problem: Problem, several: bool
+) -> None:
+    tokens = problem.demand.tokens if several else problem.demand.tokens[:1]
+    wide = solve(replace(problem, demand=Demand.of(tokens)))
+    only = solve(replace(problem, demand=Demand.of(tokens, spread=0)))
+    assert wide.bound == only.bound
+    if len(tokens) == 1:
+        assert wide.objective <= max(only.objective, wide.bound * (1 + SolveParameters().target_gap))
+    else:
+        assert np.array_equal(wide.layout.slots, only.layout.slots)
+
+
+def test_a_plan_for_one_load_vector_suits_the_step_after_it() -> None:
+    with np.load(TRACE) as trace:
+        counts = trace["counts"].sum(axis=2).astype(np.int64)
+    cluster = Cluster.uniform(16, 5)
+    after: dict[float, list[float]] = {0.0: [], 0.2: []}
+    for step, layer in itertools.product(range(0, len(counts) - 1, 4), range(counts.shape[1])):
+        for spread, found in after.items():
+            plan = solve(Problem(cluster, Demand.of(counts[step, layer], spread=spread)))
+            assert plan.objective <= 1.0001
+            found.append(evaluate(Problem(cluster, Demand.of(counts[step + 1, layer])), plan.layout).objective)
+    assert np.mean(after[0.2]) - 1 < 0.9 * (np.mean(after[0.0]) - 1)
+
+
+def test_counts_at_the_limit_have_loads_near_them() -> None:
+    for tokens in ([0, 0, 0], [2**52, 2**51, 2**51]):
+        assert solve(Problem(Cluster.uniform(3, 2), Demand.of(tokens))).objective == pytest.approx(1)
+
+
 def test_a_search_that_keeps_finding_something_leaves_work_for_the_exact_model() -> None:
     """Two bursts in five were better than the one before, so that the search never stalled and ended at 1.275."""
     cluster = Cluster(np.array([1, 3, 2]), np.zeros(3, int), np.array([1, 2, 1.5]))

@@ -11,7 +11,7 @@ from tests.support.instances import all_layouts, optimum, problems, small_proble
 from moeplan.solvers import Cluster, Demand, Layout, Problem, SolveParameters, solve
 from moeplan.solvers.construct.partition import grouping
 from moeplan.solvers.construct.sliding_window import sliding_window
-from moeplan.solvers.problem.bounds import adams, average, even_split, exclusive, lower_bound, pigeonhole
+from moeplan.solvers.problem.bounds import adams, average, crowding, even_split, exclusive, lower_bound, pigeonhole
 from moeplan.solvers.split.flow import optimal_quota
 
 
@@ -25,6 +25,7 @@ def test_bounds_and_hybrid_against_brute_force(problem: Problem) -> None:
     slots = int(room.sum())
     bounds = average(hot, speed), adams(hot, speed, slots), exclusive(hot, speed, room), pigeonhole(hot, speed, slots)
     assert max(bounds) <= best * (1 + 1e-12), bounds
+    assert crowding(hot, problem.cluster.speed, problem.capacity) <= best * (1 + 1e-12)
     assert problem.lower_bound[0] <= best * (1 + 1e-12)
     plan = solve(problem, parameters=SolveParameters(work_limit=300))
     level = (plan.split.device_loads() / problem.cluster.speed).max()
@@ -68,6 +69,22 @@ def test_grouping_places_every_expert(devices: int, slots: int, data: st.DataObj
     loads = np.array(data.draw(st.lists(st.integers(0, 1000), min_size=experts, max_size=experts)), np.float64)
     layout = Layout(grouping(loads, devices, slots, 100), experts)
     assert layout.slots.shape == (devices, slots)
+
+
+def test_devices_of_different_speed_without_a_spare_slot_are_at_the_bound() -> None:
+    """Slow devices hold four experts as well as fast ones: the average load, which was the bound, is far below."""
+    loads = (np.arange(1, 65) ** -0.3 * 1e5).astype(np.int64)
+    speed = np.random.default_rng(0).uniform(0.5, 1.5, 16)
+    cluster = Cluster(np.full(16, 4, np.int32), np.zeros(16, np.int32), speed)
+    assert solve(Problem(cluster, Demand.of(loads))).gap < 1e-3
+
+
+def test_a_search_that_ends_with_a_gap_halves_it_by_a_stronger_bound() -> None:
+    loads = (np.arange(1, 65) ** -0.6 * 1e6).astype(np.int64)
+    problem = Problem(Cluster.uniform(36, 2), Demand.of(loads))
+    plan = solve(problem)
+    quick = problem.lower_bound[0] / problem.mean_level[0]
+    assert plan.objective - plan.bound < 0.51 * (plan.objective - quick)
 
 
 def test_few_spare_slots_are_near_the_bound() -> None:

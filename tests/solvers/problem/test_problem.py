@@ -45,6 +45,8 @@ from moeplan.solvers import (
         (lambda: Demand.of([[[1]]], [0.0]), "demand.weights"),
         (lambda: Demand.of([[[1]]], [1.0, 1.0]), "demand.weights"),
         (lambda: Demand.of([[[1]]], [float("inf")]), "demand.weights[0]"),
+        (lambda: Demand.of([1], spread=-0.1), "demand.spread"),
+        (lambda: Demand.of([1], spread=float("nan")), "demand.spread"),
         (lambda: ExpertSpec(weight_bytes=-1), "expert.weight_bytes"),
         (lambda: ExpertSpec(seconds_per_token=float("nan")), "expert.seconds_per_token"),
         (lambda: Layout(np.array([[0, 0]]), 1), "layout.slots[0]"),

@@ -12,7 +12,7 @@ from moeplan.api.wire.times import read_duration, write_duration
 from moeplan.solvers.plan.parameters import SolveParameters
 from moeplan.solvers.problem.cluster import Cluster, Link
 from moeplan.solvers.problem.constraints import Constraints
-from moeplan.solvers.problem.demand import Demand
+from moeplan.solvers.problem.demand import DRIFT, Demand
 from moeplan.solvers.problem.problem import ExpertSpec, Problem
 from moeplan.solvers.problem.split_rules import split_rule
 from moeplan.v1 import problem_pb2
@@ -114,7 +114,8 @@ def read_problem(message: problem_pb2.Problem) -> Problem:
     tokens = read_array("demand.tokens", message.demand.tokens)
     if tokens.dtype.kind == "f":  # whole numbers all the same
         tokens = read_counts("demand.tokens", message.demand.tokens)
-    demand = Demand.of(tokens, list(message.demand.weights) or None)
+    spread = message.demand.spread if message.demand.HasField("spread") else DRIFT
+    demand = Demand.of(tokens, list(message.demand.weights) or None, spread=spread)
     problem = Problem(
         cluster=read_cluster(message.cluster),
         demand=demand,
@@ -162,7 +163,11 @@ def write_problem(problem: Problem) -> problem_pb2.Problem:
     """The message of a problem."""
     return problem_pb2.Problem(
         cluster=write_cluster(problem.cluster),
-        demand=problem_pb2.Demand(tokens=write_counts(problem.demand.tokens), weights=problem.demand.weights.tolist()),
+        demand=problem_pb2.Demand(
+            tokens=write_counts(problem.demand.tokens),
+            weights=problem.demand.weights.tolist(),
+            spread=problem.demand.spread,
+        ),
         expert=write_expert(problem.expert),
         current=None if problem.current is None else write_array(problem.current.slots),
         max_moves=problem.max_moves,

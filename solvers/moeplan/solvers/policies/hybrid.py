@@ -5,11 +5,14 @@
    devices where they do not; longest-first packing with swaps; the published policies, so that none is ever better; and
    the current layout. Each is scored by what counts: the best split in every scenario, averaged. A layout that is
    perfect for the mean is fragile.
-3. Local search (see `search.local`, or `search.even` where every replica takes an even share) from the best of them;
-   where it stalls, large neighbourhoods (see `neighbourhoods`), and if asked for, stronger bounds (see
-   `configurations`).
-4. Interchangeable devices are renamed so that the fewest replicas move. A limit of moves holds throughout: a
+3. Where devices are many and spare slots suffice, blocks of a few devices that are planned apart (see `search.blocks`).
+4. Local search (see `search.local`, or `search.even` where every replica takes an even share) from the best of them;
+   where it stalls, large neighbourhoods (see `neighbourhoods`), and one step of a stronger bound, or if asked for, all
+   of them (see `configurations`).
+5. Interchangeable devices are renamed so that the fewest replicas move. A limit of moves holds throughout: a
    construction that exceeds it is cut to the arrivals that it may have, and the search never steps over it.
+6. One load vector says nothing of how loads change. Where no layout is in force, a short search on it and on a
+   few that drift from it looks for a layout that is as good and less fragile.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import chain
+from itertools import chain, islice
 
 import numpy as np
 
@@ -42,14 +45,18 @@ from moeplan.solvers.policies.laer import laer
 from moeplan.solvers.policies.registry import ALL_LIMITS, Progress, policy
 from moeplan.solvers.policies.static import static
 from moeplan.solvers.policies.symi import symi
-from moeplan.solvers.problem.arrays import Float64, Int32
+from moeplan.solvers.problem.arrays import Float64, Int32, Int64
+from moeplan.solvers.problem.cluster import Cluster
+from moeplan.solvers.problem.demand import Demand
 from moeplan.solvers.problem.errors import ProblemError
+from moeplan.solvers.problem.forecast import drifted
 from moeplan.solvers.problem.layout import EMPTY, Layout, placed_in
 from moeplan.solvers.problem.limit_kernels import limit_arrays
 from moeplan.solvers.problem.limits import Limits, broken
 from moeplan.solvers.problem.moves import keep_slots, relabel
 from moeplan.solvers.problem.problem import Problem
 from moeplan.solvers.problem.split_rules import SplitRule
+from moeplan.solvers.search.blocks import blocks_of
 from moeplan.solvers.search.even import improve_even
 from moeplan.solvers.search.local import Burst, Scenarios, improve
 from moeplan.solvers.search.neighbourhoods import neighbour
@@ -85,6 +92,15 @@ STALL = 4_000
 NEIGHBOURHOODS = 8
 """Neighbourhoods between two bursts of local search."""
 
+IN_BLOCKS = 400
+"""Candidates for each block of a large cluster."""
+
+BLOCK_STARTS = 4
+"""Constructions of each, the first ones."""
+
+BLOCK_GAP = 1e-3
+"""Distance from its bound at which a block is good enough."""
+
 WORK_PER_NEIGHBOURHOOD = 100
 """Candidates that a neighbourhood counts as."""
 
@@ -94,6 +110,9 @@ LAST_RESORT_S = 0.01
 SHORTEST_S = 0.05
 """Time below which a neighbourhood is not begun."""
 
+FIRST_PROOF_S = 0.5
+"""Time below which a stronger bound is not begun that was not asked for."""
+
 SMALL_DEVICES, SMALL_VARIABLES = 6, 200
 """Problems up to this size are solved exactly where local search stalls, or has had `SEARCHED_BEFORE` of the work."""
 
@@ -102,6 +121,12 @@ SEARCHED_BEFORE = 0.5
 
 WORK_PER_SECOND = 1_000
 """Candidates that a deterministic second of a solver counts as."""
+
+WIDENING = 100
+"""Candidates for a less fragile layout where there is only one load vector."""
+
+WIDENING_BURST = 50
+"""Candidates of it between two looks at the clock."""
 
 WORK_PER_BURST = 2_000_000
 """Scenario x slot visits between two looks at the clock: a few milliseconds."""
@@ -116,9 +141,12 @@ def hybrid(problem: Problem, parameters: SolveParameters) -> Iterator[Progress]:
     start = time.perf_counter()
     deadline = None if parameters.deadline_s is None else start + parameters.deadline_s
     kept = _with_groups(problem)
-    bounds = scores.bound(kept)
     if kept.demand.scenarios == 1 and kept.current is None and _perfect(kept) and _window_applies(kept):
-        yield Progress(Layout(_window(kept), kept.experts), float(bounds[0]))  # perfect, by the theorem
+        state = _Search(kept, parameters, deadline)
+        state.take(_window(kept))  # perfect, by the theorem
+        yield state.progress()
+        state.widen()
+        yield state.progress()
         return
     for asked in (kept, problem):
         state = _Search(asked, parameters, deadline, preferring=asked is not problem)
@@ -131,6 +159,7 @@ def hybrid(problem: Problem, parameters: SolveParameters) -> Iterator[Progress]:
                 raise
         if asked is problem or np.isfinite(state.score):  # else nothing fits with groups kept, which is no condition
             break
+    state.widen()
     yield state.progress()  # which knows why the search ended
 
 
@@ -184,6 +213,12 @@ class _Search:
         """True if it is time to stop."""
         return self.score <= self.target or self.late or self.work >= self.parameters.candidates
 
+    @property
+    def _time_for_proof(self) -> bool:
+        """True if a first step of a stronger bound, which halves the gap as a rule, applies and fits into the time."""
+        in_time = self.deadline is None or self.deadline - time.perf_counter() > FIRST_PROOF_S
+        return in_time and _rule(self.problem) is SplitRule.OPTIMAL
+
     def progress(self) -> Progress:
         """The best layout, the same object until there is a better one, and the bound."""
         assert self.best is not None
@@ -213,6 +248,7 @@ class _Search:
     def run(self) -> Iterator[Progress]:
         """Constructions, then the search, for rules that it knows."""
         yield from self.construct()
+        yield from self.in_blocks()
         if _rule(self.problem) in SEARCHED:  # constructions are judged by any
             yield from self.search()
 
@@ -229,6 +265,38 @@ class _Search:
                 break
         if self.best is None:
             yield from self._within_limits()
+
+    def in_blocks(self) -> Iterator[Progress]:
+        """Where there are many devices, plan blocks of a few apart, in turn, and take what they make together."""
+        problem, parameters = self.problem, self.parameters
+        if not self.limits.simple or self.limits.moves_limited or _rule(problem) is not SplitRule.OPTIMAL or self.over:
+            return
+        work = min(IN_BLOCKS, parameters.candidates - self.work)
+        effort = replace(parameters, work_limit=work, target_gap=max(parameters.target_gap, BLOCK_GAP))
+        blocks = []
+        for devices, experts in blocks_of(problem):
+            part = _Search(_of_block(problem, devices, experts), effort, self.deadline)
+            for start in islice(_constructions(part.problem, effort), BLOCK_STARTS):
+                part.take(start)
+            blocks.append((devices, experts, part))
+            if self.late:
+                return
+        while blocks:
+            slots = np.full((problem.devices, problem.cluster.max_slots), EMPTY, np.int32)
+            for devices, experts, part in blocks:
+                assert part.best is not None
+                slots[devices, : part.best.shape[1]] = np.where(part.best == EMPTY, EMPTY, experts[part.best])
+            for within in self._within_moves(slots):
+                if self.take(within):
+                    yield self.progress()
+            searched = [part for _, _, part in blocks if not part.over]
+            if not searched or self.over:
+                break
+            for part in searched:
+                part._descend(min(_burst(part.problem), work - part.work), 0.0)
+                if self.late:
+                    break
+        self.work += max((part.work for _, _, part in blocks), default=0)
 
     def _within_moves(self, slots: Int32) -> Iterator[Int32]:
         """A layout, int32[devices, width], with its devices renamed for the fewest moves, cut to the limit of moves."""
@@ -272,8 +340,7 @@ class _Search:
         """Local search; where it stalls, large neighbourhoods and proofs, in turn."""
         problem, parameters = self.problem, self.parameters
         rng = np.random.default_rng(parameters.seed)
-        visits = problem.demand.scenarios * int(problem.capacity.sum()) * 16
-        burst = min(max(8, WORK_PER_BURST // visits), LONGEST_BURST)
+        burst = _burst(problem)
         price = 0.0
         if problem.max_moves and np.isfinite(self.before):  # the layout in force may not fit the memory
             price = max(0.0, self.before - self.target) / problem.max_moves
@@ -292,10 +359,35 @@ class _Search:
                 exact = False
             if idle >= STALL and _rule(problem) is SplitRule.OPTIMAL and not self.over:
                 self._neighbourhoods(rng)
-                if parameters.prove:
+                if parameters.prove or (proofs is None and self._time_for_proof):
                     proofs = proofs or _proofs(problem, self._reached(), self.deadline)
                     self.bounds = next(proofs, self.bounds)
             yield self.progress()
+        if proofs is None and self.work >= STALL and self.score > self.target and self._time_for_proof:
+            self.bounds = next(_proofs(problem, self._reached(), self.deadline), self.bounds)
+            yield self.progress()
+
+    def widen(self) -> None:
+        """Where there is one load vector, take a layout that is as good on it and suits loads near it, if found."""
+        problem, parameters = self.problem, self.parameters
+        known = problem.demand.scenarios > 1 or not problem.demand.spread or problem.current is not None
+        if known or problem.devices == 1 or _rule(problem) is not SplitRule.OPTIMAL or self.late:
+            return
+        work = min(WIDENING, parameters.candidates)
+        near = replace(problem, demand=drifted(problem.demand))
+        wide = _Search(near, replace(parameters, work_limit=work), self.deadline)
+        wide.limits = self.limits
+        if self.best is None or not wide.take(self.best):  # loads near it do not fit the memory
+            return
+        if self.limits.simple:
+            for _ in wide.construct():
+                pass
+        while not wide.over:
+            wide._descend(min(WIDENING_BURST, work), 0.0)
+        assert wide.best is not None
+        score = score_of(problem, wide.best)
+        if score <= max(self.score, self.target):
+            self.best, self.score, self._shown = wide.best, score, None
 
     def _descend(self, burst: int, price: float) -> None:
         """A burst of local search, from where the one before ended; once moves are free, from the best layout."""
@@ -348,6 +440,19 @@ class _Search:
         assert self.best is not None
         speed = self.problem.cluster.speed
         return scores.levels(self.problem, optimal_quota(self.best, self.problem.loads, speed)[0])
+
+
+def _burst(problem: Problem) -> int:
+    """Candidates between two looks at the clock."""
+    visits = problem.demand.scenarios * int(problem.capacity.sum()) * 16
+    return min(max(8, WORK_PER_BURST // visits), LONGEST_BURST)
+
+
+def _of_block(problem: Problem, devices: Int64, experts: Int64) -> Problem:
+    """The problem of some devices and experts, apart from all others."""
+    cluster = Cluster(problem.capacity[devices], np.zeros(len(devices), np.int64), problem.cluster.speed[devices])
+    demand = Demand.of(problem.loads[:, np.newaxis, experts], problem.demand.weights)
+    return Problem(cluster, demand, tail=problem.tail)
 
 
 def _proofs(problem: Problem, reached: Float64, deadline: float | None) -> Iterator[Float64]:

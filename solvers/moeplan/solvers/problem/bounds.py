@@ -9,6 +9,8 @@ w_e sorted downwards, devices of speed v_d, S slots in all, R = S - E spare slot
     exclusive   the k hottest experts sit on b devices; the others cannot touch all experts, so the coldest of the rest
                 live only on those b devices as well
     pigeonhole  at most R experts are split, so among the j D + 1 + R hottest j D + 1 are whole and j + 1 of them meet
+    crowding    the same for any number of whole experts, by what each device could compute of them, beside the coldest
+                ones that its other slots must hold
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import numpy as np
 from moeplan.solvers.problem.arrays import Float64, Int32, Int64
 from moeplan.solvers.problem.kernel import kernel
 
-__all__ = ["adams", "average", "even_split", "exclusive", "lower_bound", "pigeonhole"]
+__all__ = ["adams", "average", "crowding", "even_split", "exclusive", "lower_bound", "pigeonhole"]
 
 
 @kernel
@@ -99,6 +101,41 @@ def pigeonhole(hot: Float64, speed: Float64, slots: int) -> float:
     return best
 
 
+COUNTS = 16
+"""Numbers of whole experts that `crowding` looks at, at most."""
+
+
+@kernel
+def crowding(hot: Float64, speed: Float64, capacity: Int32) -> float:
+    """LB5: whole experts that must find a place on devices, each with what else its slots hold.
+
+    At least K of the K + R hottest experts are whole. A device with i of them has at least the i lightest of these, and
+    beside them, as at most 2 R slots hold no whole expert, the lightest of the others. So at M it has room for so many
+    of them at most, and all devices together must have room for K. `capacity` int32[devices], in the order of `speed`.
+    """
+    experts, devices = len(hot), len(speed)
+    slots = capacity.sum()
+    spare = slots - experts
+    cold = np.zeros(experts + 1)
+    for n in range(experts):
+        cold[n + 1] = cold[n] + hot[experts - 1 - n]
+    level = np.empty(slots)
+    best = 0.0
+    step = max(1, (experts - spare) // COUNTS)
+    for whole in range(experts - spare, 0, -step):
+        others = experts - whole - spare
+        n = 0
+        for d in range(devices):
+            for i in range(1, capacity[d] + 1):
+                beside = min(others, max(0, capacity[d] - i - 2 * spare))
+                level[n] = np.inf
+                if i <= whole + spare:
+                    level[n] = (cold[others + i] - cold[others] + cold[beside]) / speed[d]
+                n += 1
+        best = max(best, np.partition(level, whole - 1)[whole - 1])
+    return best
+
+
 @kernel
 def _bound(loads: Int64, speed: Float64, capacity: Int32) -> float:
     hot = np.sort(loads.astype(np.float64))[::-1].copy()
@@ -106,7 +143,10 @@ def _bound(loads: Int64, speed: Float64, capacity: Int32) -> float:
     room = np.sort(capacity.astype(np.int64))[::-1].copy()
     slots = room.sum()
     proven = max(average(hot, fast), adams(hot, fast, slots))
-    return max(proven, exclusive(hot, fast, room), pigeonhole(hot, fast, slots))
+    proven = max(proven, exclusive(hot, fast, room), pigeonhole(hot, fast, slots))
+    if slots - len(hot) < len(fast):  # with a spare slot for each device, hardly an expert need be whole
+        proven = max(proven, crowding(hot, speed, capacity))
+    return proven
 
 
 @kernel

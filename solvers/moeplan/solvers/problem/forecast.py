@@ -11,18 +11,25 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moeplan.solvers.problem.arrays import Float64, Int64
+from moeplan.solvers.problem.arrays import MAX_TOKENS, Float64, Int64
 from moeplan.solvers.problem.demand import Demand
 from moeplan.solvers.problem.errors import ProblemError
 from moeplan.solvers.problem.forecast_spec import Forecast, ForecastMethod
 
-__all__ = ["Widening", "forecast", "widened"]
+__all__ = ["Widening", "drifted", "forecast", "widened"]
 
 OUTLIER = 2.5
 """Changes count up to this many of an expert's usual ones: a shift of domain says nothing about the usual spread."""
 
 NORMAL_MEDIAN = 0.6745
 """Median of the absolute value of a standard normal variable."""
+
+
+DRIFTS = 4
+"""Scenarios that drift from a single known one."""
+
+WORTH = 100.0
+"""Weight of the known scenario beside each of those: a plan may lose next to nothing on it."""
 
 
 def forecast(window: Int64, how: Forecast = Forecast()) -> Demand:
@@ -117,6 +124,25 @@ def widened(window: Int64, widening: Widening = Widening()) -> Demand:
     shared = _mirrored(random, widening.scenarios, len(seen)) @ seen / np.sqrt(2)
     factor = np.exp(widening.spread * (np.sqrt(1 - widening.together) * own + np.sqrt(widening.together) * shared))
     return Demand.of(np.rint(base * factor[:, np.newaxis]).astype(np.int64))
+
+
+def drifted(demand: Demand) -> Demand:
+    """A single scenario and four that drift from it by its spread, each expert by itself.
+
+    Args:
+        demand: A demand of one scenario.
+
+    Returns:
+        A demand of five scenarios, the known one first, which counts `WORTH` times as much as each of the others. They
+        are two and their mirror images, the same for the same demand.
+    """
+    random = np.random.Generator(np.random.PCG64(0))
+    loads = demand.loads()[0]
+    change = _mirrored(random, DRIFTS, len(loads)) * np.sqrt(demand.spread**2 + 1 / np.maximum(loads, 1))
+    drift = demand.tokens * np.exp(change)[:, np.newaxis]
+    drift *= np.minimum(1, MAX_TOKENS / 2 / np.maximum(drift.sum(axis=(1, 2), keepdims=True), 1))
+    tokens = np.concatenate([demand.tokens, np.rint(drift).astype(np.int64)])
+    return Demand.of(tokens, [WORTH] + [1.0] * DRIFTS)
 
 
 def _by_age(steps: int, widening: Widening) -> Int64:

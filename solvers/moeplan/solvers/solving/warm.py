@@ -26,4 +26,5 @@ def warm_up() -> None:
     plan = solve(few, parameters=short)
     solve(replace(few, current=plan.layout, max_moves=2), parameters=short)
     solve(Problem(Cluster.uniform(4, 4), Demand.of(tokens[:1])))
+    solve(Problem(Cluster.uniform(32, 3), Demand.of(np.random.default_rng(0).poisson(9, (2, 1, 60)))), parameters=short)
     solve(few, policy="ilp", parameters=short)

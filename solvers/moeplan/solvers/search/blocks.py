@@ -1,0 +1,100 @@
+"""Many devices as blocks of a few, which are planned apart.
+
+A search over all devices needs more candidates the more there are, and each is split over all of them. Where there is a
+spare slot for each device, nearly nothing is lost if experts are divided first: over blocks of some devices, so that no
+block has more than its share of the tokens in any scenario. Sums of many experts are easily made alike by exchanging
+them; every block is then a small problem of its own, with spare slots enough for near perfect balance.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from moeplan.solvers.problem.arrays import Float64, Int64
+from moeplan.solvers.problem.kernel import kernel
+from moeplan.solvers.problem.problem import Problem
+from moeplan.solvers.search.random import next_random, seeded
+
+__all__ = ["BLOCK", "blocks_of"]
+
+BLOCK = 16
+"""Devices of a block: with fewer, blocks are harder to make alike; with more, each is harder to plan."""
+
+EXCHANGES = 50
+"""Exchanges of experts between blocks that are tried, for each expert."""
+
+LARGEST = 0.5
+"""Part of a block's share of the tokens that no expert may exceed in any scenario."""
+
+
+def blocks_of(problem: Problem) -> list[tuple[Int64, Int64]]:
+    """Devices and experts of each block; none where devices or spare slots are too few, or an expert is too large."""
+    devices = np.flatnonzero(problem.capacity > 0)
+    count = len(devices) // BLOCK
+    if count < 2 or problem.spare < len(devices) - 1:
+        return []
+    fastest = devices[np.lexsort((-problem.capacity[devices], -problem.cluster.speed[devices]))]
+    turn = np.arange(len(devices)) % (2 * count)
+    block = np.minimum(turn, 2 * count - 1 - turn)  # dealt there and back, so that blocks are alike
+    speed = np.bincount(block, problem.cluster.speed[fastest]).astype(np.float64)
+    room = np.bincount(
+        block, problem.capacity[fastest] - problem.spare / len(devices)
+    )  # one like another in spare slots
+    ends = np.rint(np.cumsum(room)).astype(np.int64)
+    most = ends - np.concatenate([[0], ends[:-1]])
+    part = problem.loads / np.where(problem.mean_level > 0, problem.mean_level, np.inf)[:, np.newaxis]
+    if most.min() < 1 or part.max() > LARGEST * speed.min():
+        return []
+    weighted = part * np.sqrt(problem.demand.weights)[:, np.newaxis]
+    home = _divide(weighted, speed, most)
+    return [(fastest[block == b], np.flatnonzero(home == b)) for b in range(count)]
+
+
+@kernel
+def _divide(part: Float64, speed: Float64, most: Int64) -> Int64:
+    """Divide experts over blocks so that each has tokens by its speed in all scenarios.
+
+    Args:
+        part: float64[scenarios, experts], tokens, such that squares of what a block has too many of may be added up.
+        speed: float64[blocks].
+        most: int64[blocks], number of experts of each, together all.
+
+    Returns:
+        int64[experts], the block of each.
+    """
+    scenarios, experts = part.shape
+    blocks = len(speed)
+    home = np.empty(experts, np.int64)
+    number = np.zeros(blocks, np.int64)
+    over = np.empty((blocks, scenarios))  # what a block has beyond its share
+    heat = np.zeros(blocks)
+    mean = part.sum(axis=0)
+    for s in range(scenarios):
+        over[:, s] = -speed * (part[s].sum() / speed.sum())
+    for e in np.argsort(-mean, kind="mergesort"):
+        best = -1
+        for b in range(blocks):
+            if number[b] < most[b] and (best < 0 or heat[b] / speed[b] < heat[best] / speed[best]):
+                best = b
+        home[e] = best
+        number[best] += 1
+        heat[best] += mean[e]
+        for s in range(scenarios):
+            over[best, s] += part[s, e]
+    state = seeded(0)
+    for _ in range(EXCHANGES * experts):
+        a, b = next_random(state) % experts, next_random(state) % experts
+        x, y = home[a], home[b]
+        if x == y:
+            continue
+        change = 0.0
+        for s in range(scenarios):
+            more = part[s, b] - part[s, a]
+            change += more * (over[x, s] - over[y, s] + more)
+        if change < 0:
+            home[a], home[b] = y, x
+            for s in range(scenarios):
+                more = part[s, b] - part[s, a]
+                over[x, s] += more
+                over[y, s] -= more
+    return home
