@@ -11,7 +11,7 @@ from moeplan.solvers import Cluster, Demand, ExpertSpec, InfeasibleError, Link, 
 
 RANKS, EXPERTS = 4, 16
 SKEWED = Demand.of(np.random.default_rng(0).multinomial(4_096, 0.6 ** np.arange(EXPERTS) * 0.4, (3, RANKS)))
-EVEN = Demand.of(np.full((RANKS, EXPERTS), 256))
+EVEN = Demand.of(np.full((RANKS, EXPERTS), 256), spread=0)  # every rank has the same, and will have
 EXPERT = ExpertSpec(weight_bytes=10**7, state_bytes=7 * 10**7, token_bytes=4_096, seconds_per_token=1e-6)
 
 
