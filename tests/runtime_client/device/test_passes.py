@@ -121,6 +121,19 @@ def test_a_pass_equals_that_on_collectives(
     assert (sum(map(sum, lent)) > 0) == (spare > 0)
 
 
+def laid_out_by_columns(folder: Path) -> None:
+    gloo, own, exchange = make_layers(folder)
+    for place in range(4):
+        parts = batch(1)
+        parts[place] = parts[place].T.contiguous().T
+        assert_close(answers(gloo, parts), answers(own, parts))
+    exchange.mailbox.close()
+
+
+def test_tokens_choices_and_gradients_may_be_laid_out_by_columns(ranks: Launch, tmp_path: Path) -> None:
+    ranks(2, laid_out_by_columns, tmp_path, timeout_s=200)
+
+
 def overflows(folder: Path, dtype: torch.dtype, spare: int) -> tuple[int, int]:
     """Most rows of a rank with uneven and with few tokens, where a round has room for 64."""
     gloo, own, exchange = make_layers(folder, dtype=dtype, spare=spare, capacity=64, rounds=4, tokens=90)
