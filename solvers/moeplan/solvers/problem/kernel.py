@@ -56,7 +56,8 @@ def _sources(folder: Path) -> str:
 @cache
 def _constants(function: Callable[..., object]) -> tuple[str, ...]:
     """Names and values of the global constants that a function and the kernels that it calls are compiled with."""
-    functions, found = [function], set()
+    functions = [function]
+    found: set[str] = set()
     for each in functions:  # grows
         for name in each.__code__.co_names:
             value = each.__globals__.get(name)
