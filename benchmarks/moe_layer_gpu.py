@@ -1,6 +1,6 @@
 """One MoE layer on real ranks, GPUs or CPU cores: static expert parallelism, `llep`, `quota`, fully sharded experts.
 
-On GPUs also `device`, which is `quota` in passes without the host.
+On GPUs also `device`, which is `quota` in passes without the host, where there are spare slots.
 
     torchrun --nproc-per-node 8 benchmarks/moe_layer_gpu.py --layer gpt-oss-120b        # NCCL, one process per GPU
     torchrun --nproc-per-node 2 benchmarks/moe_layer_gpu.py --layer small --device cpu  # gloo, one core per process
@@ -303,7 +303,7 @@ def make_methods(bench: Bench, size: Size, dtype: torch.dtype, spare: int, cost:
         Method("quota", spilling[1]),
         Method("sharded", sharded),
     ]
-    if dtype == torch.bfloat16 and group.size > 1:
+    if dtype == torch.bfloat16 and group.size > 1 and spare:
         spilling.append(on_device(bench, size, exact))
         methods.append(Method("device", spilling[-1]))
     for spiller in spilling:
@@ -533,7 +533,7 @@ def visit(
             if nth == 0:
                 start = bench.start_peak()
                 step()
-                method.memory = int(bench.largest(bench.peak() - start + parameter.nbytes))
+                method.memory = int(bench.largest(bench.peak() - start + parameter.nbytes)) + lasting(layer)
                 forward()
                 continue
             method.forward.append(bench.seconds(forward))
@@ -544,6 +544,11 @@ def visit(
             method.planning.append(planning)
             method.imbalance.append(float(loads.max() / loads.mean()))
         before = counts
+
+
+def lasting(layer: Layer) -> int:
+    """Bytes that passes without the host hold between passes, too."""
+    return layer.exchange.memory.own.nbytes if isinstance(layer, ResidentExperts) and layer.exchange else 0
 
 
 def plan_again(bench: Bench, layer: Layer, index: Tensor, weight: Tensor) -> tuple[float, Int64]:
@@ -590,7 +595,9 @@ def new_table(title: str) -> Table:
 
 
 def figures(methods: list[Method]) -> dict[str, float]:
-    """Of one load: times in milliseconds, and the share that spilling reaches of a step with even loads."""
+    """Of one load: the imbalance of static experts, and of each method milliseconds of a step and of a forward pass,
+    and its peak of memory in GiB.
+    """
     found: dict[str, float] = {"ideal": statistics.median(methods[0].imbalance)}
     for method in methods:
         found[method.name] = 1e3 * min(method.step)

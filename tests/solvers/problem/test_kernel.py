@@ -7,11 +7,12 @@ import sys
 from pathlib import Path
 
 CALLEE = """
+from constants import FACTOR
 from moeplan.solvers.problem.kernel import kernel
 
 @kernel
 def step(x: int) -> int:
-    return x + {step}
+    return x + FACTOR * {step}
 """
 CALLER = """
 from callee import step
@@ -27,14 +28,17 @@ if __name__ == "__main__":
 """
 
 
-def test_a_change_of_a_called_kernel_is_seen_though_the_callers_file_is_the_same(tmp_path: Path) -> None:
+def test_a_change_of_what_a_kernel_calls_is_seen_though_the_callers_file_is_the_same(tmp_path: Path) -> None:
     (tmp_path / "caller.py").write_text(CALLER)
 
-    def run(step: int) -> list[str]:
+    def run(step: int, factor: int) -> list[str]:
         (tmp_path / "callee.py").write_text(CALLEE.format(step=step))
-        command = [sys.executable, "caller.py"]
+        (tmp_path / "constants.py").write_text(f"FACTOR = {factor}\n")
+        command = [sys.executable, "-B", "caller.py"]
         return subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True).stdout.split()
 
-    assert run(1) == ["2", "0"]
-    assert run(1) == ["2", "1"]
-    assert run(5) == ["10", "0"]
+    assert run(1, 1) == ["2", "0"]
+    assert run(1, 1) == ["2", "1"]
+    assert run(5, 1) == ["10", "0"]
+    assert run(5, 3) == ["30", "0"]
+    assert run(5, 3) == ["30", "1"]

@@ -79,12 +79,14 @@ class DeviceExchange:
     Memory of a rank, in bytes, with b bytes per element, N ranks, T = max_tokens, K spare slots and C = capacity, or
     2 * capacity where lent experts have rows of their own: in symmetric memory
     ``b * (hidden * T * (N + choices) + K * elements)`` and a little more; and for each pass whose backward is to come
-    ``b * C * (hidden + rows of the first matrix)`` and lent experts. Later rounds keep no more than the tokens of this
-    rank: their backward sends these again, and computes again what the first round keeps.
+    ``b * C * (hidden + rows of the first matrix)`` and lent experts, or converted ones where the weights have another
+    type. Later rounds keep no more than the tokens of this rank and the weights of their rows: their backward sends
+    tokens again, for which it takes ``b * C * hidden`` a round, and computes again what the first round keeps.
 
     Args:
         group: The ranks.
-        planner: Whose options count; a thread plans with a planner of its own, and a `token_cap` of at most `capacity`.
+        planner: Whose options count; a thread plans with a planner of its own, and a `token_cap` of at most
+            ``rounds * capacity``.
         shape: Dimensions of an expert.
         max_tokens: Most tokens of a rank in one pass; the same on all ranks.
         choices: Experts per token.
@@ -224,10 +226,16 @@ class DeviceExchange:
 
         Args:
             tokens: Time of a loan, in tokens that a rank computes meanwhile.
+
+        Raises:
+            RouterError, MissedPassError, RanksDifferError, InfeasibleError, PassError: an earlier pass has failed; see
+                `check`.
         """
-        self.mailbox.close()
         least = max(self.mailbox.options.min_tokens, math.ceil(tokens))
-        self.mailbox = self._open_mailbox(replace(self.mailbox.options, min_tokens=least))
+        options = replace(self.mailbox.options, min_tokens=least)
+        self.mailbox.close()
+        self.check()  # what failed is noted in the mailbox that goes
+        self.mailbox = self._open_mailbox(options)
 
     def _open_mailbox(self, options: SpillOptions) -> Mailbox:
         sizes = MailboxSizes(self.rows, -1 if self.joined else self.rounds * self.capacity)

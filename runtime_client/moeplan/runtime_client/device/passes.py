@@ -92,7 +92,8 @@ class _Pass(torch.autograd.Function):
             kept += [] if nth else [rows]
             scales.append(scale)
         exchange.meet()
-        output = torch.full_like(hidden, float("nan")) if excess else torch.empty_like(hidden)
+        output = _rows(hidden)
+        output[exchange.max_tokens :] = float("nan")
         exchange.collect(route, output[: len(some)])
         ctx.exchange, ctx.route, ctx.like = exchange, route, (index.shape, weight.dtype)
         if exchange.rounds == 1:
@@ -139,7 +140,8 @@ class _Pass(torch.autograd.Function):
                 is_last = nth == exchange.rounds - 1
                 exchange.give_back(route, nth, where, results, to_weight, to_flat if is_last else None)
         exchange.meet()
-        to_hidden = torch.full_like(gradient, float("nan"))
+        to_hidden = _rows(gradient)
+        to_hidden[exchange.max_tokens :] = float("nan")
         exchange.collect(route, to_hidden[: len(some)])
         shape, dtype = ctx.like
         to_choices = torch.zeros(shape, dtype=dtype, device=gradient.device)
@@ -150,6 +152,11 @@ class _Pass(torch.autograd.Function):
 def _replicas(exchange: DeviceExchange, gradients: Tensor) -> Sequence[Tensor]:
     """Gradients of one product's experts, those at home apart from lent ones."""
     return gradients.split([exchange.mailbox.shape.owned, exchange.spare]) if exchange.joined else [gradients]
+
+
+def _rows(like: Tensor) -> Tensor:
+    """Room for rows one after the other, as kernels write them, whatever the layout of those that it is `like`."""
+    return torch.empty_like(like, memory_format=torch.contiguous_format)
 
 
 def _aligned(part: Tensor) -> Tensor:

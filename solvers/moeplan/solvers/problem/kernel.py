@@ -33,12 +33,13 @@ class _Cache(FunctionCache):  # type: ignore[misc]
     """Numba's cache of machine code, which holds that of called kernels, too, but looks only at the caller's file.
 
     Other files may change without it, as when another version is installed over this one. So what is cached belongs to
-    the sources of all kernels.
+    the sources of all kernels, and to the constants that the kernel and those that it calls take from other modules.
     """
 
     def _index_key(self, signature: Any, codegen: Any) -> tuple[Any, ...]:
         folder = Path(inspect.getfile(self._py_func)).parent
-        return *super()._index_key(signature, codegen), _sources(_SOLVERS), _sources(folder)
+        key = super()._index_key(signature, codegen)
+        return *key, _sources(_SOLVERS), _sources(folder), _constants(self._py_func)
 
 
 @cache
@@ -47,6 +48,22 @@ def _sources(folder: Path) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for path in sorted(folder.rglob("*.py")):
         text = path.read_bytes()
-        if b"\n@kernel\n" in text:
+        if b"\n@kernel" in text:
             digest.update(text)
     return digest.hexdigest()
+
+
+@cache
+def _constants(function: Callable[..., object]) -> tuple[str, ...]:
+    """Names and values of the global constants that a function and the kernels that it calls are compiled with."""
+    functions = [function]
+    found: set[str] = set()
+    for each in functions:  # grows
+        for name in each.__code__.co_names:
+            value = each.__globals__.get(name)
+            called = getattr(value, "py_func", None)
+            if called is not None and called not in functions:
+                functions.append(called)
+            if isinstance(value, int | float | str | tuple):
+                found.add(f"{each.__module__}.{name} = {value!r}")
+    return tuple(sorted(found))
