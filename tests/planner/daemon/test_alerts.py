@@ -103,7 +103,7 @@ def test_solves_whose_workers_hang(start: Start) -> None:
 @fires("MoeplanLeasesOld")
 def test_a_database_that_answers_no_more(start: Start, postgres: str, link: Callable[[float], SlowLink]) -> None:
     path = link(0.0)
-    daemon = start(environment={"MOEPLAN_STORE": through(path, postgres), "MOEPLAN_LEASE_S": "1"}).serving(solver=False)
+    daemon = start(environment={"MOEPLAN_STORE": through(path, postgres), "MOEPLAN_LEASE_S": "3"}).serving(solver=False)
     prometheus = quiet(daemon, "MoeplanLeasesOld")
     path.dead.set()
     eventually(lambda: prometheus.fires("MoeplanLeasesOld"))
@@ -209,7 +209,7 @@ def test_calls_beyond_a_limit(start: Start) -> None:
             request = planner_pb2.CreateJobRequest(job_id=f"more-{number}", job=wire.write_job_spec(small_job()))
             with pytest.raises(grpc.RpcError, match=r"limits\.jobs"):
                 client.planner.CreateJob(request, timeout=WAIT_S)
-    assert prometheus.fires("MoeplanFull")
+    eventually(lambda: prometheus.fires("MoeplanFull"))
 
 
 @fires("MoeplanSaturated")

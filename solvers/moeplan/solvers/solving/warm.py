@@ -28,3 +28,5 @@ def warm_up() -> None:
     solve(Problem(Cluster.uniform(4, 4), Demand.of(tokens[:1])))
     solve(Problem(Cluster.uniform(32, 3), Demand.of(np.random.default_rng(0).poisson(9, (2, 1, 60)))), parameters=short)
     solve(few, policy="ilp", parameters=short)
+    tight = Problem(Cluster.uniform(12, 2), Demand.of((1_000 / np.arange(1, 21)).astype(np.int64)))
+    solve(tight, parameters=SolveParameters(work_limit=5_000, target_gap=0.0))  # with a step of the stronger bound
