@@ -7,6 +7,7 @@ import json
 import os
 import queue
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -149,6 +150,12 @@ def small_problem(seed: int = 0, devices: int = 4, experts: int = 8) -> Problem:
     """A problem that takes a millisecond."""
     tokens = np.random.default_rng(seed).integers(0, 100, (devices, experts)) ** 2
     return Problem(Cluster.uniform(devices, 2 * experts // devices), Demand.of(tokens))
+
+
+def make_jobs_unreadable(data: Path) -> None:
+    """Damage the rows of all jobs in the embedded store of a daemon that does not run."""
+    with contextlib.closing(sqlite3.connect(data / "moeplan.sqlite3")) as database, database:
+        database.execute("UPDATE moeplan_jobs SET spec = 'rubbish'")
 
 
 def small_job(layers: int = 2, experts: int = 8, devices: int = 2, slots: int = 6, **fields: Any) -> JobSpec:

@@ -10,7 +10,6 @@ import contextlib
 import datetime
 import os
 import signal
-import sqlite3
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,7 +18,17 @@ from pathlib import Path
 import grpc
 import pytest
 from tests.planner.daemon.test_security import NOW, Authority
-from tests.support.daemon import WAIT_S, DaemonProcess, Rank, Start, eventually, small_job, small_problem, tokens
+from tests.support.daemon import (
+    WAIT_S,
+    DaemonProcess,
+    Rank,
+    Start,
+    eventually,
+    make_jobs_unreadable,
+    small_job,
+    small_problem,
+    tokens,
+)
 from tests.support.prometheus import Prometheus, Scrape, alerts, evaluate
 from tests.support.slow_link import SlowLink, through
 
@@ -117,9 +126,7 @@ def test_a_job_that_cannot_be_read(start: Start, tmp_path: Path) -> None:
     with first.client() as client:
         client.create_job("poison", small_job())
     first.terminate()
-    with sqlite3.connect(data / "moeplan.sqlite3") as connection:
-        connection.execute("UPDATE moeplan_jobs SET spec = 'rubbish'")
-    connection.close()
+    make_jobs_unreadable(data)
     assert Prometheus(start(data=data).serving(solver=False)).fires("MoeplanJobsUnreadable")
 
 

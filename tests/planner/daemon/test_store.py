@@ -16,7 +16,7 @@ import grpc
 import psycopg
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from tests.support.daemon import WAIT_S, Rank, Start, eventually, small_job, tokens
+from tests.support.daemon import WAIT_S, Rank, Start, eventually, make_jobs_unreadable, small_job, tokens
 from tests.support.slow_link import SlowLink, through
 
 from moeplan.api.client import Client
@@ -280,9 +280,7 @@ def test_a_row_that_cannot_be_read_can_be_deleted(start: Start, tmp_path: Path) 
     with first.client() as client:
         client.create_job("poison", small_job())
     first.terminate()
-    with sqlite3.connect(data / "moeplan.sqlite3") as connection:
-        connection.execute("UPDATE moeplan_jobs SET spec = 'rubbish'")
-    connection.close()
+    make_jobs_unreadable(data)
     second = start(data=data).serving(solver=False)
     with second.client() as client:
         assert not list(client.jobs())

@@ -97,7 +97,7 @@ class _Pass(torch.autograd.Function):
         exchange.collect(route, output[: len(some)])
         ctx.exchange, ctx.route, ctx.like = exchange, route, (index.shape, weight.dtype)
         if exchange.rounds == 1:
-            tokens = tokens[:0]
+            tokens = tokens.new_empty(0)  # a part of them would keep them all
         ctx.save_for_backward(flat, tokens, where, *weights, *scales, *kept)
         return output
 

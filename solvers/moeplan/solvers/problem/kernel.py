@@ -38,8 +38,8 @@ class _Cache(FunctionCache):  # type: ignore[misc]
 
     def _index_key(self, signature: Any, codegen: Any) -> tuple[Any, ...]:
         folder = Path(inspect.getfile(self._py_func)).parent
-        key = super()._index_key(signature, codegen)
-        return *key, _sources(_SOLVERS), _sources(folder), _constants(self._py_func)
+        roots = (_SOLVERS,) if folder.is_relative_to(_SOLVERS) else (_SOLVERS, folder)
+        return *super()._index_key(signature, codegen), *map(_sources, roots), _constants(self._py_func)
 
 
 @cache

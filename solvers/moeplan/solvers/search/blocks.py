@@ -37,9 +37,8 @@ def blocks_of(problem: Problem) -> list[tuple[Int64, Int64]]:
     turn = np.arange(len(devices)) % (2 * count)
     block = np.minimum(turn, 2 * count - 1 - turn)  # dealt there and back, so that blocks are alike
     speed = np.bincount(block, problem.cluster.speed[fastest]).astype(np.float64)
-    room = np.bincount(
-        block, problem.capacity[fastest] - problem.spare / len(devices)
-    )  # one like another in spare slots
+    # One block is like another in spare slots.
+    room = np.bincount(block, problem.capacity[fastest] - problem.spare / len(devices))
     ends = np.rint(np.cumsum(room)).astype(np.int64)
     most = ends - np.concatenate([[0], ends[:-1]])
     part = problem.loads / np.where(problem.mean_level > 0, problem.mean_level, np.inf)[:, np.newaxis]
