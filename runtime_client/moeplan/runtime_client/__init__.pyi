@@ -9,8 +9,9 @@ from .layers.dividing import Division, PlannedLayer
 from .layers.feed_forward import ExpertShape
 from .layers.home_moves import HomeMoves
 from .layers.lending import LoanBuffer
-from .layers.resident import ResidentExperts, SpillPlanner
+from .layers.resident import ResidentExperts
 from .layers.sharded import FullyShardedExperts, chain
+from .layers.spilling import SpillPlanner
 from .models.checkpoint import TrainingState
 from .models.gradients import ExpertGradients, expert_parameters
 from .models.pretrained import load_pretrained, save_pretrained

@@ -17,8 +17,9 @@ from moeplan.runtime_client.errors import LayoutMismatchError, RouterError
 from moeplan.runtime_client.group import ExpertGroup
 from moeplan.runtime_client.layers.feed_forward import ExpertShape
 from moeplan.runtime_client.layers.lending import LoanBuffer
-from moeplan.runtime_client.layers.resident import ResidentExperts, SpillPlanner
+from moeplan.runtime_client.layers.resident import ResidentExperts
 from moeplan.runtime_client.layers.sharded import FullyShardedExperts, chain
+from moeplan.runtime_client.layers.spilling import MovableSpillPlanner
 from moeplan.solvers import Cluster, LlepPlanner, QuotaPlanner, SpillOptions
 from moeplan.solvers.problem.errors import InfeasibleError
 from moeplan.solvers.problem.layout import Layout
@@ -104,14 +105,30 @@ def random_cases(seed: int, size: int, cases: int) -> Iterator[tuple[np.random.G
         yield rng, shape, int(rng.integers(1, 8))
 
 
-def make_sharded(rng: np.random.Generator, shape: ExpertShape, experts: int, group: ExpertGroup) -> Sequence[Layer]:
+def random_planner(rng: np.random.Generator, options: SpillOptions) -> MovableSpillPlanner:
+    if rng.random() < 0.5:
+        return QuotaPlanner(options, options.devices)
+    return LlepPlanner(options, options.devices, min_tokens=1, threshold=1.0)
+
+
+def make_sharded(
+    rng: np.random.Generator, shape: ExpertShape, experts: int, group: ExpertGroup, lends: bool
+) -> Sequence[Layer]:
+    planner = random_planner(rng, SpillOptions.uniform(experts, group.size, int(rng.integers(1, 4)))) if lends else None
     rule = sorted(RANK_RULES)[int(rng.integers(len(RANK_RULES)))]
     nodes = int(rng.integers(1, group.size + 1))
     cluster = Cluster.uniform(group.size, 1, nodes=nodes, speed=rng.uniform(0.5, 2, group.size))
     reshard = bool(rng.random() < 0.5)
     layers = [
         FullyShardedExperts(
-            shape, experts, group, split_rule=rule, cluster=cluster, reshard=reshard, dtype=torch.float64
+            shape,
+            experts,
+            group,
+            split_rule=rule,
+            planner=planner,
+            cluster=cluster,
+            reshard=reshard,
+            dtype=torch.float64,
         )
         for _ in range(2)
     ]
@@ -124,11 +141,7 @@ def make_resident(rng: np.random.Generator, shape: ExpertShape, experts: int, gr
     """Homes anywhere, so that ranks may own nothing, and planners of both kinds."""
     home = rng.integers(group.size, size=experts)
     options = SpillOptions.uniform(experts, group.size, int(rng.integers(4)), home=home)
-    planner: SpillPlanner
-    if rng.random() < 0.5:
-        planner = QuotaPlanner(options, group.size)
-    else:
-        planner = LlepPlanner(options, group.size, min_tokens=1, threshold=1.0)
+    planner = random_planner(rng, options)
     buffer = LoanBuffer()
     return [
         ResidentExperts(shape, experts, group, planner=planner, buffer=buffer, dtype=torch.float64) for _ in range(2)
@@ -145,8 +158,8 @@ def train_and_compare(kind: str, cases: int) -> int:
     travelled = 0
     for rng, shape, experts in random_cases(1, group.size, cases):
         layers: Sequence[Layer]
-        if kind == "sharded":
-            layers = make_sharded(rng, shape, experts, group)
+        if kind.startswith("sharded"):
+            layers = make_sharded(rng, shape, experts, group, lends=kind == "sharded and lent")
         else:
             layers = make_resident(rng, shape, experts, group)
         reference = torch.from_numpy(rng.standard_normal((2, experts, shape.elements))).requires_grad_()
@@ -200,7 +213,7 @@ def compare_weights(layer: Layer, own: Tensor, flat: Tensor) -> None:
     close(own, padded[:, layer.group.rank * width : (layer.group.rank + 1) * width])
 
 
-@pytest.mark.parametrize("kind", ["sharded", "resident"])
+@pytest.mark.parametrize("kind", ["sharded", "sharded and lent", "resident"])
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
 def test_outputs_gradients_and_steps_equal_a_dense_model(ranks: Launch, size: int, kind: str) -> None:
     travelled = ranks(size, train_and_compare, kind, 12)
@@ -237,14 +250,16 @@ def recompute(kind: str, use_reentrant: bool, together: bool) -> dict[str, int]:
     rng = np.random.default_rng(3)
     shape, experts = ExpertShape(6, 4), 5
     layers: Sequence[Layer]
-    if kind == "sharded":
-        sharded = [FullyShardedExperts(shape, experts, group, dtype=torch.float64) for _ in range(2)]
+    planner = QuotaPlanner(SpillOptions.uniform(experts, group.size, 2), group.size)
+    if kind.startswith("sharded"):
+        lender = planner if kind == "sharded and lent" else None
+        sharded = [FullyShardedExperts(shape, experts, group, planner=lender, dtype=torch.float64) for _ in range(2)]
         chain(sharded)
         for first in sharded:
             first.layout = random_layout(rng, experts, group.size)
         layers = sharded
     else:
-        planner, buffer = QuotaPlanner(SpillOptions.uniform(experts, group.size, 2), group.size), LoanBuffer()
+        buffer = LoanBuffer()
         layers = [
             ResidentExperts(shape, experts, group, planner=planner, buffer=buffer, dtype=torch.float64)
             for _ in range(2)
@@ -281,12 +296,13 @@ def recompute(kind: str, use_reentrant: bool, together: bool) -> dict[str, int]:
     return dict(layers[0].traffic)
 
 
+@pytest.mark.parametrize("kind", ["sharded", "sharded and lent"])
 @pytest.mark.parametrize("together", [False, True])
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_activation_checkpointing_keeps_gradients_and_adds_one_gather(
-    ranks: Launch, use_reentrant: bool, together: bool
+    ranks: Launch, use_reentrant: bool, together: bool, kind: str
 ) -> None:
-    traffic = ranks(3, recompute, "sharded", use_reentrant, together)
+    traffic = ranks(3, recompute, kind, use_reentrant, together)
     assert sum(rank["weights.forward"] for rank in traffic) == 2 * sum(rank["gradients"] for rank in traffic)
     assert all("weights.backward" not in rank for rank in traffic)
 

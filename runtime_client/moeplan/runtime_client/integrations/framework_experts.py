@@ -15,12 +15,12 @@ from moeplan.runtime_client.integrations.planned_replicas import PlannedReplicas
 from moeplan.runtime_client.layers.dividing import PlannedLayer
 from moeplan.runtime_client.layers.feed_forward import ExpertShape, join_weights
 from moeplan.runtime_client.layers.lending import LoanBuffer
-from moeplan.runtime_client.layers.resident import ResidentExperts, SpillPlanner
+from moeplan.runtime_client.layers.resident import ResidentExperts
 from moeplan.runtime_client.layers.sharded import FullyShardedExperts
-from moeplan.runtime_client.layers.sharding import Placement
+from moeplan.runtime_client.layers.spilling import MovableSpillPlanner, SpillPlanner
 from moeplan.solvers import SpillPlan
 from moeplan.solvers.problem.arrays import Int64
-from moeplan.solvers.problem.layout import EMPTY, Layout
+from moeplan.solvers.problem.layout import Layout
 
 __all__ = ["FrameworkExperts", "FrameworkShards"]
 
@@ -103,13 +103,13 @@ class FrameworkShards(FullyShardedExperts):
         flat: Tensor,
         *,
         spare: int,
-        planner: SpillPlanner | None = None,
+        planner: MovableSpillPlanner | None = None,
     ) -> None:
-        home = Layout.contiguous(experts, np.full(group.size, len(flat) + spare, np.int32))
-        super().__init__(shape, experts, group, layout=home, dtype=flat.dtype, device="meta")
+        slots = len(flat) + (spare if planner is None else 0)
+        home = Layout.contiguous(experts, np.full(group.size, slots, np.int32))
+        super().__init__(shape, experts, group, layout=home, planner=planner, dtype=flat.dtype, device="meta")
         self.shard = nn.Parameter(self.shards_of(flat))
-        self._planner = planner
-        self._last: tuple[Int64, Layout] | None = None
+        self._counts = np.zeros((group.size, experts), np.int64)
 
     @property
     def plan_in_force(self) -> PlannedLayer:
@@ -123,11 +123,12 @@ class FrameworkShards(FullyShardedExperts):
     @property
     def loads(self) -> tuple[Int64, Int64]:
         """(int64[ranks] of the experts at home, int64[ranks] as computed): tokens of each rank in the last pass."""
-        if self._last is None:
-            return (np.zeros(self.group.size, np.int64),) * 2
-        counts, layout = self._last
-        home = counts.sum(axis=0).reshape(self.group.size, -1).sum(axis=1)
-        return home, self._division.divide(layout, counts).device_loads()[0]
+        home = self._counts.sum(axis=0).reshape(self.group.size, -1).sum(axis=1)
+        return home, self.device_loads(self._counts)
+
+    def _gather_counts(self, index: Tensor, weight: Tensor, layout: int = 0) -> Int64:
+        self._counts = super()._gather_counts(index, weight, layout)
+        return self._counts
 
     @torch.no_grad()
     def shards_of(self, flat: Tensor) -> Tensor:
@@ -147,17 +148,6 @@ class FrameworkShards(FullyShardedExperts):
     def _exchanged(self, rows: Tensor, each: int) -> Tensor:
         every = [each] * self.group.size
         return self.group.exchange(rows, every, every, weights=True, traffic=Traffic(), purpose="read").wait()
-
-    def _placement_of(self, counts: Int64) -> Placement:
-        placement = self._placed()
-        if self._planner is not None:
-            plan = self._planner.plan(counts).require_feasible()
-            slots = placement.layout.slots.copy()
-            for expert, device in zip(plan.expert, plan.device, strict=True):
-                slots[device, np.flatnonzero(slots[device] == EMPTY)[0]] = expert
-            placement = Placement(Layout(slots, self.experts), self.group, self.shard.device)
-        self._last = counts, placement.layout
-        return placement
 
     @property
     def _compares(self) -> bool:

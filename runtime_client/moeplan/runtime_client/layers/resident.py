@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, ClassVar, Protocol, Self, cast
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import torch
@@ -21,29 +21,11 @@ from moeplan.runtime_client.layers.feed_forward import ExpertShape, feed_forward
 from moeplan.runtime_client.layers.lending import Homes, Loan, LoanBuffer, add_loan
 from moeplan.runtime_client.layers.rank_checks import compare_ranks
 from moeplan.runtime_client.layers.routing import combine, dispatch, find_route, infers_shapes
-from moeplan.solvers import QuotaPlanner, SpillOptions, SpillPlan
-from moeplan.solvers.problem.arrays import Int32, Int64
+from moeplan.runtime_client.layers.spilling import MovableSpillPlanner, SpillPlanner
+from moeplan.solvers import QuotaPlanner, SpillOptions
 from moeplan.solvers.problem.layout import Layout
 
-__all__ = ["ResidentExperts", "SpillPlanner"]
-
-
-class SpillPlanner(Protocol):
-    """A planner of micro-batches: `QuotaPlanner` or `LlepPlanner`, or anything that is as deterministic."""
-
-    options: SpillOptions
-
-    def plan(self, counts: Int64) -> SpillPlan:
-        """The plan for known counts int64[sources, experts]; the same on every rank."""
-        ...
-
-
-class _Movable(SpillPlanner, Protocol):
-    """A planner for experts whose homes move."""
-
-    def with_home(self, home: Int32) -> Self:
-        """A planner that differs in the homes only."""
-        ...
+__all__ = ["ResidentExperts"]
 
 
 class ResidentExperts(ExpertLayer):
@@ -117,7 +99,7 @@ class ResidentExperts(ExpertLayer):
                 f"{self.title}: its passes run by a DeviceExchange, which knows the homes of the start only; make the "
                 "layer without exchange= to move homes"
             )
-        self.planner = cast(_Movable, self.planner).with_home(homes.device.astype(np.int32))
+        self.planner = cast(MovableSpillPlanner, self.planner).with_home(homes.device.astype(np.int32))
         self.homes = homes
 
     def _take(self, first: int, flat: Tensor) -> list[int]:

@@ -18,8 +18,9 @@ from moeplan.runtime_client.layers.dividing import Division, PlannedLayer
 from moeplan.runtime_client.layers.expert_layer import ExpertLayer
 from moeplan.runtime_client.layers.feed_forward import ExpertShape, feed_forward
 from moeplan.runtime_client.layers.routing import combine, dispatch, find_route
-from moeplan.runtime_client.layers.sharding import Gathering, Placement, Returning, shard_width, version_of
-from moeplan.solvers.problem.arrays import Int64
+from moeplan.runtime_client.layers.sharding import Gathering, Placement, Returning, Slots, shard_width, version_of
+from moeplan.runtime_client.layers.spilling import MovableSpillPlanner, SpilledPass, Spilling
+from moeplan.solvers.problem.arrays import Int32, Int64
 from moeplan.solvers.problem.cluster import Cluster
 from moeplan.solvers.problem.layout import Layout
 from moeplan.solvers.problem.problem import ExpertSpec
@@ -44,6 +45,9 @@ class FullyShardedExperts(ExpertLayer):
         group: The ranks.
         layout: Layout to start with; contiguous by default.
         split_rule: Rule that divides an expert's tokens among its replicas.
+        planner: Lends replicas beyond the layout for single passes, from their known counts, for what the layout did
+            not foresee; its homes are those replicas'. By default nothing is lent. What the layout has may be gathered
+            ahead, what is lent only once the counts are known.
         cluster: Speeds, nodes and memory of the ranks' devices, by which tokens are divided and routed; equal devices
             on one node by default. Give the one that plans are made for.
         expert: What replicas and tokens occupy, where the memory of `cluster` limits a split.
@@ -68,6 +72,7 @@ class FullyShardedExperts(ExpertLayer):
         *,
         layout: Layout | None = None,
         split_rule: SplitRule | str = SplitRule.OPTIMAL,
+        planner: MovableSpillPlanner | None = None,
         cluster: Cluster | None = None,
         expert: ExpertSpec = ExpertSpec(),
         compute_dtype: torch.dtype | None = None,
@@ -79,6 +84,10 @@ class FullyShardedExperts(ExpertLayer):
         self._division = Division(cluster or Cluster.uniform(group.size, 1), expert, split_rule)
         if self._division.cluster.devices != group.size:
             raise ValueError(f"cluster.devices = {self._division.cluster.devices}: the group has {group.size} ranks")
+        if planner is not None and planner.options.devices != group.size:
+            raise ValueError(f"planner.options.devices = {planner.options.devices}: the group has {group.size} ranks")
+        self.planner = planner
+        self._spilling: Spilling | None = None
         self.reshard = reshard
         self.shard = nn.Parameter(
             torch.zeros(experts, shard_width(shape.elements, group.size), dtype=dtype, device=device)
@@ -123,16 +132,31 @@ class FullyShardedExperts(ExpertLayer):
 
     def device_loads(self, counts: Int64) -> Int64:
         """int64[ranks]: tokens that each rank computes of counts int64[sources, experts], under layout and rule."""
-        return self._division.divide(self.layout, counts).device_loads()[0]
+        if self.planner is None:
+            return self._division.divide(self.layout, counts).device_loads()[0]
+        return self._spill(self.planner, counts).loads
 
-    def route(self, counts: Int64) -> tuple[Int64, Int64]:
+    def route(self, counts: Int64) -> tuple[Int32, Int64, Int64]:
         """Where this rank's tokens of counts int64[sources, experts] go, and what its slots receive from whom.
 
         Returns:
-            (send, receive): int64[ranks, width] tokens from this rank to each slot, and int64[ranks, width] tokens from
-            each source to the slots of this rank.
+            (slots, send, receive): int32[ranks, width] experts of the slots, what is lent after those of the layout;
+            int64[ranks, width] tokens from this rank to each slot; and int64[ranks, width] tokens from each source to
+            the slots of this rank.
+
+        Raises:
+            InfeasibleError: no plan of `planner` keeps every rank within its token cap.
         """
-        return self._division.of_rank(self.layout, counts, self.group.rank)
+        if self.planner is None:
+            return self.layout.slots, *self._division.of_rank(self.layout, counts, self.group.rank)
+        spilled = self._spill(self.planner, counts)
+        return spilled.slots, spilled.send, spilled.receive
+
+    def _spill(self, planner: MovableSpillPlanner, counts: Int64) -> SpilledPass:
+        spilling = self._spilling
+        if spilling is None or spilling.layout is not self.layout or spilling.division is not self._division:
+            spilling = self._spilling = Spilling(planner, self.layout, self._division)
+        return spilling.plan(counts, self.group.rank)
 
     def _require_cut_over_replicas(self, weights: DTensor) -> None:
         raise ValueError(
@@ -176,21 +200,25 @@ class FullyShardedExperts(ExpertLayer):
         return parts.transpose(0, 1).flatten(1)[:, : self.shape.elements] if here else None
 
     def _run(self, rows: Tensor, index: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
-        placement, division, group = self._placed(), self._division, self.group
+        placement, group = self._placed(), self.group
         follower = self._follower()
         fingerprint = placement.fingerprint ^ (follower._placement.fingerprint << 1 if follower else 0)
-        fingerprint ^= division.fingerprint
+        fingerprint ^= self._division.fingerprint
         counts = self._gather_counts(index, weight, fingerprint & (2**62 - 1))
-        placement = self._placement_of(counts)
-        gathering = self._take_ahead(dtype) or self._start(placement, dtype, "weights.forward")
+        gatherings = [self._take_ahead(dtype) or self._start(placement, dtype, "weights.forward")]
+        slots, send, receive = self.route(counts)
+        width = placement.layout.slots.shape[1]
+        if slots.shape[1] > width:  # something is lent, as every rank knows
+            lent = Slots(slots[:, width:], group, placement.device)
+            gatherings.append(self._start(lent, dtype, "weights.forward"))
+            placement = Placement(Layout(slots, self.experts), group, placement.device)
         this = _Pass(self, placement, dtype)
         landed: Tensor = _Land.apply(self.shard, this)  # type: ignore[no-untyped-call]
-        slots = placement.layout.slots
-        route = find_route(slots, *division.of_rank(placement.layout, counts, group.rank), index)
+        route = find_route(slots, send, receive, index)
         (arrived,) = dispatch(group, route, rows, self.traffic, [sum(route.receive)])
         if follower is not None:
             follower.prefetch()
-        flat: Tensor = _Gather.apply(landed, gathering, this)  # type: ignore[no-untyped-call]
+        flat: Tensor = _Gather.apply(landed, gatherings, this)  # type: ignore[no-untyped-call]
         results = feed_forward(self.shape, flat, arrived, [route.rows[slot] for slot in placement.slots])
         if torch.is_grad_enabled() and results.requires_grad:
             results = this.guard(results, flat)
@@ -211,11 +239,7 @@ class FullyShardedExperts(ExpertLayer):
             self._placement = Placement(self.layout, self.group, self.shard.device)
         return self._placement
 
-    def _placement_of(self, counts: Int64) -> Placement:
-        """What a pass with these counts, int64[sources, experts], gathers: the layout."""
-        return self._placed()
-
-    def _start(self, placement: Placement, dtype: torch.dtype, purpose: str) -> Gathering:
+    def _start(self, placement: Slots, dtype: torch.dtype, purpose: str) -> Gathering:
         return Gathering(self.shard, placement, self.group, dtype, self.traffic, purpose)
 
     def _take_ahead(self, dtype: torch.dtype) -> Gathering | None:
@@ -235,7 +259,7 @@ class FullyShardedExperts(ExpertLayer):
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies, which are in no chain."""
-        return super().__getstate__() | {"_order": [], "_ahead": None, "_latest": None}
+        return super().__getstate__() | {"_order": [], "_ahead": None, "_latest": None, "_spilling": None}
 
 
 def chain(layers: Sequence[FullyShardedExperts]) -> None:
@@ -327,12 +351,14 @@ class _Gather(torch.autograd.Function):
     """The weights of this rank's slots; its backward sends their gradients to the owners."""
 
     @staticmethod
-    def forward(ctx: Any, shard: Tensor, gathering: Gathering, this: _Pass) -> Tensor:
+    def forward(ctx: Any, shard: Tensor, gatherings: Sequence[Gathering], this: _Pass) -> Tensor:
         ctx.this, ctx.shape = this, shard.shape
         layer = this.layer
         slots, width = len(this.placement.experts), layer.group.size * shard.shape[1]
         flat = torch.empty(slots, width, dtype=this.dtype, device=shard.device)
-        gathering.finish(flat)
+        parts = flat.split([len(gathering.placement.experts) for gathering in gatherings])
+        for gathering, part in zip(gatherings, parts, strict=True):
+            gathering.finish(part)
         this.storage = StorageWeakRef(flat.untyped_storage())
         return flat
 

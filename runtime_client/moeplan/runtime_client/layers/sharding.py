@@ -14,10 +14,10 @@ from torch import Tensor
 
 from moeplan.runtime_client.group import ExpertGroup, Traffic, Transfer, beside, join
 from moeplan.runtime_client.layers.copies import copy_strided, scatter_rows
-from moeplan.solvers.problem.arrays import Int64
+from moeplan.solvers.problem.arrays import Int32, Int64
 from moeplan.solvers.problem.layout import EMPTY, Layout
 
-__all__ = ["Gathering", "Placement", "Returning", "shard_width", "version_of"]
+__all__ = ["Gathering", "Placement", "Returning", "Slots", "shard_width", "version_of"]
 
 
 def shard_width(elements: int, size: int) -> int:
@@ -30,16 +30,37 @@ def version_of(shard: Tensor) -> tuple[int, int, torch.dtype]:
     return shard._version, shard.data_ptr(), shard.dtype
 
 
-class Placement:
+class Slots:
+    """Slots of the ranks, as one rank of a group gathers what fills them.
+
+    Args:
+        table: int32[ranks, width], the expert of each slot, -1 where it is empty.
+        group: The ranks.
+        device: Where the weights are.
+
+    Attributes:
+        device: Where its tables are.
+        experts: Experts of this rank's filled slots, in slot order.
+        slots: Their slots.
+        filled: Filled slots of each rank.
+        replicas: int64[replicas], the expert of every replica in the order of devices and slots.
+    """
+
+    def __init__(self, table: Int32, group: ExpertGroup, device: torch.device) -> None:
+        filled = table != EMPTY
+        self.device = device
+        self.experts: list[int] = table[group.rank][filled[group.rank]].tolist()
+        self.slots: list[int] = np.flatnonzero(filled[group.rank]).tolist()
+        self.filled: list[int] = filled.sum(axis=1).tolist()
+        self.replicas = torch.from_numpy(table[filled].astype(np.int64)).to(device)
+
+
+class Placement(Slots):
     """A layout as one rank of a group carries it out.
 
     Attributes:
         layout: The layout.
-        device: Where its tables are.
-        experts: Experts of this rank's filled slots, in slot order.
         fingerprint: Number that differs between layouts (up to collisions of 62 bits).
-        filled: Filled slots of each rank.
-        replicas: int64[replicas], the expert of every replica in the order of devices and slots.
         first: int64[experts], position in `replicas` of each expert's first one.
         several: int64[n], experts with more than one replica, those with most in front.
         rounds: Positions of the first replicas of the experts in `several`, of the second ones, and so on; as those
@@ -51,23 +72,17 @@ class Placement:
             raise ValueError(
                 f"layout.devices = {layout.devices}: the group has {group.size} ranks; plan for as many devices"
             )
+        super().__init__(layout.slots, group, device)
         self.layout = layout
-        filled = layout.slots != EMPTY
-        self.filled: list[int] = filled.sum(axis=1).tolist()
-        self.experts: list[int] = layout.slots[group.rank][filled[group.rank]].tolist()
-        self.slots: list[int] = np.flatnonzero(filled[group.rank]).tolist()
         digest = hashlib.blake2b(layout.slots.tobytes() + bytes(str(layout.slots.shape), "ascii"), digest_size=8)
         self.fingerprint = int.from_bytes(digest.digest(), "little") >> 2
-        replicas = layout.slots[filled].astype(np.int64)
-        self.device = device
-        self.replicas = torch.from_numpy(replicas).to(device)
-        tables = (torch.from_numpy(table).to(device) for table in _by_expert(replicas, layout))
+        tables = (torch.from_numpy(table).to(device) for table in _by_expert(layout))
         self.first, self.several, *self.rounds = tables
 
 
-def _by_expert(replicas: Int64, layout: Layout) -> list[Int64]:
+def _by_expert(layout: Layout) -> list[Int64]:
     """`first`, `several` and each of the `rounds` of a `Placement`."""
-    order = np.argsort(replicas, kind="stable")
+    order = np.argsort(layout.slots[layout.slots != EMPTY], kind="stable")
     start = layout.hosts.start[:-1]
     several = np.argsort(-layout.replicas, kind="stable")[: (layout.replicas > 1).sum()]
     most = int(layout.replicas[several].max(initial=0))
@@ -82,7 +97,7 @@ class Gathering:
 
     Args:
         shard: [experts, width], this rank's part of every expert.
-        placement: The layout to gather.
+        placement: What to gather.
         group: The ranks.
         dtype: Type that the weights travel and arrive in.
         traffic: Counter of the bytes sent.
@@ -92,7 +107,7 @@ class Gathering:
     def __init__(
         self,
         shard: Tensor,
-        placement: Placement,
+        placement: Slots,
         group: ExpertGroup,
         dtype: torch.dtype,
         traffic: Traffic,

@@ -1,0 +1,101 @@
+"""Replicas lent for single passes beyond a layout: what the layout, planned ahead, did not foresee."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol, Self
+
+import numpy as np
+
+from moeplan.runtime_client.layers.dividing import Division
+from moeplan.solvers import SpillOptions, SpillPlan
+from moeplan.solvers.problem.arrays import Int32, Int64
+from moeplan.solvers.problem.layout import EMPTY, Layout
+
+__all__ = ["MovableSpillPlanner", "SpillPlanner", "SpilledPass", "Spilling"]
+
+
+class SpillPlanner(Protocol):
+    """A planner of micro-batches: `QuotaPlanner` or `LlepPlanner`, or anything that is as deterministic."""
+
+    options: SpillOptions
+
+    def plan(self, counts: Int64) -> SpillPlan:
+        """The plan for known counts int64[sources, experts]; the same on every rank."""
+        ...
+
+
+class MovableSpillPlanner(SpillPlanner, Protocol):
+    """A planner for experts whose homes move."""
+
+    def with_home(self, home: Int32) -> Self:
+        """A planner that differs in the homes only."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class SpilledPass:
+    """One pass: a layout with what is lent beyond it, and the tokens of one rank.
+
+    Attributes:
+        slots: int32[devices, width], slots of the layout, then replicas lent; -1 where a slot is empty.
+        send: int64[devices, width], tokens from this rank to each slot.
+        receive: int64[sources, width], tokens from each source to the slots of this rank.
+        loads: int64[devices], tokens that each rank computes.
+    """
+
+    slots: Int32
+    send: Int64
+    receive: Int64
+    loads: Int64
+
+
+class Spilling:
+    """Lends replicas beyond a layout.
+
+    The layout's replicas get their tokens by its division, as without lending. Then each of them is taken for an expert
+    at home on its device, with those tokens, and a planner of micro-batches spills from them.
+
+    Args:
+        planner: Has the spare slots, domains and prices; its homes are not used.
+        layout: Replicas that are there in every pass.
+        division: How tokens are divided among them.
+    """
+
+    def __init__(self, planner: MovableSpillPlanner, layout: Layout, division: Division) -> None:
+        self.layout, self.division = layout, division
+        hosts = layout.hosts
+        self._expert = np.repeat(np.arange(layout.experts), np.diff(hosts.start))
+        self._planner = planner.with_home(hosts.device)
+        self._slot = np.full((layout.devices, layout.experts), EMPTY, np.int64)
+        self._slot[hosts.device, self._expert] = hosts.slot
+
+    def plan(self, counts: Int64, rank: int) -> SpilledPass:
+        """The pass of a rank with counts, int64[ranks, experts], which every rank plans alike.
+
+        Raises:
+            InfeasibleError: no plan keeps every rank within its token cap.
+        """
+        plan = self._planner.plan(self.division.sent(self.layout, counts)).require_feasible()
+        hosts, (devices, width) = self.layout.hosts, self.layout.slots.shape
+        device, expert = plan.device, self._expert[plan.expert]
+        slot = self._slot[device, expert]
+        # Several replicas may lend to one device what is one expert, or what its layout has there.
+        new = slot == EMPTY
+        lent, which = np.unique(device[new] * self.layout.experts + expert[new], return_inverse=True)
+        to, what = np.divmod(lent, self.layout.experts)
+        each = np.bincount(to, minlength=devices)
+        place = width + np.arange(len(lent)) - (np.cumsum(each) - each)[to]
+        slot[new] = place[which]
+
+        slots = np.full((devices, width + int(each.max(initial=0))), EMPTY, np.int32)
+        slots[:, :width] = self.layout.slots
+        slots[to, place] = what
+        send = np.zeros(slots.shape, np.int64)
+        send[hosts.device, hosts.slot] = plan.kept[rank]
+        np.add.at(send, (device, slot), plan.sent[rank])
+        receive = np.zeros((len(counts), slots.shape[1]), np.int64)
+        mine, here = hosts.device == rank, device == rank
+        receive[:, hosts.slot[mine]] = plan.kept[:, mine]
+        np.add.at(receive, (slice(None), slot[here]), plan.sent[:, here])
+        return SpilledPass(slots, send, receive, plan.load.copy())
