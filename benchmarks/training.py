@@ -8,10 +8,11 @@
 
 Modes: `force-balanced` has a router that deals tokens out evenly to static experts: what the best balancing could
 reach. `static` is plain expert parallelism; `quota` and `llep` lend experts in each pass; `sharded` experts have a
-layout that is perfect for the step before. `static-device` and `quota-device` run passes without the host, and beside
-them `force-balanced-device`; shares are of the faster of both force-balanced ones. Routing: `text` is what the routers
-choose, which have been trained for some steps on the example's text; `trace` deals tokens out by the last steps of the
-recorded trace in `examples/traces`, with the busiest experts on the first ranks; `skewed` has the squares of its loads.
+layout that is perfect for the step before, and `sharded-quota` ones lend beyond it. `static-device` and `quota-device`
+run passes without the host, and beside them `force-balanced-device`; shares are of the faster of both force-balanced
+ones. Routing: `text` is what the routers choose, which have been trained for some steps on the example's text; `trace`
+deals tokens out by the last steps of the recorded trace in `examples/traces`, with the busiest experts on the first
+ranks; `skewed` has the squares of its loads.
 
 Every rank is a process for this checkout, and one for each other checkout given, with the same weights, seeds and
 text; they take turns. Weights stay as they are while steps are measured (the optimizer runs with a rate of zero), so
@@ -52,6 +53,7 @@ START = time.perf_counter()
 HERE = Path(__file__).resolve()
 ROOTS = ("solvers", "planner", "runtime_client", "proto")
 MODES = ("quota", "llep", "sharded")
+LENDING = "sharded-quota"
 DEVICE_MODES = ("static-device", "quota-device")
 SAMPLED = ("ms", "forward", "backward", "optimizer", "memory", "imbalance")
 SIZES = ("tiny", "small", "large", "wide", "fine", "gpt-oss")
@@ -74,7 +76,8 @@ Result = dict[str, Any]
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--size", nargs="+", choices=SIZES, default=["tiny"])
-    parser.add_argument("--mode", nargs="+", choices=MODES + DEVICE_MODES, default=MODES, help="beside static")
+    modes = (*MODES, LENDING, *DEVICE_MODES)
+    parser.add_argument("--mode", nargs="+", choices=modes, default=MODES, help="beside static")
     parser.add_argument("--routing", nargs="+", choices=ROUTINGS, default=["text", "trace"])
     parser.add_argument("--batch", type=int, help="pieces of text of a rank in a step, if not the size's own")
     parser.add_argument("--train", type=int, default=20, help="steps that train the routers first")
@@ -218,9 +221,9 @@ def measure_size(
         for routing, mode in cases:
             # No checkout is always the first.
             for name in list(ranks)[:: 1 if nth % 2 else -1]:
-                if mode.endswith("-device") and name != next(iter(ranks)):
+                if (mode == LENDING or mode.endswith("-device")) and name != next(iter(ranks)):
                     continue  # other checkouts may not have it
-                planned = layouts.get((name, routing)) if mode == "sharded" else None
+                planned = layouts.get((name, routing)) if mode.startswith("sharded") else None
                 sample = ranks[name].call("sample", mode=mode, routing=routing, nth=nth, layouts=planned)
                 if mode == "static":
                     expected[name, routing] = sample["loss"]
@@ -238,7 +241,7 @@ def measure_size(
     ours, rank = next(iter(ranks.items()))
     beside = beside_planner(arguments, rank, size, is_first) if arguments.planner else {}
     for routing, mode in cases:
-        planned = layouts.get((ours, routing)) if mode == "sharded" else None
+        planned = layouts.get((ours, routing)) if mode.startswith("sharded") else None
         rows[ours, routing, mode] |= rank.call("profile", mode=mode, routing=routing, layouts=planned)
     listed = [{"commit": name, "routing": routing, "mode": mode} | row for (name, routing, mode), row in rows.items()]
     return described[0]["machine"], described[0]["size"] | {"rows": listed} | beside

@@ -243,7 +243,8 @@ class Bench:
             [blocks, ranks, experts] of the step that warms up.
         """
         self._enter(mode)
-        self._set_layouts(layouts)
+        if layouts:
+            self._set_layouts(mode, layouts)
         first, *texts = self._texts(nth)
         self._forget()
         self._choose(routing, 0)
@@ -348,7 +349,8 @@ class Bench:
         if self.device.type != "cuda":
             return {"busy": None, "busy_share": None}
         self._enter(mode)
-        self._set_layouts(layouts)
+        if layouts:
+            self._set_layouts(mode, layouts)
         first, text, *_ = self._texts(0)
         self._choose(routing, 0)
         self._step(first)
@@ -433,13 +435,25 @@ class Bench:
         self._watch(layers)
         return layers
 
+    def _lending_layers(self) -> list[FullyShardedExperts]:
+        """The sharded experts, which lend beyond their layouts."""
+        size, group = self.size, self.group
+        planner = QuotaPlanner(spill_options(size, group.size), group.size)
+        layers = sharded_layers(size, group, "meta", compute_dtype(self.device), planner=planner)
+        for layer, first in zip(layers, self.layers["sharded"], strict=True):
+            layer.shard = first.weights
+        self._watch(layers)
+        return layers
+
     def _enter(self, mode: str) -> None:
         if mode.endswith("-device") and mode not in self.layers:
             static, spare = self._device_layers(0), spill_options(self.size, self.group.size).spare[0]
             self.layers |= {"force-balanced-device": static, "static-device": static}
             self.layers["quota-device"] = self._device_layers(int(spare))
-        if self.is_sharded != (mode == "sharded"):
-            self.is_sharded = mode == "sharded"
+        if mode == "sharded-quota" and mode not in self.layers:
+            self.layers[mode] = self._lending_layers()
+        if self.is_sharded != mode.startswith("sharded"):
+            self.is_sharded = mode.startswith("sharded")
             for memory in self.memory:
                 if self.is_sharded:
                     memory.shard()
@@ -448,8 +462,8 @@ class Bench:
         for block, experts in zip(self.model.blocks, self.layers[mode], strict=True):
             block.experts = experts
 
-    def _set_layouts(self, layouts: Sequence[Any] | None) -> None:
-        for layer, slots in zip(self.layers["sharded"], layouts or (), strict=bool(layouts)):
+    def _set_layouts(self, mode: str, layouts: Sequence[Any]) -> None:
+        for layer, slots in zip(self.layers[mode], layouts, strict=True):
             layer.layout = Layout(np.array(slots, np.int32), self.size.experts)
 
     def _texts(self, nth: int) -> list[Tensor]:

@@ -3,6 +3,7 @@
     torchrun --nproc-per-node 2 examples/train_moe_lm.py --mode static
     moeplan serve &
     torchrun --nproc-per-node 2 examples/train_moe_lm.py --mode planned --planner 127.0.0.1:7433
+    torchrun --nproc-per-node 2 examples/train_moe_lm.py --mode both --planner 127.0.0.1:7433
     torchrun --nproc-per-node 4 examples/train_moe_lm.py --mode spill
     torchrun --nproc-per-node 8 examples/train_moe_lm.py --mode spill --size large    # on eight GPUs
     torchrun --nproc-per-node 8 examples/train_moe_lm.py --mode auto --size large --planner 127.0.0.1:7433
@@ -13,8 +14,9 @@ every `--shift` steps, and with it the experts that are busy. No loss balances t
 ``static`` is plain expert parallelism: each expert at home on one rank. ``spill`` lends experts to idle ranks, planned
 in each pass from exact counts. On GPUs of one NVLink domain both run their passes without the host. ``planned`` shards
 every expert over the ranks, and a planner's daemon decides which rank computes which; without a daemon it trains all
-the same. ``auto`` rehearses two batches, times a token and a byte, and has the cost model decide for each block whether
-its experts are sharded or lent; it says why on standard error.
+the same. ``both`` lends beyond its layouts, in each pass, what they did not foresee. ``auto`` rehearses two batches,
+times a token and a byte, and has the cost model decide for each block whether its experts are sharded or lent; it says
+why on standard error.
 """
 
 from __future__ import annotations
@@ -68,7 +70,7 @@ def make_layers(mode: str, size: Size, group: ExpertGroup, device: torch.device)
     """The experts of each block, with the same weights in every mode and on any number of ranks."""
     dtype = compute_dtype(device)
     layers: list[Experts] = []
-    kinds = ["sharded" if mode == "planned" else "resident"] * size.blocks
+    kinds = ["sharded" if mode in ("planned", "both") else "resident"] * size.blocks
     if mode == "auto":
         choices = choose_kinds(size, group, device)
         kinds = [choice.kind for choice in choices]
@@ -77,7 +79,8 @@ def make_layers(mode: str, size: Size, group: ExpertGroup, device: torch.device)
     options = SpillOptions.uniform(size.experts, group.size, 0) if mode == "static" else spill_options(size, group.size)
     count = kinds.count("sharded")
     exchange = device_exchange(size, group, device, options) if count < size.blocks else None
-    sharded = sharded_layers(replace(size, blocks=count), group, device, dtype)
+    lender = QuotaPlanner(options, group.size) if mode == "both" else None
+    sharded = sharded_layers(replace(size, blocks=count), group, device, dtype, planner=lender)
     resident = resident_layers(
         replace(size, blocks=size.blocks - count),
         group,
@@ -114,7 +117,7 @@ def device_exchange(
 def main() -> None:
     """Train; the first rank writes one line of JSON per step."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--mode", choices=("static", "spill", "planned", "auto"), default="static")
+    parser.add_argument("--mode", choices=("static", "spill", "planned", "both", "auto"), default="static")
     parser.add_argument("--planner", help="address of the daemon, for sharded experts")
     parser.add_argument("--job", default="train-moe-lm", help="id of the job at the daemon")
     parser.add_argument("--steps", type=int, default=80)
