@@ -57,8 +57,8 @@ def main() -> None:
         for name, on in (("planned", cluster), ("homes in order", homes)):
             found = np.array(list(judge(trace, on, name == "planned", arguments.spare, arguments.least)))
             alone, lent, loans = (float(mean) for mean in found.mean(axis=0))
-            row = {"trace": Path(text).name, "layout": name, "slots": int(on.slots[0]), "samples": len(found)}
-            row |= {"alone": alone, "lent": lent, "loans": loans}
+            row: dict[str, Any] = {"trace": Path(text).name, "layout": name, "slots": int(on.slots[0])}
+            row |= {"samples": len(found), "alone": alone, "lent": lent, "loans": loans}
             measured.append(row)
             table.add_row(row["trace"], name, str(row["slots"]), f"{alone:.4f}", f"{lent:.4f}", f"{loans:.2f}")
     Console().print(table)

@@ -94,8 +94,8 @@ class Spilling:
         send = np.zeros(slots.shape, np.int64)
         send[hosts.device, hosts.slot] = plan.kept[rank]
         np.add.at(send, (device, slot), plan.sent[rank])
-        receive = np.zeros((len(counts), slots.shape[1]), np.int64)
+        received = np.zeros((slots.shape[1], len(counts)), np.int64)
         mine, here = hosts.device == rank, device == rank
-        receive[:, hosts.slot[mine]] = plan.kept[:, mine]
-        np.add.at(receive, (slice(None), slot[here]), plan.sent[:, here])
-        return SpilledPass(slots, send, receive, plan.load.copy())
+        received[hosts.slot[mine]] = plan.kept.T[mine]
+        np.add.at(received, slot[here], plan.sent.T[here])
+        return SpilledPass(slots, send, received.T, plan.load.copy())
