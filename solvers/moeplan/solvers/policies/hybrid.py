@@ -58,7 +58,7 @@ from moeplan.solvers.problem.problem import Problem
 from moeplan.solvers.problem.split_rules import SplitRule
 from moeplan.solvers.search.blocks import blocks_of
 from moeplan.solvers.search.even import improve_even
-from moeplan.solvers.search.local import Burst, Scenarios, improve
+from moeplan.solvers.search.local import Burst, Scenarios, Splits, improve, optimal_splits
 from moeplan.solvers.search.neighbourhoods import neighbour
 from moeplan.solvers.split.flow import optimal_quota
 from moeplan.solvers.split.memory import best_quota, planning_speed, token_caps
@@ -179,6 +179,7 @@ class _Search:
         )
         self.best: Int32 | None = None
         self.walk: Int32 | None = None  # where the search stands while moves have a price: not always at the best
+        self._splits: tuple[Int32, Splits] | None = None  # of the layout that the burst before ended with
         self.score = np.inf
         self.before = np.inf  # the first layout's objective: that of the one in force, if there is one
         self._shown: Layout | None = None
@@ -402,10 +403,17 @@ class _Search:
             effort = effort._replace(steps=steps * EVEN_PER_CANDIDATE)
             improve_even(slots, self.scenarios, limit_arrays(self.limits), effort)
         else:
-            improve(slots, self.scenarios, limit_arrays(self.limits), effort)
+            of, splits = self._splits or (None, None)
+            if splits is None or of is not self.walk:
+                splits = optimal_splits(slots, self.scenarios)
+            improve(slots, splits, self.scenarios, limit_arrays(self.limits), effort)
+            if np.array_equal(slots, self.walk):
+                slots = self.walk
+            self._splits = slots, splits
         self.work += steps
-        self.walk = slots
-        self.take(slots)
+        if slots is not self.walk:
+            self.walk = slots
+            self.take(slots)
 
     def _neighbourhoods(self, rng: np.random.Generator) -> None:
         """A handful of neighbourhoods; plateaus are crossed where the freed devices end up no worse."""

@@ -38,10 +38,13 @@ from moeplan.solvers.search.exchange import (
 from moeplan.solvers.search.random import next_random, seeded
 from moeplan.solvers.split.flow import augment, pour, split_all
 
-__all__ = ["Burst", "Scenarios", "draw_scenario", "improve", "scale_of"]
+__all__ = ["Burst", "Scenarios", "Splits", "draw_scenario", "improve", "optimal_splits", "scale_of"]
 
 STALE = 20
 """Candidates per slot without one to take, after which any is taken: a way out of a local optimum."""
+
+ROUNDING = 1e-9
+"""More than a mean that is kept by additions can be wrong by."""
 
 DRAWS = 100
 """Pairs of positions drawn at most, per candidate that is scored."""
@@ -81,7 +84,7 @@ class Burst(NamedTuple):
     target: float
 
 
-class _Splits(NamedTuple):
+class Splits(NamedTuple):
     """The optimal split of every scenario.
 
     Attributes:
@@ -114,11 +117,25 @@ class _Scratch(NamedTuple):
 
 
 @kernel
-def improve(slots: Int32, scenarios: Scenarios, limits: LimitArrays, burst: Burst) -> float:
+def optimal_splits(slots: Int32, scenarios: Scenarios) -> Splits:
+    """The optimal split of every scenario, of a valid layout int32[devices, width], -1 for empty slots."""
+    count = len(scenarios.tokens)
+    splits = _no_splits(count, len(slots), slots.size)
+    level = split_all(slots, scenarios.tokens, scenarios.speed, splits.quota, splits.load, splits.tight)
+    scale = scale_of(scenarios.mean)
+    for s in range(count):
+        if scale[s] > 0:
+            splits.imbalance[s] = level[s] * scale[s]
+    return splits
+
+
+@kernel
+def improve(slots: Int32, splits: Splits, scenarios: Scenarios, limits: LimitArrays, burst: Burst) -> float:
     """Improve `slots` in place.
 
     Args:
         slots: int32[devices, width], a valid layout, -1 for empty slots.
+        splits: Its optimal splits, which go with it: splitting anew would take as long as scoring many candidates.
         scenarios: What the layout is judged by.
         limits: What it must respect.
         burst: How far to search.
@@ -134,10 +151,7 @@ def improve(slots: Int32, scenarios: Scenarios, limits: LimitArrays, burst: Burs
     arrivals = arrivals_of(draft.on, limits)
     scale = scale_of(scenarios.mean)
     now, trial = _no_splits(count, devices, positions), _no_splits(count, devices, positions)
-    level = split_all(slots, scenarios.tokens, scenarios.speed, now.quota, now.load, now.tight)
-    for s in range(count):
-        if scale[s] > 0:
-            now.imbalance[s] = level[s] * scale[s]
+    _copy(splits, now)
     tight, imbalance = now.tight, now.imbalance
     cuts = _Cuts(np.empty(count, np.int64), np.empty(count))
     inside = np.empty(count, np.int64)
@@ -188,12 +202,13 @@ def improve(slots: Int32, scenarios: Scenarios, limits: LimitArrays, burst: Burs
         if priced < best_priced:
             best, best_priced = objective, priced
             slots[:] = draft.slots.reshape(devices, width)
+            _copy(now, splits)
     return best
 
 
 @kernel
-def _no_splits(scenarios: int, devices: int, positions: int) -> _Splits:
-    return _Splits(
+def _no_splits(scenarios: int, devices: int, positions: int) -> Splits:
+    return Splits(
         np.empty((scenarios, positions), np.int64),
         np.empty((scenarios, devices), np.int64),
         np.empty((scenarios, devices), np.bool_),
@@ -202,7 +217,7 @@ def _no_splits(scenarios: int, devices: int, positions: int) -> _Splits:
 
 
 @kernel
-def _copy(splits: _Splits, to: _Splits) -> None:
+def _copy(splits: Splits, to: Splits) -> None:
     to.quota[:] = splits.quota
     to.load[:] = splits.load
     to.tight[:] = splits.tight
@@ -253,7 +268,7 @@ def _candidate(
 
 
 @kernel
-def _find_cuts(splits: _Splits, speed: Float64, cuts: _Cuts) -> None:
+def _find_cuts(splits: Splits, speed: Float64, cuts: _Cuts) -> None:
     """Tokens and speed of each scenario's tight set."""
     for s in range(len(cuts.tokens)):
         cuts.tokens[s] = 0
@@ -298,8 +313,8 @@ def _split_within(
     scenarios: Scenarios,
     scale: Float64,
     ranking: Int64,
-    now: _Splits,
-    trial: _Splits,
+    now: Splits,
+    trial: Splits,
     scratch: _Scratch,
 ) -> bool:
     """Split every scenario anew, in the order of `ranking`; False as soon as the objective must exceed `most`.
@@ -311,15 +326,18 @@ def _split_within(
     quota, load, tight, imbalance = trial.quota, trial.load, trial.tight, trial.imbalance
     quota_before, load_before = now.quota, now.load
     order, parent, share = scratch.order, scratch.parent, scratch.share
+    mean = (weights * imbalance).sum()
     for s in ranking:
         quota[s], load[s] = quota_before[s], load_before[s]
         _pour_again(x, host, count, width, tokens[s], speed, quota[s], load[s], order)
         level = augment(slots, host, count, width, speed, quota[s], load[s], parent, tight[s])
         if scale[s] > 0:
+            mean += weights[s] * (level * scale[s] - imbalance[s])
             imbalance[s] = level * scale[s]
-        if tail_shares(imbalance, weights, tail, share) > most:
+        # No tail has less than the mean, which additions keep up to rounding; a tail takes a look at all scenarios.
+        if mean > most + ROUNDING or (tail < 1 and tail_shares(imbalance, weights, tail, share) > most):
             return False
-    return True
+    return tail_shares(imbalance, weights, tail, share) <= most
 
 
 @kernel
