@@ -106,15 +106,12 @@ def swap(slots: Int32, share: Float64, speed: Float64, rounds: int) -> None:
             if slots[d, c] >= 0:
                 load[d] += share[slots[d, c]]
                 on[d, slots[d, c]] = True
+    level = load / speed
     for _ in range(rounds):
-        top = 0
-        for d in range(1, devices):
-            if load[d] / speed[d] > load[top] / speed[top]:
-                top = d
-        cold = int((load / speed).argmin())
-        level = load[top] / speed[top] * (1 - 1e-12)
-        bound, _, _ = _best_exchange(slots, on, load, share, speed, top, cold, level)
-        best, best_d, best_c, best_k = level, -1, 0, 0
+        top, cold = int(level.argmax()), int(level.argmin())
+        highest = level[top] * (1 - 1e-12)
+        bound, _, _ = _best_exchange(slots, on, load, share, speed, top, cold, highest)
+        best, best_d, best_c, best_k = highest, -1, 0, 0
         for d in range(devices):
             # Not even a perfect exchange with this device would be as good as the one with the coldest.
             if d == top or load[top] + load[d] > bound * (1 + 1e-12) * (speed[top] + speed[d]):
@@ -129,6 +126,7 @@ def swap(slots: Int32, share: Float64, speed: Float64, rounds: int) -> None:
         on[top, a], on[top, b], on[best_d, b], on[best_d, a] = False, True, False, True
         load[top] -= share[a] - share[b]
         load[best_d] += share[a] - share[b]
+        level[top], level[best_d] = load[top] / speed[top], load[best_d] / speed[best_d]
 
 
 @kernel
