@@ -49,6 +49,7 @@ from moeplan.solvers.problem.arrays import Float64, Int32, Int64
 from moeplan.solvers.problem.cluster import Cluster
 from moeplan.solvers.problem.demand import Demand
 from moeplan.solvers.problem.errors import ProblemError
+from moeplan.solvers.problem.even_bounds import places_bound
 from moeplan.solvers.problem.forecast import drifted
 from moeplan.solvers.problem.layout import EMPTY, Layout, placed_in
 from moeplan.solvers.problem.limit_kernels import limit_arrays
@@ -217,7 +218,7 @@ class _Search:
     def _time_for_proof(self) -> bool:
         """True if a first step of a stronger bound, which halves the gap as a rule, applies and fits into the time."""
         in_time = self.deadline is None or self.deadline - time.perf_counter() > FIRST_PROOF_S
-        return in_time and _rule(self.problem) is SplitRule.OPTIMAL
+        return in_time and _rule(self.problem) in SEARCHED
 
     def progress(self) -> Progress:
         """The best layout, the same object until there is a better one, and the bound."""
@@ -357,8 +358,9 @@ class _Search:
                     yield self.progress()
                     return
                 exact = False
-            if idle >= STALL and _rule(problem) is SplitRule.OPTIMAL and not self.over:
-                self._neighbourhoods(rng)
+            if idle >= STALL and not self.over:
+                if _rule(problem) is SplitRule.OPTIMAL:
+                    self._neighbourhoods(rng)
                 if parameters.prove or (proofs is None and self._time_for_proof):
                     proofs = proofs or _proofs(problem, self._reached(), self.deadline)
                     self.bounds = next(proofs, self.bounds)
@@ -456,7 +458,7 @@ def _of_block(problem: Problem, devices: Int64, experts: Int64) -> Problem:
 
 
 def _proofs(problem: Problem, reached: Float64, deadline: float | None) -> Iterator[Float64]:
-    """Stronger and stronger bounds of equal devices, the scenario with the widest gap first.
+    """Stronger and stronger bounds, of equal devices the scenario with the widest gap first; of an even split at once.
 
     Args:
         problem: The problem.
@@ -467,9 +469,16 @@ def _proofs(problem: Problem, reached: Float64, deadline: float | None) -> Itera
         float64[scenarios], as `plan.bound`.
     """
     capacity, speed = problem.capacity, problem.cluster.speed
+    low = problem.lower_bound.copy()
+    if _rule(problem) is SplitRule.EVEN:
+        alive, most = capacity > 0, problem.limits.most
+        for s, loads in enumerate(problem.loads):
+            if deadline is None or time.perf_counter() < deadline:
+                low[s] = places_bound(loads, speed[alive], capacity[alive], most, low[s])
+        yield scores.relative(problem, low)
+        return
     if not configurations.applies(problem.experts, capacity, speed):
         return
-    low = problem.lower_bound.copy()
     gap = (scores.relative(problem, reached) - scores.bound(problem)) * problem.demand.weights
     for s in np.argsort(-gap, kind="stable"):
         for value in configurations.configuration_bounds(
