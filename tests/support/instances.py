@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from dataclasses import replace
 
 import highspy
 import numpy as np
+from hypothesis import assume
 from hypothesis import strategies as st
 
-from moeplan.solvers import Cluster, Demand, InfeasibleError, Layout, Problem, evaluate
+from moeplan.solvers import Cluster, Constraints, Demand, InfeasibleError, Layout, Problem, ProblemError, evaluate
 from moeplan.solvers.problem.arrays import Float64, Int32, Int64
 from moeplan.solvers.problem.limits import broken
 
@@ -57,6 +59,36 @@ def small_problems(draw: st.DrawFn, scenarios: int = 1) -> Problem:
     tokens = draw(st.lists(st.sampled_from([0, 1, 3, 10, 100, 101, 997]), min_size=size, max_size=size))
     cluster = Cluster(np.array(capacity), np.zeros(devices, int), np.array(speed))
     return Problem(cluster, Demand.of(np.array(tokens).reshape(count, 1, experts)))
+
+
+@st.composite
+def limited_problems(draw: st.DrawFn) -> Problem:
+    """Problems of one scenario of which every layout can be looked at, with up to three kinds of limits."""
+    problem = draw(small_problems())
+    devices, experts = problem.devices, problem.experts
+    pairs = st.tuples(st.integers(0, experts - 1), st.integers(0, devices - 1))
+    kinds = draw(st.sets(st.sampled_from(["domain", "groups", "min_tokens", "forbidden", "moves"]), max_size=3))
+    limits: dict[str, object] = {}
+    if "domain" in kinds:
+        limits["domain"] = np.arange(devices) % 2
+    if "min_tokens" in kinds:
+        limits["min_tokens"] = draw(st.integers(1, 100))
+    if "forbidden" in kinds:
+        limits["forbidden"] = draw(st.lists(pairs, min_size=1, max_size=2))
+    sizes = [groups for groups in range(2, experts + 1) if experts % groups == 0]
+    groups = 1
+    if "groups" in kinds and "domain" not in kinds:
+        groups = draw(st.sampled_from(sizes))
+        limits["groups_on_node"] = True
+    cluster = replace(problem.cluster, node=np.arange(devices, dtype=np.int32) % 2)
+    try:
+        problem = replace(problem, cluster=cluster, groups=groups, constraints=Constraints(**limits))  # type: ignore[arg-type]
+        if "moves" in kinds:
+            moves = draw(st.integers(0, 3))
+            return replace(problem, current=random_layout(problem, draw(st.integers(0, 99))), max_moves=moves)
+    except ProblemError:  # the draw contradicts itself
+        assume(False)
+    return problem
 
 
 def random_layout(problem: Problem, seed: int) -> Layout:

@@ -57,6 +57,21 @@ def test_backends_keep_the_limit_of_moves(solver: str, problem: Problem, seed: i
     assert plan.mean_imbalance <= evaluate(limited, current).mean_imbalance * (1 + 1e-12)
 
 
+@pytest.mark.parametrize("total", [10**11, 10**13, 10**15])
+@pytest.mark.parametrize("tail", [1.0, 0.4])
+def test_very_many_tokens_are_counted_in_larger_units(total: int, tail: float) -> None:
+    """A solver's sums of tokens, speeds and weights must fit into 64 bits; nothing was planned where they did not."""
+    part = np.random.default_rng(0).lognormal(0, 1, (3, 1, 6))
+    part /= part.sum(axis=2, keepdims=True)
+    cluster = Cluster(np.array([3, 2, 3]), np.zeros(3, int), np.array([1, 1.7, 2.3]))
+    few, many = (
+        solve(Problem(cluster, Demand.of((part * tokens).astype(np.int64)), tail=tail), policy="ilp")
+        for tokens in (10**6, total)
+    )
+    assert many.objective == pytest.approx(few.objective, rel=3e-4)
+    assert few.bound * (1 - 1e-3) <= many.bound <= many.objective
+
+
 @settings(max_examples=25, deadline=None)
 @given(st.sampled_from([(4, 2, 7), (4, 2, 6), (4, 3, 12), (3, 3, 8), (4, 2, 8)]), st.integers(0, 10**6))
 def test_the_partition_is_the_placement_problem(shape: tuple[int, int, int], seed: int) -> None:

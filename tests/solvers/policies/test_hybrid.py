@@ -264,6 +264,22 @@ def test_no_bound_leaves_out_layouts_that_tear_groups_apart(rule: SplitRule) -> 
     assert plan.bound <= apart.objective
 
 
+def test_a_preference_for_whole_groups_proves_nothing_about_others() -> None:
+    """Groups of 90 and 10 tokens on two nodes: kept whole 1.8 is the best, torn apart 1.0."""
+    problem = Problem(Cluster.uniform(4, 2, nodes=2), Demand.of([45, 45, 5, 5]), groups=2)
+    assert solve(problem).bound == pytest.approx(1.0, abs=0.01)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_the_tail_of_scenarios_with_domains_is_searched_within_them(seed: int) -> None:
+    """An exact model that found a layout in other regions, but could not prove it, left the search in the old ones."""
+    tokens = np.random.default_rng(seed).lognormal(6, 1, (3, 1, 6)).astype(np.int64)
+    cluster = Cluster(np.array([3, 2, 3]), np.array([0, 0, 1]), np.ones(3) if seed % 2 else np.array([1, 1.7, 2.3]))
+    problem = Problem(cluster, Demand.of(tokens), tail=0.4, constraints=Constraints(domain=np.array([0, 0, 1])))
+    plan = solve(problem, parameters=SolveParameters(work_limit=3_000))
+    assert broken(problem.limits, plan.layout.placed) is None
+
+
 def test_groups_that_fit_no_memory_on_their_nodes_are_torn_apart() -> None:
     cluster = Cluster(np.array([4, 1]), np.array([0, 1]), np.ones(2), np.array([884, 884]))
     demand, expert = Demand.of([100, 997, 7, 1]), ExpertSpec(activation_bytes=1)

@@ -23,16 +23,17 @@ from ortools.sat.python import cp_model
 
 from moeplan.solvers.exact.cpsat import add_limits, minimise
 from moeplan.solvers.exact.model import Answer, Effort, Model, Report, check
-from moeplan.solvers.problem.arrays import Bool, Int64
+from moeplan.solvers.problem.arrays import Bool, Float64, Int64
 from moeplan.solvers.problem.layout import placed_in
 
 __all__ = ["solve"]
 
 IMBALANCE_UNITS = 100_000
-"""z counts hundred thousandths; loads are rounded down to such parts of the mean, so that the bound holds."""
+"""z counts millionths; loads are rounded down to such parts of the mean, so that the bound holds."""
 
 SHARE_UNITS = 10_000
-"""Shares of the scenarios in the objective are rounded down to ten thousandths, so that the bound holds."""
+"""Shares of the scenarios in the objective are rounded down to ten thousandths of the largest, or where the worst part
+counts, of the whole, so that the bound holds."""
 
 
 def solve(model: Model, effort: Effort, report: Report) -> Answer:
@@ -62,7 +63,8 @@ def solve(model: Model, effort: Effort, report: Report) -> Answer:
     def bound(objective: float) -> float:
         if model.memory is not None:  # its limit rounds shares up, and leaves layouts out
             return 0.0
-        return objective / (IMBALANCE_UNITS * SHARE_UNITS)
+        share = float((model.weights * model.floor).max()) if model.tail >= 1 else 1.0
+        return share * objective / (IMBALANCE_UNITS * SHARE_UNITS)
 
     return minimise(cp, effort, report, placement, bound)
 
@@ -91,22 +93,23 @@ def _shares(model: Model) -> Int64:
 
 
 def _minimise_imbalance(cp: cp_model.CpModel, w: Any, model: Model, effort: Effort) -> None:
-    shares = _shares(model)
+    parts = _parts(model)
     z, load = [], np.empty((model.scenarios, model.devices), object)
-    for s in range(model.scenarios):
+    for s, cap in enumerate(_caps(model, parts).tolist()):
         check(effort)
-        unit = IMBALANCE_UNITS / np.maximum(model.floor[s] * model.speed, 1e-300)
-        parts = np.floor(shares[s] * unit[:, None, None]).astype(np.int64)
-        z.append(cp.new_int_var(0, int(parts.max(axis=(0, 2)).sum()) + IMBALANCE_UNITS, ""))
+        z.append(cp.new_int_var(IMBALANCE_UNITS, cap, ""))
         for d in range(model.devices):
-            load[s, d] = cp_model.LinearExpr.weighted_sum(w[d].reshape(-1).tolist(), parts[d].reshape(-1).tolist())
+            load[s, d] = cp_model.LinearExpr.weighted_sum(w[d].reshape(-1).tolist(), parts[s, d].reshape(-1).tolist())
             cp.add(load[s, d] <= z[s])
+        for at in np.argwhere(parts[s] > cap):
+            cp.add(w[tuple(at)] == 0)
     if model.interchangeable:
         for d in range(model.devices - 1):
             cp.add(load[0, d] >= load[0, d + 1])
     share = model.weights * model.floor
     if model.tail >= 1:
-        cp.minimize(cp_model.LinearExpr.weighted_sum(z, np.floor(share * SHARE_UNITS).astype(np.int64).tolist()))
+        weight = np.floor(share / share.max() * SHARE_UNITS).astype(np.int64)
+        cp.minimize(cp_model.LinearExpr.weighted_sum(z, weight.tolist()))
         return
     most = max(variable.proto.domain[1] for variable in z)
     eta = cp.new_int_var(IMBALANCE_UNITS, most, "")
@@ -115,6 +118,32 @@ def _minimise_imbalance(cp: cp_model.CpModel, w: Any, model: Model, effort: Effo
         cp.add(over + eta >= imbalance)
     weight = np.floor(share / model.tail * SHARE_UNITS).astype(np.int64)
     cp.minimize(SHARE_UNITS * eta + cp_model.LinearExpr.weighted_sum(excess, weight.tolist()))
+
+
+def _parts(model: Model) -> Int64:
+    """int64[scenarios, devices, experts, devices]: what a replica adds to the load of its device, per speed."""
+    unit = IMBALANCE_UNITS / np.maximum(model.floor[:, None] * model.speed, 1e-300)
+    parts: Int64 = np.floor(_shares(model)[:, None] * unit[:, :, None, None]).astype(np.int64)
+    return parts
+
+
+def _caps(model: Model, parts: Int64) -> Int64:
+    """int64[scenarios]: the imbalance that a plan no worse than the incumbent has at most.
+
+    All others perfect, a scenario alone may have what the incumbent has in all.
+    """
+    most: Int64 = parts.max(axis=(1, 3)).sum(axis=1) + IMBALANCE_UNITS
+    if model.incumbent is None or model.memory is not None:  # it may not fit the memory
+        return most
+    placed = placed_in(model.incumbent, model.experts)
+    replicas = placed.sum(axis=0)
+    chosen = parts[:, :, np.arange(model.experts), replicas - 1]
+    reached = np.maximum((chosen * placed).sum(axis=2).max(axis=1) / IMBALANCE_UNITS, 1.0)
+    slack = model.objective(reached * model.floor) - model.objective(model.floor)
+    share = model.weights * model.floor
+    part = share if model.tail >= 1 else np.minimum(1.0, share / model.tail)
+    cap: Float64 = IMBALANCE_UNITS * (1 + slack / part * (1 + 1e-9)) + 2
+    return np.minimum(cap, most).astype(np.int64)
 
 
 def _fit_memory(cp: cp_model.CpModel, w: Any, model: Model) -> None:

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 from moeplan.solvers.exact.model import Answer, Effort, Model, OutOfTime, Report
 from moeplan.solvers.problem.arrays import Bool
 
 __all__ = ["require", "run"]
+
+MOST_TOKENS = 2**34
+"""Tokens of all scenarios, times the ratio of the fastest to the slowest device, beyond which a solver counts in larger
+units: its sums of tokens, speeds and weights must fit into 64 bits."""
 
 MARGIN_S = 0.03
 """Time that a solver is told to leave, because it looks at its clock rarely."""
@@ -25,6 +31,7 @@ def run(model: Model, solver: str, effort: Effort) -> Answer:
     Raises:
         ProblemError: there is no such solver.
     """
+    model = _coarse(model)
     found: list[Bool] = []
     if effort.deadline is None:
         return _backend(model, solver)(model, effort, found.append)
@@ -50,6 +57,21 @@ def run(model: Model, solver: str, effort: Effort) -> Answer:
     if answers:
         return answers[0]
     return Answer(found[-1] if found else None, 0.0, "feasible" if found else "unknown")
+
+
+def _coarse(model: Model) -> Model:
+    """The same model with tokens in larger units where there are very many.
+
+    Loads are rounded down, and scenarios left out that have less than a unit of each expert, so that bounds hold.
+    """
+    most = float(model.loads.sum(axis=1).max()) * model.scenarios * float(model.speed.max() / model.speed.min())
+    unit = math.ceil(most / MOST_TOKENS)
+    if unit <= 1:
+        return model
+    loads = model.loads // unit
+    kept = loads.any(axis=1)
+    bytes_of_unit = model.activation_bytes * unit
+    return replace(model, loads=loads[kept], weights=model.weights[kept] * unit, activation_bytes=bytes_of_unit)
 
 
 def require(solver: str) -> None:

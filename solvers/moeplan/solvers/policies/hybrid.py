@@ -45,10 +45,11 @@ from moeplan.solvers.policies.laer import laer
 from moeplan.solvers.policies.registry import ALL_LIMITS, Progress, policy
 from moeplan.solvers.policies.static import static
 from moeplan.solvers.policies.symi import symi
-from moeplan.solvers.problem.arrays import Float64, Int32, Int64
+from moeplan.solvers.problem.arrays import Bool, Float64, Int32, Int64
 from moeplan.solvers.problem.cluster import Cluster
 from moeplan.solvers.problem.demand import Demand
 from moeplan.solvers.problem.errors import ProblemError
+from moeplan.solvers.problem.even_bounds import places_bound
 from moeplan.solvers.problem.forecast import drifted
 from moeplan.solvers.problem.layout import EMPTY, Layout, placed_in
 from moeplan.solvers.problem.limit_kernels import limit_arrays
@@ -149,7 +150,7 @@ def hybrid(problem: Problem, parameters: SolveParameters) -> Iterator[Progress]:
         yield state.progress()
         return
     for asked in (kept, problem):
-        state = _Search(asked, parameters, deadline, preferring=asked is not problem)
+        state = _Search(asked, parameters, deadline, required=problem)
         try:
             for progress in state.run():
                 if np.isfinite(state.score):  # what does not fit the memory may yet become what does
@@ -167,11 +168,12 @@ class _Search:
     """The best layout so far and what is left of the limits."""
 
     def __init__(
-        self, problem: Problem, parameters: SolveParameters, deadline: float | None, *, preferring: bool = False
+        self, problem: Problem, parameters: SolveParameters, deadline: float | None, *, required: Problem | None = None
     ) -> None:
         self.problem, self.parameters, self.deadline = problem, parameters, deadline
-        self.preferring = preferring  # some limits are a preference: what they exclude counts for bounds
-        self.bounds = scores.bound(problem)
+        self.required = required or problem  # without limits that are a preference: what they exclude counts for bounds
+        self.preferring = self.required is not problem
+        self.bounds = scores.bound(self.required)
         self.proven = 0.0  # a bound on the objective itself, where a solver proves one
         self.limits = problem.limits
         self.scenarios = Scenarios(
@@ -218,7 +220,7 @@ class _Search:
     def _time_for_proof(self) -> bool:
         """True if a first step of a stronger bound, which halves the gap as a rule, applies and fits into the time."""
         in_time = self.deadline is None or self.deadline - time.perf_counter() > FIRST_PROOF_S
-        return in_time and _rule(self.problem) is SplitRule.OPTIMAL
+        return in_time and _rule(self.problem) in SEARCHED
 
     def progress(self) -> Progress:
         """The best layout, the same object until there is a better one, and the bound."""
@@ -335,7 +337,11 @@ class _Search:
         slots = any_layout(self.problem, self.parameters.solver, deadline)
         if not self.take(slots):
             self.best = slots
-        self.limits = next(narrowings(self.problem, placed_in(slots, self.problem.experts)), self.problem.limits)
+        self._narrow_to(placed_in(slots, self.problem.experts))
+
+    def _narrow_to(self, placed: Bool) -> None:
+        """Let the search go on in the regions of a layout, bool[devices, experts], that others found."""
+        self.limits = next(narrowings(self.problem, placed), self.problem.limits)
 
     def search(self) -> Iterator[Progress]:
         """Local search; where it stalls, large neighbourhoods and proofs, in turn."""
@@ -358,14 +364,15 @@ class _Search:
                     yield self.progress()
                     return
                 exact = False
-            if idle >= STALL and _rule(problem) is SplitRule.OPTIMAL and not self.over:
-                self._neighbourhoods(rng)
+            if idle >= STALL and not self.over:
+                if _rule(problem) is SplitRule.OPTIMAL:
+                    self._neighbourhoods(rng)
                 if parameters.prove or (proofs is None and self._time_for_proof):
-                    proofs = proofs or _proofs(problem, self._reached(), self.deadline)
+                    proofs = proofs or _proofs(self.required, self._reached(), self.deadline)
                     self.bounds = next(proofs, self.bounds)
             yield self.progress()
         if proofs is None and self.work >= STALL and self.score > self.target and self._time_for_proof:
-            self.bounds = next(_proofs(problem, self._reached(), self.deadline), self.bounds)
+            self.bounds = next(_proofs(self.required, self._reached(), self.deadline), self.bounds)
             yield self.progress()
 
     def widen(self) -> None:
@@ -431,8 +438,8 @@ class _Search:
         problem, parameters = self.problem, self.parameters
         work = max(1, parameters.candidates - self.work) / WORK_PER_SECOND
         answer = run(whole(problem, self.best), parameters.solver, Effort(self.deadline, work, gap=0.0))
-        if answer.placed is not None:
-            self.take(table(problem, answer.placed))
+        if answer.placed is not None and self.take(table(problem, answer.placed)):
+            self._narrow_to(answer.placed)
         if self.preferring:
             return answer.status == "optimal"
         if _rule(problem) is SplitRule.EVEN:  # the model's shares are rounded down
@@ -464,7 +471,7 @@ def _of_block(problem: Problem, devices: Int64, experts: Int64) -> Problem:
 
 
 def _proofs(problem: Problem, reached: Float64, deadline: float | None) -> Iterator[Float64]:
-    """Stronger and stronger bounds of equal devices, the scenario with the widest gap first.
+    """Stronger and stronger bounds, of equal devices the scenario with the widest gap first; of an even split at once.
 
     Args:
         problem: The problem.
@@ -475,9 +482,16 @@ def _proofs(problem: Problem, reached: Float64, deadline: float | None) -> Itera
         float64[scenarios], as `plan.bound`.
     """
     capacity, speed = problem.capacity, problem.cluster.speed
+    low = problem.lower_bound.copy()
+    if _rule(problem) is SplitRule.EVEN:
+        alive, most = capacity > 0, problem.limits.most
+        for s, loads in enumerate(problem.loads):
+            if deadline is None or time.perf_counter() < deadline:
+                low[s] = places_bound(loads, speed[alive], capacity[alive], most, low[s])
+        yield scores.relative(problem, low)
+        return
     if not configurations.applies(problem.experts, capacity, speed):
         return
-    low = problem.lower_bound.copy()
     gap = (scores.relative(problem, reached) - scores.bound(problem)) * problem.demand.weights
     for s in np.argsort(-gap, kind="stable"):
         for value in configurations.configuration_bounds(

@@ -20,7 +20,17 @@ import numpy as np
 from moeplan.solvers.problem.arrays import Float64, Int32, Int64
 from moeplan.solvers.problem.kernel import kernel
 
-__all__ = ["adams", "average", "crowding", "even_split", "exclusive", "lower_bound", "pigeonhole"]
+__all__ = [
+    "COUNTS",
+    "adams",
+    "average",
+    "bound_of",
+    "crowding",
+    "exclusive",
+    "in_whole_tokens",
+    "lower_bound",
+    "pigeonhole",
+]
 
 
 @kernel
@@ -30,18 +40,20 @@ def average(hot: Float64, speed: Float64) -> float:
 
 
 @kernel
-def adams(hot: Float64, speed: Float64, slots: int) -> float:
+def adams(hot: Float64, together: Float64, slots: int) -> float:
     """LB2: the least M at which the experts' replica needs fit into `slots`.
 
-    At M an expert needs the fewest r with ``M * (v_1 + .. + v_r) >= w_e``, at most one replica per device. The least M
-    is some ``w_e / (v_1 + .. + v_r)``; a greedy finds it by giving the next slot to the expert with the largest one.
+    At M an expert needs the fewest r whose speed together, times M, is its load, at most one replica per device. The
+    least M is some ``w_e / together_r``; a greedy finds it by giving the next slot to the expert with the largest one.
+
+    Args:
+        hot: float64[experts] descending.
+        together: float64[most replicas], the most speed of 1.. devices together, never falling.
+        slots: Replicas in all.
     """
-    experts, devices = len(hot), len(speed)
-    fastest = np.cumsum(speed)
-    share = np.empty(experts)
+    experts, most = len(hot), len(together)
+    share = hot / together[0]
     replicas = np.ones(experts, np.int64)
-    for e in range(experts):
-        share[e] = hot[e] / fastest[0]
     # Hottest experts come first, and an expert's share only falls: a heap, kept implicit by a bounded scan.
     reach = 1
     for _ in range(slots - experts):
@@ -49,9 +61,9 @@ def adams(hot: Float64, speed: Float64, slots: int) -> float:
         for e in range(1, reach):
             if share[e] > share[top]:
                 top = e
-        if replicas[top] == devices:
+        if replicas[top] == most:
             break
-        share[top] = hot[top] / fastest[replicas[top]]
+        share[top] = hot[top] / together[replicas[top]]
         replicas[top] += 1
         if top == reach - 1 and reach < experts:
             reach += 1
@@ -137,16 +149,25 @@ def crowding(hot: Float64, speed: Float64, capacity: Int32) -> float:
 
 
 @kernel
-def _bound(loads: Int64, speed: Float64, capacity: Int32) -> float:
+def bound_of(loads: Int64, speed: Float64, capacity: Int32) -> float:
+    """The best of these bounds for one scenario; see `lower_bound` for the arguments."""
     hot = np.sort(loads.astype(np.float64))[::-1].copy()
     fast = np.sort(speed)[::-1].copy()
     room = np.sort(capacity.astype(np.int64))[::-1].copy()
     slots = room.sum()
-    proven = max(average(hot, fast), adams(hot, fast, slots))
+    proven = max(average(hot, fast), adams(hot, np.cumsum(fast), slots))
     proven = max(proven, exclusive(hot, fast, room), pigeonhole(hot, fast, slots))
     if slots - len(hot) < len(fast):  # with a spare slot for each device, hardly an expert need be whole
         proven = max(proven, crowding(hot, speed, capacity))
     return proven
+
+
+@kernel
+def in_whole_tokens(bound: Float64, speed: Float64) -> Float64:
+    """Bounds, float64[scenarios], rounded up where devices are equal: tokens are whole, so the largest load is too."""
+    if (speed == speed[0]).all():
+        return np.ceil(bound * speed[0] * (1 - 1e-14)) / speed[0]
+    return bound
 
 
 @kernel
@@ -162,38 +183,10 @@ def lower_bound(tokens: Int64, speed: Float64, capacity: Int32) -> Float64:
         float64[scenarios], tokens per unit of speed.
     """
     best = np.empty(len(tokens))
-    equal = (speed == speed[0]).all()
     devices = len(speed)
+    alike = (speed == speed[0]).all() and (capacity == capacity[0]).all()
     # With this many spare slots the average is attainable (see `sliding_window`), so no bound exceeds it.
-    perfect = equal and (capacity == capacity[0]).all() and tokens.shape[1] <= devices * (capacity[0] - 1) + 1
+    perfect = alike and tokens.shape[1] <= devices * (capacity[0] - 1) + 1
     for s in range(len(tokens)):
-        if perfect:
-            best[s] = tokens[s].sum() / speed.sum()
-        else:
-            best[s] = _bound(tokens[s], speed, capacity)
-        if equal:  # tokens are whole, so the largest load of equal devices is too
-            best[s] = np.ceil(best[s] * speed[0] * (1 - 1e-14)) / speed[0]
-    return best
-
-
-def even_split(loads: Int64, replicas: Int32, devices: int, slots: int) -> float:
-    """A bound for equal devices whose replicas each take an even share, for given replica counts.
-
-    With items p = w_e / r_e sorted downwards, k D + 1 of them are more than k per device, so k + 1 meet on one device
-    together with at least the smallest items that fill its other slots (all slots are used).
-
-    Args:
-        loads: int64[experts].
-        replicas: int32[experts], summing to ``devices * slots``.
-        devices: Number of devices, of speed 1.
-        slots: Slots of each.
-    """
-    items = np.sort(np.repeat(loads / replicas, replicas))[::-1]
-    smallest = np.concatenate([[0.0], np.cumsum(items[::-1])])
-    best = float(items.sum() / devices)
-    for k in range(slots):
-        if k * devices >= len(items):
-            break
-        meeting = items[k * devices - k : k * devices + 1].sum()
-        best = max(best, float(meeting + smallest[slots - 1 - k]))
-    return best
+        best[s] = tokens[s].sum() / speed.sum() if perfect else bound_of(tokens[s], speed, capacity)
+    return in_whole_tokens(best, speed)

@@ -186,11 +186,20 @@ class Problem:
 
     @cached_property
     def lower_bound(self) -> Float64:
-        """float64[scenarios]: no layout and split has a smaller largest load per speed; see `bounds`."""
-        from moeplan.solvers.problem.bounds import lower_bound  # the compiler loads slowly
+        """float64[scenarios]: no layout and split within the limits has a smaller largest load per speed.
 
-        alive = self.capacity > 0
-        return lower_bound(self.loads, self.cluster.speed[alive], self.capacity[alive])
+        Under the rule ``even``, if it is asked for; see `bounds`, `limit_bounds` and `even_bounds`.
+        """
+        from moeplan.solvers.problem.bounds import lower_bound  # the compiler loads slowly
+        from moeplan.solvers.problem.even_bounds import needed_bound
+        from moeplan.solvers.problem.limit_bounds import limited_bound
+
+        alive, speed = self.capacity > 0, self.cluster.speed
+        anywhere = lower_bound(self.loads, speed[alive], self.capacity[alive])
+        proven = np.maximum(anywhere, limited_bound(self.loads, speed, self.capacity, self.limits))
+        if self.split_rule is not SplitRule.EVEN:
+            return proven
+        return needed_bound(self.loads, speed[alive], self.capacity[alive], self.limits.most, proven)
 
     @property
     def spare(self) -> int:
