@@ -244,4 +244,8 @@ def started(folder: Callable[[], Path]) -> Iterator[Start]:
         daemon.process.wait(WAIT_S)
         assert daemon.process.stderr is not None
         daemon.reader.join(5)
+        if daemon.reader.is_alive():  # one of its processes has the pipe; to close what is read waits, past any limit
+            os.killpg(daemon.process.pid, signal.SIGKILL)
+            daemon.reader.join(WAIT_S)
+            assert not daemon.reader.is_alive(), "processes outlive the daemon"
         daemon.process.stderr.close()

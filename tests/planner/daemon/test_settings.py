@@ -9,6 +9,7 @@ import pytest
 from tests.support.daemon import Start, eventually
 
 from moeplan.planner.daemon.processors import processors
+from moeplan.planner.daemon.settings import Settings
 
 
 @pytest.mark.parametrize(
@@ -60,6 +61,13 @@ def test_sigterm_drains_at_any_point_of_the_start(start: Start, event: str) -> N
     eventually(lambda: daemon.events(event))
     assert daemon.terminate() == 0
     assert daemon.events("stopped")
+
+
+def test_free_solves_have_two_workers_on_any_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One is kept for jobs; on many processors one is left to the daemon itself."""
+    for count, expected in ((1, 3), (2, 3), (4, 3), (16, 15)):
+        monkeypatch.setattr("moeplan.planner.daemon.settings.processors", lambda count=count: count)
+        assert Settings().workers == expected
 
 
 def test_processors_are_those_of_the_container(tmp_path: Path) -> None:

@@ -330,6 +330,76 @@ def test_a_plan_that_cannot_be_kept_costs_no_other(
     assert [type(found) for found in kept] == [StoreError if name == "job-3" else type(None) for name in names]
 
 
+FULL = """
+    CREATE FUNCTION full_disk() RETURNS trigger AS $$ BEGIN
+        RAISE EXCEPTION 'could not extend file: No space left on device' USING ERRCODE = 'disk_full';
+    END $$ LANGUAGE plpgsql;
+    CREATE TRIGGER full_disk BEFORE INSERT ON moeplan_plans EXECUTE FUNCTION full_disk()
+"""
+"""What a full disk is to a client of PostgreSQL: rows that are there can be changed, as their space is used again."""
+
+
+def test_a_daemon_is_not_ready_for_as_long_as_the_databases_disk_is_full(start: Start, postgres: str) -> None:
+    """Leases are renewed all the while; that they are does not make it ready."""
+    daemon = start(environment={"MOEPLAN_STORE": postgres, "MOEPLAN_LEASE_S": LEASE_S}).serving(solver=False)
+    with daemon.client() as client, psycopg.connect(postgres, autocommit=True) as connection:
+        client.create_job("kept", small_job())
+        connection.execute(FULL)
+        try:
+            with pytest.raises(ServiceError, match="No space left") as error:
+                Client(daemon.address, timeout_s=5).create_job("refused", small_job())
+            assert error.value.reason == "STORE_FULL"
+            eventually(lambda: health_of(daemon.address) == NOT_SERVING)
+            leased = "SELECT leased_until FROM moeplan_jobs WHERE name = 'kept'"
+            before = connection.execute(leased).fetchone()
+            eventually(lambda: connection.execute(leased).fetchone() != before)
+            eventually(lambda: len(daemon.events("store failed")) >= 3)
+            assert health_of(daemon.address) == NOT_SERVING
+            assert len(daemon.events("not ready")) == 1
+        finally:
+            connection.execute("DROP FUNCTION full_disk CASCADE")
+        eventually(lambda: health_of(daemon.address) == SERVING)
+        assert not daemon.events("job lost")
+        assert [job.name for job in client.jobs()] == ["jobs/kept"]
+        assert connection.execute("SELECT count(*) FROM moeplan_jobs").fetchone() == (1,)  # nothing of the probes
+        client.create_job("after", small_job())
+        for name in ("kept", "after"):
+            client.delete_job(f"jobs/{name}")
+
+
+def test_a_store_has_failed_until_there_is_room_for_what_it_refused(tmp_path: Path) -> None:
+    """What is smaller may find room, and rows may go; neither helps the plan that did not."""
+    store = Store("", tmp_path, owner="me", address="here", lease_s=30.0, kept=100, metrics=Metrics())
+
+    def allow(pages: int) -> None:
+        with contextlib.closing(store._database.engine.raw_connection()) as connection:
+            connection.cursor().execute(f"PRAGMA max_page_count = {pages}")
+
+    async def write() -> None:
+        await store.open()
+        try:
+            for name in ("first", "second"):
+                await store.create(name, 1, b"spec", 1, bytes(100_000))
+            assert not store.failure
+            allow(80)
+            with pytest.raises(StoreError, match="full"):
+                await store.create("large", 1, b"spec", 1, bytes(300_000))
+            await store.create("small", 1, b"spec", 1, b"plan")
+            await store.delete("first")
+            assert "full" in store.failure
+            with pytest.raises(StoreError, match="full"):
+                await store.probe()
+            assert "full" in store.failure
+            allow(1_000)
+            await store.probe()
+            assert not store.failure
+            assert sorted(row.name for row in await store.jobs("", 10, 1_000)) == ["second", "small"]
+        finally:
+            await store.close()
+
+    asyncio.run(write())
+
+
 def test_a_store_that_is_away_is_said(start: Start) -> None:
     status, output = start(environment={"MOEPLAN_STORE": "postgresql://moeplan:secret-word@127.0.0.1:1/none"}).end()
     assert status == 1
@@ -342,5 +412,6 @@ def test_the_database_is_a_real_one(postgres: str) -> None:
     psql = shutil.which("psql")
     if psql is None:
         pytest.skip("no psql")
-    version = subprocess.run([psql, postgres, "-Atc", "select version()"], capture_output=True, text=True, check=True)
+    command = [psql, postgres, "-Atc", "select version()"]
+    version = subprocess.run(command, capture_output=True, text=True, check=True, timeout=WAIT_S)
     assert version.stdout.startswith("PostgreSQL")

@@ -12,7 +12,7 @@ from pathlib import Path
 import grpc
 import pytest
 from tests.planner.daemon.test_security import Authority
-from tests.support.daemon import DaemonProcess, Rank, Start, eventually, small_job, small_problem
+from tests.support.daemon import WAIT_S, DaemonProcess, Rank, Start, eventually, small_job, small_problem
 
 from moeplan.api import wire
 from moeplan.api.client import Client
@@ -199,7 +199,7 @@ def test_solves_that_wait_are_limited_in_bytes_and_shared_by_tenant(start: Start
     with as_tenant(daemon, "beta") as client:
         assert client.solve([small_problem()])
     for thread in threads:
-        thread.join()
+        thread.join(WAIT_S)
 
 
 @pytest.mark.parametrize(

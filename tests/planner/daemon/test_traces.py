@@ -80,7 +80,7 @@ class Collector:
         return [span for span in list(self.spans) if span["name"] == name]
 
     def stop(self) -> None:
-        self._server.stop(0).wait()
+        self._server.stop(0).wait(WAIT_S)
 
 
 @pytest.fixture

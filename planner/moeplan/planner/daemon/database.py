@@ -127,16 +127,18 @@ class Database:
             problem = "another file is in its place"
         raise StoreError(f"{path} was removed while in use ({problem}); stop the daemon, put it back, and start again")
 
-    def reserve(self) -> bool:
-        """Set space aside for when the disk is full; whether it could be."""
+    def reserve(self, room: int = 0) -> bool:
+        """Set space aside for when the disk is full; whether it could be, with `room` bytes left."""
         if self._folder is None:
             return True
         try:
             with (self._folder / RESERVE).open("ab") as file:
-                if file.tell() < RESERVE_BYTES:
-                    disk = os.statvfs(self._folder)
-                    if disk.f_bavail * disk.f_frsize < 2 * RESERVE_BYTES:  # as much again must be left to work with
-                        return False
+                missing = RESERVE_BYTES - file.tell()
+                disk = os.statvfs(self._folder)
+                left = disk.f_bavail * disk.f_frsize - missing
+                if left < (RESERVE_BYTES if missing else 0) + room:  # as much again must be left to work with
+                    return False
+                if missing:
                     os.posix_fallocate(file.fileno(), 0, RESERVE_BYTES)
         except OSError:
             self.release()

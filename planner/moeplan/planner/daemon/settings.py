@@ -122,7 +122,10 @@ class Settings(BaseSettings):
     store: str = Field("", description="SQLAlchemy URL, for instance postgresql://host/moeplan; SQLite if empty")
     data: Path = Field(default_factory=default_data_folder, description="folder of the embedded store")
     workers: int = Field(
-        default_factory=lambda: max(2, processors() - 1), ge=1, le=1024, description="processes that solve"
+        default_factory=lambda: max(3, processors() - 1),  # one for jobs alone, two that share a free solve's layers
+        ge=1,
+        le=1024,
+        description="processes that solve",
     )
     lease_s: float = Field(
         10.0, ge=0.5, le=3_600, description="how long a dead daemon's jobs stay its own, behind a shared store"

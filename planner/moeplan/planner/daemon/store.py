@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import queue
 import threading
 import time
@@ -41,6 +42,8 @@ CLAIMED = 256
 """Jobs that are taken over at a time."""
 OPEN_S = 30.0
 """Longest that opening may take."""
+PROBE_BYTES = 64 * 1024
+"""Least plan that must find room before the store counts as working again: a job of some dozens of layers has one."""
 
 T = TypeVar("T")
 
@@ -166,6 +169,7 @@ class Store:
         mine = sa.select(_jobs.c.name, _jobs.c.version).where(_jobs.c.name.in_(names), self._owned())
         self._mine = mine.order_by(_jobs.c.name).with_for_update()
         self._failure = ""
+        self._probe_bytes = PROBE_BYTES
         self._wants_room = threading.Event()
         self._work: queue.SimpleQueue[tuple[Work[Any] | _Save, _Turn, asyncio.Future[Any]] | None] = queue.SimpleQueue()
         self._loop: asyncio.AbstractEventLoop
@@ -178,7 +182,7 @@ class Store:
 
     @property
     def failure(self) -> str:
-        """Why the newest write failed; empty where it did not."""
+        """Why something failed since `probe` last found the store working; empty where nothing did."""
         return self._failure
 
     @property
@@ -238,7 +242,7 @@ class Store:
             )
             connection.execute(_plans.insert().values(job=name, version=version, plan=plan))
 
-        await self._do(write)
+        await self._keep(write, len(plan))
         return created
 
     async def save(
@@ -250,7 +254,7 @@ class Store:
             LeaseLostError: another daemon owns the job, or it was deleted, or has a newer plan.
             StoreError: it could not be kept.
         """
-        await self._do(_Save(name, incarnation, spec, version, plan))
+        await self._keep(_Save(name, incarnation, spec, version, plan), len(plan))
 
     async def delete(self, name: str) -> bool:
         """Forget a job of this daemon and its plans; whether there was one."""
@@ -384,13 +388,27 @@ class Store:
         return await self._do(lambda connection: set(connection.scalars(change.returning(_jobs.c.name))))
 
     async def probe(self) -> None:
-        """Write something, to see whether that works again.
+        """Keep a job and a plan as large as the largest that found no room, and forget them at once.
+
+        Only this ends a `failure`: on a full disk leases may be renewed and small rows changed, and the next plan is
+        refused all the same.
 
         Raises:
-            StoreError: it does not.
+            StoreError: it does not work yet.
         """
-        if self._database.reserve():
-            await self._do(lambda connection: self._count(connection, _meta.update().values(schema=SCHEMA)))
+        if not self._database.reserve(self._probe_bytes):  # as SQLite never writes what is deleted at once
+            return
+        name = f"-{self._owner}"  # no job's, and seen by nobody: it is gone when the transaction ends
+        plan = os.urandom(self._probe_bytes)  # which no database makes smaller
+
+        def write(connection: sa.Connection) -> None:
+            job = {"name": name, "incarnation": 0, "spec": b"", "created": 0.0, "version": 0}
+            connection.execute(_jobs.insert(), {**job, "owner": "", "address": "", "leased_until": 0.0})
+            connection.execute(_new_plan, {"job": name, "version": 0, "plan": plan})
+            connection.execute(_jobs.delete().where(_jobs.c.name == name))
+
+        await self._do(write)
+        self._failure, self._probe_bytes = "", PROBE_BYTES
 
     def _owned(self) -> sa.ColumnElement[bool]:
         if self._sqlite:
@@ -464,6 +482,14 @@ class Store:
         if connection.scalar(sa.select(_meta.c.schema)) is None:
             connection.execute(_meta.insert().values(schema=SCHEMA))
 
+    async def _keep(self, work: Work[None] | _Save, size: int) -> None:
+        """Write a plan of `size` bytes."""
+        try:
+            await self._do(work)
+        except StoreFullError:
+            self._probe_bytes = max(self._probe_bytes, size)
+            raise
+
     @overload
     async def _do(self, work: _Save) -> None: ...
     @overload
@@ -513,8 +539,6 @@ class Store:
             failure = translate(error)
             self._fail(str(failure))
             return [failure] * len(works)
-        if not reads:
-            self._failure = ""
         return results
 
     def _do_all(self, connection: sa.Connection, works: list[Work[Any] | _Save], *, alone: bool) -> list[Any]:

@@ -1,9 +1,11 @@
-"""The pool of workers, where what matters is the order of two things in one turn of the event loop."""
+"""The pool of workers, where what matters is the order of two things in one turn of the event loop, or a hang."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
+import signal
 import time
 
 import pytest
@@ -13,6 +15,7 @@ from moeplan.planner.daemon.budgets import Budgets
 from moeplan.planner.daemon.metrics import Metrics
 from moeplan.planner.daemon.settings import ServiceLimits
 from moeplan.planner.daemon.tenants import Tenants
+from moeplan.planner.daemon.workers import pool
 from moeplan.planner.daemon.workers.pool import Workers
 
 
@@ -40,3 +43,24 @@ def test_a_worker_that_is_free_as_one_gives_up_is_not_lost(free: bool) -> None:
             await workers.stop()
 
     asyncio.run(give_up())
+
+
+def test_a_zygote_that_hangs_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It lives, and gives no worker: nobody waits for it for ever."""
+    monkeypatch.setattr(pool, "FORK_S", 0.5)
+
+    async def hang() -> None:
+        workers = Workers(1, ServiceLimits(), Metrics(), Budgets(Tenants(None, None)))
+        workers.start()
+        try:
+            worker = await workers._acquire(time.monotonic() + WAIT_S, free=True, caller="first", size=0)
+            assert workers._zygote is not None
+            os.kill(workers._zygote.pid, signal.SIGSTOP)
+            workers._free_running -= 1
+            workers._replace(worker, "as a test wants it")
+            again = await workers._acquire(time.monotonic() + WAIT_S, free=True, caller="second", size=0)
+            assert again.pid != worker.pid
+        finally:
+            await workers.stop()
+
+    asyncio.run(hang())

@@ -40,6 +40,10 @@ machine is overloaded, and a late plan is worth more to its caller than none."""
 START_S = 180.0
 """Longest wait for the zygote: the very first one compiles every kernel."""
 
+FORK_S = 30.0
+"""Longest wait for a worker of a zygote that has started, which takes milliseconds. One that hangs is replaced, and
+its other workers with it."""
+
 log = structlog.get_logger()
 
 
@@ -321,7 +325,6 @@ class Workers:
                 break
             except (OSError, EOFError, TimeoutError) as error:
                 log.error("worker does not start", error=repr(error), retry_s=delay_s)
-                await self._end_zygote()
                 await asyncio.sleep(delay_s)
                 delay_s = min(delay_s * 2, 10)
         self._all[worker.pid] = worker
@@ -335,12 +338,14 @@ class Workers:
             control = await self._start_zygote()
             ours, theirs = socket.socketpair()
             try:
-                await asyncio.to_thread(
-                    socket.send_fds, control, [FORK.pack(self._limits.worker_bytes)], [theirs.fileno()]
-                )
-                (pid,) = FORK.unpack(await _exactly(control, FORK.size))
+                async with asyncio.timeout(FORK_S):
+                    await asyncio.to_thread(
+                        socket.send_fds, control, [FORK.pack(self._limits.worker_bytes)], [theirs.fileno()]
+                    )
+                    (pid,) = FORK.unpack(await _exactly(control, FORK.size))
             except BaseException:
                 ours.close()
+                await self._end_zygote()  # before another worker is asked of it
                 raise
             finally:
                 theirs.close()
@@ -365,6 +370,7 @@ class Workers:
                 await _exactly(ours, FORK.size)
         except BaseException:
             ours.close()
+            await self._end_zygote()
             raise
         self._control = ours
         return ours
