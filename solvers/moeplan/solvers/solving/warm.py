@@ -8,8 +8,10 @@ import numpy as np
 
 from moeplan.solvers.plan.parameters import SolveParameters
 from moeplan.solvers.problem.cluster import Cluster
+from moeplan.solvers.problem.constraints import Constraints
 from moeplan.solvers.problem.demand import Demand
 from moeplan.solvers.problem.problem import Problem
+from moeplan.solvers.problem.split_rules import SplitRule
 from moeplan.solvers.solving.solver import solve
 
 __all__ = ["warm_up"]
@@ -28,5 +30,7 @@ def warm_up() -> None:
     solve(Problem(Cluster.uniform(4, 4), Demand.of(tokens[:1])))
     solve(Problem(Cluster.uniform(32, 3), Demand.of(np.random.default_rng(0).poisson(9, (2, 1, 60)))), parameters=short)
     solve(few, policy="ilp", parameters=short)
+    solve(replace(few, constraints=Constraints(domain=few.cluster.node)), parameters=short)
     tight = Problem(Cluster.uniform(12, 2), Demand.of((1_000 / np.arange(1, 21)).astype(np.int64)))
-    solve(tight, parameters=SolveParameters(work_limit=5_000, target_gap=0.0))  # with a step of the stronger bound
+    for rule in (SplitRule.OPTIMAL, SplitRule.EVEN):  # with a step of the stronger bound
+        solve(replace(tight, split_rule=rule), parameters=SolveParameters(work_limit=5_000, target_gap=0.0))
