@@ -29,7 +29,7 @@ from moeplan.solvers.problem.layout import placed_in
 __all__ = ["solve"]
 
 IMBALANCE_UNITS = 100_000
-"""z counts millionths; loads are rounded down to such parts of the mean, so that the bound holds."""
+"""z counts hundred thousandths; loads are rounded down to such parts of the mean, so that the bound holds."""
 
 SHARE_UNITS = 10_000
 """Shares of the scenarios in the objective are rounded down to ten thousandths of the largest, or where the worst part
