@@ -460,7 +460,8 @@ class _Search:
 def _burst(problem: Problem) -> int:
     """Candidates between two looks at the clock."""
     visits = problem.demand.scenarios * int(problem.capacity.sum()) * 16
-    return min(max(8, WORK_PER_BURST // visits), LONGEST_BURST)
+    longest = LONGEST_BURST // (EVEN_PER_CANDIDATE if _rule(problem) is SplitRule.EVEN else 1)
+    return min(max(8, WORK_PER_BURST // visits), longest)
 
 
 def _of_block(problem: Problem, devices: Int64, experts: Int64) -> Problem:

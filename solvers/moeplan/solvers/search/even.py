@@ -30,8 +30,8 @@ from moeplan.solvers.search.random import next_random, seeded
 
 __all__ = ["improve_even"]
 
-DRAWS = 100
-"""Pairs of positions drawn at most, per candidate that is scored."""
+DRAWS = 20
+"""Pairs of positions drawn at most, per candidate that is scored: limits may allow hardly any."""
 
 STALE = 5
 """Candidates per slot without one to take, after which any is taken: a way out of a local optimum."""
@@ -54,6 +54,8 @@ def improve_even(slots: Int32, scenarios: Scenarios, limits: LimitArrays, burst:
         _add(1.0, e, draft, tokens, load)
     trial = load.copy()
     imbalance, after, share = np.ones(len(tokens)), np.ones(len(tokens)), np.empty(len(tokens))
+    hottest = np.empty(len(tokens), np.int64)
+    _find_hottest(load, speed, hottest)
     _largest(load, speed, scale, imbalance)
     objective = tail_shares(imbalance, weights, tail, share)
     now = objective + _unevenness(load, speed, scale, share)
@@ -63,8 +65,7 @@ def improve_even(slots: Int32, scenarios: Scenarios, limits: LimitArrays, burst:
     while scored < burst.steps and best > burst.target and draws < DRAWS * burst.steps:
         draws += 1
         s = draw_scenario(share, imbalance, state)
-        hot = np.argmax(load[s] / speed)
-        p, q = hot * width + next_random(state) % width, next_random(state) % positions
+        p, q = hottest[s] * width + next_random(state) % width, next_random(state) % positions
         stuck = stale > STALE * positions
         kind = next_random(state) % 4
         if kind == 0:
@@ -93,6 +94,7 @@ def improve_even(slots: Int32, scenarios: Scenarios, limits: LimitArrays, burst:
             continue
         stale = 0
         load[:], imbalance[:] = trial, after
+        _find_hottest(load, speed, hottest)
         objective, now = reached, value
         record(x, change, limits, arrivals)
         if now + burst.price * arrivals.total[0] < best_priced:
@@ -117,6 +119,13 @@ def _add(sign: float, e: int, draft: Draft, tokens: Int64, load: Float64) -> Non
         d = draft.host[e, i] // draft.width
         for s in range(len(tokens)):
             load[s, d] += part * tokens[s, e]
+
+
+@kernel
+def _find_hottest(load: Float64, speed: Float64, hottest: Int64) -> None:
+    """The device with the largest load per speed in each scenario."""
+    for s in range(len(load)):
+        hottest[s] = np.argmax(load[s] / speed)
 
 
 @kernel
