@@ -428,6 +428,26 @@ def test_weights_are_lent_only_where_it_pays(ranks: Launch) -> None:
     assert ranks(2, lend, True) == [(expert_bytes, 0), (0, 0)]
 
 
+def plan_differently(kind: str) -> str:
+    group = make_group()
+    planner = QuotaPlanner(SpillOptions.uniform(4, group.size, 1 + group.rank), group.size)
+    layer: Layer
+    if kind == "sharded":
+        layer = FullyShardedExperts(ExpertShape(4, 3), 4, group, planner=planner)
+    else:
+        layer = ResidentExperts(ExpertShape(4, 3), 4, group, planner=planner)
+    with pytest.raises(LayoutMismatchError) as caught:
+        layer(torch.ones(8, 4), torch.zeros(8, 1, dtype=torch.int64), torch.ones(8, 1))
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["sharded", "resident"])
+def test_ranks_whose_planners_differ_do_not_compute(ranks: Launch, kind: str) -> None:
+    told = ranks(2, plan_differently, kind)
+    assert told[0] == told[1]
+    assert "options of the planner" in told[0]
+
+
 def exceed_token_cap() -> str:
     group = make_group()
     planner = QuotaPlanner(SpillOptions.uniform(2, group.size, 1, token_cap=5), group.size)

@@ -72,6 +72,8 @@ def test_a_layer_lends_by_the_layout_in_force() -> None:
     layer.layout = Layout(np.array([[0, 2], [1, 3]]), 4)
     assert layer.device_loads(counts).tolist() == [100, 100]
     assert layer.route(counts)[0].tolist() == [[0, 2, -1], [1, 3, 0]]
+    layer.planner = QuotaPlanner(SpillOptions.uniform(4, 2, 0), 2)
+    assert layer.device_loads(counts).tolist() == [180, 20]
 
 
 def test_refusals() -> None:

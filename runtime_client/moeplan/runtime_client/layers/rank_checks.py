@@ -28,7 +28,7 @@ def tell(
     Args:
         layer: Number of the layer in the group.
         number: Number of its pass.
-        layout: Number that differs between layouts.
+        layout: Number that differs between layouts, and between means of a planner.
         own: int64, sum of `row_sums` of this rank's part of the experts; None in most passes, as it reads all weights.
         rewritten: int64, 1 if they are not what the layer has loaded.
         shared: int64, sum of `row_sums` of the weights that all ranks share.
@@ -52,7 +52,7 @@ def compare_ranks(name: str, told: Int64) -> None:
 
     Raises:
         MissedPassError: the ranks are in different passes, or in different layers.
-        LayoutMismatchError: their layouts differ.
+        LayoutMismatchError: their layouts differ, or what they lend by.
         RanksDifferError: two ranks hold the same part of the experts, or weights that all share differ.
     """
     place, layout, own, rewritten, shared = told.T
@@ -66,7 +66,10 @@ def compare_ranks(name: str, told: Int64) -> None:
             "group calls every layer as often as the others do, also with no tokens"
         )
     if ranks := _differing(layout):
-        raise LayoutMismatchError(f"layout of ranks {ranks} differs from rank 0's; set the same on all ranks")
+        raise LayoutMismatchError(
+            f"{name}: layout of ranks {ranks}, or the options of the planner that lends there, differ from rank 0's; "
+            "set the same on all ranks"
+        )
     for rank in np.flatnonzero(rewritten).tolist():
         same = [other for other in np.flatnonzero(own == own[rank]).tolist() if other != rank]
         if own[rank] and same:

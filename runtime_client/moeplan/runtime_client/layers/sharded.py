@@ -19,7 +19,7 @@ from moeplan.runtime_client.layers.expert_layer import ExpertLayer
 from moeplan.runtime_client.layers.feed_forward import ExpertShape, feed_forward
 from moeplan.runtime_client.layers.routing import combine, dispatch, find_route
 from moeplan.runtime_client.layers.sharding import Gathering, Placement, Returning, Slots, shard_width, version_of
-from moeplan.runtime_client.layers.spilling import MovableSpillPlanner, SpilledPass, Spilling
+from moeplan.runtime_client.layers.spilling import MovableSpillPlanner, SpilledPass, Spilling, options_fingerprint
 from moeplan.solvers.problem.arrays import Int32, Int64
 from moeplan.solvers.problem.cluster import Cluster
 from moeplan.solvers.problem.layout import Layout
@@ -154,8 +154,9 @@ class FullyShardedExperts(ExpertLayer):
 
     def _spill(self, planner: MovableSpillPlanner, counts: Int64) -> SpilledPass:
         spilling = self._spilling
-        if spilling is None or spilling.layout is not self.layout or spilling.division is not self._division:
-            spilling = self._spilling = Spilling(planner, self.layout, self._division)
+        now = planner, self.layout, self._division
+        if spilling is None or (spilling.planner, spilling.layout, spilling.division) != now:
+            spilling = self._spilling = Spilling(*now)
         return spilling.plan(counts, self.group.rank)
 
     def _require_cut_over_replicas(self, weights: DTensor) -> None:
@@ -204,6 +205,8 @@ class FullyShardedExperts(ExpertLayer):
         follower = self._follower()
         fingerprint = placement.fingerprint ^ (follower._placement.fingerprint << 1 if follower else 0)
         fingerprint ^= self._division.fingerprint
+        if self.planner is not None:
+            fingerprint ^= options_fingerprint(self.planner.options)
         counts = self._gather_counts(index, weight, fingerprint & (2**62 - 1))
         gatherings = [self._take_ahead(dtype) or self._start(placement, dtype, "weights.forward")]
         slots, send, receive = self.route(counts)

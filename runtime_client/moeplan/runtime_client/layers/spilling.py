@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import hashlib
+from dataclasses import dataclass, fields
+from functools import lru_cache
 from typing import Protocol, Self
 
 import numpy as np
@@ -12,7 +14,7 @@ from moeplan.solvers import SpillOptions, SpillPlan
 from moeplan.solvers.problem.arrays import Int32, Int64
 from moeplan.solvers.problem.layout import EMPTY, Layout
 
-__all__ = ["MovableSpillPlanner", "SpillPlanner", "SpilledPass", "Spilling"]
+__all__ = ["MovableSpillPlanner", "SpillPlanner", "SpilledPass", "Spilling", "options_fingerprint"]
 
 
 class SpillPlanner(Protocol):
@@ -31,6 +33,16 @@ class MovableSpillPlanner(SpillPlanner, Protocol):
     def with_home(self, home: Int32) -> Self:
         """A planner that differs in the homes only."""
         ...
+
+
+@lru_cache(256)
+def options_fingerprint(options: SpillOptions) -> int:
+    """Equal on ranks whose planners have the same means, and hardly on others: they would plan other passes."""
+    digest = hashlib.blake2b(digest_size=8)
+    for field in fields(options):
+        value = getattr(options, field.name)
+        digest.update(value.tobytes() if isinstance(value, np.ndarray) else repr(value).encode())
+    return int.from_bytes(digest.digest(), "little") >> 2
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,10 +75,10 @@ class Spilling:
     """
 
     def __init__(self, planner: MovableSpillPlanner, layout: Layout, division: Division) -> None:
-        self.layout, self.division = layout, division
+        self.planner, self.layout, self.division = planner, layout, division
         hosts = layout.hosts
         self._expert = np.repeat(np.arange(layout.experts), np.diff(hosts.start))
-        self._planner = planner.with_home(hosts.device)
+        self._homes = planner.with_home(hosts.device)
         self._slot = np.full((layout.devices, layout.experts), EMPTY, np.int64)
         self._slot[hosts.device, self._expert] = hosts.slot
 
@@ -76,7 +88,7 @@ class Spilling:
         Raises:
             InfeasibleError: no plan keeps every rank within its token cap.
         """
-        plan = self._planner.plan(self.division.sent(self.layout, counts)).require_feasible()
+        plan = self._homes.plan(self.division.sent(self.layout, counts)).require_feasible()
         hosts, (devices, width) = self.layout.hosts, self.layout.slots.shape
         device, expert = plan.device, self._expert[plan.expert]
         slot = self._slot[device, expert]
