@@ -327,12 +327,13 @@ def test_under_an_even_split_no_other_policy_is_better(shape: tuple[int, int, in
 
 
 def test_spare_slots_go_to_middling_experts_where_that_packs_better() -> None:
-    # FlashLB's example, in vllm-ascend: EPLB's largest load is 232, FlashLB's 205, and 196.67 the least there is.
+    # FlashLB's example, in vllm-ascend: EPLB's largest load is 232, FlashLB's 205, and the least there is 196.67; in
+    # whole tokens 196, where the odd ones of 560 are beside an expert that is itself in two places.
     problem = Problem(Cluster.uniform(8, 2), Demand.of([600, 560, 120, 120, 20, 10, 10, 10]), split_rule=SplitRule.EVEN)
     assert solve(problem, policy="eplb").objective == pytest.approx(232 / 181.25, abs=0.01)
     slots = tiered(problem.mean_load, problem.capacity, problem.cluster.speed, 4)
     assert evaluate(problem, Layout(slots, 8)).objective <= 205 / 181.25
-    assert solve(problem).objective == pytest.approx(197 / 181.25)
+    assert solve(problem).objective <= 197 / 181.25
 
 
 def test_a_layout_is_found_without_tokens_and_without_a_construction() -> None:
