@@ -428,9 +428,13 @@ def test_weights_are_lent_only_where_it_pays(ranks: Launch) -> None:
     assert ranks(2, lend, True) == [(expert_bytes, 0), (0, 0)]
 
 
-def plan_differently(kind: str) -> str:
+def plan_differently(kind: str, what: str) -> str:
     group = make_group()
-    planner = QuotaPlanner(SpillOptions.uniform(4, group.size, 1 + group.rank), group.size)
+    other = group.rank == 1
+    options = SpillOptions.uniform(4, group.size, 1 + int(other and what == "spare"))
+    planner: MovableSpillPlanner = QuotaPlanner(options, group.size, quick=other and what == "search")
+    if what == "threshold" or (other and what == "kind"):
+        planner = LlepPlanner(options, group.size, threshold=1.0 + int(other))
     layer: Layer
     if kind == "sharded":
         layer = FullyShardedExperts(ExpertShape(4, 3), 4, group, planner=planner)
@@ -441,11 +445,12 @@ def plan_differently(kind: str) -> str:
     return str(caught.value)
 
 
+@pytest.mark.parametrize("what", ["spare", "search", "threshold", "kind"])
 @pytest.mark.parametrize("kind", ["sharded", "resident"])
-def test_ranks_whose_planners_differ_do_not_compute(ranks: Launch, kind: str) -> None:
-    told = ranks(2, plan_differently, kind)
+def test_ranks_whose_planners_differ_do_not_compute(ranks: Launch, kind: str, what: str) -> None:
+    told = ranks(2, plan_differently, kind, what)
     assert told[0] == told[1]
-    assert "options of the planner" in told[0]
+    assert "the planner that lends there" in told[0]
 
 
 def exceed_token_cap() -> str:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from tests.support.expert_groups import make_group
 from tests.support.resident_training import EXPERTS, LAYERS, RANKS, Model, planned, train_step
 from torch.distributed.checkpoint.state_dict_loader import load as load_checkpoint
 from torch.distributed.checkpoint.state_dict_saver import save as save_checkpoint
+from torch.optim.swa_utils import AveragedModel
 
 from moeplan.runtime_client.errors import RanksDifferError
 from moeplan.runtime_client.group import ExpertGroup
@@ -118,6 +120,64 @@ def refuse() -> None:
         model.experts[0].flat.grad = torch.zeros_like(model.experts[0].flat)
     with pytest.raises(RanksDifferError, match=r"ranks \[1\] differ from rank 0"):
         moves.step()
+
+
+def average() -> None:
+    """An average of experts stays one of the same experts, if its homes move as theirs do."""
+    group = make_group()
+    model = Model(group)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    averaged = AveragedModel(model)
+    mean = cast(Model, averaged.module)
+    moves, follows = HomeMoves(model.experts, optimizer), HomeMoves(mean.experts)
+    seen: list[dict[tuple[int, int], torch.Tensor]] = []
+    for step in range(3):
+        if step:
+            for each in (moves, follows):
+                each.take(planned(step, group.size))
+                each.finish()
+        train_step(model, optimizer, step, group, lambda: 0)
+        averaged.update_parameters(model)
+        seen.append(rows_of(model))
+    everyone: list[list[dict[tuple[int, int], torch.Tensor]]] = [[]] * group.size
+    dist.all_gather_object(everyone, seen)
+    for place, row in rows_of(mean).items():
+        values = [rows[place] for each in everyone for rows in each if place in rows]
+        torch.testing.assert_close(row, torch.stack(values).mean(dim=0))
+
+
+def rows_of(model: Model) -> dict[tuple[int, int], torch.Tensor]:
+    """This rank's experts, by layer and number."""
+    return {
+        (nth, expert): layer.flat.detach()[row].clone()
+        for nth, layer in enumerate(model.experts)
+        for row, expert in enumerate(layer.homes.owned)
+    }
+
+
+def test_an_average_whose_homes_move_along_is_of_the_same_experts(ranks: Launch) -> None:
+    ranks(2, average)
+
+
+def leave_behind() -> None:
+    """Experts are not moved away from what an optimizer keeps of them."""
+    group = make_group()
+    model = Model(group)
+    plain = torch.optim.SGD(model.parameters(), lr=0.1)
+    moves = HomeMoves(model.experts)
+    train_step(model, plain, 0, group, lambda: 0)
+    moves.take(planned(1, group.size))
+    assert moves.step()  # it keeps nothing
+    train_step(model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), 1, group, lambda: 0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    train_step(model, optimizer, 2, group, lambda: 0)
+    with pytest.raises(ValueError, match="AdamW trains it, and HomeMoves was not given it"):
+        moves.step()
+    assert HomeMoves(model.experts, optimizer).moving == 0
+
+
+def test_an_optimizer_that_would_be_left_behind_is_refused(ranks: Launch) -> None:
+    ranks(2, leave_behind)
 
 
 def test_what_cannot_move_is_refused(ranks: Launch) -> None:

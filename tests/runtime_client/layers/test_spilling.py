@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moeplan.runtime_client import ExpertGroup, ExpertShape, FullyShardedExperts
+from moeplan.runtime_client.integrations.planned_replicas import PlannedReplicas
 from moeplan.runtime_client.layers.dividing import Division
 from moeplan.runtime_client.layers.spilling import Spilling
 from moeplan.solvers import Cluster, Demand, ExpertSpec, Layout, Problem, QuotaPlanner, SpillOptions, solve
@@ -80,6 +81,11 @@ def test_refusals() -> None:
     planner = QuotaPlanner(SpillOptions.uniform(4, 3, 1), 3)
     with pytest.raises(ValueError, match=r"planner\.options\.devices = 3: the group has 1 ranks"):
         FullyShardedExperts(ExpertShape(4, 3), 4, ExpertGroup(), planner=planner)
+    layer = FullyShardedExperts(ExpertShape(4, 3), 4, ExpertGroup())
+    with pytest.raises(ValueError, match=r"planner\.options\.devices = 3: the group has 1 ranks"):
+        layer.planner = planner
+    with pytest.raises(TypeError, match=r"PlannedReplicas: has no with_home\(home\)"):
+        layer.planner = PlannedReplicas(4, 1, 1)  # type: ignore[assignment]
     capped = QuotaPlanner(SpillOptions.uniform(4, 2, 1, token_cap=5), 2)
     layer = FullyShardedExperts(ExpertShape(4, 3), 4, ExpertGroup(0, 2), planner=capped)
     with pytest.raises(InfeasibleError, match="exceeds the cap by"):

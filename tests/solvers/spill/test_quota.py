@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import subprocess
 import sys
 from dataclasses import replace
@@ -299,12 +301,22 @@ def test_a_copy_survives_the_next_call_and_int32_counts_give_the_same_plan() -> 
     options = SpillOptions.uniform(24, 6, 1)
     planner = QuotaPlanner(options, 6)
     counts = skewed(0, 6, 24, 2000)
-    copy = planner.plan(counts).copy()
+    lasting = planner.plan(counts).copy()
     planner.plan(skewed(1, 6, 24, 2000))
-    check(copy, counts, options)
+    check(lasting, counts, options)
     narrow = QuotaPlanner(options, 6, dtype=np.int32).plan(counts.astype(np.int32))
-    np.testing.assert_array_equal(narrow.sent, copy.sent)
-    np.testing.assert_array_equal(narrow.kept, copy.kept)
+    np.testing.assert_array_equal(narrow.sent, lasting.sent)
+    np.testing.assert_array_equal(narrow.kept, lasting.kept)
+
+
+def test_copies_of_a_planner_plan_for_themselves() -> None:
+    options = SpillOptions.uniform(24, 6, 1)
+    planner = QuotaPlanner(options, 6)
+    planner.plan(skewed(0, 6, 24, 2000))
+    counts = skewed(1, 6, 24, 2000)
+    for copied in (copy.deepcopy(planner), pickle.loads(pickle.dumps(planner))):
+        check(copied.plan(counts), counts, options)
+        np.testing.assert_array_equal(copied.plan(counts).kept, planner.plan(counts).kept)
 
 
 def test_replicas_get_whole_tiles_where_products_compute_whole_tiles() -> None:

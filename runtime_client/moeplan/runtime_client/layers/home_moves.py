@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.stateful import Stateful
 from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from moeplan.runtime_client.errors import RanksDifferError
 from moeplan.runtime_client.group import Transfer
@@ -65,6 +67,9 @@ class HomeMoves(Stateful):
                 raise ValueError(f"{layer.title}: is of another group than {self._layers[0].title}")
             layer.rehome(layer.homes)  # refuses what cannot
         self._optimizers = optimizers
+        stepped = self._stepped = weakref.WeakSet[Optimizer]()
+        hook = register_optimizer_step_post_hook(lambda optimizer, *_: stepped.add(optimizer))
+        weakref.finalize(self, hook.remove)
         self._share = share
         self._goal = [layer.homes.device for layer in self._layers]
         # Of the last slice: when it ended, what an exchange took, and what the step before it took; 0 if not known.
@@ -112,7 +117,8 @@ class HomeMoves(Stateful):
 
         Raises:
             RanksDifferError: optimizers differ between ranks in what is not of single experts.
-            ValueError: an optimizer keeps a tensor of the experts that has not the shape of their parameter.
+            ValueError: an optimizer keeps a tensor of the experts that has not the shape of their parameter, or keeps
+                any and is not one of `optimizers`.
         """
         if not self.moving:
             self._ended = 0.0
@@ -165,6 +171,7 @@ class HomeMoves(Stateful):
 
     def _require_alike(self) -> Int64:
         """int64[ranks, 3]: of each rank, nanoseconds of a step and of an exchange, and what moves with the weights."""
+        self._require_all_optimizers()
         row = [int(self._step_s * 1e9), int(self._exchange_s * 1e9), self._fingerprint()]
         device = self._layers[0].flat.device
         told: Int64 = self._group.gather_rows(torch.tensor(row, device=device), "homes that move").cpu().numpy()
@@ -175,6 +182,19 @@ class HomeMoves(Stateful):
                 "gradients; give HomeMoves the same optimizers on all ranks, and step them alike"
             )
         return told
+
+    def _require_all_optimizers(self) -> None:
+        for optimizer in self._stepped:
+            if any(optimizer.state is given.state for given in self._optimizers):  # wrappers share it
+                continue
+            for layer in self._layers:
+                kept = optimizer.state.get(layer.flat, {}).values()
+                if any(isinstance(value, Tensor) and value.ndim for value in kept):
+                    raise ValueError(
+                        f"{layer.title}: {type(optimizer).__name__} trains it, and HomeMoves was not given it, so what "
+                        "it keeps would stay where experts leave. Write HomeMoves(layers, optimizer), with all "
+                        "optimizers of the experts"
+                    )
 
     def _fingerprint(self) -> int:
         """Equal on ranks whose parameters move with the same tensors, and whose other optimizer state is equal."""

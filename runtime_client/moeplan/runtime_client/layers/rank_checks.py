@@ -67,7 +67,7 @@ def compare_ranks(name: str, told: Int64) -> None:
         )
     if ranks := _differing(layout):
         raise LayoutMismatchError(
-            f"{name}: layout of ranks {ranks}, or the options of the planner that lends there, differ from rank 0's; "
+            f"{name}: layout of ranks {ranks}, or the planner that lends there or its options, differ from rank 0's; "
             "set the same on all ranks"
         )
     for rank in np.flatnonzero(rewritten).tolist():

@@ -21,7 +21,7 @@ from moeplan.runtime_client.layers.feed_forward import ExpertShape, feed_forward
 from moeplan.runtime_client.layers.lending import Homes, Loan, LoanBuffer, add_loan
 from moeplan.runtime_client.layers.rank_checks import compare_ranks
 from moeplan.runtime_client.layers.routing import combine, dispatch, find_route, infers_shapes
-from moeplan.runtime_client.layers.spilling import MovableSpillPlanner, SpillPlanner, options_fingerprint
+from moeplan.runtime_client.layers.spilling import MovableSpillPlanner, SpillPlanner, planner_fingerprint
 from moeplan.solvers import QuotaPlanner, SpillOptions
 from moeplan.solvers.problem.layout import Layout
 
@@ -135,7 +135,7 @@ class ResidentExperts(ExpertLayer):
             turn = Turn(self._number, self._passes, partial(compare_ranks, self.title), self.title, checks)
             return run_pass(self.exchange, turn, self.flat, rows, index, weight, dtype)
         group = self.group
-        fingerprint = self.homes.fingerprint ^ options_fingerprint(self.planner.options)
+        fingerprint = self.homes.fingerprint ^ planner_fingerprint(self.planner)
         counts = self._gather_counts(index, weight, fingerprint)
         loan = Loan.of(self.planner.plan(counts).require_feasible(), self.homes, group.rank)
         lending = _Lending(self, loan, dtype) if loan.total else None

@@ -19,7 +19,7 @@ from moeplan.runtime_client.layers.expert_layer import ExpertLayer
 from moeplan.runtime_client.layers.feed_forward import ExpertShape, feed_forward
 from moeplan.runtime_client.layers.routing import combine, dispatch, find_route
 from moeplan.runtime_client.layers.sharding import Gathering, Placement, Returning, Slots, shard_width, version_of
-from moeplan.runtime_client.layers.spilling import MovableSpillPlanner, SpilledPass, Spilling, options_fingerprint
+from moeplan.runtime_client.layers.spilling import MovableSpillPlanner, SpilledPass, Spilling, planner_fingerprint
 from moeplan.solvers.problem.arrays import Int32, Int64
 from moeplan.solvers.problem.cluster import Cluster
 from moeplan.solvers.problem.layout import Layout
@@ -84,8 +84,6 @@ class FullyShardedExperts(ExpertLayer):
         self._division = Division(cluster or Cluster.uniform(group.size, 1), expert, split_rule)
         if self._division.cluster.devices != group.size:
             raise ValueError(f"cluster.devices = {self._division.cluster.devices}: the group has {group.size} ranks")
-        if planner is not None and planner.options.devices != group.size:
-            raise ValueError(f"planner.options.devices = {planner.options.devices}: the group has {group.size} ranks")
         self.planner = planner
         self._spilling: Spilling | None = None
         self.reshard = reshard
@@ -111,6 +109,24 @@ class FullyShardedExperts(ExpertLayer):
         if layout.experts != self.experts:
             raise ValueError(f"layout.experts = {layout.experts}: the layer has {self.experts}")
         self._placement = Placement(layout, self.group, self.shard.device)
+
+    @property
+    def planner(self) -> MovableSpillPlanner | None:
+        """What lends beyond the layout in the passes that start from now on; None if nothing does."""
+        return self._planner
+
+    @planner.setter
+    def planner(self, planner: MovableSpillPlanner | None) -> None:
+        if planner is not None and not hasattr(planner, "with_home"):
+            raise TypeError(
+                f"planner = a {type(planner).__name__}: has no with_home(home), which makes a planner whose experts "
+                "are at home where the layout has replicas; QuotaPlanner and LlepPlanner have it"
+            )
+        if planner is not None and planner.options.devices != self.group.size:
+            raise ValueError(
+                f"planner.options.devices = {planner.options.devices}: the group has {self.group.size} ranks"
+            )
+        self._planner = planner
 
     @property
     def plan(self) -> PlannedLayer:
@@ -206,7 +222,7 @@ class FullyShardedExperts(ExpertLayer):
         fingerprint = placement.fingerprint ^ (follower._placement.fingerprint << 1 if follower else 0)
         fingerprint ^= self._division.fingerprint
         if self.planner is not None:
-            fingerprint ^= options_fingerprint(self.planner.options)
+            fingerprint ^= planner_fingerprint(self.planner)
         counts = self._gather_counts(index, weight, fingerprint & (2**62 - 1))
         gatherings = [self._take_ahead(dtype) or self._start(placement, dtype, "weights.forward")]
         slots, send, receive = self.route(counts)

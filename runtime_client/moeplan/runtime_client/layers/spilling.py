@@ -14,11 +14,15 @@ from moeplan.solvers import SpillOptions, SpillPlan
 from moeplan.solvers.problem.arrays import Int32, Int64
 from moeplan.solvers.problem.layout import EMPTY, Layout
 
-__all__ = ["MovableSpillPlanner", "SpillPlanner", "SpilledPass", "Spilling", "options_fingerprint"]
+__all__ = ["MovableSpillPlanner", "SpillPlanner", "SpilledPass", "Spilling", "planner_fingerprint"]
 
 
 class SpillPlanner(Protocol):
-    """A planner of micro-batches: `QuotaPlanner` or `LlepPlanner`, or anything that is as deterministic."""
+    """A planner of micro-batches: `QuotaPlanner` or `LlepPlanner`, or anything that is as deterministic.
+
+    One whose plans depend on more than options and counts says on what in a tuple `settings`, so that ranks that differ
+    in it are refused.
+    """
 
     options: SpillOptions
 
@@ -35,9 +39,15 @@ class MovableSpillPlanner(SpillPlanner, Protocol):
         ...
 
 
+def planner_fingerprint(planner: SpillPlanner) -> int:
+    """Equal on ranks whose planners plan alike, and hardly on others: they would plan other passes."""
+    kind = type(planner).__name__, getattr(planner, "settings", ())
+    digest = hashlib.blake2b(repr(kind).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 2 ^ _options_fingerprint(planner.options)
+
+
 @lru_cache(256)
-def options_fingerprint(options: SpillOptions) -> int:
-    """Equal on ranks whose planners have the same means, and hardly on others: they would plan other passes."""
+def _options_fingerprint(options: SpillOptions) -> int:
     digest = hashlib.blake2b(digest_size=8)
     for field in fields(options):
         value = getattr(options, field.name)

@@ -71,6 +71,11 @@ class LlepPlanner:
         self.source_device = options.source_device(sources)
         self._places = Places(options.home.astype(np.int64), sort_sources(self.source_device, options.node))
 
+    @property
+    def settings(self) -> tuple[object, ...]:
+        """What plans depend on beside options and counts."""
+        return self.alpha, self.min_tokens, self.threshold, self.gate
+
     def with_home(self, home: Int32) -> LlepPlanner:
         """A planner that differs in the homes, int32[experts], only."""
         return LlepPlanner(

@@ -170,6 +170,15 @@ class QuotaPlanner:
         self._views: list[dict[int, SpillPlan]] = [{} for _ in range(layers)]
         self.plan(np.zeros((sources, experts), self.dtype))  # compiles, or loads what is compiled
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies, whose plans are views into a workspace of their own."""
+        return self.__dict__ | {"_views": [{} for _ in range(self.layers)]}
+
+    @property
+    def settings(self) -> tuple[object, ...]:
+        """What plans depend on beside options and counts."""
+        return (self.quick,)
+
     def with_home(self, home: Int32) -> QuotaPlanner:
         """A planner that differs in the homes, int32[experts], only; it has a workspace of its own."""
         options = replace(self.options, home=home)
