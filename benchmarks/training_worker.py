@@ -243,8 +243,7 @@ class Bench:
             [blocks, ranks, experts] of the step that warms up.
         """
         self._enter(mode)
-        if layouts:
-            self._set_layouts(mode, layouts)
+        self._set_layouts(mode, layouts)
         first, *texts = self._texts(nth)
         self._forget()
         self._choose(routing, 0)
@@ -349,8 +348,7 @@ class Bench:
         if self.device.type != "cuda":
             return {"busy": None, "busy_share": None}
         self._enter(mode)
-        if layouts:
-            self._set_layouts(mode, layouts)
+        self._set_layouts(mode, layouts)
         first, text, *_ = self._texts(0)
         self._choose(routing, 0)
         self._step(first)
@@ -462,8 +460,8 @@ class Bench:
         for block, experts in zip(self.model.blocks, self.layers[mode], strict=True):
             block.experts = experts
 
-    def _set_layouts(self, mode: str, layouts: Sequence[Any]) -> None:
-        for layer, slots in zip(self.layers[mode], layouts, strict=True):
+    def _set_layouts(self, mode: str, layouts: Sequence[Any] | None) -> None:
+        for layer, slots in zip(self.layers[mode], layouts or (), strict=bool(layouts)):
             layer.layout = Layout(np.array(slots, np.int32), self.size.experts)
 
     def _texts(self, nth: int) -> list[Tensor]:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
-
 import numpy as np
 
 from moeplan.runtime_client.layers.dividing import Division, PlannedLayer
+from moeplan.runtime_client.layers.fingerprints import fingerprint
 from moeplan.solvers import SpillOptions, SpillPlan
 from moeplan.solvers.problem.arrays import Int64
 from moeplan.solvers.problem.cluster import Cluster
@@ -68,5 +67,4 @@ class PlannedReplicas:
     def fingerprint(self) -> int:
         """Differs between ranks that follow different plans."""
         layout, division = self.plan_in_force
-        digest = hashlib.blake2b(layout.slots.tobytes(), digest_size=8).digest()
-        return int.from_bytes(digest, "little") >> 2 ^ division.fingerprint
+        return fingerprint(layout.slots.tobytes()) ^ division.fingerprint

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 from typing import NamedTuple
 
 import numpy as np
 
+from moeplan.runtime_client.layers.fingerprints import fingerprint
 from moeplan.solvers.problem.arrays import Int32, Int64
 from moeplan.solvers.problem.cluster import Cluster
 from moeplan.solvers.problem.kernel import kernel
@@ -15,7 +15,7 @@ from moeplan.solvers.problem.problem import ExpertSpec
 from moeplan.solvers.problem.split_rules import RANK_RULES, SplitRule, split_rule
 from moeplan.solvers.split.rules import Fabric, Split, divide, route
 
-__all__ = ["Division", "PlannedLayer"]
+__all__ = ["Division", "PlannedLayer", "of_rank"]
 
 
 class Division:
@@ -37,10 +37,8 @@ class Division:
         self.rule = split_rule("split_rule", rule, RANK_RULES)
         self.cluster, self.expert = cluster, expert
         self._fabric = Fabric(cluster, np.arange(cluster.devices, dtype=np.int32), expert)
-        digest = hashlib.blake2b(self.rule.encode(), digest_size=8)
-        for array in (cluster.speed, cluster.node, cluster.memory_bytes):
-            digest.update(b"" if array is None else array.tobytes())
-        self.fingerprint = int.from_bytes(digest.digest(), "little") >> 2
+        told = (cluster.speed, cluster.node, cluster.memory_bytes)
+        self.fingerprint = fingerprint(self.rule.encode(), *(array.tobytes() for array in told if array is not None))
 
     def divide(self, layout: Layout, counts: Int64) -> Split:
         """The split of counts, int64[ranks, experts], as of one scenario."""
@@ -59,7 +57,7 @@ class Division:
             from each source to the slots of `rank`.
         """
         sent = self.sent(layout, counts)
-        return _of_rank(sent, layout.hosts.device, layout.hosts.slot, layout.slots.shape[1], rank)
+        return of_rank(sent, layout.hosts.device, layout.hosts.slot, layout.slots.shape[1], rank)
 
 
 class PlannedLayer(NamedTuple):
@@ -70,12 +68,15 @@ class PlannedLayer(NamedTuple):
 
 
 @kernel
-def _of_rank(sent: Int64, device: Int32, slot: Int32, width: int, rank: int) -> tuple[Int64, Int64]:
-    """Rows that `rank` sends and receives of ``sent[source, replica]``; a replica is in ``slot`` of ``device``."""
+def of_rank(sent: Int64, device: Int32, slot: Int32, width: int, rank: int) -> tuple[Int64, Int64]:
+    """Rows that `rank` sends and receives of ``sent[source, replica]``; a replica is in ``slot`` of ``device``.
+
+    What several replicas there get is added up. See `Division.of_rank` for the result.
+    """
     send = np.zeros((len(sent), width), np.int64)
     receive = np.zeros((len(sent), width), np.int64)
     for r in range(len(device)):
-        send[device[r], slot[r]] = sent[rank, r]
+        send[device[r], slot[r]] += sent[rank, r]
         if device[r] == rank:
-            receive[:, slot[r]] = sent[:, r]
+            receive[:, slot[r]] += sent[:, r]
     return send, receive

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,6 +18,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from moeplan.runtime_client.errors import RanksDifferError
 from moeplan.runtime_client.group import Transfer
 from moeplan.runtime_client.layers.dividing import PlannedLayer
+from moeplan.runtime_client.layers.fingerprints import fingerprint
 from moeplan.runtime_client.layers.resident import ResidentExperts
 from moeplan.solvers.problem.arrays import Int64
 from moeplan.solvers.problem.layout import Layout
@@ -206,8 +206,7 @@ class HomeMoves(Stateful):
                     told.append(f"{key} of {value.dtype}")
                 else:
                     told.append(f"{key} = {_plain(layer, key, value)}")
-        digest = hashlib.blake2b("\n".join(told).encode(), digest_size=8).digest()
-        return int.from_bytes(digest, "little") >> 2
+        return fingerprint("\n".join(told).encode())
 
     def _states(self, layer: ResidentExperts) -> Iterator[tuple[str, Any]]:
         for number, optimizer in enumerate(self._optimizers):

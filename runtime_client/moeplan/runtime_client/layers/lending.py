@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from moeplan.runtime_client.group import ExpertGroup, Traffic, Transfer, beside, join
+from moeplan.runtime_client.layers.fingerprints import fingerprint
 from moeplan.solvers import SpillPlan
 from moeplan.solvers.problem.arrays import Int32, Int64
 
@@ -46,8 +46,7 @@ class Homes:
         self.slots = np.full((group.size, int(counts.max())), -1, np.int32)
         self.slots[self.device, self.row] = np.arange(len(home))
         self.owned: list[int] = self.slots[group.rank, : counts[group.rank]].tolist()
-        digest = hashlib.blake2b(self.slots.tobytes(), digest_size=8).digest()
-        self.fingerprint = int.from_bytes(digest, "little") >> 2
+        self.fingerprint = fingerprint(self.slots.tobytes())
         self._group = group
 
     def exchanged(self, pairs: Sequence[tuple[int, int]]) -> Homes:

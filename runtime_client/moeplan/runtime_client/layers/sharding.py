@@ -6,14 +6,13 @@ decoupled from optimizer state: SYMI, arXiv 2504.19925). A layout only decides w
 
 from __future__ import annotations
 
-import hashlib
-
 import numpy as np
 import torch
 from torch import Tensor
 
 from moeplan.runtime_client.group import ExpertGroup, Traffic, Transfer, beside, join
 from moeplan.runtime_client.layers.copies import copy_strided, scatter_rows
+from moeplan.runtime_client.layers.fingerprints import fingerprint
 from moeplan.solvers.problem.arrays import Int32, Int64
 from moeplan.solvers.problem.layout import EMPTY, Layout
 
@@ -74,8 +73,7 @@ class Placement(Slots):
             )
         super().__init__(layout.slots, group, device)
         self.layout = layout
-        digest = hashlib.blake2b(layout.slots.tobytes() + bytes(str(layout.slots.shape), "ascii"), digest_size=8)
-        self.fingerprint = int.from_bytes(digest.digest(), "little") >> 2
+        self.fingerprint = fingerprint(layout.slots.tobytes(), str(layout.slots.shape).encode())
         tables = (torch.from_numpy(table).to(device) for table in _by_expert(layout))
         self.first, self.several, *self.rounds = tables
 

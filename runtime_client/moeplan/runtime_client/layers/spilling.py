@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from typing import Protocol, Self
 
 import numpy as np
 
-from moeplan.runtime_client.layers.dividing import Division
+from moeplan.runtime_client.layers.dividing import Division, of_rank
+from moeplan.runtime_client.layers.fingerprints import fingerprint
 from moeplan.solvers import SpillOptions, SpillPlan
 from moeplan.solvers.problem.arrays import Int32, Int64
 from moeplan.solvers.problem.layout import EMPTY, Layout
@@ -42,17 +42,13 @@ class MovableSpillPlanner(SpillPlanner, Protocol):
 def planner_fingerprint(planner: SpillPlanner) -> int:
     """Equal on ranks whose planners plan alike, and hardly on others: they would plan other passes."""
     kind = type(planner).__name__, getattr(planner, "settings", ())
-    digest = hashlib.blake2b(repr(kind).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 2 ^ _options_fingerprint(planner.options)
+    return fingerprint(repr(kind).encode()) ^ _options_fingerprint(planner.options)
 
 
 @lru_cache(256)
 def _options_fingerprint(options: SpillOptions) -> int:
-    digest = hashlib.blake2b(digest_size=8)
-    for field in fields(options):
-        value = getattr(options, field.name)
-        digest.update(value.tobytes() if isinstance(value, np.ndarray) else repr(value).encode())
-    return int.from_bytes(digest.digest(), "little") >> 2
+    values = (getattr(options, field.name) for field in fields(options))
+    return fingerprint(*(each.tobytes() if isinstance(each, np.ndarray) else repr(each).encode() for each in values))
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,11 +109,7 @@ class Spilling:
         slots = np.full((devices, width + int(each.max(initial=0))), EMPTY, np.int32)
         slots[:, :width] = self.layout.slots
         slots[to, place] = what
-        send = np.zeros(slots.shape, np.int64)
-        send[hosts.device, hosts.slot] = plan.kept[rank]
-        np.add.at(send, (device, slot), plan.sent[rank])
-        received = np.zeros((slots.shape[1], len(counts)), np.int64)
-        mine, here = hosts.device == rank, device == rank
-        received[hosts.slot[mine]] = plan.kept.T[mine]
-        np.add.at(received, slot[here], plan.sent.T[here])
-        return SpilledPass(slots, send, received.T, plan.load.copy())
+        sent = np.concatenate([plan.kept, plan.sent], axis=1)
+        devices_of, slots_of = np.concatenate([hosts.device, device]), np.concatenate([hosts.slot, slot])
+        send, receive = of_rank(sent, devices_of.astype(np.int32), slots_of.astype(np.int32), slots.shape[1], rank)
+        return SpilledPass(slots, send, receive, plan.load.copy())

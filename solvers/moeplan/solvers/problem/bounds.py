@@ -30,6 +30,7 @@ __all__ = [
     "in_whole_tokens",
     "lower_bound",
     "pigeonhole",
+    "room_for",
 ]
 
 
@@ -125,27 +126,43 @@ def crowding(hot: Float64, speed: Float64, capacity: Int32) -> float:
     beside them, as at most 2 R slots hold no whole expert, the lightest of the others. So at M it has room for so many
     of them at most, and all devices together must have room for K. `capacity` int32[devices], in the order of `speed`.
     """
-    experts, devices = len(hot), len(speed)
-    slots = capacity.sum()
-    spare = slots - experts
+    experts, room = len(hot), capacity.astype(np.int64)
+    spare = room.sum() - experts
     cold = np.zeros(experts + 1)
     for n in range(experts):
         cold[n + 1] = cold[n] + hot[experts - 1 - n]
-    level = np.empty(slots)
     best = 0.0
     step = max(1, (experts - spare) // COUNTS)
     for whole in range(experts - spare, 0, -step):
-        others = experts - whole - spare
-        n = 0
-        for d in range(devices):
-            for i in range(1, capacity[d] + 1):
-                beside = min(others, max(0, capacity[d] - i - 2 * spare))
-                level[n] = np.inf
-                if i <= whole + spare:
-                    level[n] = (cold[others + i] - cold[others] + cold[beside]) / speed[d]
-                n += 1
-        best = max(best, np.partition(level, whole - 1)[whole - 1])
+        best = max(best, room_for(cold, whole, whole + spare, speed, room, room - 2 * spare))
     return best
+
+
+@kernel
+def room_for(light: Float64, placed: int, several: int, speed: Float64, most: Int64, least: Int64) -> float:
+    """The least level at which bins have room for `placed` of the `several` heaviest items, whichever these are.
+
+    A bin with i of them has at least the i lightest, and beside them the lightest of all others as far as it must take
+    more.
+
+    Args:
+        light: float64[items + 1], what 0, 1, ... of the lightest items weigh together.
+        placed: Items that must find a place.
+        several: Heaviest items, of which those are some.
+        speed: float64[bins].
+        most: Most items of each bin.
+        least: Items that each must take.
+    """
+    others = len(light) - 1 - several
+    level = np.full(most.sum(), np.inf)
+    n = 0
+    for b in range(len(speed)):
+        for i in range(1, most[b] + 1):
+            if i <= several:
+                beside = min(others, max(0, least[b] - i))
+                level[n] = (light[others + i] - light[others] + light[beside]) / speed[b]
+            n += 1
+    return np.partition(level, placed - 1)[placed - 1]
 
 
 @kernel

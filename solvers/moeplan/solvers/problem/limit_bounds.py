@@ -15,7 +15,7 @@ from __future__ import annotations
 import numpy as np
 
 from moeplan.solvers.problem.arrays import Bool, Float64, Int32, Int64
-from moeplan.solvers.problem.bounds import COUNTS, bound_of, in_whole_tokens
+from moeplan.solvers.problem.bounds import COUNTS, bound_of, in_whole_tokens, room_for
 from moeplan.solvers.problem.kernel import kernel
 from moeplan.solvers.problem.limits import Limits
 
@@ -145,19 +145,9 @@ def packing(heavy: Float64, fast: Float64, room: Int64, least: Int64) -> float:
     light = np.zeros(units + 1)
     for n in range(units):
         light[n + 1] = light[n] + heavy[units - 1 - n]
-    level = np.empty(room.sum())
     best = 0.0
     for several in range(1, units + 1, max(1, units // COUNTS)):
-        others = units - several
-        n = 0
-        for r in range(len(fast)):
-            for i in range(1, room[r] + 1):
-                level[n] = np.inf
-                if i <= several:
-                    beside = min(others, max(0, least[r] - i))
-                    level[n] = (light[others + i] - light[others] + light[beside]) / fast[r]
-                n += 1
-        best = max(best, np.partition(level, several - 1)[several - 1])
+        best = max(best, room_for(light, several, several, fast, room, least))
     return best
 
 
