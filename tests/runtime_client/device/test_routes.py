@@ -17,8 +17,9 @@ def answer_of(plan: SpillPlan, options: SpillOptions, rank: int, rows: int, away
     answer = np.full(shape.words, -7, np.int32)
     write_answer(
         answer, shape.places(), rank, rows, away, plan.replicas, plan.expert, plan.device,
-        np.ascontiguousarray(plan.sent.T), plan.kept, owners.home, owners.row, owners.order, owners.first,
-        np.zeros((5, max(options.experts, options.devices)), np.int64), np.zeros((3, shape.slots), np.int64),
+        plan.home_quota, np.ascontiguousarray(plan.sent.T), plan.kept,
+        owners.home, owners.row, owners.order, owners.first,
+        np.zeros((4, max(options.experts, options.devices)), np.int64), np.zeros((3, shape.slots), np.int64),
     )  # fmt: skip
     return answer, shape
 

@@ -464,8 +464,8 @@ class DeviceExchange:
                 kernels.total, 4, RANKS=size, COLUMNS=columns, ROW=self.mailbox.columns, TOLD=TOLD, BLOCK=16, CHUNKS=256
             ),
             plan=Launch(
-                kernels.plan, 8, **lanes, TABLE=table, ANSWER=answer.words, REQUEST=REQUEST, LAYER=LAYER,
-                ANSWERED=ANSWERED, ABORTED=ABORTED, BLOCK=1024,
+                kernels.plan, 1, **lanes, TABLE=table, ANSWER=answer.words, REQUEST=REQUEST, LAYER=LAYER,
+                ANSWERED=ANSWERED, ABORTED=ABORTED, BLOCK=4096,
             ),
             place=Launch(
                 kernels.place, 4, RANKS=size, PAIRS=self.pairs, ROWS=self.rows, EXPERTS=experts, COLUMNS=columns,

@@ -245,7 +245,9 @@ def plan(
     ABORTED: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """One block: meet, hand the counts of all ranks to the host's planner, and fetch its answer.
+    """One block of one warp: meet, hand the counts of all ranks to the host's planner, and fetch its answer.
+
+    Each warp would ask for the answer on its own, over a link that takes a microsecond for each question.
 
     Args:
         table: int32[TABLE], counts of all ranks.
@@ -279,8 +281,7 @@ def plan(
         stopped = tl.load(abort, volatile=True)
     fence()
     tl.debug_barrier()
-    # One answer for all warps, which may have left the loop for different reasons.
-    stopped = tl.max(tl.load(abort + tl.zeros([BLOCK], tl.int32), volatile=True))
+    stopped = tl.load(abort, volatile=True)
     if stopped == 0:
         for first in range(0, ANSWER, BLOCK):
             at = first + tl.arange(0, BLOCK)

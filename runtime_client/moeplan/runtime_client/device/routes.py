@@ -125,6 +125,7 @@ def write_answer(
     replicas: int,
     expert: Int64,
     device: Int64,
+    at_home: Int64,
     sent: npt.NDArray[Any],
     kept: npt.NDArray[Any],
     home: Int64,
@@ -148,29 +149,26 @@ def write_answer(
         replicas: Number of transient replicas.
         expert: int64[slots], their experts.
         device: int64[slots], who holds them.
+        at_home: int64[experts], tokens of all sources to the experts at home.
         sent: int[slots, sources], tokens of each source to each.
         kept: int[sources, experts], tokens to the experts at home.
         home: As in `Owners`; so are `row`, `order` and `first`.
-        sums: Scratch int64[5, experts or devices, whichever are more].
+        sums: Scratch int64[4, experts or devices, whichever are more].
         ranked: Scratch int64[3, slots].
     """
     experts, at_first, at_begin, at_target = places[0], places[1], places[2], places[3]
-    at_home, at_lent, at_loans = places[4], places[5], places[6]
-    all_of, earlier, fill, begun = sums[0], sums[1], sums[2], sums[3]
-    held = sums[4]
+    at_ends, at_lent, at_loans = places[4], places[5], places[6]
+    earlier, fill, begun, held = sums[0], sums[1], sums[2], sums[3]
     by_device, slot, goal = ranked[0], ranked[1], ranked[2]
     borrowed = 0
     sources, devices = len(kept), len(first) - 1
     for e in range(experts):
-        all_of[e] = 0
         earlier[e] = 0
         fill[e] = 1
         begun[e] = 0
-    for s in range(sources):
+    for s in range(rank):
         for e in range(experts):
-            if s == rank:
-                earlier[e] = all_of[e]
-            all_of[e] += kept[s, e]
+            earlier[e] += kept[s, e]
 
     # Replicas by borrower, owner and expert.
     for r in range(replicas):
@@ -194,7 +192,7 @@ def write_answer(
     for d in range(devices):
         held[d] = 0
         for i in range(first[d], first[d + 1]):
-            held[d] += all_of[order[i]]
+            held[d] += at_home[order[i]]
         fullest = max(fullest, held[d])
 
     # Lent rows of each device follow one another in that order.
@@ -238,9 +236,9 @@ def write_answer(
                     answer[at_target + fill[e]] = d * rows + end + earlier[e]
                     begun[e] += kept[rank, e]
                     fill[e] += 1
-                    end += all_of[e]
+                    end += at_home[e]
                     if d == rank:
-                        answer[at_home + row[e]] = end
+                        answer[at_ends + row[e]] = end
     for i in range(first[rank], first[rank + 1]):
         for position in range(replicas):
             r = by_device[position]
