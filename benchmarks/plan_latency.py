@@ -106,7 +106,7 @@ def read_by_kernels(answer: Int32, shape: AnswerShape) -> list[slice]:
 def measure(ranks: int, experts: int, number: int, busy: bool, device: torch.device) -> dict[str, Any]:
     """One row."""
     assert dist.group.WORLD is not None
-    group = ExpertGroup(0, ranks, dist.group.WORLD, dist.group.WORLD)
+    group = ExpertGroup(ranks // 2, ranks, dist.group.WORLD, dist.group.WORLD)
     planner = QuotaPlanner(SpillOptions.uniform(experts, ranks, SPARE), ranks)
     exchange = DeviceExchange(
         group, planner, ExpertShape(64, 64), max_tokens=TOKENS, choices=CHOICES, device=device,

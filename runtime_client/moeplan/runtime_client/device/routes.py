@@ -165,17 +165,26 @@ def write_answer(
     for e in range(experts):
         earlier[e] = 0
         fill[e] = 1
-        begun[e] = 0
     for s in range(rank):
         for e in range(experts):
             earlier[e] += kept[s, e]
 
     # Replicas by borrower, owner and expert.
+    for d in range(devices):
+        held[d] = 0
     for r in range(replicas):
-        position = r
-        while position > 0:
+        held[device[r]] += 1
+    end = 0
+    for d in range(devices):
+        end += held[d]
+        held[d] = end - held[d]
+        begun[d] = held[d]
+    for r in range(replicas):
+        position = begun[device[r]]
+        begun[device[r]] += 1
+        while position > held[device[r]]:
             other = by_device[position - 1]
-            if (device[other], home[expert[other]], expert[other]) < (device[r], home[expert[r]], expert[r]):
+            if (home[expert[other]], expert[other]) < (home[expert[r]], expert[r]):
                 break
             by_device[position] = other
             position -= 1
@@ -187,6 +196,7 @@ def write_answer(
         most = max(most, fill[e])
         answer[at_first + e + 1] = answer[at_first + e] + fill[e]
         fill[e] = answer[at_first + e]
+        begun[e] = 0
 
     fullest = 0
     for d in range(devices):
