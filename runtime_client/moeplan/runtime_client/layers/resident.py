@@ -20,6 +20,7 @@ from moeplan.runtime_client.layers.expert_layer import ExpertLayer
 from moeplan.runtime_client.layers.feed_forward import ExpertShape, feed_forward
 from moeplan.runtime_client.layers.lending import Homes, Loan, LoanBuffer, add_loan
 from moeplan.runtime_client.layers.rank_checks import compare_ranks
+from moeplan.runtime_client.layers.repeating import MadePasses
 from moeplan.runtime_client.layers.routing import combine, dispatch, find_route, infers_shapes
 from moeplan.runtime_client.layers.spilling import MovableSpillPlanner, SpillPlanner, planner_fingerprint
 from moeplan.solvers import QuotaPlanner, SpillOptions
@@ -79,6 +80,7 @@ class ResidentExperts(ExpertLayer):
         self.homes = Homes(planner.options.home, group)
         self.buffer = buffer or LoanBuffer()
         self.exchange = exchange
+        self._made: MadePasses[tuple[Homes, Loan]] = MadePasses()
         if exchange is not None:
             exchange.require(shape, planner.options.home, dtype or torch.get_default_dtype())
         self.flat = nn.Parameter(torch.zeros(len(self.homes.owned), shape.elements, dtype=dtype, device=device))
@@ -135,16 +137,22 @@ class ResidentExperts(ExpertLayer):
             turn = Turn(self._number, self._passes, partial(compare_ranks, self.title), self.title, checks)
             return run_pass(self.exchange, turn, self.flat, rows, index, weight, dtype)
         group = self.group
-        fingerprint = self.homes.fingerprint ^ planner_fingerprint(self.planner)
-        counts = self._gather_counts(index, weight, fingerprint)
-        loan = Loan.of(self.planner.plan(counts).require_feasible(), self.homes, group.rank)
+        homes = self.homes
+        means = homes.fingerprint ^ planner_fingerprint(self.planner)
+        counts = self._gather_counts(index, weight, means)
+        made = self._made.repeated(self.title, counts)
+        if made is None:
+            loan = Loan.of(self.planner.plan(counts).require_feasible(), homes, group.rank)
+        else:
+            at, loan = made
+            self._require_at_home(at)
         lending = _Lending(self, loan, dtype) if loan.total else None
         home: Tensor = self.flat
         if lending is not None:
             lending.start(self.flat, "weights.forward")
             home = _Land.apply(home, lending)  # type: ignore[no-untyped-call]
         route = find_route(loan.slots, loan.sent, loan.received, index)
-        owned, width = len(self.homes.owned), self.homes.slots.shape[1]
+        owned, width = len(homes.owned), homes.slots.shape[1]
         at_home, away = route.rows[:owned], route.rows[width : width + loan.borrowed]
         sizes = [sum(at_home)] if lending is None else [sum(at_home), sum(away)]
         arrived = dispatch(group, route, rows, self.traffic, sizes)
@@ -163,7 +171,26 @@ class ResidentExperts(ExpertLayer):
         output = combine(group, route, results, weight, self.traffic, self.finish)
         if lending is not None and output.requires_grad:
             output = _Announce.apply(output, lent, self.flat.detach(), lending)  # type: ignore[no-untyped-call]
+        if output.requires_grad:
+            output.register_hook(lambda _: self._require_at_home(homes))
+            self._made.add(output, counts, means, (homes, loan))
         return output
+
+    def _require_at_home(self, homes: Homes) -> None:
+        """Raise, on every rank alike, if experts have moved since a pass whose backward this is.
+
+        Raises:
+            RuntimeError: they have.
+        """
+        if homes is not self.homes:
+            raise RuntimeError(
+                f"{self.title}: its experts have moved to other homes since the forward pass of this backward. Call "
+                "HomeMoves.step() once all backward passes of a step are over"
+            )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies, which have made no passes."""
+        return super().__getstate__() | {"_made": MadePasses()}
 
 
 class _Lending:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
@@ -17,6 +18,7 @@ from moeplan.runtime_client.group import ExpertGroup, Traffic
 from moeplan.runtime_client.layers.dividing import Division, PlannedLayer
 from moeplan.runtime_client.layers.expert_layer import ExpertLayer
 from moeplan.runtime_client.layers.feed_forward import ExpertShape, feed_forward
+from moeplan.runtime_client.layers.repeating import MadePasses, in_backward
 from moeplan.runtime_client.layers.routing import combine, dispatch, find_route
 from moeplan.runtime_client.layers.sharding import Gathering, Placement, Returning, Slots, shard_width, version_of
 from moeplan.runtime_client.layers.spilling import MovableSpillPlanner, SpilledPass, Spilling, planner_fingerprint
@@ -96,6 +98,7 @@ class FullyShardedExperts(ExpertLayer):
         self._order: list[FullyShardedExperts] = []
         self._ahead: Gathering | None = None
         self._latest: _Pass | None = None
+        self._made: MadePasses[_Made] = MadePasses()
 
     @property
     def layout(self) -> Layout:
@@ -219,21 +222,24 @@ class FullyShardedExperts(ExpertLayer):
     def _run(self, rows: Tensor, index: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
         placement, group = self._placed(), self.group
         follower = self._follower()
-        fingerprint = placement.fingerprint ^ (follower._placement.fingerprint << 1 if follower else 0)
-        fingerprint ^= self._division.fingerprint
+        means = placement.fingerprint ^ self._division.fingerprint
         if self.planner is not None:
-            fingerprint ^= planner_fingerprint(self.planner)
-        counts = self._gather_counts(index, weight, fingerprint & (2**62 - 1))
-        gatherings = [self._take_ahead(dtype) or self._start(placement, dtype, "weights.forward")]
-        slots, send, receive = self.route(counts)
-        width = placement.layout.slots.shape[1]
+            means ^= planner_fingerprint(self.planner)
+        told = means ^ (follower._placement.fingerprint << 1 if follower else 0)
+        counts = self._gather_counts(index, weight, told & (2**62 - 1))
+        made = self._made.repeated(self.title, counts)
+        if made is not None:
+            placement = made.placement
+        gatherings = [self._take_ahead(placement, dtype) or self._start(placement, dtype, "weights.forward")]
+        made = made or _Made(placement, *self.route(counts))
+        slots, width = made.slots, placement.layout.slots.shape[1]
         if slots.shape[1] > width:  # something is lent, as every rank knows
             lent = Slots(slots[:, width:], group, placement.device)
             gatherings.append(self._start(lent, dtype, "weights.forward"))
             placement = Placement(Layout(slots, self.experts), group, placement.device)
         this = _Pass(self, placement, dtype)
         landed: Tensor = _Land.apply(self.shard, this)  # type: ignore[no-untyped-call]
-        route = find_route(slots, send, receive, index)
+        route = find_route(slots, made.send, made.receive, index)
         (arrived,) = dispatch(group, route, rows, self.traffic, [sum(route.receive)])
         if follower is not None:
             follower.prefetch()
@@ -241,10 +247,13 @@ class FullyShardedExperts(ExpertLayer):
         results = feed_forward(self.shape, flat, arrived, [route.rows[slot] for slot in placement.slots])
         if torch.is_grad_enabled() and results.requires_grad:
             results = this.guard(results, flat)
-            if self.reshard and not _in_backward():
+            if self.reshard and not in_backward():
                 this.free(flat)
         output = combine(group, route, [results], weight, self.traffic, self.finish)
-        return this.announce(output) if output.requires_grad else output
+        if output.requires_grad:
+            output = this.announce(output)
+            self._made.add(output, counts, means, made)
+        return output
 
     def prefetch(self) -> None:
         """Start gathering the weights of the next forward pass. Every rank calls it at the same point, or none."""
@@ -261,9 +270,9 @@ class FullyShardedExperts(ExpertLayer):
     def _start(self, placement: Slots, dtype: torch.dtype, purpose: str) -> Gathering:
         return Gathering(self.shard, placement, self.group, dtype, self.traffic, purpose)
 
-    def _take_ahead(self, dtype: torch.dtype) -> Gathering | None:
+    def _take_ahead(self, placement: Placement, dtype: torch.dtype) -> Gathering | None:
         ahead, self._ahead = self._ahead, None
-        now = self._placement, version_of(self.shard), dtype
+        now = placement, version_of(self.shard), dtype
         if ahead is None or (ahead.placement, ahead.version, ahead.dtype) == now:
             return ahead
         # The layout or the weights have changed since, on every rank alike.
@@ -272,13 +281,19 @@ class FullyShardedExperts(ExpertLayer):
 
     def _follower(self) -> FullyShardedExperts | None:
         """The layer to prefetch: none in a recomputation, which runs the layers in another order."""
-        if not self._order or self is self._order[-1] or _in_backward():
+        if not self._order or self is self._order[-1] or in_backward():
             return None
         return self._order[self._order.index(self) + 1]
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies, which are in no chain."""
-        return super().__getstate__() | {"_order": [], "_ahead": None, "_latest": None, "_spilling": None}
+        return super().__getstate__() | {
+            "_order": [],
+            "_ahead": None,
+            "_latest": None,
+            "_spilling": None,
+            "_made": MadePasses(),
+        }
 
 
 def chain(layers: Sequence[FullyShardedExperts]) -> None:
@@ -290,6 +305,16 @@ def chain(layers: Sequence[FullyShardedExperts]) -> None:
     order = list(layers)
     for layer in order:
         layer._order = order
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Made:
+    """What a pass is made with: the placement of the layout, and what `FullyShardedExperts.route` has planned."""
+
+    placement: Placement
+    slots: Int32
+    send: Int64
+    receive: Int64
 
 
 class _Pass:
@@ -424,8 +449,3 @@ class _Announce(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         ctx.this.start()
         return gradient, None
-
-
-def _in_backward() -> bool:
-    """True if autograd is running a backward pass on this thread, as it does while a checkpoint recomputes."""
-    return torch._C._current_graph_task_id() != -1
