@@ -116,10 +116,11 @@ def random_planner(rng: np.random.Generator, options: SpillOptions) -> MovableSp
 def make_sharded(
     rng: np.random.Generator, shape: ExpertShape, experts: int, group: ExpertGroup, lends: bool
 ) -> Sequence[Layer]:
-    planner = random_planner(rng, SpillOptions.uniform(experts, group.size, int(rng.integers(1, 4)))) if lends else None
     rule = sorted(RANK_RULES)[int(rng.integers(len(RANK_RULES)))]
     nodes = int(rng.integers(1, group.size + 1))
     cluster = Cluster.uniform(group.size, 1, nodes=nodes, speed=rng.uniform(0.5, 2, group.size))
+    options = SpillOptions.uniform(experts, group.size, int(rng.integers(1, 4)), speed=cluster.speed)
+    planner = random_planner(rng, options) if lends else None
     reshard = bool(rng.random() < 0.5)
     layers = [
         FullyShardedExperts(

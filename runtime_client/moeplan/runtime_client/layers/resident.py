@@ -22,7 +22,13 @@ from moeplan.runtime_client.layers.lending import Homes, Loan, LoanBuffer, add_l
 from moeplan.runtime_client.layers.rank_checks import compare_ranks
 from moeplan.runtime_client.layers.repeating import MadePasses
 from moeplan.runtime_client.layers.routing import combine, dispatch, find_route, infers_shapes
-from moeplan.runtime_client.layers.spilling import MovableSpillPlanner, SpillPlanner, planner_fingerprint
+from moeplan.runtime_client.layers.spilling import (
+    MovableSpillPlanner,
+    SpillPlanner,
+    planner_fingerprint,
+    require_movable,
+    require_passes,
+)
 from moeplan.solvers import QuotaPlanner, SpillOptions
 from moeplan.solvers.problem.layout import Layout
 
@@ -71,19 +77,32 @@ class ResidentExperts(ExpertLayer):
     ) -> None:
         super().__init__(shape, experts, group, compute_dtype)
         planner = planner or QuotaPlanner(SpillOptions.uniform(experts, group.size, 0), group.size)
-        for name, expected in (("experts", experts), ("devices", group.size)):
-            if getattr(planner.options, name) != expected:
-                raise ValueError(
-                    f"planner.options.{name} = {getattr(planner.options, name)}: the layer has {expected} {name}"
-                )
-        self.planner = planner
+        if planner.options.experts != experts:
+            raise ValueError(f"planner.options.experts = {planner.options.experts}: the layer has {experts}")
+        require_passes(planner, group.size)
         self.homes = Homes(planner.options.home, group)
+        self.planner = planner
         self.buffer = buffer or LoanBuffer()
         self.exchange = exchange
         self._made: MadePasses[tuple[Homes, Loan]] = MadePasses()
         if exchange is not None:
             exchange.require(shape, planner.options.home, dtype or torch.get_default_dtype())
         self.flat = nn.Parameter(torch.zeros(len(self.homes.owned), shape.elements, dtype=dtype, device=device))
+
+    @property
+    def planner(self) -> SpillPlanner:
+        """What lends in the passes that start from now on; not in those of an `exchange`."""
+        return self._planner
+
+    @planner.setter
+    def planner(self, planner: SpillPlanner) -> None:
+        require_passes(planner, self.group.size)
+        if not np.array_equal(planner.options.home, self.homes.device):
+            raise ValueError(
+                f"{self.title}: planner.options.home differs from the homes that the experts have; write "
+                "layer.planner = planner.with_home(layer.homes.device)"
+            )
+        self._planner = planner
 
     @property
     def home_layout(self) -> Layout:
@@ -95,13 +114,15 @@ class ResidentExperts(ExpertLayer):
 
         Raises:
             ValueError: passes run by a `DeviceExchange`, whose tables hold the homes of the start.
+            TypeError: the planner is none whose homes move.
         """
         if self.exchange is not None:
             raise ValueError(
                 f"{self.title}: its passes run by a DeviceExchange, which knows the homes of the start only; make the "
                 "layer without exchange= to move homes"
             )
-        self.planner = cast(MovableSpillPlanner, self.planner).with_home(homes.device.astype(np.int32))
+        require_movable(self.planner)
+        self._planner = cast(MovableSpillPlanner, self.planner).with_home(homes.device.astype(np.int32))
         self.homes = homes
 
     def _take(self, first: int, flat: Tensor) -> list[int]:

@@ -21,7 +21,15 @@ from moeplan.runtime_client.layers.feed_forward import ExpertShape, feed_forward
 from moeplan.runtime_client.layers.repeating import MadePasses, in_backward
 from moeplan.runtime_client.layers.routing import combine, dispatch, find_route
 from moeplan.runtime_client.layers.sharding import Gathering, Placement, Returning, Slots, shard_width, version_of
-from moeplan.runtime_client.layers.spilling import MovableSpillPlanner, SpilledPass, Spilling, planner_fingerprint
+from moeplan.runtime_client.layers.spilling import (
+    MovableSpillPlanner,
+    SpilledPass,
+    Spilling,
+    planner_fingerprint,
+    require_movable,
+    require_passes,
+    require_speed,
+)
 from moeplan.solvers.problem.arrays import Int32, Int64
 from moeplan.solvers.problem.cluster import Cluster
 from moeplan.solvers.problem.layout import Layout
@@ -50,8 +58,8 @@ class FullyShardedExperts(ExpertLayer):
         planner: Lends replicas beyond the layout for single passes, from their known counts, for what the layout did
             not foresee; its homes are those replicas'. By default nothing is lent. What the layout has may be gathered
             ahead, what is lent only once the counts are known.
-        cluster: Speeds, nodes and memory of the ranks' devices, by which tokens are divided and routed; equal devices
-            on one node by default. Give the one that plans are made for.
+        cluster: Speeds, nodes and memory of the ranks' devices, by which tokens are divided and routed; by default
+            devices on one node, as fast as `planner` has them. Give the one that plans are made for.
         expert: What replicas and tokens occupy, where the memory of `cluster` limits a split.
         compute_dtype: Type that weights travel and compute in; by default that of autocast, or else of the parameter.
         reshard: Whether to free the gathered weights after the forward pass and gather them again for the backward.
@@ -83,7 +91,11 @@ class FullyShardedExperts(ExpertLayer):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__(shape, experts, group, compute_dtype)
-        self._division = Division(cluster or Cluster.uniform(group.size, 1), expert, split_rule)
+        if planner is not None:
+            require_passes(planner, group.size)
+        if cluster is None:
+            cluster = Cluster.uniform(group.size, 1, speed=None if planner is None else planner.options.speed)
+        self._division = Division(cluster, expert, split_rule)
         if self._division.cluster.devices != group.size:
             raise ValueError(f"cluster.devices = {self._division.cluster.devices}: the group has {group.size} ranks")
         self.planner = planner
@@ -120,15 +132,10 @@ class FullyShardedExperts(ExpertLayer):
 
     @planner.setter
     def planner(self, planner: MovableSpillPlanner | None) -> None:
-        if planner is not None and not hasattr(planner, "with_home"):
-            raise TypeError(
-                f"planner = a {type(planner).__name__}: has no with_home(home), which makes a planner whose experts "
-                "are at home where the layout has replicas; QuotaPlanner and LlepPlanner have it"
-            )
-        if planner is not None and planner.options.devices != self.group.size:
-            raise ValueError(
-                f"planner.options.devices = {planner.options.devices}: the group has {self.group.size} ranks"
-            )
+        if planner is not None:
+            require_movable(planner)
+            require_passes(planner, self.group.size)
+            require_speed(planner, self._division.cluster)
         self._planner = planner
 
     @property
@@ -138,6 +145,8 @@ class FullyShardedExperts(ExpertLayer):
 
     @plan.setter
     def plan(self, planned: PlannedLayer) -> None:
+        if self.planner is not None:
+            require_speed(self.planner, planned.division.cluster)
         self.layout, self._division = planned
 
     @property
