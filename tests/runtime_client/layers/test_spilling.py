@@ -151,10 +151,10 @@ def test_a_planner_of_other_homes_is_refused() -> None:
     layer = ResidentExperts(ExpertShape(4, 3), 4, ExpertGroup(0, 2))
     other = QuotaPlanner(SpillOptions.uniform(4, 2, 1, home=[0, 1, 0, 1]), 2)
     with pytest.raises(
-        ValueError, match=r"planner\.options\.home differs .* planner\.with_home\(layer\.homes\.device\)"
+        ValueError, match=r"planner\.options\.home differs .* planner\.with_home\(layer\.planner\.options\.home\)"
     ):
         layer.planner = other
-    layer.planner = other.with_home(layer.homes.device)
+    layer.planner = other.with_home(layer.planner.options.home)
     assert layer.planner.options.home.tolist() == [0, 0, 1, 1]
     fixed = ResidentExperts(ExpertShape(4, 3), 4, ExpertGroup(), planner=PlannedReplicas(4, 1, 1))
     with pytest.raises(TypeError, match=r"PlannedReplicas: has no with_home\(home\)"):

@@ -100,7 +100,7 @@ class ResidentExperts(ExpertLayer):
         if not np.array_equal(planner.options.home, self.homes.device):
             raise ValueError(
                 f"{self.title}: planner.options.home differs from the homes that the experts have; write "
-                "layer.planner = planner.with_home(layer.homes.device)"
+                "layer.planner = planner.with_home(layer.planner.options.home)"
             )
         self._planner = planner
 
