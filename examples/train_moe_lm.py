@@ -15,8 +15,8 @@ every `--shift` steps, and with it the experts that are busy. No loss balances t
 in each pass from exact counts. On GPUs of one NVLink domain both run their passes without the host. ``planned`` shards
 every expert over the ranks, and a planner's daemon decides which rank computes which; without a daemon it trains all
 the same. ``both`` lends beyond its layouts, in each pass, what they did not foresee. ``auto`` rehearses two batches,
-times a token and a byte, and has the cost model decide for each block whether its experts are sharded or lent; it says
-why on standard error.
+times a token and a byte, and has the cost model decide for each block whether its experts are resident and lent,
+sharded, or both; it says why on standard error.
 """
 
 from __future__ import annotations
@@ -65,31 +65,40 @@ from moeplan.runtime_client import (
 )
 from moeplan.solvers import QuotaPlanner, SolveParameters, SpillOptions
 
+KINDS = {"planned": "sharded", "both": "both"}
+"""Kind of the experts of all blocks, by mode; others are resident."""
+
 
 def make_layers(mode: str, size: Size, group: ExpertGroup, device: torch.device) -> list[Experts]:
     """The experts of each block, with the same weights in every mode and on any number of ranks."""
     dtype = compute_dtype(device)
     layers: list[Experts] = []
-    kinds = ["sharded" if mode in ("planned", "both") else "resident"] * size.blocks
+    kinds: list[str] = [KINDS.get(mode, "resident")] * size.blocks
+    options = SpillOptions.uniform(size.experts, group.size, 0) if mode == "static" else spill_options(size, group.size)
+    lends, lends_beyond = options, options
     if mode == "auto":
         choices = choose_kinds(size, group, device)
         kinds = [choice.kind for choice in choices]
         for block, choice in enumerate(choices if group.rank == 0 else ()):
             print(f"block {block}: {choice.reason}", file=sys.stderr)
-    options = SpillOptions.uniform(size.experts, group.size, 0) if mode == "static" else spill_options(size, group.size)
-    count = kinds.count("sharded")
+        # What a replica must be lent for depends on links and experts, which are those of all blocks.
+        lends = replace(options, min_tokens=choices[0].resident.min_tokens)
+        lends_beyond = replace(options, min_tokens=choices[0].both.min_tokens)
+    count = size.blocks - kinds.count("resident")
     exchange = device_exchange(size, group, device, options) if count < size.blocks else None
-    lender = QuotaPlanner(options, group.size) if mode == "both" else None
-    sharded = sharded_layers(replace(size, blocks=count), group, device, dtype, planner=lender)
+    sharded = sharded_layers(replace(size, blocks=count), group, device, dtype)
     resident = resident_layers(
         replace(size, blocks=size.blocks - count),
         group,
         device,
-        lambda: QuotaPlanner(options, group.size),
+        lambda: QuotaPlanner(lends, group.size),
         dtype,
         exchange=exchange,
     )
-    layers += [sharded.pop(0) if kind == "sharded" else resident.pop(0) for kind in kinds]
+    for kind in kinds:
+        layers.append(resident.pop(0) if kind == "resident" else sharded.pop(0))
+        if kind == "both":
+            layers[-1].planner = QuotaPlanner(lends_beyond, group.size)
     load_random(size, layers, device)
     return layers
 

@@ -15,12 +15,13 @@ from torch.utils.checkpoint import checkpoint
 
 from moeplan.runtime_client.errors import LayoutMismatchError, RouterError
 from moeplan.runtime_client.group import ExpertGroup
+from moeplan.runtime_client.layers.dividing import Division, PlannedLayer
 from moeplan.runtime_client.layers.feed_forward import ExpertShape
 from moeplan.runtime_client.layers.lending import LoanBuffer
 from moeplan.runtime_client.layers.resident import ResidentExperts
 from moeplan.runtime_client.layers.sharded import FullyShardedExperts, chain
 from moeplan.runtime_client.layers.spilling import MovableSpillPlanner
-from moeplan.solvers import Cluster, LlepPlanner, QuotaPlanner, SpillOptions
+from moeplan.solvers import Cluster, ExpertSpec, LlepPlanner, QuotaPlanner, SpillOptions
 from moeplan.solvers.problem.errors import InfeasibleError
 from moeplan.solvers.problem.layout import Layout
 from moeplan.solvers.problem.split_rules import RANK_RULES
@@ -28,6 +29,7 @@ from moeplan.solvers.problem.split_rules import RANK_RULES
 Launch = Callable[..., list[Any]]
 Layer = FullyShardedExperts | ResidentExperts
 TOLERANCE = 1e-12
+CLUSTER = Cluster.uniform(3, 1)
 
 
 def random_layout(rng: np.random.Generator, experts: int, devices: int) -> Layout:
@@ -114,10 +116,11 @@ def random_planner(rng: np.random.Generator, options: SpillOptions) -> MovableSp
 def make_sharded(
     rng: np.random.Generator, shape: ExpertShape, experts: int, group: ExpertGroup, lends: bool
 ) -> Sequence[Layer]:
-    planner = random_planner(rng, SpillOptions.uniform(experts, group.size, int(rng.integers(1, 4)))) if lends else None
     rule = sorted(RANK_RULES)[int(rng.integers(len(RANK_RULES)))]
     nodes = int(rng.integers(1, group.size + 1))
     cluster = Cluster.uniform(group.size, 1, nodes=nodes, speed=rng.uniform(0.5, 2, group.size))
+    options = SpillOptions.uniform(experts, group.size, int(rng.integers(1, 4)), speed=cluster.speed)
+    planner = random_planner(rng, options) if lends else None
     reshard = bool(rng.random() < 0.5)
     layers = [
         FullyShardedExperts(
@@ -340,6 +343,77 @@ def interleave() -> None:
 
 def test_a_layout_is_frozen_from_forward_to_backward(ranks: Launch) -> None:
     ranks(3, interleave)
+
+
+def recompute_after_changes(kind: str, use_reentrant: bool, alone: bool, same: bool) -> str:
+    """Two passes under activation checkpointing, with changes of what the layer plans by before their backwards.
+
+    Returns:
+        What was told where both have the `same` tokens, and empty otherwise.
+    """
+    group = make_group()
+    rng = np.random.default_rng(11)
+    shape, experts = ExpertShape(6, 4), 5
+    options = SpillOptions.uniform(experts, group.size, 2)
+    planners = [LlepPlanner(options, group.size, min_tokens=least, threshold=1.0) for least in (1, 4, 64)]
+    layer: Layer
+    if kind == "resident":
+        layer = ResidentExperts(shape, experts, group, planner=planners[0], dtype=torch.float64)
+    else:
+        lender = planners[0] if kind == "sharded and lent" else None
+        layer = FullyShardedExperts(shape, experts, group, planner=lender, dtype=torch.float64)
+    flat = torch.from_numpy(rng.standard_normal((experts, shape.elements))).requires_grad_()
+    layer.load_experts(0, flat.detach())
+
+    def change(nth: int) -> None:
+        if layer.planner is not None:
+            layer.planner = planners[nth]
+        if isinstance(layer, FullyShardedExperts):
+            rule = sorted(RANK_RULES)[nth]
+            layer.plan = PlannedLayer(random_layout(rng, experts, group.size), Division(CLUSTER, ExpertSpec(), rule))
+
+    def block(hidden: Tensor, index: Tensor, weight: Tensor) -> Tensor:
+        output = layer(hidden, index, weight)
+        return output if alone else (hidden + output).sin()  # whose backward comes before that of the layer
+
+    batches = [random_batch(rng, group.size, shape, experts) for _ in range(2 - same)]
+    losses = []
+    for nth, batch in enumerate(batches * (1 + same)):
+        change(nth)
+        mine, hidden = batch.part(group.rank), batch.hidden.clone().requires_grad_()
+        out = dense(shape, flat, hidden, batch.index, batch.weight)
+        ((out if alone else (hidden + out).sin()) * batch.target).sum().backward()
+        own = batch.hidden[mine].clone().requires_grad_()
+        out = checkpoint(block, own, batch.index[mine], batch.weight[mine], use_reentrant=use_reentrant)
+        losses.append(((out * batch.target[mine]).sum(), own, gradient_of(hidden)[mine]))
+    change(2)
+    for loss, own, expected in losses[::-1]:
+        if same:
+            with pytest.raises(RuntimeError) as told:
+                loss.backward()
+            return str(told.value)
+        loss.backward(retain_graph=True)
+        change(0)
+        loss.backward()
+        close(gradient_of(own), 2 * expected)
+    compare_weights(layer, gradient_of(layer.weights), 2 * gradient_of(flat))
+    return ""
+
+
+@pytest.mark.parametrize("alone", [True, False])
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("kind", ["sharded", "sharded and lent", "resident"])
+def test_a_recomputation_is_planned_as_its_forward_was(
+    ranks: Launch, kind: str, use_reentrant: bool, alone: bool
+) -> None:
+    ranks(3, recompute_after_changes, kind, use_reentrant, alone, False)
+
+
+@pytest.mark.parametrize("kind", ["sharded", "resident"])
+def test_recomputations_that_cannot_be_told_apart_are_refused_on_all_ranks(ranks: Launch, kind: str) -> None:
+    told = ranks(3, recompute_after_changes, kind, False, False, True)
+    assert told[0] == told[1] == told[2]
+    assert "Set layouts and planners between steps" in told[0]
 
 
 def stale_prefetch() -> None:

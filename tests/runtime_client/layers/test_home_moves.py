@@ -11,17 +11,19 @@ import pytest
 import torch
 import torch.distributed as dist
 from tests.support.expert_groups import make_group
-from tests.support.resident_training import EXPERTS, LAYERS, RANKS, Model, planned, train_step
+from tests.support.resident_training import EXPERTS, LAYERS, RANKS, SHAPE, Model, batch, planned, train_step
 from torch.distributed.checkpoint.state_dict_loader import load as load_checkpoint
 from torch.distributed.checkpoint.state_dict_saver import save as save_checkpoint
 from torch.optim.swa_utils import AveragedModel
+from torch.utils.checkpoint import checkpoint
 
 from moeplan.runtime_client.errors import RanksDifferError
 from moeplan.runtime_client.group import ExpertGroup
 from moeplan.runtime_client.layers.dividing import PlannedLayer
 from moeplan.runtime_client.layers.home_moves import HomeMoves
+from moeplan.runtime_client.layers.resident import ResidentExperts
 from moeplan.runtime_client.models.checkpoint import TrainingState
-from moeplan.solvers import Layout
+from moeplan.solvers import Layout, QuotaPlanner, SpillOptions
 
 Launch = Callable[..., list[Any]]
 LIMIT_S = 240.0
@@ -178,6 +180,65 @@ def leave_behind() -> None:
 
 def test_an_optimizer_that_would_be_left_behind_is_refused(ranks: Launch) -> None:
     ranks(2, leave_behind)
+
+
+def move_before_backward(spare: int, use_reentrant: bool | None) -> tuple[list[str], list[float]]:
+    """Homes of ranks 0 and 1 move between a forward pass and its backward; those of others stay.
+
+    Returns:
+        What backwards told, and the sums of squared gradients of each layer's experts over the ranks.
+    """
+    group = make_group()
+    planner = QuotaPlanner(SpillOptions.uniform(EXPERTS, group.size, spare), group.size)
+    told: list[str] = []
+    sums: list[float] = []
+    for moved in (False, True):
+        torch.manual_seed(0)
+        layer = ResidentExperts(
+            SHAPE, EXPERTS, group, planner=planner, dtype=torch.float64, compute_dtype=torch.float32
+        )
+        layer.load_experts(0, torch.randn(EXPERTS, SHAPE.elements, dtype=torch.float64))
+        moves = HomeMoves([layer])
+        hidden, index, weight = (part.clone() for part in batch(0, 0, group))
+        hidden.requires_grad_()
+        if use_reentrant is None:
+            output = layer(hidden, index, weight)
+        else:
+            output = checkpoint(layer, hidden, index, weight, use_reentrant=use_reentrant)
+        if moved:
+            swapped = layer.home_layout.slots.copy()
+            swapped[[0, 1], 0] = swapped[[1, 0], 0]
+            division = planned(0, group.size)[0].division
+            moves.take([PlannedLayer(Layout(swapped, EXPERTS), division)])
+            moves.finish()
+        try:
+            output.square().sum().backward()
+        except RuntimeError as error:
+            told.append(str(error))
+        else:
+            assert layer.flat.grad is not None
+            everyone = [torch.zeros(EXPERTS, dtype=torch.float64) for _ in range(group.size)]
+            mine = torch.zeros(EXPERTS, dtype=torch.float64)
+            mine[layer.homes.owned] = layer.flat.grad.square().sum(dim=1)
+            dist.all_gather(everyone, mine)
+            sums.append(float((torch.stack(everyone).sum(dim=0) * torch.arange(1, EXPERTS + 1)).sum()))
+    return told, sums
+
+
+@pytest.mark.parametrize("use_reentrant", [None, False])
+@pytest.mark.parametrize("spare", [0, 2])
+def test_homes_that_move_before_a_backward_are_refused_on_all_ranks(
+    ranks: Launch, spare: int, use_reentrant: bool | None
+) -> None:
+    for told, _ in ranks(RANKS, move_before_backward, spare, use_reentrant):
+        assert len(told) == 1
+        assert "its experts have moved to other homes since the forward pass" in told[0]
+
+
+def test_homes_may_move_before_a_checkpoint_runs_all_of_a_pass_again(ranks: Launch) -> None:
+    for told, (expected, actual) in ranks(RANKS, move_before_backward, 2, True):
+        assert not told
+        np.testing.assert_allclose(actual, expected, rtol=1e-4)
 
 
 def test_what_cannot_move_is_refused(ranks: Launch) -> None:

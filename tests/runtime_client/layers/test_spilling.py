@@ -7,11 +7,28 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moeplan.runtime_client import ExpertGroup, ExpertShape, FullyShardedExperts
+from moeplan.runtime_client import (
+    ExpertGroup,
+    ExpertShape,
+    FullyShardedExperts,
+    HomeMoves,
+    PlannedLayer,
+    ResidentExperts,
+)
 from moeplan.runtime_client.integrations.planned_replicas import PlannedReplicas
 from moeplan.runtime_client.layers.dividing import Division
 from moeplan.runtime_client.layers.spilling import Spilling
-from moeplan.solvers import Cluster, Demand, ExpertSpec, Layout, Problem, QuotaPlanner, SpillOptions, solve
+from moeplan.solvers import (
+    Cluster,
+    Demand,
+    ExpertSpec,
+    Layout,
+    LlepPlanner,
+    Problem,
+    QuotaPlanner,
+    SpillOptions,
+    solve,
+)
 from moeplan.solvers.problem.errors import InfeasibleError
 
 
@@ -90,3 +107,55 @@ def test_refusals() -> None:
     layer = FullyShardedExperts(ExpertShape(4, 3), 4, ExpertGroup(0, 2), planner=capped)
     with pytest.raises(InfeasibleError, match="exceeds the cap by"):
         layer.route(np.full((2, 4), 9))
+
+
+def test_a_planner_of_other_speeds_than_the_cluster_is_refused() -> None:
+    group, shape = ExpertGroup(0, 2), ExpertShape(4, 3)
+    cluster = Cluster.uniform(2, 2, speed=[1, 3])
+    equal = QuotaPlanner(SpillOptions.uniform(4, 2, 1), 2)
+    own = QuotaPlanner(SpillOptions.uniform(4, 2, 1, speed=cluster.speed * 2), 2)  # speeds are relative
+    with pytest.raises(
+        ValueError, match=r"planner\.options\.speed = \[1\.0, 1\.0\]: .* cluster\.speed = \[1\.0, 3\.0\]"
+    ):
+        FullyShardedExperts(shape, 4, group, planner=equal, cluster=cluster)
+    layer = FullyShardedExperts(shape, 4, group, planner=own, cluster=cluster)
+    with pytest.raises(ValueError, match=r"SpillOptions\.uniform\(experts, 2, spare, speed=cluster\.speed\)"):
+        layer.planner = equal
+    with pytest.raises(ValueError, match=r"PlannerSession\(cluster=\)"):
+        layer.plan = PlannedLayer(layer.layout, Division(Cluster.uniform(2, 2), ExpertSpec(), "optimal"))
+    assert layer.plan.division.cluster is cluster
+    layer.planner = None
+    # Without a cluster the planner's speeds are those of the ranks.
+    alone = FullyShardedExperts(shape, 4, group, planner=own, layout=Layout(np.array([[0, 1, 2], [2, 3, 0]]), 4))
+    assert alone.device_loads(np.full((2, 4), 10)).tolist() == [20, 60]
+
+
+@pytest.mark.parametrize("kind", [FullyShardedExperts, ResidentExperts])
+def test_a_planner_that_cannot_plan_passes_is_refused_by_what_was_given(
+    kind: type[FullyShardedExperts] | type[ResidentExperts],
+) -> None:
+    group, shape, options = ExpertGroup(0, 2), ExpertShape(4, 3), SpillOptions.uniform(4, 2, 1)
+    layer = kind(shape, 4, group)
+    for planner, told in (
+        (QuotaPlanner(options, 4), r"planner\.sources = 4: the group has 2 ranks.* write QuotaPlanner\(options, 2\)"),
+        (LlepPlanner(options, 1), r"planner\.sources = 1: .* write LlepPlanner\(options, 2\)"),
+        (QuotaPlanner(options, 2, dtype=np.int32), r"planner\.dtype = int32: .* write QuotaPlanner\(options, 2\)"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            kind(shape, 4, group, planner=planner)
+        with pytest.raises(ValueError, match=told):
+            layer.planner = planner
+
+
+def test_a_planner_of_other_homes_is_refused() -> None:
+    layer = ResidentExperts(ExpertShape(4, 3), 4, ExpertGroup(0, 2))
+    other = QuotaPlanner(SpillOptions.uniform(4, 2, 1, home=[0, 1, 0, 1]), 2)
+    with pytest.raises(
+        ValueError, match=r"planner\.options\.home differs .* planner\.with_home\(layer\.planner\.options\.home\)"
+    ):
+        layer.planner = other
+    layer.planner = other.with_home(layer.planner.options.home)
+    assert layer.planner.options.home.tolist() == [0, 0, 1, 1]
+    fixed = ResidentExperts(ExpertShape(4, 3), 4, ExpertGroup(), planner=PlannedReplicas(4, 1, 1))
+    with pytest.raises(TypeError, match=r"PlannedReplicas: has no with_home\(home\)"):
+        HomeMoves([fixed])

@@ -20,6 +20,7 @@ from moeplan.runtime_client.group import Transfer
 from moeplan.runtime_client.layers.dividing import PlannedLayer
 from moeplan.runtime_client.layers.fingerprints import fingerprint
 from moeplan.runtime_client.layers.resident import ResidentExperts
+from moeplan.runtime_client.layers.spilling import require_speed
 from moeplan.solvers.problem.arrays import Int64
 from moeplan.solvers.problem.layout import Layout
 
@@ -94,7 +95,8 @@ class HomeMoves(Stateful):
             plan: A layout of one replica per expert for each layer, as a session brings them.
 
         Raises:
-            ValueError: an expert has several replicas, or a rank would own another number of experts than it does.
+            ValueError: an expert has several replicas, a rank would own another number of experts than it does, or the
+                plan is for other speeds than those by which the layer's planner lends.
         """
         goal = []
         for layer, planned in zip(self._layers, plan, strict=True):
@@ -104,6 +106,7 @@ class HomeMoves(Stateful):
                     f"{layer.title}: the plan has {len(hosts.device)} replicas of {layer.experts} experts, and homes "
                     "are one each; create the job with spill_slots="
                 )
+            require_speed(layer.planner, planned.division.cluster)
             goal.append(hosts.device.astype(np.int64))
             self._require_room(layer, goal[-1])
         self._goal = goal

@@ -20,8 +20,15 @@ from moeplan.runtime_client.layers.expert_layer import ExpertLayer
 from moeplan.runtime_client.layers.feed_forward import ExpertShape, feed_forward
 from moeplan.runtime_client.layers.lending import Homes, Loan, LoanBuffer, add_loan
 from moeplan.runtime_client.layers.rank_checks import compare_ranks
+from moeplan.runtime_client.layers.repeating import MadePasses
 from moeplan.runtime_client.layers.routing import combine, dispatch, find_route, infers_shapes
-from moeplan.runtime_client.layers.spilling import MovableSpillPlanner, SpillPlanner, planner_fingerprint
+from moeplan.runtime_client.layers.spilling import (
+    MovableSpillPlanner,
+    SpillPlanner,
+    planner_fingerprint,
+    require_movable,
+    require_passes,
+)
 from moeplan.solvers import QuotaPlanner, SpillOptions
 from moeplan.solvers.problem.layout import Layout
 
@@ -70,18 +77,32 @@ class ResidentExperts(ExpertLayer):
     ) -> None:
         super().__init__(shape, experts, group, compute_dtype)
         planner = planner or QuotaPlanner(SpillOptions.uniform(experts, group.size, 0), group.size)
-        for name, expected in (("experts", experts), ("devices", group.size)):
-            if getattr(planner.options, name) != expected:
-                raise ValueError(
-                    f"planner.options.{name} = {getattr(planner.options, name)}: the layer has {expected} {name}"
-                )
-        self.planner = planner
+        if planner.options.experts != experts:
+            raise ValueError(f"planner.options.experts = {planner.options.experts}: the layer has {experts}")
+        require_passes(planner, group.size)
         self.homes = Homes(planner.options.home, group)
+        self.planner = planner
         self.buffer = buffer or LoanBuffer()
         self.exchange = exchange
+        self._made: MadePasses[tuple[Homes, Loan]] = MadePasses()
         if exchange is not None:
             exchange.require(shape, planner.options.home, dtype or torch.get_default_dtype())
         self.flat = nn.Parameter(torch.zeros(len(self.homes.owned), shape.elements, dtype=dtype, device=device))
+
+    @property
+    def planner(self) -> SpillPlanner:
+        """What lends in the passes that start from now on; not in those of an `exchange`."""
+        return self._planner
+
+    @planner.setter
+    def planner(self, planner: SpillPlanner) -> None:
+        require_passes(planner, self.group.size)
+        if not np.array_equal(planner.options.home, self.homes.device):
+            raise ValueError(
+                f"{self.title}: planner.options.home differs from the homes that the experts have; write "
+                "layer.planner = planner.with_home(layer.planner.options.home)"
+            )
+        self._planner = planner
 
     @property
     def home_layout(self) -> Layout:
@@ -93,13 +114,15 @@ class ResidentExperts(ExpertLayer):
 
         Raises:
             ValueError: passes run by a `DeviceExchange`, whose tables hold the homes of the start.
+            TypeError: the planner is none whose homes move.
         """
         if self.exchange is not None:
             raise ValueError(
                 f"{self.title}: its passes run by a DeviceExchange, which knows the homes of the start only; make the "
                 "layer without exchange= to move homes"
             )
-        self.planner = cast(MovableSpillPlanner, self.planner).with_home(homes.device.astype(np.int32))
+        require_movable(self.planner)
+        self._planner = cast(MovableSpillPlanner, self.planner).with_home(homes.device.astype(np.int32))
         self.homes = homes
 
     def _take(self, first: int, flat: Tensor) -> list[int]:
@@ -135,16 +158,22 @@ class ResidentExperts(ExpertLayer):
             turn = Turn(self._number, self._passes, partial(compare_ranks, self.title), self.title, checks)
             return run_pass(self.exchange, turn, self.flat, rows, index, weight, dtype)
         group = self.group
-        fingerprint = self.homes.fingerprint ^ planner_fingerprint(self.planner)
-        counts = self._gather_counts(index, weight, fingerprint)
-        loan = Loan.of(self.planner.plan(counts).require_feasible(), self.homes, group.rank)
+        homes = self.homes
+        means = homes.fingerprint ^ planner_fingerprint(self.planner)
+        counts = self._gather_counts(index, weight, means)
+        made = self._made.repeated(self.title, counts)
+        if made is None:
+            loan = Loan.of(self.planner.plan(counts).require_feasible(), homes, group.rank)
+        else:
+            at, loan = made
+            self._require_at_home(at)
         lending = _Lending(self, loan, dtype) if loan.total else None
         home: Tensor = self.flat
         if lending is not None:
             lending.start(self.flat, "weights.forward")
             home = _Land.apply(home, lending)  # type: ignore[no-untyped-call]
         route = find_route(loan.slots, loan.sent, loan.received, index)
-        owned, width = len(self.homes.owned), self.homes.slots.shape[1]
+        owned, width = len(homes.owned), homes.slots.shape[1]
         at_home, away = route.rows[:owned], route.rows[width : width + loan.borrowed]
         sizes = [sum(at_home)] if lending is None else [sum(at_home), sum(away)]
         arrived = dispatch(group, route, rows, self.traffic, sizes)
@@ -163,7 +192,26 @@ class ResidentExperts(ExpertLayer):
         output = combine(group, route, results, weight, self.traffic, self.finish)
         if lending is not None and output.requires_grad:
             output = _Announce.apply(output, lent, self.flat.detach(), lending)  # type: ignore[no-untyped-call]
+        if output.requires_grad:
+            output.register_hook(lambda _: self._require_at_home(homes))
+            self._made.add(output, counts, means, (homes, loan))
         return output
+
+    def _require_at_home(self, homes: Homes) -> None:
+        """Raise, on every rank alike, if experts have moved since a pass whose backward this is.
+
+        Raises:
+            RuntimeError: they have.
+        """
+        if homes is not self.homes:
+            raise RuntimeError(
+                f"{self.title}: its experts have moved to other homes since the forward pass of this backward. Call "
+                "HomeMoves.step() once all backward passes of a step are over"
+            )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies, which have made no passes."""
+        return super().__getstate__() | {"_made": MadePasses()}
 
 
 class _Lending:

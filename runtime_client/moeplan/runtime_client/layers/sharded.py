@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
@@ -17,9 +18,18 @@ from moeplan.runtime_client.group import ExpertGroup, Traffic
 from moeplan.runtime_client.layers.dividing import Division, PlannedLayer
 from moeplan.runtime_client.layers.expert_layer import ExpertLayer
 from moeplan.runtime_client.layers.feed_forward import ExpertShape, feed_forward
+from moeplan.runtime_client.layers.repeating import MadePasses, in_backward
 from moeplan.runtime_client.layers.routing import combine, dispatch, find_route
 from moeplan.runtime_client.layers.sharding import Gathering, Placement, Returning, Slots, shard_width, version_of
-from moeplan.runtime_client.layers.spilling import MovableSpillPlanner, SpilledPass, Spilling, planner_fingerprint
+from moeplan.runtime_client.layers.spilling import (
+    MovableSpillPlanner,
+    SpilledPass,
+    Spilling,
+    planner_fingerprint,
+    require_movable,
+    require_passes,
+    require_speed,
+)
 from moeplan.solvers.problem.arrays import Int32, Int64
 from moeplan.solvers.problem.cluster import Cluster
 from moeplan.solvers.problem.layout import Layout
@@ -48,8 +58,8 @@ class FullyShardedExperts(ExpertLayer):
         planner: Lends replicas beyond the layout for single passes, from their known counts, for what the layout did
             not foresee; its homes are those replicas'. By default nothing is lent. What the layout has may be gathered
             ahead, what is lent only once the counts are known.
-        cluster: Speeds, nodes and memory of the ranks' devices, by which tokens are divided and routed; equal devices
-            on one node by default. Give the one that plans are made for.
+        cluster: Speeds, nodes and memory of the ranks' devices, by which tokens are divided and routed; by default
+            devices on one node, as fast as `planner` has them. Give the one that plans are made for.
         expert: What replicas and tokens occupy, where the memory of `cluster` limits a split.
         compute_dtype: Type that weights travel and compute in; by default that of autocast, or else of the parameter.
         reshard: Whether to free the gathered weights after the forward pass and gather them again for the backward.
@@ -81,7 +91,11 @@ class FullyShardedExperts(ExpertLayer):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__(shape, experts, group, compute_dtype)
-        self._division = Division(cluster or Cluster.uniform(group.size, 1), expert, split_rule)
+        if planner is not None:
+            require_passes(planner, group.size)
+        if cluster is None:
+            cluster = Cluster.uniform(group.size, 1, speed=None if planner is None else planner.options.speed)
+        self._division = Division(cluster, expert, split_rule)
         if self._division.cluster.devices != group.size:
             raise ValueError(f"cluster.devices = {self._division.cluster.devices}: the group has {group.size} ranks")
         self.planner = planner
@@ -96,6 +110,7 @@ class FullyShardedExperts(ExpertLayer):
         self._order: list[FullyShardedExperts] = []
         self._ahead: Gathering | None = None
         self._latest: _Pass | None = None
+        self._made: MadePasses[_Made] = MadePasses()
 
     @property
     def layout(self) -> Layout:
@@ -117,15 +132,10 @@ class FullyShardedExperts(ExpertLayer):
 
     @planner.setter
     def planner(self, planner: MovableSpillPlanner | None) -> None:
-        if planner is not None and not hasattr(planner, "with_home"):
-            raise TypeError(
-                f"planner = a {type(planner).__name__}: has no with_home(home), which makes a planner whose experts "
-                "are at home where the layout has replicas; QuotaPlanner and LlepPlanner have it"
-            )
-        if planner is not None and planner.options.devices != self.group.size:
-            raise ValueError(
-                f"planner.options.devices = {planner.options.devices}: the group has {self.group.size} ranks"
-            )
+        if planner is not None:
+            require_movable(planner)
+            require_passes(planner, self.group.size)
+            require_speed(planner, self._division.cluster)
         self._planner = planner
 
     @property
@@ -135,6 +145,8 @@ class FullyShardedExperts(ExpertLayer):
 
     @plan.setter
     def plan(self, planned: PlannedLayer) -> None:
+        if self.planner is not None:
+            require_speed(self.planner, planned.division.cluster)
         self.layout, self._division = planned
 
     @property
@@ -219,21 +231,24 @@ class FullyShardedExperts(ExpertLayer):
     def _run(self, rows: Tensor, index: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
         placement, group = self._placed(), self.group
         follower = self._follower()
-        fingerprint = placement.fingerprint ^ (follower._placement.fingerprint << 1 if follower else 0)
-        fingerprint ^= self._division.fingerprint
+        means = placement.fingerprint ^ self._division.fingerprint
         if self.planner is not None:
-            fingerprint ^= planner_fingerprint(self.planner)
-        counts = self._gather_counts(index, weight, fingerprint & (2**62 - 1))
-        gatherings = [self._take_ahead(dtype) or self._start(placement, dtype, "weights.forward")]
-        slots, send, receive = self.route(counts)
-        width = placement.layout.slots.shape[1]
+            means ^= planner_fingerprint(self.planner)
+        told = means ^ (follower._placement.fingerprint << 1 if follower else 0)
+        counts = self._gather_counts(index, weight, told & (2**62 - 1))
+        made = self._made.repeated(self.title, counts)
+        if made is not None:
+            placement = made.placement
+        gatherings = [self._take_ahead(placement, dtype) or self._start(placement, dtype, "weights.forward")]
+        made = made or _Made(placement, *self.route(counts))
+        slots, width = made.slots, placement.layout.slots.shape[1]
         if slots.shape[1] > width:  # something is lent, as every rank knows
             lent = Slots(slots[:, width:], group, placement.device)
             gatherings.append(self._start(lent, dtype, "weights.forward"))
             placement = Placement(Layout(slots, self.experts), group, placement.device)
         this = _Pass(self, placement, dtype)
         landed: Tensor = _Land.apply(self.shard, this)  # type: ignore[no-untyped-call]
-        route = find_route(slots, send, receive, index)
+        route = find_route(slots, made.send, made.receive, index)
         (arrived,) = dispatch(group, route, rows, self.traffic, [sum(route.receive)])
         if follower is not None:
             follower.prefetch()
@@ -241,10 +256,13 @@ class FullyShardedExperts(ExpertLayer):
         results = feed_forward(self.shape, flat, arrived, [route.rows[slot] for slot in placement.slots])
         if torch.is_grad_enabled() and results.requires_grad:
             results = this.guard(results, flat)
-            if self.reshard and not _in_backward():
+            if self.reshard and not in_backward():
                 this.free(flat)
         output = combine(group, route, [results], weight, self.traffic, self.finish)
-        return this.announce(output) if output.requires_grad else output
+        if output.requires_grad:
+            output = this.announce(output)
+            self._made.add(output, counts, means, made)
+        return output
 
     def prefetch(self) -> None:
         """Start gathering the weights of the next forward pass. Every rank calls it at the same point, or none."""
@@ -261,9 +279,9 @@ class FullyShardedExperts(ExpertLayer):
     def _start(self, placement: Slots, dtype: torch.dtype, purpose: str) -> Gathering:
         return Gathering(self.shard, placement, self.group, dtype, self.traffic, purpose)
 
-    def _take_ahead(self, dtype: torch.dtype) -> Gathering | None:
+    def _take_ahead(self, placement: Placement, dtype: torch.dtype) -> Gathering | None:
         ahead, self._ahead = self._ahead, None
-        now = self._placement, version_of(self.shard), dtype
+        now = placement, version_of(self.shard), dtype
         if ahead is None or (ahead.placement, ahead.version, ahead.dtype) == now:
             return ahead
         # The layout or the weights have changed since, on every rank alike.
@@ -272,13 +290,19 @@ class FullyShardedExperts(ExpertLayer):
 
     def _follower(self) -> FullyShardedExperts | None:
         """The layer to prefetch: none in a recomputation, which runs the layers in another order."""
-        if not self._order or self is self._order[-1] or _in_backward():
+        if not self._order or self is self._order[-1] or in_backward():
             return None
         return self._order[self._order.index(self) + 1]
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies, which are in no chain."""
-        return super().__getstate__() | {"_order": [], "_ahead": None, "_latest": None, "_spilling": None}
+        return super().__getstate__() | {
+            "_order": [],
+            "_ahead": None,
+            "_latest": None,
+            "_spilling": None,
+            "_made": MadePasses(),
+        }
 
 
 def chain(layers: Sequence[FullyShardedExperts]) -> None:
@@ -290,6 +314,16 @@ def chain(layers: Sequence[FullyShardedExperts]) -> None:
     order = list(layers)
     for layer in order:
         layer._order = order
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Made:
+    """What a pass is made with: the placement of the layout, and what `FullyShardedExperts.route` has planned."""
+
+    placement: Placement
+    slots: Int32
+    send: Int64
+    receive: Int64
 
 
 class _Pass:
@@ -424,8 +458,3 @@ class _Announce(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         ctx.this.start()
         return gradient, None
-
-
-def _in_backward() -> bool:
-    """True if autograd is running a backward pass on this thread, as it does while a checkpoint recomputes."""
-    return torch._C._current_graph_task_id() != -1

@@ -12,9 +12,19 @@ from moeplan.runtime_client.layers.dividing import Division, of_rank
 from moeplan.runtime_client.layers.fingerprints import fingerprint
 from moeplan.solvers import SpillOptions, SpillPlan
 from moeplan.solvers.problem.arrays import Int32, Int64
+from moeplan.solvers.problem.cluster import Cluster
 from moeplan.solvers.problem.layout import EMPTY, Layout
 
-__all__ = ["MovableSpillPlanner", "SpillPlanner", "SpilledPass", "Spilling", "planner_fingerprint"]
+__all__ = [
+    "MovableSpillPlanner",
+    "SpillPlanner",
+    "SpilledPass",
+    "Spilling",
+    "planner_fingerprint",
+    "require_movable",
+    "require_passes",
+    "require_speed",
+]
 
 
 class SpillPlanner(Protocol):
@@ -37,6 +47,55 @@ class MovableSpillPlanner(SpillPlanner, Protocol):
     def with_home(self, home: Int32) -> Self:
         """A planner that differs in the homes only."""
         ...
+
+
+def require_passes(planner: SpillPlanner, ranks: int) -> None:
+    """Refuse a planner that cannot plan the passes of a group of `ranks`.
+
+    Raises:
+        ValueError: it was made for another number of devices or sources, or for counts of another type.
+    """
+    kind, devices = type(planner).__name__, planner.options.devices
+    if devices != ranks:
+        raise ValueError(f"planner.options.devices = {devices}: the group has {ranks} ranks")
+    sources = getattr(planner, "sources", ranks)
+    if sources != ranks:
+        raise ValueError(
+            f"planner.sources = {sources}: the group has {ranks} ranks, which all route tokens; write "
+            f"{kind}(options, {ranks})"
+        )
+    dtype = getattr(planner, "dtype", np.int64)
+    if dtype != np.int64:
+        raise ValueError(f"planner.dtype = {dtype}: passes count in int64; write {kind}(options, {ranks})")
+
+
+def require_movable(planner: SpillPlanner) -> None:
+    """Refuse a planner whose homes are for ever.
+
+    Raises:
+        TypeError: they are.
+    """
+    if not hasattr(planner, "with_home"):
+        raise TypeError(
+            f"planner = a {type(planner).__name__}: has no with_home(home), which makes a planner that differs in the "
+            "homes only; QuotaPlanner and LlepPlanner have it"
+        )
+
+
+def require_speed(planner: SpillPlanner, cluster: Cluster) -> None:
+    """Refuse a planner that takes other ranks to be fast than the cluster by which a layout is planned and divided.
+
+    Raises:
+        ValueError: it does.
+    """
+    own, other = planner.options.speed, cluster.speed
+    if not np.allclose(own * other[0], other * own[0], rtol=1e-9, atol=0):
+        raise ValueError(
+            f"planner.options.speed = {own.tolist()}: layouts are planned, and their tokens divided, for cluster.speed "
+            f"= {other.tolist()}. Give the planner the same:\n"
+            f"    SpillOptions.uniform(experts, {len(own)}, spare, speed=cluster.speed)\n"
+            "or the cluster, to the layer and to PlannerSession(cluster=)"
+        )
 
 
 def planner_fingerprint(planner: SpillPlanner) -> int:

@@ -1,1 +1,1 @@
-"""Which kind of experts a layer should have, by the cost model: fully sharded ones, or resident ones that spill."""
+"""Which kind of experts a layer should have, by the cost model: resident ones that spill, sharded ones, or both."""
