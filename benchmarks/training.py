@@ -8,11 +8,11 @@
 
 Modes: `force-balanced` has a router that deals tokens out evenly to static experts: what the best balancing could
 reach. `static` is plain expert parallelism; `quota` and `llep` lend experts in each pass; `sharded` experts have a
-layout that is perfect for the step before, and `sharded-quota` ones lend beyond it. `static-device` and `quota-device`
-run passes without the host, and beside them `force-balanced-device`; shares are of the faster of both force-balanced
-ones. Routing: `text` is what the routers choose, which have been trained for some steps on the example's text; `trace`
-deals tokens out by the last steps of the recorded trace in `examples/traces`, with the busiest experts on the first
-ranks; `skewed` has the squares of its loads.
+layout that is perfect for the step before, `sharded-quota` ones lend beyond it, and `sharded-device` ones travel by
+copy engines. `static-device` and `quota-device` run passes without the host, and beside them `force-balanced-device`;
+shares are of the faster of both force-balanced ones. Routing: `text` is what the routers choose, which have been
+trained for some steps on the example's text; `trace` deals tokens out by the last steps of the recorded trace in
+`examples/traces`, with the busiest experts on the first ranks; `skewed` has the squares of its loads.
 
 Every rank is a process for this checkout, and one for each other checkout given, with the same weights, seeds and
 text; they take turns. Weights stay as they are while steps are measured (the optimizer runs with a rate of zero), so
@@ -54,7 +54,7 @@ HERE = Path(__file__).resolve()
 ROOTS = ("solvers", "planner", "runtime_client", "proto")
 MODES = ("quota", "llep", "sharded")
 LENDING = "sharded-quota"
-DEVICE_MODES = ("static-device", "quota-device")
+DEVICE_MODES = ("static-device", "quota-device", "sharded-device")
 SAMPLED = ("ms", "forward", "backward", "optimizer", "memory", "imbalance")
 SIZES = ("tiny", "small", "large", "wide", "fine", "gpt-oss")
 ROUTINGS = ("text", "trace", "skewed")
@@ -211,7 +211,7 @@ def measure_size(
         print(f"{size}: losses after {arguments.train} steps {losses}", flush=True)
     modes = ["static", *arguments.mode]
     even = ["force-balanced"]
-    if set(DEVICE_MODES) & set(modes):
+    if {"static-device", "quota-device"} & set(modes):
         even.append("force-balanced-device")
     cases = [*(("even", mode) for mode in even), *((routing, mode) for routing in arguments.routing for mode in modes)]
     rows: dict[tuple[str, str, str], Result] = {}

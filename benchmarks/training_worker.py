@@ -191,6 +191,7 @@ class Bench:
         self.train_steps, self.steps = train, steps
         self.layers, self.memory = self._make_layers()
         self.is_sharded = False
+        self.copied: Sequence[FullyShardedExperts] = ()
         self.model = Model(self.size, self.layers["static"]).to(device)
         self.routers = [Dealt(block.get_submodule("router")) for block in self.model.blocks]
         for block, router in zip(self.model.blocks, self.routers, strict=True):
@@ -378,6 +379,8 @@ class Bench:
     def _step(self, text: Tensor, times: Times | None = None) -> Tensor:
         mark = times.mark if times else lambda: None
         mark()
+        for first in self.copied[:1]:  # its weights arrive beside what comes before it
+            first.prefetch()
         loss: Tensor = self.model(text)
         mark()
         self._backward(loss)
@@ -433,23 +436,36 @@ class Bench:
         self._watch(layers)
         return layers
 
-    def _lending_layers(self) -> list[FullyShardedExperts]:
-        """The sharded experts, which lend beyond their layouts."""
-        size, group = self.size, self.group
-        planner = QuotaPlanner(spill_options(size, group.size), group.size)
-        layers = sharded_layers(size, group, "meta", compute_dtype(self.device), planner=planner)
+    def _more_sharded(self, **shared: Any) -> list[FullyShardedExperts]:
+        """The sharded experts, whose layers share a planner or a memory."""
+        layers = sharded_layers(self.size, self.group, "meta", compute_dtype(self.device), **shared)
         for layer, first in zip(layers, self.layers["sharded"], strict=True):
             layer.shard = first.weights
         self._watch(layers)
         return layers
 
-    def _enter(self, mode: str) -> None:
-        if mode.endswith("-device") and mode not in self.layers:
-            static, spare = self._device_layers(0), spill_options(self.size, self.group.size).spare[0]
+    def _make_layers_of(self, mode: str) -> None:
+        """The layers of a mode that other checkouts may not have."""
+        size, group = self.size, self.group
+        spill = spill_options(size, group.size)
+        if mode == "sharded-quota":
+            self.layers[mode] = self._more_sharded(planner=QuotaPlanner(spill, group.size))
+        elif mode == "sharded-device":
+            from moeplan.runtime_client import ShardMemory
+
+            slots = -(-size.experts // group.size) + 1
+            memory = ShardMemory(group, size.shape.elements, size.experts, slots=slots, device=self.device)
+            self.layers[mode] = self._more_sharded(memory=memory)
+        else:
+            static = self._device_layers(0)
             self.layers |= {"force-balanced-device": static, "static-device": static}
-            self.layers["quota-device"] = self._device_layers(int(spare))
-        if mode == "sharded-quota" and mode not in self.layers:
-            self.layers[mode] = self._lending_layers()
+            self.layers["quota-device"] = self._device_layers(int(spill.spare[0]))
+
+    def _enter(self, mode: str) -> None:
+        if mode not in self.layers:
+            self._make_layers_of(mode)
+        copied = self.layers[mode] if mode == "sharded-device" else ()
+        self.copied = [layer for layer in copied if isinstance(layer, FullyShardedExperts)]
         if self.is_sharded != mode.startswith("sharded"):
             self.is_sharded = mode.startswith("sharded")
             for memory in self.memory:

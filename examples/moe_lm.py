@@ -196,12 +196,12 @@ def resident_layers(
 
 
 def sharded_layers(
-    size: Size, group: ExpertGroup, device: torch.device | str, dtype: torch.dtype, **lending: Any
+    size: Size, group: ExpertGroup, device: torch.device | str, dtype: torch.dtype, **shared: Any
 ) -> list[FullyShardedExperts]:
-    """The experts of each block, each in equal parts on all ranks; `planner` as there."""
+    """The experts of each block, each in equal parts on all ranks; `planner` and `memory` as there."""
     layers = [
         FullyShardedExperts(
-            size.shape, size.experts, group, compute_dtype=dtype, device=device, reshard=False, **lending
+            size.shape, size.experts, group, compute_dtype=dtype, device=device, reshard=False, **shared
         )
         for _ in range(size.blocks)
     ]

@@ -2,6 +2,7 @@
 
 from .device.break_even import measure_transfer
 from .device.exchange import DeviceExchange
+from .device.shard_memory import ShardMemory
 from .errors import AgreementError, LayoutMismatchError, MissedPassError, PassError, RanksDifferError, RouterError
 from .group import ExpertGroup, Traffic
 from .layers.base_router import BaseRouter
@@ -46,6 +47,7 @@ __all__ = [
     "Recorder",
     "ResidentExperts",
     "RouterError",
+    "ShardMemory",
     "SpillPlanner",
     "StreamStatus",
     "TraceRing",

@@ -1,6 +1,9 @@
-"""Passes without the host on real GPUs, against the same layer on NCCL. One process for each GPU:
+"""Passes without the host, and copies of sharded experts, on real GPUs, against the same layers on NCCL. One process
+for each GPU:
 
 torchrun --nproc-per-node 2 tests/runtime_client/device/gpu_checks.py
+
+Where there are fewer GPUs than processes they share one, on gloo instead of NCCL, which is slower and no less exact.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -19,12 +23,15 @@ from torch.utils.checkpoint import checkpoint
 
 from moeplan.runtime_client.device.break_even import measure_transfer
 from moeplan.runtime_client.device.exchange import DeviceExchange
+from moeplan.runtime_client.device.shard_memory import ShardMemory
 from moeplan.runtime_client.errors import MissedPassError, PassError, RouterError
 from moeplan.runtime_client.group import ExpertGroup
 from moeplan.runtime_client.layers.feed_forward import ExpertShape
 from moeplan.runtime_client.layers.resident import ResidentExperts
+from moeplan.runtime_client.layers.sharded import FullyShardedExperts, chain
 from moeplan.solvers import QuotaPlanner, SpillOptions
 from moeplan.solvers.problem.errors import InfeasibleError
+from moeplan.solvers.problem.layout import Layout
 
 SHAPE, EXPERTS, CHOICES, TOKENS = ExpertShape(256, 384), 12, 2, 1000
 ROUNDING = 2**-8  # of bfloat16
@@ -60,6 +67,41 @@ class Ranks:
                 layer.load_experts(0, flat / SHAPE.hidden**0.5)
             kinds.append(layers)
         return kinds[0], kinds[1], exchange
+
+    def sharded(
+        self, *, dtype: torch.dtype = torch.float32, reshard: bool = True, count: int = 3, **limits: object
+    ) -> tuple[list[FullyShardedExperts], list[FullyShardedExperts], ShardMemory]:
+        """Layers on NCCL, and by copy engines, with equal weights."""
+        group = self.group
+        arguments = {"slots": EXPERTS, "device": self.device} | limits
+        memory = ShardMemory(group, SHAPE.elements, EXPERTS, **arguments)  # type: ignore[arg-type]
+        kinds = []
+        for own in (None, memory):
+            layers = [
+                FullyShardedExperts(
+                    SHAPE, EXPERTS, group, memory=own, reshard=reshard, compute_dtype=torch.bfloat16, dtype=dtype,
+                    device=self.device,
+                )
+                for _ in range(count)
+            ]  # fmt: skip
+            for number, layer in enumerate(layers):
+                random = torch.Generator(self.device).manual_seed(number)
+                flat = torch.randn(EXPERTS, SHAPE.elements, generator=random, device=self.device)
+                layer.load_experts(0, flat / SHAPE.hidden**0.5)
+            chain(layers)
+            kinds.append(layers)
+        return kinds[0], kinds[1], memory
+
+    def place(self, layers: list[FullyShardedExperts], seed: int) -> None:
+        """Give each layer a layout with any number of replicas."""
+        rng, devices = np.random.default_rng(seed), self.group.size
+        for layer in layers:
+            placed = rng.random((devices, EXPERTS)) < rng.choice([0.0, 0.3, 0.8])
+            placed[rng.integers(devices, size=EXPERTS), np.arange(EXPERTS)] = True
+            slots = np.full((devices, EXPERTS), -1, np.int32)
+            for device, held in enumerate(placed):
+                slots[device, : held.sum()] = rng.permutation(np.flatnonzero(held))
+            layer.layout = Layout(slots, EXPERTS)
 
     def exact(self, layers: list[ResidentExperts]) -> list[ResidentExperts]:
         """The same layers in double precision, on NCCL."""
@@ -344,17 +386,141 @@ def loan_has_a_price(ranks: Ranks) -> str:
     return f"a loan costs {price:.0f} tokens; nearly even loads lend {lent[0]} experts for nothing, none for its price"
 
 
+def sharded_answers(
+    layers: list[FullyShardedExperts], batch: tuple[Tensor, ...], *, again: bool = False
+) -> list[Tensor]:
+    """Output and gradients of layers one after the other."""
+    hidden, index, weight, gradient = batch
+    hidden, weight = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+    output = hidden
+    for layer in layers:
+        step = (
+            layer(output, index, weight) if not again else checkpoint(layer, output, index, weight, use_reentrant=False)
+        )
+        output = output + step
+    output.backward(gradient)
+    found = [output.detach(), hidden.grad, weight.grad, *(layer.shard.grad for layer in layers)]
+    for layer in layers:
+        layer.shard.grad = None
+    return [part for part in found if part is not None]
+
+
+def copies_equal_nccl(ranks: Ranks) -> str:
+    for dtype in (torch.float32, torch.bfloat16):
+        for reshard in (True, False):
+            nccl, own, memory = ranks.sharded(dtype=dtype, reshard=reshard)
+            optimizers = [torch.optim.SGD([layer.shard for layer in layers], lr=1e-6) for layers in (nccl, own)]
+            for seed in range(6):
+                found = []
+                for layers, optimizer in zip((nccl, own), optimizers, strict=True):
+                    ranks.place(layers, seed)
+                    batch = ranks.batch(seed, (TOKENS, 7, 0)[(seed + ranks.group.rank) % 3], skew=1 + seed)
+                    found.append(sharded_answers(layers, batch, again=seed % 3 == 2 and layers is own))
+                    for layer, gradient in zip(layers, found[-1][-len(layers) :], strict=True):
+                        layer.shard.grad = gradient
+                    optimizer.step()
+                    optimizer.zero_grad()
+                for one, other in zip(*found, strict=True):
+                    assert one.isfinite().all(), (dtype, reshard, seed)
+                    assert torch.equal(one, other), (dtype, reshard, seed, error(one, other))
+            memory.check()
+    return "steps with other weights and layouts each, recomputed or not: the bits of NCCL"
+
+
+def copies_lend(ranks: Ranks) -> str:
+    for reshard in (True, False):
+        nccl, own, memory = ranks.sharded(reshard=reshard, slots=EXPERTS + 2)
+        options = SpillOptions.uniform(EXPERTS, ranks.group.size, 2)
+        for layer in (*nccl, *own):
+            layer.planner = QuotaPlanner(options, ranks.group.size)
+        for seed in range(4):
+            batch = ranks.batch(seed, skew=(1, 3, 10, 1000)[seed])
+            for again in (False, True):
+                for one, other in zip(
+                    sharded_answers(nccl, batch), sharded_answers(own, batch, again=again), strict=True
+                ):
+                    assert torch.equal(one, other), (reshard, seed, again, error(one, other))
+        memory.check()
+    return "replicas beyond layouts, recomputed or not: the bits of NCCL"
+
+
+def copies_in_flight(ranks: Ranks) -> str:
+    nccl, own, memory = ranks.sharded(count=2)
+    found = []
+    for layers in (nccl, own):
+        outputs = []
+        for seed in range(3):
+            ranks.place(layers, seed)
+            hidden, index, weight, _ = ranks.batch(seed)
+            for layer in layers:
+                hidden = hidden + layer(hidden, index, weight)
+            outputs.append(hidden)
+        for seed in (1, 0, 2):
+            outputs[seed].backward(ranks.batch(seed)[3])
+        found.append([part for layer in layers if (part := layer.shard.grad) is not None])
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
+    memory.check()
+    return "three micro-batches through two layers with layouts of their own: the bits of NCCL"
+
+
+def copies_beside_products(ranks: Ranks) -> str:
+    """Ranks that come late, GPUs that are busy, and hosts that are far ahead change nothing."""
+    nccl, own, memory = ranks.sharded()
+    batch = ranks.batch(0)
+    expected = sharded_answers(nccl, batch)
+    large = torch.randn(8192, 8192, dtype=torch.bfloat16, device=ranks.device)
+    side = torch.cuda.Stream()
+    for step in range(8):
+        if (step + ranks.group.rank) % 2:
+            torch.cuda._sleep(100_000_000)
+        with torch.cuda.stream(side):
+            for _ in range(10):
+                torch.mm(large, large)
+        own[0].prefetch()
+        for one, other in zip(expected, sharded_answers(own, batch), strict=True):
+            assert torch.equal(one, other), step
+    memory.check()
+    return "the same bits each time"
+
+
+def copies_miss_a_rank(ranks: Ranks) -> str:
+    _, own, memory = ranks.sharded(count=1, time_limit=timedelta(seconds=3))
+    hidden, index, weight, _ = ranks.batch(0)
+    own[0](hidden, index, weight)
+    torch.cuda.synchronize()
+    dist.barrier()
+    if ranks.group.rank:
+        time.sleep(6)
+    own[0].prefetch()
+    torch.cuda.synchronize()
+    for act in (memory.check, lambda: own[0](hidden, index, weight)):
+        try:
+            act()
+        except MissedPassError as error:
+            told = str(error)
+        else:
+            raise AssertionError("no MissedPassError")
+    return told
+
+
 CHECKS = (
-    equals_nccl, rounds_equal_nccl, deterministic, in_flight, host_is_free, beside_an_all_reduce, replays,
-    loan_has_a_price, bad_router, too_many_tokens, too_little_room, other_layer, rank_missing,
+    copies_equal_nccl, copies_lend, copies_in_flight, copies_beside_products, copies_miss_a_rank, equals_nccl,
+    rounds_equal_nccl, deterministic, in_flight, host_is_free, beside_an_all_reduce, replays, loan_has_a_price,
+    bad_router, too_many_tokens, too_little_room, other_layer, rank_missing,
 )  # fmt: skip
 
 
 def main() -> None:
     """Run all checks, or those named; the first rank tells."""
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    local, limit = int(os.environ["LOCAL_RANK"]), timedelta(minutes=2)
+    device = torch.device("cuda", local % torch.cuda.device_count())
     torch.cuda.set_device(device)
-    dist.init_process_group("nccl", device_id=device, timeout=timedelta(minutes=2))
+    if int(os.environ["LOCAL_WORLD_SIZE"]) <= torch.cuda.device_count():
+        dist.init_process_group("nccl", device_id=device, timeout=limit)
+    else:
+        os.environ["TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"] = "1"
+        dist.init_process_group("cpu:gloo,cuda:gloo", timeout=limit)
     group = ExpertGroup.create()
     assert group is not None
     ranks = Ranks(group, device)

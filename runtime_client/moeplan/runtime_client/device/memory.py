@@ -77,8 +77,8 @@ def symmetric_memory(group: dist.ProcessGroup, size: int, device: torch.device) 
     version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
     if version < _FIRST_TORCH:
         raise RuntimeError(
-            f"torch {torch.__version__}: passes without the host need the symmetric memory of torch "
-            f"{'.'.join(map(str, _FIRST_TORCH))} or later; leave `exchange` out and stay on NCCL, or update torch"
+            f"torch {torch.__version__}: GPUs reach each other by the symmetric memory of torch "
+            f"{'.'.join(map(str, _FIRST_TORCH))} or later; leave `exchange` or `memory` out to stay on NCCL, or update"
         )
     import torch.distributed._symmetric_memory as symmetric
 

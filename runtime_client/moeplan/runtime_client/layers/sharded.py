@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -14,13 +15,23 @@ from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from moeplan.runtime_client.device.shard_memory import PublishedShard, ShardMemory
 from moeplan.runtime_client.group import ExpertGroup, Traffic
 from moeplan.runtime_client.layers.dividing import Division, PlannedLayer
 from moeplan.runtime_client.layers.expert_layer import ExpertLayer
 from moeplan.runtime_client.layers.feed_forward import ExpertShape, feed_forward
 from moeplan.runtime_client.layers.repeating import MadePasses, in_backward
 from moeplan.runtime_client.layers.routing import combine, dispatch, find_route
-from moeplan.runtime_client.layers.sharding import Gathering, Placement, Returning, Slots, shard_width, version_of
+from moeplan.runtime_client.layers.sharding import (
+    DirectGathering,
+    DirectReturning,
+    Gathering,
+    Placement,
+    Returning,
+    Slots,
+    shard_width,
+    version_of,
+)
 from moeplan.runtime_client.layers.spilling import (
     MovableSpillPlanner,
     SpilledPass,
@@ -64,6 +75,8 @@ class FullyShardedExperts(ExpertLayer):
         compute_dtype: Type that weights travel and compute in; by default that of autocast, or else of the parameter.
         reshard: Whether to free the gathered weights after the forward pass and gather them again for the backward.
             It saves their memory and costs a second gather.
+        memory: Has copy engines of GPUs gather the weights and return their gradients; share one between layers that
+            run one after another. Without it, collectives of the group do.
         dtype: Type of the parameter.
         device: Device of the parameter.
 
@@ -87,6 +100,7 @@ class FullyShardedExperts(ExpertLayer):
         expert: ExpertSpec = ExpertSpec(),
         compute_dtype: torch.dtype | None = None,
         reshard: bool = True,
+        memory: ShardMemory | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
@@ -98,17 +112,22 @@ class FullyShardedExperts(ExpertLayer):
         self._division = Division(cluster, expert, split_rule)
         if self._division.cluster.devices != group.size:
             raise ValueError(f"cluster.devices = {self._division.cluster.devices}: the group has {group.size} ranks")
-        self.planner = planner
+        self._planner: MovableSpillPlanner | None = None
         self._spilling: Spilling | None = None
         self.reshard = reshard
+        self.memory = memory
+        self._published: PublishedShard | None = None
+        if memory is not None:
+            memory.require(shape.elements, experts)
         self.shard = nn.Parameter(
             torch.zeros(experts, shard_width(shape.elements, group.size), dtype=dtype, device=device)
         )
         if layout is None:
             layout = Layout.contiguous(experts, np.full(group.size, math.ceil(experts / group.size), np.int32))
         self.layout = layout
+        self.planner = planner
         self._order: list[FullyShardedExperts] = []
-        self._ahead: Gathering | None = None
+        self._ahead: Gathering | DirectGathering | None = None
         self._latest: _Pass | None = None
         self._made: MadePasses[_Made] = MadePasses()
 
@@ -123,6 +142,7 @@ class FullyShardedExperts(ExpertLayer):
             raise TypeError("layout = a PlannedLayer: it says how to divide tokens too; write `layer.plan = planned`")
         if layout.experts != self.experts:
             raise ValueError(f"layout.experts = {layout.experts}: the layer has {self.experts}")
+        self._require_room(layout, self.planner)
         self._placement = Placement(layout, self.group, self.shard.device)
 
     @property
@@ -136,7 +156,16 @@ class FullyShardedExperts(ExpertLayer):
             require_movable(planner)
             require_passes(planner, self.group.size)
             require_speed(planner, self._division.cluster)
+        self._require_room(self.layout, planner)
         self._planner = planner
+
+    def _require_room(self, layout: Layout, planner: MovableSpillPlanner | None) -> None:
+        if self.memory is not None:
+            self.memory.require_room(layout.slots, 0 if planner is None else self._lent(planner))
+
+    def _lent(self, planner: MovableSpillPlanner) -> Int32:
+        """int32[ranks], most replicas that a rank is lent."""
+        return np.minimum(planner.options.spare, self.experts)
 
     @property
     def plan(self) -> PlannedLayer:
@@ -235,6 +264,11 @@ class FullyShardedExperts(ExpertLayer):
         if self.planner is not None:
             means ^= planner_fingerprint(self.planner)
         told = means ^ (follower._placement.fingerprint << 1 if follower else 0)
+        returning = None
+        if self.memory is not None:
+            self.memory.check()
+            told ^= self.memory.meetings << 32
+            returning = self.memory.returning
         counts = self._gather_counts(index, weight, told & (2**62 - 1))
         made = self._made.repeated(self.title, counts)
         if made is not None:
@@ -244,10 +278,13 @@ class FullyShardedExperts(ExpertLayer):
         slots, width = made.slots, placement.layout.slots.shape[1]
         if slots.shape[1] > width:  # something is lent, as every rank knows
             lent = Slots(slots[:, width:], group, placement.device)
-            gatherings.append(self._start(lent, dtype, "weights.forward"))
+            behind = gatherings[0].storage, len(placement.experts)
+            gatherings.append(self._start(lent, dtype, "weights.forward", *behind))
             placement = Placement(Layout(slots, self.experts), group, placement.device)
         this = _Pass(self, placement, dtype)
-        landed: Tensor = _Land.apply(self.shard, this)  # type: ignore[no-untyped-call]
+        # Its backward runs on the stream of its forward, so that no other waits for the gradients.
+        with nullcontext() if returning is None else torch.cuda.stream(returning):
+            landed: Tensor = _Land.apply(self.shard, this)  # type: ignore[no-untyped-call]
         route = find_route(slots, made.send, made.receive, index)
         (arrived,) = dispatch(group, route, rows, self.traffic, [sum(route.receive)])
         if follower is not None:
@@ -276,10 +313,45 @@ class FullyShardedExperts(ExpertLayer):
             self._placement = Placement(self.layout, self.group, self.shard.device)
         return self._placement
 
-    def _start(self, placement: Slots, dtype: torch.dtype, purpose: str) -> Gathering:
-        return Gathering(self.shard, placement, self.group, dtype, self.traffic, purpose)
+    def _start(
+        self,
+        placement: Slots,
+        dtype: torch.dtype,
+        purpose: str,
+        storage: torch.UntypedStorage | None = None,
+        first: int = 0,
+    ) -> Gathering | DirectGathering:
+        """Begin to gather weights; copy engines write them into a storage from row `first` on, or into new memory."""
+        memory = self.memory
+        if memory is None:
+            return Gathering(self.shard, placement, self.group, dtype, self.traffic, purpose)
+        for name, own, other in (("dtype", dtype, memory.dtype), ("device", self.shard.device, memory.device)):
+            if own != other:
+                raise ValueError(f"{self.title}: {name} = {own}: the memory was made for {other}")
+        if self._published is None:
+            self._published = memory.open()
+        # Between a forward pass and its backward weights stay as they are, and within one; at any other time they may
+        # have changed, and in ways that autograd does not see.
+        shown = self._published.read >= 0 and (in_backward() or first > 0)
+        gathering = DirectGathering(
+            self.shard,
+            placement,
+            memory,
+            self._published,
+            shown=shown,
+            into=None if storage is None else (storage, first),
+            room=0 if self.planner is None else int(self._lent(self.planner)[self.group.rank]),
+        )
+        self.traffic[purpose] += gathering.sent
+        return gathering
 
-    def _take_ahead(self, placement: Placement, dtype: torch.dtype) -> Gathering | None:
+    def _return(self, gradient: Tensor, placement: Placement) -> Returning | DirectReturning:
+        """Begin to return the gradients of slots."""
+        if self.memory is None:
+            return Returning(gradient, placement, self.group, self.traffic)
+        return DirectReturning(gradient, placement, self.memory, self.shard, self.traffic)
+
+    def _take_ahead(self, placement: Placement, dtype: torch.dtype) -> Gathering | DirectGathering | None:
         ahead, self._ahead = self._ahead, None
         now = placement, version_of(self.shard), dtype
         if ahead is None or (ahead.placement, ahead.version, ahead.dtype) == now:
@@ -301,6 +373,7 @@ class FullyShardedExperts(ExpertLayer):
             "_ahead": None,
             "_latest": None,
             "_spilling": None,
+            "_published": None,
             "_made": MadePasses(),
         }
 
@@ -334,8 +407,8 @@ class _Pass:
         self.placement = placement
         self.dtype = dtype
         self.freed = False
-        self.arriving: Gathering | None = None
-        self.returning: Returning | None = None
+        self.arriving: Gathering | DirectGathering | None = None
+        self.returning: Returning | DirectReturning | None = None
         # Weak, because autograd alone decides how long the weights are wanted.
         self.storage: StorageWeakRef | None = None
         place = layer._order.index(layer) if layer._order else 0
@@ -360,7 +433,8 @@ class _Pass:
     def start(self) -> None:
         """Begin to gather the weights again, if they have been freed and are still wanted."""
         if self.freed and self.arriving is None and self.storage and not self.storage.expired():
-            self.arriving = self.layer._start(self.placement, self.dtype, "weights.backward")
+            storage = torch.UntypedStorage._new_with_weak_ptr(self.storage.cdata)
+            self.arriving = self.layer._start(self.placement, self.dtype, "weights.backward", storage)
 
     def restore(self, flat: Tensor) -> None:
         """Bring the weights back.
@@ -404,11 +478,9 @@ class _Gather(torch.autograd.Function):
     """The weights of this rank's slots; its backward sends their gradients to the owners."""
 
     @staticmethod
-    def forward(ctx: Any, shard: Tensor, gatherings: Sequence[Gathering], this: _Pass) -> Tensor:
+    def forward(ctx: Any, shard: Tensor, gatherings: Sequence[Gathering | DirectGathering], this: _Pass) -> Tensor:
         ctx.this, ctx.shape = this, shard.shape
-        layer = this.layer
-        slots, width = len(this.placement.experts), layer.group.size * shard.shape[1]
-        flat = torch.empty(slots, width, dtype=this.dtype, device=shard.device)
+        flat = gatherings[0].memory(len(this.placement.experts))
         parts = flat.split([len(gathering.placement.experts) for gathering in gatherings])
         for gathering, part in zip(gatherings, parts, strict=True):
             gathering.finish(part)
@@ -419,7 +491,7 @@ class _Gather(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         this: _Pass = ctx.this
-        this.returning = Returning(gradient, this.placement, this.layer.group, this.layer.traffic)
+        this.returning = this.layer._return(gradient, this.placement)
         # Only tells _Land to run; the true gradient is still travelling.
         return gradient.new_zeros(()).expand(ctx.shape), None, None
 

@@ -10,13 +10,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moeplan.runtime_client.device.shard_memory import PublishedShard, ShardMemory
 from moeplan.runtime_client.group import ExpertGroup, Traffic, Transfer, beside, join
 from moeplan.runtime_client.layers.copies import copy_strided, scatter_rows
 from moeplan.runtime_client.layers.fingerprints import fingerprint
 from moeplan.solvers.problem.arrays import Int32, Int64
 from moeplan.solvers.problem.layout import EMPTY, Layout
 
-__all__ = ["Gathering", "Placement", "Returning", "Slots", "shard_width", "version_of"]
+__all__ = [
+    "DirectGathering",
+    "DirectReturning",
+    "Gathering",
+    "Placement",
+    "Returning",
+    "Slots",
+    "shard_width",
+    "version_of",
+]
 
 
 def shard_width(elements: int, size: int) -> int:
@@ -60,6 +70,9 @@ class Placement(Slots):
     Attributes:
         layout: The layout.
         fingerprint: Number that differs between layouts (up to collisions of 62 bits).
+        begin: Number of replicas on the ranks before this one.
+        order: int64[replicas], positions in `replicas` by expert, ascending for each.
+        start: int64[experts + 1], where those of each expert begin in `order`.
         first: int64[experts], position in `replicas` of each expert's first one.
         several: int64[n], experts with more than one replica, those with most in front.
         rounds: Positions of the first replicas of the experts in `several`, of the second ones, and so on; as those
@@ -74,18 +87,20 @@ class Placement(Slots):
         super().__init__(layout.slots, group, device)
         self.layout = layout
         self.fingerprint = fingerprint(layout.slots.tobytes(), str(layout.slots.shape).encode())
+        self.begin = sum(self.filled[: group.rank])
         tables = (torch.from_numpy(table).to(device) for table in _by_expert(layout))
-        self.first, self.several, *self.rounds = tables
+        self.order, self.start, self.first, self.several, *self.rounds = tables
 
 
 def _by_expert(layout: Layout) -> list[Int64]:
-    """`first`, `several` and each of the `rounds` of a `Placement`."""
+    """`order`, `start`, `first`, `several` and each of the `rounds` of a `Placement`."""
     order = np.argsort(layout.slots[layout.slots != EMPTY], kind="stable")
-    start = layout.hosts.start[:-1]
+    starts = layout.hosts.start.astype(np.int64)
+    start = starts[:-1]
     several = np.argsort(-layout.replicas, kind="stable")[: (layout.replicas > 1).sum()]
     most = int(layout.replicas[several].max(initial=0))
     rounds = (order[start[several[layout.replicas[several] > nth]] + nth] for nth in range(most))
-    return [order[start], several, *rounds]
+    return [order, starts, order[start], several, *rounds]
 
 
 class Gathering:
@@ -100,7 +115,12 @@ class Gathering:
         dtype: Type that the weights travel and arrive in.
         traffic: Counter of the bytes sent.
         purpose: Key in `traffic`.
+
+    Attributes:
+        storage: None: the weights go to no memory before they are finished.
     """
+
+    storage = None
 
     def __init__(
         self,
@@ -122,6 +142,11 @@ class Gathering:
                 packed, placement.filled, receive, weights=True, traffic=traffic, purpose=purpose
             )
 
+    def memory(self, slots: int) -> Tensor:
+        """Memory [slots, N * width] that the weights of this gathering may come first in."""
+        assert self._transfer is not None, "a gathering is finished once"
+        return self._transfer.received.new_empty(slots, self._size * self._transfer.received.shape[1])
+
     def finish(self, flat: Tensor) -> None:
         """Wait, and write into `flat`, [filled slots, N * width]. On CUDA the current stream waits, not the host."""
         assert self._transfer is not None, "a gathering is finished once"
@@ -140,6 +165,59 @@ class Gathering:
             with beside(self._transfer.received.device):
                 self._transfer.wait()
             self._transfer = None
+
+
+class DirectGathering:
+    """As `Gathering`, by copies straight from the ranks' memory into the weights' own, which set out at once.
+
+    Args:
+        shard: [experts, width], this rank's part of every expert.
+        placement: What to gather.
+        memory: Of the layers.
+        published: Of this layer in it.
+        shown: Whether other ranks know these weights already, from a gathering before.
+        into: Memory that the weights go to, of any size, and the first row there; by default new memory.
+        room: Rows of new memory behind the weights, for what is gathered later.
+
+    Attributes:
+        storage: Memory that the weights go to.
+        sent: Bytes that other ranks get from this one.
+    """
+
+    def __init__(
+        self,
+        shard: Tensor,
+        placement: Slots,
+        memory: ShardMemory,
+        published: PublishedShard,
+        *,
+        shown: bool,
+        into: tuple[torch.UntypedStorage, int] | None = None,
+        room: int = 0,
+    ) -> None:
+        self.placement = placement
+        self.version = version_of(shard)
+        self.dtype = memory.dtype
+        self._memory = memory
+        self._flat, self._arrival = memory.gather(published, placement, None if shown else shard, into=into, room=room)
+        to_others = sum(placement.filled) - len(placement.experts)
+        self.sent = to_others * shard.shape[1] * memory.dtype.itemsize
+
+    @property
+    def storage(self) -> torch.UntypedStorage:
+        return self._flat.untyped_storage()
+
+    def memory(self, slots: int) -> Tensor:
+        """As of `Gathering`; the weights are there, or on their way."""
+        return self._flat[:slots]
+
+    def finish(self, flat: Tensor) -> None:
+        """Wait until the weights are in `flat`, the rows that they were sent to; as of `Gathering`."""
+        self._memory.wait(self._arrival)
+
+    def drop(self) -> None:
+        """As of `Gathering`."""
+        self._memory.wait(self._arrival)
 
 
 class Returning:
@@ -194,3 +272,28 @@ class Returning:
         if like.device.type == "cuda":
             total.record_stream(torch.cuda.current_stream(like.device))
         return total
+
+
+class DirectReturning:
+    """As `Returning`, by copies straight into the memory of the owners.
+
+    Args:
+        gradient: [filled slots, N * width].
+        placement: The layout that the slots were gathered by.
+        memory: Of the layers.
+        shard: [experts, width], for its type.
+        traffic: Counter of the bytes sent.
+    """
+
+    def __init__(
+        self, gradient: Tensor, placement: Placement, memory: ShardMemory, shard: Tensor, traffic: Traffic
+    ) -> None:
+        self._memory = memory
+        self._total, self._arrival = memory.give_back(gradient, placement, shard)
+        others = memory.group.size - 1
+        traffic["gradients"] += len(gradient) * others * shard.shape[1] * gradient.element_size()
+
+    def finish(self, like: Tensor) -> Tensor:
+        """As of `Returning`."""
+        self._memory.wait(self._arrival)
+        return self._total

@@ -1,0 +1,345 @@
+"""Memory through which sharded experts travel by copy engines: shards that all ranks read, and room for gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Protocol
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from moeplan.runtime_client.device.launches import Launch
+from moeplan.runtime_client.device.memory import UNIT, SymmetricMemory, places, symmetric_memory
+from moeplan.runtime_client.device.peer_copies import copy_pieces
+from moeplan.runtime_client.errors import MissedPassError
+from moeplan.runtime_client.group import ExpertGroup
+from moeplan.solvers.problem.arrays import Int32, Int64
+
+__all__ = ["PublishedShard", "ShardMemory"]
+
+_ROOMS = 2
+"""Rooms for gradients, in turn: one is filled while the other is added up."""
+
+_PIECE = 4096
+"""Elements that a block of `add_replicas` adds up."""
+
+
+class Filled(Protocol):
+    """What fills slots of one rank, as `Slots` has it."""
+
+    @property
+    def experts(self) -> list[int]: ...
+
+
+class Placed(Filled, Protocol):
+    """A layout on one rank, as `Placement` has it: the filled slots of all ranks are numbered in their order."""
+
+    @property
+    def begin(self) -> int: ...
+    @property
+    def order(self) -> Tensor: ...
+    @property
+    def start(self) -> Tensor: ...
+
+
+@dataclass(slots=True, eq=False)
+class PublishedShard:
+    """A layer's shards as all ranks read them.
+
+    Attributes:
+        rows: [experts, width] in symmetric memory, this rank's.
+        addresses: int64[ranks], where each rank's begins as seen from here.
+        held: What the addresses depend on.
+        read: Meetings before the last gathering; as many now mean that other ranks may still be reading. -1 before the
+            first, when there is nothing to read.
+    """
+
+    rows: Tensor
+    addresses: Int64
+    held: object
+    read: int = -1
+
+
+class ShardMemory:
+    """Lets `FullyShardedExperts` gather experts and return their gradients on GPUs without taking processors for it.
+
+    One for all layers of the same dimensions that run one after another; pass it to each of them. The ranks must reach
+    each other's memory (one NVLink domain). Copy engines read experts from where their shards are straight into
+    the gathered ones, and write gradients of slots to the ranks that own them. Nothing that a rank owns is sent to
+    itself. Gathering, returning and the layers' own work run side by side on streams of their own.
+
+    Memory of a rank in bytes, with b per element, E elements of an expert, N ranks and S slots:
+    ``b * experts * E / N`` for each layer, and ``2 * b * S * E`` for gradients, in place of what NCCL takes for every
+    gathering under way.
+
+    If a rank does not come to a meeting in time, weights and gradients are not numbers from then on, on all ranks; the
+    error is raised by the next pass that sees it, and by `check`. Nothing works after that.
+
+    Args:
+        group: The ranks.
+        elements: Parameters of one expert, as `ExpertShape.elements`.
+        experts: Number of experts.
+        slots: Most slots of a rank in any layout; the same on all ranks.
+        device: This rank's GPU.
+        dtype: What weights travel and compute in.
+        time_limit: How long ranks wait for each other; by default as long as the group does.
+
+    Raises:
+        ValueError: there is nothing to share; the message says why.
+        RuntimeError: as `symmetric_memory`.
+    """
+
+    def __init__(
+        self,
+        group: ExpertGroup,
+        elements: int,
+        experts: int,
+        *,
+        slots: int,
+        device: torch.device,
+        dtype: torch.dtype = torch.bfloat16,
+        time_limit: timedelta | None = None,
+        memory: Callable[[dist.ProcessGroup, int, torch.device], SymmetricMemory] = symmetric_memory,
+    ) -> None:
+        if group.weights is None:
+            raise ValueError("group of one rank: nothing travels; leave `memory` out")
+        if slots < 1:
+            raise ValueError(f"slots = {slots}: must be at least 1")
+        self.group, self.experts, self.slots, self.dtype = group, experts, slots, dtype
+        self.elements, self.width = elements, -(-elements // group.size)
+        self._make, self._ranks = memory, group.weights
+        rank, size = group.rank, group.size
+        rooms = [f"gradients {number}" for number in range(_ROOMS)]
+        sizes = {"gathering": 8 * size, "returning": 8 * size, "abort": 8}
+        begins, total = places(sizes | dict.fromkeys(rooms, size * slots * self.width * dtype.itemsize))
+        shared = memory(group.weights, total, device)
+        self._shared = shared
+        self.device = shared.own.device
+        self._abort = shared.view(begins["abort"], (1,), torch.int64)
+        self._failed = torch.zeros(1, dtype=torch.int64, pin_memory=device.type == "cuda")
+        self._rooms = [
+            (shared.view(begins[room], (size * slots, self.width), dtype), _addresses(shared, begins[room]))
+            for room in rooms
+        ]
+        limit_ns = int((time_limit or group.timeout).total_seconds() * 1e9)
+        self._gathering, self._returning = (
+            _Line(shared, shared.view(begins[name], (size,), torch.int64), self._abort, rank, limit_ns)
+            for name in ("gathering", "returning")
+        )
+        self._returns = 0
+        self._held: tuple[Tensor, torch.cuda.Event | None] | None = None
+        self._add: dict[torch.dtype, Launch] = {}
+        # Other ranks first, each rank beginning with another.
+        self._peers = [(rank + step) % size for step in range(1, size + 1)]
+
+    def __deepcopy__(self, memo: dict[int, object]) -> ShardMemory:
+        """Itself: copies of layers share it, as layers do."""
+        return self
+
+    @property
+    def meetings(self) -> int:
+        """Meetings for gatherings so far; other ranks have had as many before the same pass."""
+        return self._gathering.meetings
+
+    @property
+    def returning(self) -> torch.cuda.Stream | None:
+        """Stream of the gradients; None on CPUs."""
+        return self._returning.stream
+
+    def check(self) -> None:
+        """Raise what has gone wrong in passes that are over; call it where the host waits for the device anyway.
+
+        Raises:
+            MissedPassError: a rank did not come in time.
+        """
+        if missed := int(self._failed):
+            raise MissedPassError(
+                f"rank {missed - 1} has not come in time to where experts are gathered. Every rank of the group calls "
+                "every layer as often as the others do, also with no tokens"
+            )
+
+    def require(self, elements: int, experts: int) -> None:
+        """Raise unless a layer of such experts can use this memory.
+
+        Raises:
+            ValueError: it was made for others.
+        """
+        for name, own, other in (("elements", self.elements, elements), ("experts", self.experts, experts)):
+            if own != other:
+                raise ValueError(f"{name} = {other}: the memory was made for {own}")
+
+    def require_room(self, slots: Int32, spare: Int32 | int = 0) -> None:
+        """Raise unless there is room for the gradients of a layout int32[ranks, width], -1 for an empty slot.
+
+        Args:
+            slots: Of the layout.
+            spare: int32[ranks], replicas that a rank may be lent beyond it.
+
+        Raises:
+            ValueError: there is not.
+        """
+        if (most := int(((slots >= 0).sum(axis=1) + spare).max())) > self.slots:
+            raise ValueError(
+                f"layout has up to {most} slots on a rank, with those that are lent: the memory was made for "
+                f"{self.slots}; write ShardMemory(..., slots={most})"
+            )
+
+    def open(self) -> PublishedShard:
+        """Memory for the shards of one layer. All ranks call it at the same time."""
+        shape = (self.experts, self.width)
+        memory = self._make(self._ranks, self.experts * self.width * self.dtype.itemsize, self.device)
+        return PublishedShard(memory.view(0, shape, self.dtype), _addresses(memory), memory)
+
+    def gather(
+        self,
+        published: PublishedShard,
+        placed: Filled,
+        shard: Tensor | None = None,
+        *,
+        into: tuple[torch.UntypedStorage, int] | None = None,
+        room: int = 0,
+    ) -> tuple[Tensor, torch.cuda.Event | None]:
+        """Begin to copy the experts of this rank's slots. All ranks call it, and all of them with a shard or none.
+
+        Args:
+            published: Of the layer.
+            placed: Whose experts.
+            shard: [experts, width], this rank's part of every expert as it is now; by default as it was in the call
+                before that gave one.
+            into: Memory to write, of any size, and the first row there; by default new memory.
+            room: Rows of new memory behind what is copied.
+
+        Returns:
+            [slots + room, N * width], and when the slots are whole; see `wait`.
+        """
+        line, size, row = self._gathering, self.group.size, self.width * self.dtype.itemsize
+        slots, width = len(placed.experts), size * self.width
+        with line.beside():
+            if shard is not None:
+                if published.read == line.meetings:  # others may be reading what was there before
+                    line.meet()
+                published.rows.copy_(shard.detach())
+                line.meet()
+                self._tell()
+            # On this stream, so that memory is reused in its order.
+            if into is None:
+                flat = torch.empty(slots + room, width, dtype=self.dtype, device=self.device)
+            else:
+                storage, first = into
+                if storage.nbytes() < (first + slots) * size * row:
+                    storage.resize_((first + slots) * size * row)
+                flat = torch.empty(0, dtype=self.dtype, device=self.device)
+                flat.set_(storage, first * width, (slots, width), (width, 1))
+            out = flat.data_ptr() + row * (size * np.arange(slots) + np.array(self._peers)[:, None])
+            source = published.addresses[self._peers, None] + row * np.array(placed.experts, np.int64)
+            copy_pieces(out.ravel(), source.ravel(), row, line.stream)
+            published.read = line.meetings
+            if shard is not None:  # so that ranks which have not met compute nothing that looks right
+                flat[:slots, :1].masked_fill_(self._abort != 0, float("nan"))
+            return flat, line.mark()
+
+    def give_back(self, gradient: Tensor, placed: Placed, like: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
+        """Begin to send gradients of this rank's slots to the owners of the parts, which add up those of an expert.
+
+        The sum is taken in float32 (float64 for double parameters) in the order of ranks and slots.
+
+        Args:
+            gradient: [slots, N * width].
+            placed: The layout that the slots were gathered by.
+            like: [experts, width], the shard.
+
+        Returns:
+            [experts, width] in the dtype of `like`, and when it is whole; see `wait`.
+        """
+        line, size, row = self._returning, self.group.size, self.width * self.dtype.itemsize
+        gradient, slots = gradient.contiguous(), len(gradient)
+        arrived, addresses = self._rooms[self._returns % _ROOMS]
+        self.release()
+        with line.beside():
+            total = torch.empty_like(like, requires_grad=False)
+            peers = self._peers[:-1]  # what this rank owns itself is read where it is
+            out = addresses[peers, None] + row * (placed.begin + np.arange(slots))
+            source = gradient.data_ptr() + row * (size * np.arange(slots) + np.array(peers)[:, None])
+            copy_pieces(out.ravel(), source.ravel(), row, line.stream)
+            # Before it, all ranks have added up what was in the other room, so that they may write there afterwards.
+            line.meet()
+            self._adding(like.dtype)(
+                (self.experts, -(-self.width // _PIECE), 1), arrived, gradient, placed.order,
+                placed.start, total, self._abort, self.group.rank, placed.begin, placed.begin + slots,
+            )  # fmt: skip
+            self._tell()
+            arrival = line.mark()
+        self._returns += 1
+        self._held = gradient, arrival
+        torch.autograd.Variable._execution_engine.queue_callback(self.release)
+        return total, arrival
+
+    def release(self) -> None:
+        """Let go of the gradients that are sent, once the current stream waits until they are."""
+        if self._held is not None:
+            self.wait(self._held[1])
+            self._held = None
+
+    def wait(self, arrival: torch.cuda.Event | None) -> None:
+        """Make the current stream wait until something is whole."""
+        if arrival is not None:
+            torch.cuda.current_stream(self.device).wait_event(arrival)
+
+    def _tell(self) -> None:
+        """Tell the host whether meetings have failed, without waiting for it."""
+        self._failed.copy_(self._abort, non_blocking=True)
+
+    def _adding(self, dtype: torch.dtype) -> Launch:
+        """The kernel that adds up to gradients of this type."""
+        from moeplan.runtime_client.device import shard_kernels
+
+        if dtype not in self._add:
+            self._add[dtype] = Launch(
+                shard_kernels.add_replicas, 8, RANKS=self.group.size, WIDTH=self.width, DOUBLE=dtype == torch.float64,
+                PIECE=_PIECE,
+            )  # fmt: skip
+        return self._add[dtype]
+
+
+class _Line:
+    """Transfers of one kind, which follow one another on a stream of their own, and meetings of all ranks between."""
+
+    def __init__(self, shared: SymmetricMemory, flags: Tensor, abort: Tensor, rank: int, limit_ns: int) -> None:
+        from moeplan.runtime_client.device import kernels  # which need Triton
+
+        self.device = flags.device
+        # Before others, as few blocks of theirs keep other ranks waiting.
+        self.stream = torch.cuda.Stream(self.device, priority=-1) if self.device.type == "cuda" else None
+        self.meetings = 0
+        state = torch.zeros(1, dtype=torch.int64, device=self.device)
+        self._signals = (state, flags, abort, shared.peers, rank, limit_ns)
+        self._launch = Launch(kernels.meet, 1, RANKS=len(flags), LANES=kernels.lanes(len(flags)))
+
+    def meet(self) -> None:
+        """All ranks: what their kernels and copies on this line wrote before, all see after."""
+        self._launch((1, 1, 1), *self._signals)
+        self.meetings += 1
+
+    @contextmanager
+    def beside(self) -> Iterator[None]:
+        """Run what follows on this line, after the work already queued on the current stream."""
+        if self.stream is None:
+            yield
+            return
+        self.stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self.stream):
+            yield
+
+    def mark(self) -> torch.cuda.Event | None:
+        """When what is queued on this line will be over; None on CPUs, where it is."""
+        return None if self.stream is None else self.stream.record_event()
+
+
+def _addresses(memory: SymmetricMemory, place: int = 0) -> Int64:
+    """int64[ranks]: where what begins `place` bytes into each rank's memory is seen from here."""
+    return memory.own.data_ptr() + place + UNIT * memory.peers.cpu().numpy()
