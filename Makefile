@@ -47,7 +47,7 @@ frameworks:  ## make environments of torchtitan and Megatron-core for their test
 	@tests/runtime_client/integrations/environments.sh $(FRAMEWORKS) $(PYTHON)
 
 # Not in .venv, whose torch has no CUDA: torch >= 2.11 for CUDA, Triton, numba and lazy-loader must be there.
-test-gpu:  ## check passes without the host on two GPUs of one host
+test-gpu:  ## check passes without the host on two GPUs of one host, or one for both ranks
 	@PYTHONPATH=solvers:proto:runtime_client:$$PYTHONPATH $(PYTHON) -m torch.distributed.run --nproc-per-node 2 \
 		tests/runtime_client/device/gpu_checks.py
 
