@@ -198,7 +198,10 @@ def main() -> None:
                 print(rows[-1], flush=True)
         dist.destroy_process_group()
     if options.json:
-        machine = {"gpu": torch.cuda.get_device_name(device), "cores": os.cpu_count()}
+        machine = {
+            "device": torch.cuda.get_device_name(device), "ranks": 1, "torch": torch.__version__,
+            "cores": os.cpu_count(),
+        }  # fmt: skip
         write_result(options.json, rows, commit=options.commit, machine=machine)
 
 
