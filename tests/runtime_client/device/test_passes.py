@@ -152,6 +152,30 @@ def overflows(folder: Path, dtype: torch.dtype, spare: int) -> tuple[int, int]:
     return fullest[0], fullest[1]
 
 
+def round_once(folder: Path, spare: int) -> None:
+    found = []
+    for dtype in (torch.float64, torch.bfloat16):
+        _, layer, exchange = make_layers(
+            folder / str(dtype), dtype=dtype, spare=spare, capacity=64, rounds=4, tokens=90
+        )
+        flat = torch.randn(EXPERTS, SHAPE.elements, generator=torch.Generator().manual_seed(0)) / 4
+        layer.load_experts(0, flat.bfloat16())
+        parts = batch(0, 90 - dist.get_rank(), 1.5)
+        found.append(answers(layer, parts))
+        assert int(exchange.mailbox.answer[FULLEST]) > 128
+        exchange.mailbox.close()
+    (output, *_, wide), (same, *_, narrow) = found
+    assert torch.equal(output, same)
+    assert torch.equal(wide.float().bfloat16(), narrow)
+
+
+@pytest.mark.parametrize("spare", [0, 3])
+def test_gradients_of_rounds_and_loans_are_rounded_once(ranks: Launch, tmp_path: Path, spare: int) -> None:
+    for dtype in (torch.float64, torch.bfloat16):
+        (tmp_path / str(dtype)).mkdir()
+    ranks(2, round_once, tmp_path, spare, timeout_s=200)
+
+
 @pytest.mark.parametrize(("dtype", "spare"), [(torch.float32, 0), (torch.float32, 3), (torch.float64, 1)])
 def test_rows_beyond_the_capacity_are_computed_in_rounds(
     ranks: Launch, tmp_path: Path, dtype: torch.dtype, spare: int

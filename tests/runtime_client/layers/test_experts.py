@@ -416,6 +416,41 @@ def test_recomputations_that_cannot_be_told_apart_are_refused_on_all_ranks(ranks
     assert "Set layouts and planners between steps" in told[0]
 
 
+def draw_again(kind: str, use_reentrant: bool, preserve: bool) -> str:
+    """A router with noise under activation checkpointing; what the backward told, if anything."""
+    group = make_group()
+    shape, experts = ExpertShape(6, 4), 5
+    planner = QuotaPlanner(SpillOptions.uniform(experts, group.size, 2), group.size)
+    layer: Layer
+    if kind == "resident":
+        layer = ResidentExperts(shape, experts, group, planner=planner, dtype=torch.float64)
+    else:
+        layer = FullyShardedExperts(shape, experts, group, dtype=torch.float64)
+    layer.load_experts(0, torch.randn(experts, shape.elements, dtype=torch.float64))
+    torch.manual_seed(group.rank)
+
+    def block(hidden: Tensor) -> Tensor:
+        weight, index = torch.randn(len(hidden), experts, dtype=torch.float64).softmax(dim=1).topk(2)
+        output: Tensor = layer(hidden, index, weight)
+        return output
+
+    hidden = torch.randn(20, shape.hidden, dtype=torch.float64, requires_grad=True)
+    output = checkpoint(block, hidden, use_reentrant=use_reentrant, preserve_rng_state=preserve)
+    try:
+        output.square().sum().backward()
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("kind", ["sharded", "resident"])
+def test_a_recomputation_with_other_tokens_is_refused_on_all_ranks(ranks: Launch, kind: str) -> None:
+    for told in ranks(2, draw_again, kind, False, False):
+        assert "leave preserve_rng_state=True" in told
+    assert ranks(2, draw_again, kind, False, True) == ["", ""]
+    assert ranks(2, draw_again, kind, True, False) == ["", ""]  # all of it is run again, and the first run forgotten
+
+
 def stale_prefetch() -> None:
     """A gather started before the optimizer step or the layout change is not used after it."""
     group = make_group()

@@ -82,6 +82,8 @@ class DeviceExchange:
     ``b * C * (hidden + rows of the first matrix)`` and lent experts, or converted ones where the weights have another
     type. Later rounds keep no more than the tokens of this rank and the weights of their rows: their backward sends
     tokens again, for which it takes ``b * C * hidden`` a round, and computes again what the first round keeps.
+    With more than one round a backward holds gradients of weights in bfloat16 in float32, 4 bytes for each element of
+    the rank's experts, and with more than two those of lent experts, too.
 
     Args:
         group: The ranks.
@@ -401,7 +403,9 @@ class DeviceExchange:
         self._launches.activate_backward((self._blocks, 1, 1), gradient, first, scale, to_first, scaled, to_weight, end)
         return to_first, scaled
 
-    def flatten(self, route: Route, nth: int, gradients: tuple[Tensor, Tensor, Tensor], out: Tensor) -> None:
+    def flatten(
+        self, route: Route, nth: int, gradients: tuple[Tensor, Tensor, Tensor], out: Tensor, *, lent: bool
+    ) -> None:
         """Gradients of a round into ``out`` [replicas, elements]; of `lent` experts, only those that there are.
 
         Args:
@@ -409,9 +413,10 @@ class DeviceExchange:
             nth: The round, from 0; later ones are added.
             gradients: Of the matrices, [replicas, rows, columns] each, and int32[replicas], the ends of their rows.
             out: [replicas, elements].
+            lent: Whether they are those of lent experts.
         """
         inner, outer, ends = gradients
-        launch = self._launches.flatten[out is self.lent, nth > 0]
+        launch = self._launches.flatten[lent, nth > 0]
         grid = (len(out), -(-self.shape.elements // self._piece), 1)
         launch(grid, inner, outer, out, route.answer[BORROWED:], ends[-1:])
 

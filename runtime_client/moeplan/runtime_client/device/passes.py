@@ -116,7 +116,9 @@ class _Pass(torch.autograd.Function):
             exchange.meet()
         some = _aligned(gradient[: exchange.max_tokens].to(exchange.dtype))
         exchange.hand_out(route, some)
-        to_flat = torch.empty_like(flat)
+        # Sums over rounds and loans are rounded once. Sums of two are so anyway: the first is exact in its own type.
+        to_flat = _wide(flat) if exchange.rounds + bool(exchange.spare) > 2 else torch.empty_like(flat)
+        lent = _wide(exchange.lent) if exchange.rounds > 2 else exchange.lent
         with torch.autocast(gradient.device.type, enabled=False):
             for nth in range(exchange.rounds):
                 arrived, to_weight = exchange.arrange_again(route, nth, where), torch.empty_like(scales[nth])
@@ -134,10 +136,12 @@ class _Pass(torch.autograd.Function):
                     to_outer += _replicas(exchange, grouped_mm(arrived[region].T, scaled, offs=ends))
                     to_inner += _replicas(exchange, grouped_mm(to_first.T, rows[nth][region], offs=ends))
                     results.append(grouped_mm(to_first, inner, offs=ends))
-                exchange.flatten(route, nth, (to_inner[0], to_outer[0], regions[0][1]), to_flat)
-                if exchange.spare:
-                    exchange.flatten(route, nth, (to_inner[1], to_outer[1], regions[-1][1]), exchange.lent)
                 is_last = nth == exchange.rounds - 1
+                exchange.flatten(route, nth, (to_inner[0], to_outer[0], regions[0][1]), to_flat, lent=False)
+                if exchange.spare:
+                    exchange.flatten(route, nth, (to_inner[1], to_outer[1], regions[-1][1]), lent, lent=True)
+                    if is_last and lent is not exchange.lent:
+                        exchange.lent.copy_(lent)
                 exchange.give_back(route, nth, where, results, to_weight, to_flat if is_last else None)
         exchange.meet()
         to_hidden = _rows(gradient)
@@ -146,12 +150,17 @@ class _Pass(torch.autograd.Function):
         shape, dtype = ctx.like
         to_choices = torch.zeros(shape, dtype=dtype, device=gradient.device)
         to_choices[: len(some)] = exchange.returned_weight[: len(some) * exchange.choices].view(-1, exchange.choices)
-        return to_flat, to_hidden, to_choices, None, None, None
+        return to_flat.to(flat.dtype), to_hidden, to_choices, None, None, None
 
 
 def _replicas(exchange: DeviceExchange, gradients: Tensor) -> Sequence[Tensor]:
     """Gradients of one product's experts, those at home apart from lent ones."""
     return gradients.split([exchange.mailbox.shape.owned, exchange.spare]) if exchange.joined else [gradients]
+
+
+def _wide(like: Tensor) -> Tensor:
+    """Room for numbers of this shape to be added up in."""
+    return torch.empty_like(like, dtype=torch.promote_types(like.dtype, torch.float32))
 
 
 def _rows(like: Tensor) -> Tensor:

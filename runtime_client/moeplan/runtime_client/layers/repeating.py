@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 import weakref
 from dataclasses import dataclass
 from typing import Generic, TypeVar
@@ -64,11 +65,19 @@ class MadePasses(Generic[W]):
             counts: Tokens of this run, as all ranks know them.
 
         Raises:
-            RuntimeError: it may be one of several that were planned otherwise; raised on all ranks.
+            RuntimeError: it may be one of several that were planned otherwise, or it has other tokens than its first
+                run; raised on all ranks.
         """
         if not in_backward():
             return None
         same = [made for made in self._passes if np.array_equal(made.counts, counts)]
+        waiting = any(not made.over for made in self._passes)
+        if waiting and not same and torch.is_grad_enabled() and _for_first_run():
+            raise RuntimeError(
+                f"{title}: an activation checkpoint runs a pass again, and its tokens choose other experts than "
+                "before. What a router draws must be the same in both runs: leave preserve_rng_state=True, and draw "
+                "from torch's own generators"
+            )
         same = [made for made in same if not made.over] or same
         if len({made.means for made in same}) > 1:
             raise RuntimeError(
@@ -82,3 +91,11 @@ class MadePasses(Generic[W]):
 def in_backward() -> bool:
     """True if autograd is running a backward pass on this thread, as it does while a checkpoint recomputes."""
     return torch._C._current_graph_task_id() != -1
+
+
+def _for_first_run() -> bool:
+    """True in a checkpoint that is not reentrant: what it recomputes is for the graph of the first run."""
+    return any(
+        frame.f_code.co_name == "unpack_hook" and frame.f_globals["__name__"] == "torch.utils.checkpoint"
+        for frame, _ in traceback.walk_stack(None)
+    )
