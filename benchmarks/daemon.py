@@ -40,11 +40,18 @@ import numpy as np
 from moeplan.api import wire
 from moeplan.api.client import Client
 from moeplan.api.jobs import Forecast, JobSpec, Replan
-from moeplan.solvers import Cluster, Demand, Problem, solve
+from moeplan.solvers import Cluster, Demand, Problem, SolveParameters, solve
 from moeplan.v1 import planner_pb2, planner_pb2_grpc, solver_pb2
 from result_file import write_result
 
 LAYERS, EXPERTS = 8, 64
+DISTINCT = 16
+"""Steps after which loads repeat: more than a window, so that every look brings a plan."""
+WORK = 10
+"""Layouts that a solve may score: as many as it likes would leave the daemon no processor of a small machine."""
+CLIENTS = max(2, min(8, (os.cpu_count() or 1) // 2))
+"""Processes of clients: enough to have the daemon as busy as it can be, where there are cores for them."""
+CONNECTIONS = 16
 AHEAD = 2
 """Steps that a rank may be ahead of the last one where all go as fast as they can: ranks of a training go together."""
 
@@ -121,6 +128,7 @@ def job(ranks: int, devices: int, every: int) -> JobSpec:
         merge_sources=True,
         forecast=Forecast(window_steps=4),
         replan=Replan(every_steps=every),
+        parameters=SolveParameters(work_limit=WORK),
     )
 
 
@@ -132,10 +140,10 @@ async def _ranks(
     `done_steps` has the steps that all ranks of each process have reported; `own` is this process.
     """
     options = [("grpc.use_local_subchannel_pool", 1), ("grpc.max_receive_message_length", -1)]
-    channels = [grpc.aio.insecure_channel(address, options) for _ in range(8)]
+    channels = [grpc.aio.insecure_channel(address, options) for _ in range(CONNECTIONS // CLIENTS)]
     rng = np.random.default_rng(len(streams))
     shape = (LAYERS, len(streams[0][1]), EXPERTS)
-    payloads = [wire.write_array((rng.pareto(1.2, shape) * 50).astype(np.int32)) for _ in range(16)]
+    payloads = [wire.write_array((rng.pareto(1.2, shape) * 50).astype(np.int32)) for _ in range(DISTINCT)]
     start = time.time() + 3.0
     sent_at: dict[tuple[str, int], float] = {}
     arrivals: list[tuple[str, int, float, float]] = []
@@ -190,7 +198,7 @@ async def _ranks(
                 break
             async with asyncio.timeout(60):
                 await room.acquire()
-            statistics = planner_pb2.Statistics(sequence=step + 1, step=step, tokens=payloads[(number + step) % 16])
+            statistics = planner_pb2.Statistics(sequence=step + 1, step=step, tokens=payloads[step % DISTINCT])
             await call.write(planner_pb2.StreamRankRequest(statistics=statistics))
             sent_at[name, step] = max(sent_at.get((name, step), 0.0), time.time())
             sent += 1
@@ -237,12 +245,13 @@ def streams(
         all_streams = [(name, own, n * interval / jobs) for n, name in enumerate(names) for own in nodes]
         context = multiprocessing.get_context("spawn")
         queue: Queue[Any] = context.Queue()
-        done_steps = context.Array("q", 2)
+        done_steps = context.Array("q", CLIENTS)
         workers = [
             context.Process(
-                target=_process, args=(queue, daemon.address, all_streams[n::2], seconds, interval, done_steps, n)
+                target=_process,
+                args=(queue, daemon.address, all_streams[n::CLIENTS], seconds, interval, done_steps, n),
             )
-            for n in range(2)
+            for n in range(CLIENTS)
         ]
         for worker in workers:
             worker.start()
@@ -381,6 +390,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--rounds", type=int, default=50)
     parser.add_argument("--out", type=Path, help="file for the figures, as JSON")
+    parser.add_argument("--commit", help="name of this checkout, where git cannot tell")
     given = parser.parse_args()
     if given.ranks % given.node:
         parser.error("--ranks must be a multiple of --node")
@@ -395,7 +405,7 @@ def main() -> None:
             report = restart(given.jobs)
     print(json.dumps(report, indent=2))
     if given.out:
-        write_result(given.out, [report])
+        write_result(given.out, [report], commit=given.commit)
 
 
 if __name__ == "__main__":

@@ -6,10 +6,7 @@ own clock cannot be set without root.
 
 from __future__ import annotations
 
-import shutil
 import struct
-import subprocess
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +14,7 @@ from pathlib import Path
 import pytest
 from tests.planner.daemon.test_solver_service import hard_problem
 from tests.support.daemon import WAIT_S, DaemonProcess, Rank, Start, eventually, small_job, small_problem, tokens
-from tests.support.repository import ROOT
+from tests.support.preloaded import preloaded
 
 from moeplan.api.client import Client
 from moeplan.api.jobs import Closing
@@ -44,11 +41,7 @@ class WallClock:
 
 @pytest.fixture
 def clock(tmp_path: Path) -> WallClock:
-    compiler = shutil.which("cc")
-    if compiler is None or sys.platform != "linux":
-        pytest.skip("no C compiler, or not Linux")
-    source, library, file = ROOT / "tests/support/wall_clock.c", tmp_path / "wall_clock.so", tmp_path / "offset"
-    subprocess.run([compiler, "-shared", "-fPIC", "-O1", "-o", library, source], check=True, timeout=WAIT_S)
+    library, file = preloaded("wall_clock", tmp_path), tmp_path / "offset"
     file.write_bytes(struct.pack("=q", 0))
     return WallClock(library, file)
 

@@ -19,6 +19,7 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from tests.support.daemon import WAIT_S, DaemonProcess, Rank, Start, eventually, small_job, small_problem, tokens
+from tests.support.preloaded import preloaded
 
 from moeplan.api import wire
 from moeplan.api.client import Client
@@ -36,6 +37,16 @@ def health(daemon: DaemonProcess, service: str = "moeplan.v1.PlannerService") ->
         request = health_pb2.HealthCheckRequest(service=service)
         status: int = health_pb2_grpc.HealthStub(channel).Check(request, timeout=WAIT_S).status
         return status
+
+
+def _joined(client: Client, name: str) -> Rank | None:
+    """A stream of all ranks; None while the job is not here."""
+    rank = Rank(client, name, 0, hello={"reports_for": [0, 1]})
+    try:
+        rank.next("welcome")
+    except grpc.RpcError:
+        return None
+    return rank
 
 
 def test_kill_in_the_middle_of_writes_loses_nothing_acknowledged(start: Start, tmp_path: Path) -> None:
@@ -214,6 +225,94 @@ def test_reads_go_on_while_another_process_writes(start: Start, tmp_path: Path) 
             connection.execute("BEGIN IMMEDIATE")
             assert [job.name for job in client.jobs()] == ["jobs/kept"]
             assert client.plan("jobs/kept/plans/1").version == 1
+
+
+def test_a_disk_that_hangs_stops_nobody_for_ever(start: Start, tmp_path: Path) -> None:
+    hangs = tmp_path / "hangs"
+    library = preloaded("hanging_disk", tmp_path)
+    environment = {"LD_PRELOAD": str(library), "HANGING_DISK_FILE": str(hangs), "MOEPLAN_LEASE_S": "1"}
+    daemon = start(data=tmp_path / "data", environment=environment).serving()
+    with daemon.client() as client:
+        name = client.create_job("kept", small_job()).name
+        rank = Rank(client, name, 0, hello={"reports_for": [0, 1]})
+        rank.report(0, tokens(0, ranks=2))
+        version = rank.next("plan_update").plan.version
+        hangs.touch()
+        for _ in range(3):  # those that come while it hangs, too
+            with pytest.raises(UnavailableError, match="has not answered for 1 s") as error:
+                client.create_job("asked", small_job())
+            assert error.value.reason == "STORE_FAILED"
+        with pytest.raises(UnavailableError, match="has not answered"):
+            list(client.jobs())
+        assert health(daemon) == NOT_SERVING
+        assert health(daemon, "") == SERVING
+        assert daemon.metric('moeplan_ready{service="moeplan.v1.PlannerService"}') == 0
+        assert daemon.metric("moeplan_store_errors_total") > 0
+        assert "does not answer" in daemon.events("not ready")[-1]["why"]
+        rank.report(1, tokens(1, ranks=2))  # ranks are connected all the while
+        hangs.unlink()
+        eventually(lambda: health(daemon) == SERVING)
+        # What was refused may have been done nevertheless; whatever was, goes on.
+        client.create_job("asked", small_job())
+        again = eventually(lambda: _joined(client, name))
+        for step in range(2, 30):
+            again.report(step, tokens(step, ranks=2))
+        assert again.next("plan_update").plan.version > version
+        again.close()
+    rank.close()
+    assert daemon.terminate() == 0
+
+
+def test_the_end_does_not_wait_for_a_disk_that_hangs(start: Start, tmp_path: Path) -> None:
+    hangs = tmp_path / "hangs"
+    library = preloaded("hanging_disk", tmp_path)
+    environment = {"LD_PRELOAD": str(library), "HANGING_DISK_FILE": str(hangs), "MOEPLAN_LEASE_S": "1"}
+    daemon = start(data=tmp_path / "data", environment=environment).serving(solver=False)
+    hangs.touch()
+    with daemon.client() as client, pytest.raises(UnavailableError, match="has not answered"):
+        client.create_job("asked", small_job())
+    daemon.terminate()
+
+
+def test_who_locks_the_store_and_stops_holds_nobody_up(start: Start, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    daemon = start(data=data, environment={"MOEPLAN_LEASE_S": "1"}).serving(solver=False)
+    begin = "c = sqlite3.connect(sys.argv[1]); c.execute('BEGIN IMMEDIATE')"
+    lock = f"import sqlite3, sys; {begin}; print(1, flush=True); input()"
+    holder = subprocess.Popen(
+        [sys.executable, "-c", lock, str(data / "moeplan.sqlite3")], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    try:
+        assert holder.stdout is not None
+        assert holder.stdout.readline()
+        holder.send_signal(signal.SIGSTOP)
+        with daemon.client() as client:
+            with pytest.raises(UnavailableError, match="locked"):
+                client.create_job("asked", small_job())
+            eventually(lambda: health(daemon) == NOT_SERVING)
+            assert not list(client.jobs())  # reading goes on
+            assert "locked" in daemon.events("not ready")[-1]["why"]
+            holder.kill()
+            eventually(lambda: health(daemon) == SERVING)
+            client.create_job("asked", small_job())
+    finally:
+        holder.kill()
+        holder.communicate()
+
+
+def test_a_statement_without_end_is_cut_short(start: Start, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    daemon = start(data=data, environment={"MOEPLAN_LEASE_S": "1"}).serving(solver=False)
+    endless = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT count(*) FROM n"
+    with contextlib.closing(sqlite3.connect(data / "moeplan.sqlite3")) as database, database:
+        when = "BEFORE INSERT ON moeplan_jobs WHEN new.name = 'asked'"
+        database.execute(f"CREATE TRIGGER endless {when} BEGIN SELECT ({endless}); END")
+    with daemon.client() as client:
+        with pytest.raises(UnavailableError, match="has not answered"):
+            client.create_job("asked", small_job())
+        eventually(lambda: health(daemon) == SERVING)
+        client.create_job("another", small_job())
+        assert [job.name for job in client.jobs()] == ["jobs/another"]
 
 
 def test_what_a_rank_that_vanishes_has_begun_is_finished(start: Start, tmp_path: Path) -> None:

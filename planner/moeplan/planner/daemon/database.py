@@ -7,6 +7,7 @@ import fcntl
 import math
 import os
 import socket
+import sqlite3
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -44,7 +45,8 @@ class Database:
     Args:
         url: SQLAlchemy URL; SQLite in `data` if empty.
         data: Folder of the embedded store.
-        patience_s: Longest that a server may take to answer anything.
+        patience_s: Longest that a server may take to answer anything, and twice what another process may keep SQLite
+            locked.
 
     Raises:
         StoreError: the URL is none, or names a database that is not known here.
@@ -67,6 +69,7 @@ class Database:
         self._lock = -1
         self._inode: tuple[int, int] | None = None
         self._socket: int | None = None
+        self._file: sqlite3.Connection | None = None
         self.engine: sa.Engine
 
     @property
@@ -159,7 +162,12 @@ class Database:
                 connection.cursor().execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
     def hang_up(self) -> None:
-        """Cut the connection to a server that does not answer: who waits for it gets an error. From any thread."""
+        """End what the database is doing, as it does not answer: who waits for it gets an error. From any thread.
+
+        The connection to a server is cut; SQLite stops computing, but not waiting for its disk.
+        """
+        if self._file is not None:
+            self._file.interrupt()
         number = self._socket
         if number is not None:
             with contextlib.suppress(OSError), socket.socket(fileno=os.dup(number)) as connection:
@@ -186,10 +194,13 @@ class Database:
             log.warning("the last transaction is incomplete and left out", file=str(path))
 
     def _sqlite_engine(self) -> sa.Engine:
-        engine = sa.create_engine(self._url, poolclass=sa.pool.StaticPool, connect_args={"check_same_thread": False})
+        # Half of what a server may take: who reads may have to wait for two writes that another process keeps waiting.
+        options: dict[str, Any] = {"check_same_thread": False, "timeout": self._patience_s / 2}
+        engine = sa.create_engine(self._url, poolclass=sa.pool.StaticPool, connect_args=options)
 
         @sa.event.listens_for(engine, "connect")
         def configure(connection: Any, _: object) -> None:
+            self._file = connection
             connection.isolation_level = None  # transactions begin where we say so, below
             for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
                 connection.execute(f"PRAGMA {pragma}").close()

@@ -3,7 +3,8 @@
 One thread does all work. Writes that wait while it is busy are committed together, so that a burst of plans costs few
 synchronisations of the disk. What jobs keep is written in the same few statements for all of them, so that behind a
 slow network leases need not wait for a burst; other writes each have a savepoint, so that one that fails fails alone.
-What a method returned from is on disk. Leases go first, in a transaction of their own.
+What a method returned from is on disk; of one that fails as the store does not answer, nobody knows: what the store
+holds is found when leases are renewed. Leases go first, in a transaction of their own.
 
 Behind a shared database several daemons stand, and each job is owned by one at a time. A daemon holds a job by a lease
 that it renews; all times are the database's, so daemons' clocks do not matter, and every write names its owner, so that
@@ -27,6 +28,7 @@ from pathlib import Path
 from typing import Any, TypeVar, overload
 
 import sqlalchemy as sa
+import structlog
 from sqlalchemy import exc
 from sqlalchemy.dialects.postgresql import insert
 
@@ -46,6 +48,8 @@ PROBE_BYTES = 64 * 1024
 """Least plan that must find room before the store counts as working again: a job of some dozens of layers has one."""
 
 T = TypeVar("T")
+
+log = structlog.get_logger()
 
 
 class _Turn(IntEnum):
@@ -174,6 +178,7 @@ class Store:
         self._work: queue.SimpleQueue[tuple[Work[Any] | _Save, _Turn, asyncio.Future[Any]] | None] = queue.SimpleQueue()
         self._loop: asyncio.AbstractEventLoop
         self._thread: threading.Thread | None = None
+        self._busy_since: float | None = None
 
     @property
     def shared(self) -> bool:
@@ -198,8 +203,10 @@ class Store:
         """
         self._loop = asyncio.get_running_loop()
         opening = asyncio.create_task(asyncio.to_thread(self._open))
-        if not self._sqlite and not (await asyncio.wait([opening], timeout=OPEN_S))[0]:
-            self._database.hang_up()
+        while not (await asyncio.wait([opening], timeout=OPEN_S))[0]:
+            log.warning("the store does not open", store=self._database.shown, seconds=OPEN_S)
+            if not self._sqlite:  # a large file is looked through for damage
+                self._database.hang_up()
         await opening
         self._thread = threading.Thread(target=self._run, name="store", daemon=True)
         self._thread.start()
@@ -211,6 +218,8 @@ class Store:
                 await self._do(self._release)
             self._work.put(None)
             await asyncio.to_thread(self._thread.join, 2 * self._patience_s)
+            if self._thread.is_alive():  # to disconnect would wait for what it waits for
+                return
         self._database.close()
 
     async def create(
@@ -396,19 +405,20 @@ class Store:
         Raises:
             StoreError: it does not work yet.
         """
-        if not self._database.reserve(self._probe_bytes):  # as SQLite never writes what is deleted at once
-            return
         name = f"-{self._owner}"  # no job's, and seen by nobody: it is gone when the transaction ends
         plan = os.urandom(self._probe_bytes)  # which no database makes smaller
 
-        def write(connection: sa.Connection) -> None:
+        def write(connection: sa.Connection) -> bool:
+            if not self._database.reserve(self._probe_bytes):  # as SQLite never writes what is deleted at once
+                return False
             job = {"name": name, "incarnation": 0, "spec": b"", "created": 0.0, "version": 0}
             connection.execute(_jobs.insert(), {**job, "owner": "", "address": "", "leased_until": 0.0})
             connection.execute(_new_plan, {"job": name, "version": 0, "plan": plan})
             connection.execute(_jobs.delete().where(_jobs.c.name == name))
+            return True
 
-        await self._do(write)
-        self._failure, self._probe_bytes = "", PROBE_BYTES
+        if await self._do(write):
+            self._failure, self._probe_bytes = "", PROBE_BYTES
 
     def _owned(self) -> sa.ColumnElement[bool]:
         if self._sqlite:
@@ -496,15 +506,20 @@ class Store:
     async def _do(self, work: Work[T], turn: _Turn = ...) -> T: ...
 
     async def _do(self, work: Work[Any] | _Save, turn: _Turn = _Turn.WRITES) -> Any:
+        limit_s = 2 * self._patience_s
+        silent = StoreError(f"the store has not answered for {limit_s:g} s")
+        since = self._busy_since
+        if since is not None and time.monotonic() - since > limit_s:  # a disk that hangs, which nothing can cut short
+            raise silent
         future: asyncio.Future[Any] = self._loop.create_future()
         self._work.put((work, turn, future))
         try:
-            async with asyncio.timeout(None if self._sqlite else 2 * self._patience_s):
+            async with asyncio.timeout(limit_s):
                 return await future
         except TimeoutError:
             self._database.hang_up()
             self._fail("it does not answer")
-            raise StoreError(f"the store has not answered for {2 * self._patience_s:g} s") from None
+            raise silent from None
 
     def _run(self) -> None:
         while True:
@@ -520,9 +535,10 @@ class Store:
                 chosen = [(work, future) for work, its_turn, future in items if its_turn is turn]
                 if not chosen:
                     continue
-                start = time.perf_counter()
+                start = self._busy_since = time.monotonic()
                 results = self._commit([work for work, _ in chosen], reads=turn is _Turn.READS)
-                self._metrics.store.observe(time.perf_counter() - start)
+                self._busy_since = None
+                self._metrics.store.observe(time.monotonic() - start)
                 self._loop.call_soon_threadsafe(_resolve, [future for _, future in chosen], results)
             if None in batch:
                 return
