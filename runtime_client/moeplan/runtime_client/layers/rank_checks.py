@@ -75,7 +75,8 @@ def compare_ranks(name: str, told: Int64) -> None:
         if own[rank] and same:
             raise RanksDifferError(
                 f"{name}: ranks {rank} and {same[0]} hold the same part of the experts, and each must hold its own. "
-                "A wrapper has broadcast them, or they were drawn from one seed. Write\n"
+                "A wrapper has broadcast them, they were drawn from one seed, or training has made all of them not a "
+                "number. Against the first two write\n"
                 "    ExpertGradients(model)  # before DistributedDataParallel(model)\n"
                 "    fully_shard(model, ignored_params=set(expert_parameters(model).values()))"
             )

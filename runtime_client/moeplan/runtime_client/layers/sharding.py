@@ -209,7 +209,8 @@ class DirectGathering:
 
     def memory(self, slots: int) -> Tensor:
         """As of `Gathering`; the weights are there, or on their way."""
-        return self._flat[:slots]
+        width = self._flat.shape[1]
+        return torch.empty_like(self._flat[:0]).set_(self.storage, 0, (slots, width), (width, 1))
 
     def finish(self, flat: Tensor) -> None:
         """Wait until the weights are in `flat`, the rows that they were sent to; as of `Gathering`."""
