@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -26,6 +26,7 @@ from moeplan.runtime_client.device.exchange import DeviceExchange
 from moeplan.runtime_client.device.shard_memory import ShardMemory
 from moeplan.runtime_client.errors import MissedPassError, PassError, RouterError
 from moeplan.runtime_client.group import ExpertGroup
+from moeplan.runtime_client.layers.expert_layer import ExpertLayer
 from moeplan.runtime_client.layers.feed_forward import ExpertShape
 from moeplan.runtime_client.layers.resident import ResidentExperts
 from moeplan.runtime_client.layers.sharded import FullyShardedExperts, chain
@@ -61,12 +62,16 @@ class Ranks:
                 )
                 for _ in range(count)
             ]  # fmt: skip
-            for number, layer in enumerate(layers):
-                random = torch.Generator(self.device).manual_seed(number)
-                flat = torch.randn(EXPERTS, SHAPE.elements, generator=random, device=self.device)
-                layer.load_experts(0, flat / SHAPE.hidden**0.5)
+            self.load(layers)
             kinds.append(layers)
         return kinds[0], kinds[1], exchange
+
+    def load(self, layers: Sequence[ExpertLayer]) -> None:
+        """The same experts for layers of the same number."""
+        for number, layer in enumerate(layers):
+            random = torch.Generator(self.device).manual_seed(number)
+            flat = torch.randn(EXPERTS, SHAPE.elements, generator=random, device=self.device)
+            layer.load_experts(0, flat / SHAPE.hidden**0.5)
 
     def sharded(
         self, *, dtype: torch.dtype = torch.float32, reshard: bool = True, count: int = 3, **limits: object
@@ -84,10 +89,7 @@ class Ranks:
                 )
                 for _ in range(count)
             ]  # fmt: skip
-            for number, layer in enumerate(layers):
-                random = torch.Generator(self.device).manual_seed(number)
-                flat = torch.randn(EXPERTS, SHAPE.elements, generator=random, device=self.device)
-                layer.load_experts(0, flat / SHAPE.hidden**0.5)
+            self.load(layers)
             chain(layers)
             kinds.append(layers)
         return kinds[0], kinds[1], memory
@@ -122,7 +124,7 @@ class Ranks:
         return hidden, (place**skew * EXPERTS).long().clamp_(max=EXPERTS - 1), weight.bfloat16(), gradient
 
 
-def answers(layers: list[ResidentExperts], batch: tuple[Tensor, ...], *, again: bool = False) -> list[Tensor]:
+def answers(layers: Sequence[ExpertLayer], batch: tuple[Tensor, ...], *, again: bool = False) -> list[Tensor]:
     """Output and gradients of layers one after the other."""
     hidden, index, weight, gradient = batch
     hidden, weight = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
@@ -133,9 +135,9 @@ def answers(layers: list[ResidentExperts], batch: tuple[Tensor, ...], *, again: 
         )
         output = output + step
     output.backward(gradient)
-    found = [output.detach(), hidden.grad, weight.grad, *(layer.flat.grad for layer in layers)]
+    found = [output.detach(), hidden.grad, weight.grad, *(layer.weights.grad for layer in layers)]
     for layer in layers:
-        layer.flat.grad = None
+        layer.weights.grad = None
     return [part for part in found if part is not None]
 
 
@@ -386,25 +388,6 @@ def loan_has_a_price(ranks: Ranks) -> str:
     return f"a loan costs {price:.0f} tokens; nearly even loads lend {lent[0]} experts for nothing, none for its price"
 
 
-def sharded_answers(
-    layers: list[FullyShardedExperts], batch: tuple[Tensor, ...], *, again: bool = False
-) -> list[Tensor]:
-    """Output and gradients of layers one after the other."""
-    hidden, index, weight, gradient = batch
-    hidden, weight = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
-    output = hidden
-    for layer in layers:
-        step = (
-            layer(output, index, weight) if not again else checkpoint(layer, output, index, weight, use_reentrant=False)
-        )
-        output = output + step
-    output.backward(gradient)
-    found = [output.detach(), hidden.grad, weight.grad, *(layer.shard.grad for layer in layers)]
-    for layer in layers:
-        layer.shard.grad = None
-    return [part for part in found if part is not None]
-
-
 def copies_equal_nccl(ranks: Ranks) -> str:
     for dtype in (torch.float32, torch.bfloat16):
         for reshard in (True, False):
@@ -415,7 +398,7 @@ def copies_equal_nccl(ranks: Ranks) -> str:
                 for layers, optimizer in zip((nccl, own), optimizers, strict=True):
                     ranks.place(layers, seed)
                     batch = ranks.batch(seed, (TOKENS, 7, 0)[(seed + ranks.group.rank) % 3], skew=1 + seed)
-                    found.append(sharded_answers(layers, batch, again=seed % 3 == 2 and layers is own))
+                    found.append(answers(layers, batch, again=seed % 3 == 2 and layers is own))
                     for layer, gradient in zip(layers, found[-1][-len(layers) :], strict=True):
                         layer.shard.grad = gradient
                     optimizer.step()
@@ -436,9 +419,7 @@ def copies_lend(ranks: Ranks) -> str:
         for seed in range(4):
             batch = ranks.batch(seed, skew=(1, 3, 10, 1000)[seed])
             for again in (False, True):
-                for one, other in zip(
-                    sharded_answers(nccl, batch), sharded_answers(own, batch, again=again), strict=True
-                ):
+                for one, other in zip(answers(nccl, batch), answers(own, batch, again=again), strict=True):
                     assert torch.equal(one, other), (reshard, seed, again, error(one, other))
         memory.check()
     return "replicas beyond layouts, recomputed or not: the bits of NCCL"
@@ -468,7 +449,7 @@ def copies_beside_products(ranks: Ranks) -> str:
     """Ranks that come late, GPUs that are busy, and hosts that are far ahead change nothing."""
     nccl, own, memory = ranks.sharded()
     batch = ranks.batch(0)
-    expected = sharded_answers(nccl, batch)
+    expected = answers(nccl, batch)
     large = torch.randn(8192, 8192, dtype=torch.bfloat16, device=ranks.device)
     side = torch.cuda.Stream()
     for step in range(8):
@@ -478,7 +459,7 @@ def copies_beside_products(ranks: Ranks) -> str:
             for _ in range(10):
                 torch.mm(large, large)
         own[0].prefetch()
-        for one, other in zip(expected, sharded_answers(own, batch), strict=True):
+        for one, other in zip(expected, answers(own, batch), strict=True):
             assert torch.equal(one, other), step
     memory.check()
     return "the same bits each time"
