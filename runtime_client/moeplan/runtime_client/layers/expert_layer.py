@@ -64,6 +64,7 @@ class ExpertLayer(nn.Module, ABC):
         loaded: int64[rows], sums of the parameter's rows as they were loaded; None where they were not.
         identities: Choices from `experts` on that give a token back as it is; 0 if there are none.
         steps: Steps of optimizers that have trained it; None where nobody counts them.
+        forgets: True in a copy of a layer that was watched, until it is watched itself.
         trained_by: int64, sum of what an optimizer was about to train its part by; None until the first step after the
             last that was told to other ranks.
         prepare: Called with the parameter before a pass that will have gradients, and with whether FSDP2 averages them
@@ -90,6 +91,7 @@ class ExpertLayer(nn.Module, ABC):
         self.loaded: Tensor | None = None
         self.steps: int | None = None
         self.trained_by: Tensor | None = None
+        self.forgets = False
         self._shared_by: list[weakref.ref[nn.Module]] = []
         self._witnesses: list[Tensor] = []
 
@@ -221,6 +223,7 @@ class ExpertLayer(nn.Module, ABC):
                 its weights are frozen.
         """
         self._shared_by = [weakref.ref(module) for module in modules]
+        self.forgets = False
 
     @property
     def title(self) -> str:
@@ -374,6 +377,7 @@ class ExpertLayer(nn.Module, ABC):
             "prepare": None,
             "steps": None,
             "trained_by": None,
+            "forgets": self.forgets or bool(self._shared_by),
             "_shared_by": [],
             "_witnesses": [],
         }
