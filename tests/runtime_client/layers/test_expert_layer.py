@@ -214,6 +214,27 @@ def test_index_may_be_of_any_integers_and_of_nothing_else() -> None:
         layer(hidden[1:], index, weight)
 
 
+def add_in_place(kind: str) -> None:
+    layer = make_layer(kind, make_group())
+    flat = make_flat()
+    layer.load_experts(0, flat)
+    flat.requires_grad_()
+    for rank in range(layer.group.size):
+        hidden, index, weight = make_batch(rank)
+        (hidden + dense(flat, hidden, index, weight)).square().sum().backward()
+    hidden, index, weight = make_batch(layer.group.rank)
+    output = layer(hidden.requires_grad_(), index, weight)
+    output += hidden
+    output.square().sum().backward()
+    assert flat.grad is not None
+    torch.testing.assert_close(layer.weights.grad, own_part(layer, flat.grad), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_a_layer_gives_may_be_changed_in_place(ranks: Launch, kind: str) -> None:
+    ranks(2, add_in_place, kind)
+
+
 def copy_layers(kind: str) -> None:
     """A copy computes the same with weights of its own, on the same process groups, beside the original."""
     group = make_group()

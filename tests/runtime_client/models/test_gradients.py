@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,7 @@ from torch.distributed.checkpoint.state_dict_loader import load as load_checkpoi
 from torch.distributed.checkpoint.state_dict_saver import save as save_checkpoint
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -209,14 +211,29 @@ def test_an_optimizer_made_before_the_experts_were_replaced_is_refused() -> None
     torch.optim.AdamW(model.parameters()).step()
 
 
-def test_an_optimizer_of_matrices_is_refused() -> None:
+def test_an_optimizer_of_whole_tensors_is_refused() -> None:
     model = fused_model()
     replace_experts(model, partial(ResidentExperts, group=ExpertGroup()))
     model(words_of(0, 0, 1)).backward()
-    with pytest.raises(RuntimeError, match=r"Muon: takes the weights of blocks\.0\.experts for a matrix"):
+    with pytest.raises(RuntimeError, match=r"Muon: takes the weights of blocks\.0\.experts for a tensor"):
         torch.optim.Muon([parameter for parameter in model.parameters() if parameter.ndim == 2]).step()
     experts = set(expert_parameters(model).values())
     torch.optim.Muon([p for p in model.parameters() if p.ndim == 2 and p not in experts]).step()
+    for optimizer in (torch.optim.Adafactor(model.parameters()), torch.optim.LBFGS(model.parameters())):
+        with pytest.raises(RuntimeError, match=r"AdamW or SGD"):
+            optimizer.step(lambda: model(words_of(0, 0, 1)))  # type: ignore[no-untyped-call]
+
+
+@pytest.mark.filterwarnings("ignore")  # what the compiler says about itself and others
+def test_a_compiled_step_of_an_optimizer_is_looked_at_too() -> None:
+    model = fused_model()
+    replace_experts(model, partial(ResidentExperts, group=ExpertGroup()))
+    for wrong in (False, True):
+        optimizer: torch.optim.Optimizer = (torch.optim.Adafactor if wrong else torch.optim.SGD)(model.parameters())
+        model(words_of(0, 0, 1)).backward()
+        step = torch.compile(optimizer.step, backend="eager")
+        with pytest.raises(RuntimeError, match="AdamW or SGD") if wrong else contextlib.nullcontext():
+            step()
 
 
 class Outer(nn.Module):
@@ -291,10 +308,72 @@ def test_lines_that_would_train_wrongly_are_refused_with_what_to_write(
         assert words in told
 
 
-def clip_late(kind: str, frozen: str) -> int:
+def train_unalike(kind: str, line: str) -> str:
+    """The first error of up to six steps, each with an ordinary line after the backward pass."""
+    group = make_group()
+    model = make_ours(kind, group)
+    if kind == "resident":
+        model = copy.deepcopy(model)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("experts" in name or line != "scaler of each rank")
+    ExpertGradients(model)
+    adam = "optimizer" in line
+    optimizer = (torch.optim.AdamW if adam else torch.optim.SGD)(model.parameters(), lr=0.01)
+    scaler = ShardedGradScaler("cpu") if line == "scaler of all ranks" else torch.amp.GradScaler("cpu")
+    for step in range(6):
+        try:
+            loss = model(words_of(step, group.rank, group.size))
+        except RanksDifferError as error:
+            return str(error)
+        if "scaler" in line:
+            scaler.scale(loss).backward()
+            if step == 2 and group.rank == 1:
+                (flat, *_) = expert_parameters(model).values()
+                assert flat.grad is not None
+                flat.grad[0, 0] = float("inf")
+            if line == "scaler of all ranks":
+                average(model)
+            scaler.step(optimizer)
+            scaler.update()
+        else:
+            loss.backward()
+            if line == "all gradients reduced":
+                for parameter in model.parameters():
+                    dist.all_reduce(parameter.grad)
+            else:
+                average(model)
+            if line == "optimizer of rank 0":
+                state = [optimizer.state_dict()]
+                dist.broadcast_object_list(state, 0)
+                optimizer.load_state_dict(state[0])
+            optimizer.step()
+        optimizer.zero_grad()
+    return ""
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("all gradients reduced", "experts = set(expert_parameters(model).values())"),
+        ("optimizer of rank 0", 'dcp.load({"training": TrainingState(model, optimizer)}'),
+        ("optimizer of each rank", ""),
+        ("scaler of each rank", "rank 0 3, rank 1 2. GradScaler leaves out"),
+        ("scaler of all ranks", ""),
+    ],
+)
+def test_ranks_that_train_experts_unalike_are_refused(ranks: Launch, kind: str, line: str, words: str) -> None:
+    for told in ranks(2, train_unalike, kind, line):
+        assert words in told
+        assert bool(told) == bool(words)
+
+
+def clip_late(kind: str, frozen: str, copied: bool) -> int:
     """Clip by each rank's own norm from the sixth step on; returns the number of the pass that refuses."""
     group = make_group()
     model = make_ours(kind, group)
+    if copied:
+        model = copy.deepcopy(model)
     for name, parameter in model.named_parameters():
         if frozen and frozen in name:
             parameter.requires_grad_(False)
@@ -316,9 +395,11 @@ def clip_late(kind: str, frozen: str) -> int:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("frozen", ["", "gate.weight"])
-def test_clipping_by_a_norm_of_each_rank_is_refused_in_the_next_pass(ranks: Launch, kind: str, frozen: str) -> None:
-    assert ranks(2, clip_late, kind, frozen) == [7, 7]
+@pytest.mark.parametrize(("frozen", "copied"), [("", False), ("gate.weight", False), ("", True)])
+def test_clipping_by_a_norm_of_each_rank_is_refused_in_the_next_pass(
+    ranks: Launch, kind: str, frozen: str, copied: bool
+) -> None:
+    assert ranks(2, clip_late, kind, frozen, copied) == [7, 7]
 
 
 def train_equal_experts() -> None:

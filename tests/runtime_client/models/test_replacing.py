@@ -430,11 +430,15 @@ def test_a_checkpoint_continues_with_any_ranks_layers_and_layout(
             torch.testing.assert_close(actual, expected, rtol=0, atol=TOLERANCE)
 
 
-def save_adafactor(kind: str, folder: Path) -> str:
+class Factored(torch.optim.Adafactor):
+    """Under a name that nobody knows."""
+
+
+def save_factored(kind: str, folder: Path) -> str:
     group = make_group()
     model = make_model("qwen3_moe")
     replace(model, kind, group)
-    optimizer = torch.optim.Adafactor(model.parameters())
+    optimizer = Factored(model.parameters())
     train(model, optimizer, 0, group)
     with pytest.raises(ValueError) as refused:
         save_checkpoint({"training": TrainingState(model, optimizer)}, checkpoint_id=folder)
@@ -443,7 +447,7 @@ def save_adafactor(kind: str, folder: Path) -> str:
 
 @pytest.mark.parametrize("kind", ["sharded", "resident"])
 def test_states_of_an_optimizer_that_belong_to_no_expert_are_refused(ranks: Launch, kind: str, tmp_path: Path) -> None:
-    for told in ranks(2, save_adafactor, kind, tmp_path):
+    for told in ranks(2, save_factored, kind, tmp_path):
         assert "layers.0.mlp.experts" in told
         assert "AdamW or SGD" in told
 

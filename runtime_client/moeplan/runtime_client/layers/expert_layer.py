@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from moeplan.runtime_client.group import ExpertGroup, Traffic
 from moeplan.runtime_client.layers.feed_forward import ExpertShape, join_weights, split_weights
 from moeplan.runtime_client.layers.identities import with_identities
-from moeplan.runtime_client.layers.rank_checks import compare_ranks, row_sums, tell
+from moeplan.runtime_client.layers.rank_checks import compare_ranks, row_sums, tell, tells_training
 from moeplan.runtime_client.layers.routing import gather_counts
 from moeplan.solvers.problem.arrays import Int64
 
@@ -63,6 +63,10 @@ class ExpertLayer(nn.Module, ABC):
         name: What errors call it; `replace_experts` gives it the name that it has in the model.
         loaded: int64[rows], sums of the parameter's rows as they were loaded; None where they were not.
         identities: Choices from `experts` on that give a token back as it is; 0 if there are none.
+        steps: Steps of optimizers that have trained it; None where nobody counts them.
+        forgets: True in a copy of a layer that was watched, until it is watched itself.
+        trained_by: int64, sum of what an optimizer was about to train its part by; None until the first step after the
+            last that was told to other ranks.
         prepare: Called with the parameter before a pass that will have gradients, and with whether FSDP2 averages them
             over replicas; `ExpertGradients` sets it.
     """
@@ -85,6 +89,9 @@ class ExpertLayer(nn.Module, ABC):
         self._number = next(group.numbers)
         self._passes = 0
         self.loaded: Tensor | None = None
+        self.steps: int | None = None
+        self.trained_by: Tensor | None = None
+        self.forgets = False
         self._shared_by: list[weakref.ref[nn.Module]] = []
         self._witnesses: list[Tensor] = []
 
@@ -216,6 +223,7 @@ class ExpertLayer(nn.Module, ABC):
                 its weights are frozen.
         """
         self._shared_by = [weakref.ref(module) for module in modules]
+        self.forgets = False
 
     @property
     def title(self) -> str:
@@ -262,7 +270,8 @@ class ExpertLayer(nn.Module, ABC):
 
     def _gather_counts(self, index: Tensor, weight: Tensor, layout: int = 0) -> Int64:
         """Tokens of each expert from each rank, int64[size, experts], once what ranks tell goes together."""
-        told = tell(self._number, self._passes, layout, *self._checks())
+        steps = 0 if self.steps is None or not self.weights.numel() else 1 + self.steps
+        told = tell(self._number, self._passes, layout, *self._checks(), steps=steps)
         what = f"pass {self._passes} of {self.title}"
         return gather_counts(self.group, index, weight, self.experts, what, told, partial(compare_ranks, self.title))
 
@@ -273,7 +282,11 @@ class ExpertLayer(nn.Module, ABC):
         in few passes, as they take time to read.
         """
         if not self._compares:
-            return (None, None, _total(self._witnesses)) if self._witnesses else ()
+            shared_sum = _total(self._witnesses) if self._witnesses else None
+            if tells_training(self._passes) and self.trained_by is not None:
+                trained_by, self.trained_by = self.trained_by.to(self.weights.device), None
+                return trained_by, torch.ones_like(trained_by), shared_sum
+            return () if shared_sum is None else (None, None, shared_sum)
         shared = self._shared()
         self._witnesses = [weights for weights in shared if self._is_small(weights)]
         own = row_sums(self.weights).sum()
@@ -284,6 +297,11 @@ class ExpertLayer(nn.Module, ABC):
             self.loaded = self.loaded.to(own.device)
             same = own == self.loaded.sum()
         return own, ~same.bool(), _total(shared) if shared else None
+
+    @property
+    def awaits_step(self) -> bool:
+        """True if ranks will compare what the next step of an optimizer trains this part by."""
+        return self.group.size > 1 and not self._cut and self.trained_by is None
 
     @property
     def _compares(self) -> bool:
@@ -354,7 +372,15 @@ class ExpertLayer(nn.Module, ABC):
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies: without what belongs to passes, to other modules and to training with the original."""
-        return self.__dict__ | {"traffic": Traffic(), "prepare": None, "_shared_by": [], "_witnesses": []}
+        return self.__dict__ | {
+            "traffic": Traffic(),
+            "prepare": None,
+            "steps": None,
+            "trained_by": None,
+            "forgets": self.forgets or bool(self._shared_by),
+            "_shared_by": [],
+            "_witnesses": [],
+        }
 
     def extra_repr(self) -> str:
         return f"experts={self.experts}, {self.shape}, rank={self.group.rank}/{self.group.size}"

@@ -9,10 +9,16 @@ from torch import Tensor
 from moeplan.runtime_client.errors import LayoutMismatchError, MissedPassError, RanksDifferError
 from moeplan.solvers.problem.arrays import Int64
 
-__all__ = ["compare_ranks", "row_sums", "tell"]
+__all__ = ["compare_ranks", "row_sums", "tell", "tells_training"]
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _PASS_BITS = 32
+_LAYER_BITS = 16
+
+
+def tells_training(number: int) -> bool:
+    """True in passes 3, 5, 9, 17 and so on, in which ranks compare what trains their experts, not these."""
+    return number > 2 and number - 1 & (number - 2) == 0
 
 
 def tell(
@@ -22,6 +28,8 @@ def tell(
     own: Tensor | None = None,
     rewritten: Tensor | None = None,
     shared: Tensor | None = None,
+    *,
+    steps: int = 0,
 ) -> list[int | Tensor]:
     """A rank's facts about itself, for `compare_ranks`.
 
@@ -29,12 +37,15 @@ def tell(
         layer: Number of the layer in the group.
         number: Number of its pass.
         layout: Number that differs between layouts, and between means of a planner.
-        own: int64, sum of `row_sums` of this rank's part of the experts; None in most passes, as it reads all weights.
-        rewritten: int64, 1 if they are not what the layer has loaded.
+        own: int64, sum of `row_sums` of this rank's part of the experts; in passes that `tells_training`, of what an
+            optimizer trains them by. None in most passes, as it reads all of them.
+        rewritten: int64, 1 if no other rank may hold the same: it is not what the layer has loaded.
         shared: int64, sum of `row_sums` of the weights that all ranks share.
+        steps: Of optimizers, that trained this rank's part, from 1; 0 where that is not known.
     """
     checks = (0 if check is None else check for check in (own, rewritten, shared))
-    return [layer << _PASS_BITS | number, layout, *checks]
+    steps %= 1 << 63 - _PASS_BITS - _LAYER_BITS
+    return [(steps << _LAYER_BITS | layer) << _PASS_BITS | number, layout, *checks]
 
 
 def row_sums(tensor: Tensor) -> Tensor:
@@ -53,9 +64,11 @@ def compare_ranks(name: str, told: Int64) -> None:
     Raises:
         MissedPassError: the ranks are in different passes, or in different layers.
         LayoutMismatchError: their layouts differ, or what they lend by.
-        RanksDifferError: two ranks hold the same part of the experts, or weights that all share differ.
+        RanksDifferError: two ranks hold the same part of the experts or train theirs by the same gradients, one has
+            left out a step, or weights that all share differ.
     """
     place, layout, own, rewritten, shared = told.T
+    steps, place = place >> _PASS_BITS + _LAYER_BITS, place & (1 << _PASS_BITS + _LAYER_BITS) - 1
     if _differing(place):
         where = ", ".join(
             f"rank {rank} in pass {at & (1 << _PASS_BITS) - 1} of layer {at >> _PASS_BITS}"
@@ -70,8 +83,18 @@ def compare_ranks(name: str, told: Int64) -> None:
             f"{name}: layout of ranks {ranks}, or the planner that lends there or its options, differ from rank 0's; "
             "set the same on all ranks"
         )
+    training = tells_training(int(place[0]) & (1 << _PASS_BITS) - 1)
     for rank in np.flatnonzero(rewritten).tolist():
         same = [other for other in np.flatnonzero(own == own[rank]).tolist() if other != rank]
+        if own[rank] and same and training:
+            raise RanksDifferError(
+                f"{name}: ranks {rank} and {same[0]} train their parts of the experts by the same gradients, or the "
+                "same state of an optimizer, and each holds other experts. Either gradients of all parameters were "
+                "reduced over ranks, or ranks have loaded the optimizer of one of them. Write\n"
+                "    ExpertGradients(model)  # before DistributedDataParallel(model), or reduce but these:\n"
+                "    experts = set(expert_parameters(model).values())\n"
+                '    dcp.load({"training": TrainingState(model, optimizer)}, checkpoint_id=folder)'
+            )
         if own[rank] and same:
             raise RanksDifferError(
                 f"{name}: ranks {rank} and {same[0]} hold the same part of the experts, and each must hold its own. "
@@ -80,6 +103,14 @@ def compare_ranks(name: str, told: Int64) -> None:
                 "    ExpertGradients(model)  # before DistributedDataParallel(model)\n"
                 "    fully_shard(model, ignored_params=set(expert_parameters(model).values()))"
             )
+    known = steps[steps > 0]
+    if (known != known[:1]).any():
+        made = ", ".join(f"rank {rank} {count - 1}" for rank, count in enumerate(steps.tolist()) if count)
+        raise RanksDifferError(
+            f"{name}: ranks have made different numbers of steps of its optimizer: {made}. GradScaler leaves out a "
+            "step on ranks whose own gradients overflow, and each has other experts. Write\n"
+            "    torch.distributed.fsdp.sharded_grad_scaler.ShardedGradScaler()  # which asks all ranks"
+        )
     if ranks := _differing(shared):
         raise RanksDifferError(
             f"{name}: the weights beside the experts, which all ranks share, differ on ranks {ranks} from rank 0's. "

@@ -189,9 +189,8 @@ class ResidentExperts(ExpertLayer):
             if spilled.requires_grad:
                 spilled = _Repeat.apply(spilled, lent, self.flat.detach(), lending)  # type: ignore[no-untyped-call]
             results.append(spilled)
-        output = combine(group, route, results, weight, self.traffic, self.finish)
-        if lending is not None and output.requires_grad:
-            output = _Announce.apply(output, lent, self.flat.detach(), lending)  # type: ignore[no-untyped-call]
+        announce = None if lending is None else partial(lending.repeat, self.flat.detach())
+        output = combine(group, route, results, weight, self.traffic, self.finish, announce)
         if output.requires_grad:
             output.register_hook(lambda _: self._require_at_home(homes))
             self._made.add(output, counts, means, (homes, loan))
@@ -229,7 +228,7 @@ class _Lending:
         layer.buffer.lend(self.loan, flat, self.into, layer.group, layer.traffic, purpose, contents=self.contents)
 
     def repeat(self, flat: Tensor) -> None:
-        """Start the transfer again, unless no other loan has been in the buffer since."""
+        """Start the transfer again, beside the gradients of the tokens, unless it is still the last one."""
         if self.layer.buffer.contents is not self.contents:
             self.start(flat, "weights.backward")
 
@@ -288,7 +287,8 @@ class _Repeat(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, results: Tensor, lent: Tensor, flat: Tensor, lending: _Lending) -> Tensor:
         ctx.lending = lending
-        ctx.save_for_backward(lent, flat)  # as in _Announce
+        # So that a checkpoint recomputes the pass before the loan is repeated: both use the buffer.
+        ctx.save_for_backward(lent, flat)
         return results.view_as(results)
 
     @staticmethod
@@ -297,22 +297,4 @@ class _Repeat(torch.autograd.Function):
         _, flat = ctx.saved_tensors
         ctx.lending.repeat(flat)
         ctx.lending.layer.buffer.wait()
-        return gradient, None, None, None
-
-
-class _Announce(torch.autograd.Function):
-    """Identity on the output of the layer; its backward repeats the loan beside the gradients of the tokens."""
-
-    @staticmethod
-    def forward(ctx: Any, output: Tensor, lent: Tensor, flat: Tensor, lending: _Lending) -> Tensor:
-        ctx.lending = lending
-        # Saved so that a checkpoint recomputes the pass before the loan is repeated: both use the buffer.
-        ctx.save_for_backward(lent, flat)
-        return output.view_as(output)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
-        _, flat = ctx.saved_tensors
-        ctx.lending.repeat(flat)
         return gradient, None, None, None

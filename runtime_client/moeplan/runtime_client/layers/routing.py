@@ -165,6 +165,7 @@ def combine(
     weight: Tensor,
     traffic: Traffic,
     finish: Callable[[Tensor], Tensor] | None = None,
+    announce: Callable[[], None] | None = None,
 ) -> Tensor:
     """[tokens, hidden]: results back at their sources, weighted and summed over the choices in their order.
 
@@ -175,9 +176,12 @@ def combine(
         weight: [tokens, k], weights of the choices.
         traffic: Counter of the bytes sent.
         finish: Applied to the results at their sources, row by row, before they are weighed.
+        announce: Called in the backward pass before gradients of tokens travel, once a checkpoint has run the pass
+            again.
     """
     returned: Tensor = _Return.apply(group, route, traffic, *parts)  # type: ignore[no-untyped-call]
-    results: Tensor = _Weigh.apply(finish(returned) if finish else returned, weight, route)  # type: ignore[no-untyped-call]
+    finished = finish(returned) if finish else returned
+    results: Tensor = _Weigh.apply(finished, weight, route, announce)  # type: ignore[no-untyped-call]
     return results
 
 
@@ -214,20 +218,24 @@ class _Return(torch.autograd.Function):
 
 class _Weigh(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, returned: Tensor, weight: Tensor, route: Route) -> Tensor:
-        ctx.route = route
+    def forward(
+        ctx: Any, returned: Tensor, weight: Tensor, route: Route, announce: Callable[[], None] | None
+    ) -> Tensor:
+        ctx.route, ctx.announce = route, announce
         ctx.save_for_backward(weight, returned if ctx.needs_input_grad[1] else None)
         return _weigh_choices(returned, route.places, weight)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         weight, returned = ctx.saved_tensors
+        if ctx.announce is not None:
+            ctx.announce()
         rows = _spread_gradient(gradient, ctx.route.pairs, weight) if ctx.needs_input_grad[0] else None
         to_weight = None
         if returned is not None:
             to_weight = _weight_gradient(returned, ctx.route.places, gradient).to(weight.dtype)
-        return rows, to_weight, None
+        return rows, to_weight, None, None
 
 
 @fused

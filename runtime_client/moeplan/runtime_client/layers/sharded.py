@@ -295,9 +295,9 @@ class FullyShardedExperts(ExpertLayer):
             results = this.guard(results, flat)
             if self.reshard and not in_backward():
                 this.free(flat)
-        output = combine(group, route, [results], weight, self.traffic, self.finish)
+        # The weights set out before the gradients of tokens do, to arrive beside them.
+        output = combine(group, route, [results], weight, self.traffic, self.finish, announce=this.start)
         if output.requires_grad:
-            output = this.announce(output)
             self._made.add(output, counts, means, made)
         return output
 
@@ -420,11 +420,6 @@ class _Pass:
         guarded: Tensor = _Restore.apply(results, flat, self)  # type: ignore[no-untyped-call]
         return guarded
 
-    def announce(self, output: Tensor) -> Tensor:
-        """`output` of the layer, before whose backward the weights set out, to arrive beside the tokens' gradients."""
-        announced: Tensor = _Announce.apply(output, self)  # type: ignore[no-untyped-call]
-        return announced
-
     def free(self, flat: Tensor) -> None:
         """Give up the memory of the weights, though autograd still refers to them."""
         flat.untyped_storage().resize_(0)
@@ -515,18 +510,3 @@ class _Restore(torch.autograd.Function):
         if this.before is not None:
             this.before.start()
         return gradient, None, None
-
-
-class _Announce(torch.autograd.Function):
-    """Identity on the output of the layer; its backward starts to bring the weights back."""
-
-    @staticmethod
-    def forward(ctx: Any, output: Tensor, this: _Pass) -> Tensor:
-        ctx.this = this
-        return output.view_as(output)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        ctx.this.start()
-        return gradient, None

@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from moeplan.runtime_client.group import ExpertGroup
 from moeplan.runtime_client.layers.expert_layer import ExpertLayer
+from moeplan.runtime_client.models.optimizers import watch_optimizers
 
 __all__ = ["ExpertGradients", "expert_parameters", "groups_of", "ignore_experts"]
 
@@ -84,6 +85,7 @@ class ExpertGradients:
         self.stages = stages
         self.layers = {group: [layer for layer in layers if layer.group is group] for group in _groups(layers)}
         ignore_experts(model)
+        _watch_copies(model)
         for group, members in self.layers.items():
             replicas = _replicas_of(group.members, ranks)
             for layer in members:
@@ -116,6 +118,16 @@ class ExpertGradients:
         for parameters in (*kinds, *([p for p in experts if isinstance(p, DTensor) == cut] for cut in (False, True))):
             clip_grads_with_norm_(parameters, max_norm, total)
         return total
+
+
+def _watch_copies(model: nn.Module) -> None:
+    """Watch layers of a copied model as those of the original are."""
+    children = [(block, child) for block in model.modules() for child in block.children()]
+    copies = {child: block for block, child in children if isinstance(child, ExpertLayer) and child.forgets}
+    for layer, block in copies.items():
+        layer.watch(block, model)
+    if copies:
+        watch_optimizers(copies, ())
 
 
 def _groups(layers: Iterable[ExpertLayer]) -> list[ExpertGroup]:

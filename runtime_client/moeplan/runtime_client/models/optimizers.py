@@ -7,22 +7,29 @@ from collections.abc import Iterable
 from functools import cache
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from moeplan.runtime_client.layers.expert_layer import ExpertLayer
+from moeplan.runtime_client.layers.rank_checks import row_sums
 
 __all__ = ["watch_optimizers"]
 
 _layers: weakref.WeakSet[ExpertLayer] = weakref.WeakSet()
 _replaced: weakref.WeakValueDictionary[int, nn.Parameter] = weakref.WeakValueDictionary()
-_right: weakref.WeakSet[Optimizer] = weakref.WeakSet()
-"""Optimizers that have been looked at since experts were last replaced."""
+_trained: weakref.WeakKeyDictionary[Optimizer, weakref.WeakSet[ExpertLayer]] = weakref.WeakKeyDictionary()
+"""Layers that optimizers train, of those that have been looked at since experts were last replaced."""
+
+_OF_WHOLE_TENSORS = ("adafactor", "lamb", "lars", "lbfgs", "muon", "shampoo", "soap")
+"""In names of optimizers that treat a tensor, or all of them, as a whole."""
 
 
 def watch_optimizers(layers: Iterable[ExpertLayer], replaced: Iterable[nn.Parameter]) -> None:
-    """Have steps of optimizers refused that hold what is no longer in the model, or that take experts for matrices.
+    """Have steps of optimizers refused that hold what is no longer in the model, or treat experts as one tensor.
+
+    Of other steps it is noted what ranks compare.
 
     Args:
         layers: The layers that are in the model now.
@@ -30,24 +37,38 @@ def watch_optimizers(layers: Iterable[ExpertLayer], replaced: Iterable[nn.Parame
     """
     _layers.update(layers)
     _replaced.update({id(parameter): parameter for parameter in replaced})
-    _right.clear()
+    _trained.clear()
     _look_at_steps()
 
 
 @cache
 def _look_at_steps() -> None:
     """Once in a process, as torch calls it for every optimizer."""
-    register_optimizer_step_pre_hook(_require_right)
+    register_optimizer_step_pre_hook(_before_step)
+    register_optimizer_step_post_hook(_after_step)
 
 
-def _require_right(optimizer: Optimizer, *_: Any) -> None:
-    """Raise before a step that would go wrong.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _before_step(optimizer: Optimizer, *_: Any) -> None:
+    if optimizer not in _trained:
+        _trained[optimizer] = _require_right(optimizer)
+    for layer in _trained[optimizer]:
+        if layer.awaits_step:
+            layer.trained_by = _sum_of_training(optimizer, layer)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _after_step(optimizer: Optimizer, *_: Any) -> None:
+    for layer in _trained.get(optimizer, ()):
+        layer.steps = 1 + (layer.steps or 0)
+
+
+def _require_right(optimizer: Optimizer) -> weakref.WeakSet[ExpertLayer]:
+    """The layers that an optimizer trains.
 
     Raises:
-        RuntimeError: the optimizer was made before `replace_experts`, or is one for matrices.
+        RuntimeError: the optimizer was made before `replace_experts`, or treats tensors as a whole.
     """
-    if optimizer in _right:
-        return
     kind = type(optimizer).__name__
     held = {id(parameter): parameter for group in optimizer.param_groups for parameter in group["params"]}
     if any(_replaced.get(number) is parameter for number, parameter in held.items()):
@@ -55,10 +76,21 @@ def _require_right(optimizer: Optimizer, *_: Any) -> None:
             f"{kind}: was made before replace_experts, so it holds weights that are no longer in the model, and would "
             "not train the experts. Make the optimizer after it"
         )
-    flat = [layer.title for layer in _layers if id(layer.weights) in held]
-    if flat and "muon" in kind.lower():
+    layers = weakref.WeakSet(layer for layer in _layers if id(layer.weights) in held)
+    if layers and any(name in kind.lower() for name in _OF_WHOLE_TENSORS):
         raise RuntimeError(
-            f"{kind}: takes the weights of {min(flat)} for a matrix, and they are the flat experts of a rank. Leave "
-            "expert_parameters(model) to an optimizer that treats elements one by one, as AdamW or SGD"
+            f"{kind}: takes the weights of {min(layer.title for layer in layers)} for a tensor of the model, which it "
+            "treats as a whole, and they are the flat experts of a rank. Leave expert_parameters(model) to an "
+            "optimizer that treats elements one by one, as AdamW or SGD"
         )
-    _right.add(optimizer)
+    return layers
+
+
+def _sum_of_training(optimizer: Optimizer, layer: ExpertLayer) -> Tensor | None:
+    """int64: sum of the bits of an optimizer's state of the layer once it has made a step, or else of the gradient."""
+    weights = layer.weights
+    state = optimizer.state.get(weights, {})
+    kept = [part for part in state.values() if isinstance(part, Tensor) and part.shape == weights.shape]
+    if not kept or not float(state.get("step", 1)):
+        kept = [] if weights.grad is None else [weights.grad]
+    return torch.stack([row_sums(part).sum() for part in kept]).sum() if kept else None
