@@ -18,7 +18,7 @@ from moeplan.runtime_client.group import ExpertGroup, Traffic
 from moeplan.runtime_client.layers.dividing import Division, PlannedLayer
 from moeplan.runtime_client.layers.expert_layer import ExpertLayer
 from moeplan.runtime_client.layers.feed_forward import ExpertShape, feed_forward
-from moeplan.runtime_client.layers.repeating import MadePasses, in_backward
+from moeplan.runtime_client.layers.repeating import MadePasses, in_backward, unseen
 from moeplan.runtime_client.layers.routing import combine, dispatch, find_route
 from moeplan.runtime_client.layers.sharding import Gathering, Placement, Returning, Slots, shard_width, version_of
 from moeplan.runtime_client.layers.spilling import (
@@ -277,7 +277,8 @@ class FullyShardedExperts(ExpertLayer):
         return self._placement
 
     def _start(self, placement: Slots, dtype: torch.dtype, purpose: str) -> Gathering:
-        return Gathering(self.shard, placement, self.group, dtype, self.traffic, purpose)
+        with unseen():
+            return Gathering(self.shard, placement, self.group, dtype, self.traffic, purpose)
 
     def _take_ahead(self, placement: Placement, dtype: torch.dtype) -> Gathering | None:
         ahead, self._ahead = self._ahead, None
