@@ -23,6 +23,7 @@ from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from moeplan.runtime_client.models.checkpoint import TrainingState
 from moeplan.runtime_client.models.gradients import ExpertGradients
@@ -131,6 +132,35 @@ def test_checkpoints_under_wrappers_in_any_order(ranks: Launch, kind: str, order
         assert names == sorted(fused_model().state_dict())
     for loss in ranks(3, load_wrapped, "sharded", "ddp", tmp_path):
         torch.testing.assert_close(loss, train_alone(), rtol=1e-10, atol=0)
+
+
+def save_products(_: object, operation: object, *__: object, **___: object) -> CheckpointPolicy:
+    """What a selective activation checkpoint keeps."""
+    kept = operation in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def train_selectively(kind: str) -> None:
+    group = make_group()
+    plain, ours = fused_model(), make_ours(kind, group)
+    contexts = partial(create_selective_checkpoint_contexts, save_products)
+    for name, block in ours.blocks.named_children():
+        setattr(ours.blocks, name, checkpoint_wrapper(block, context_fn=contexts))
+    ExpertGradients(ours)
+    wrapped = DistributedDataParallel(ours)
+    optimizers = [torch.optim.AdamW(model.parameters(), lr=0.01) for model in (plain, wrapped)]
+    for step in range(4):
+        plain(words_of(step, 0, 1)).backward()
+        wrapped(words_of(step, group.rank, group.size)).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    torch.testing.assert_close(ours(words_of(5, 0, 1)), plain(words_of(5, 0, 1)), rtol=1e-10, atol=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_selective_checkpoints_train_as_one_process(ranks: Launch, kind: str) -> None:
+    ranks(2, quietly, "train_selectively", kind)
 
 
 def save_later(kind: str, folder: Path) -> None:

@@ -19,6 +19,7 @@ from moeplan.runtime_client.group import ExpertGroup, Traffic
 from moeplan.runtime_client.layers.feed_forward import ExpertShape, join_weights, split_weights
 from moeplan.runtime_client.layers.identities import with_identities
 from moeplan.runtime_client.layers.rank_checks import compare_ranks, row_sums, tell, tells_training
+from moeplan.runtime_client.layers.repeating import unseen
 from moeplan.runtime_client.layers.routing import gather_counts
 from moeplan.solvers.problem.arrays import Int64
 
@@ -271,9 +272,11 @@ class ExpertLayer(nn.Module, ABC):
     def _gather_counts(self, index: Tensor, weight: Tensor, layout: int = 0) -> Int64:
         """Tokens of each expert from each rank, int64[size, experts], once what ranks tell goes together."""
         steps = 0 if self.steps is None or not self.weights.numel() else 1 + self.steps
-        told = tell(self._number, self._passes, layout, *self._checks(), steps=steps)
         what = f"pass {self._passes} of {self.title}"
-        return gather_counts(self.group, index, weight, self.experts, what, told, partial(compare_ranks, self.title))
+        with unseen():
+            told = tell(self._number, self._passes, layout, *self._checks(), steps=steps)
+            compare = partial(compare_ranks, self.title)
+            return gather_counts(self.group, index, weight, self.experts, what, told, compare)
 
     def _checks(self) -> tuple[Tensor | None, Tensor | None, Tensor | None] | tuple[()]:
         """Values by which ranks compare weights, in the order of `tell`.

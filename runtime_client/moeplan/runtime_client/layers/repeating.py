@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import traceback
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode
 
 from moeplan.solvers.problem.arrays import Int64
 
-__all__ = ["MadePasses", "in_backward"]
+__all__ = ["MadePasses", "in_backward", "unseen"]
 
 W = TypeVar("W")
 
@@ -86,6 +89,16 @@ class MadePasses(Generic[W]):
                 "planners between steps"
             )
         return same[0].way if same else None
+
+
+@contextmanager
+def unseen() -> Iterator[None]:
+    """Within it, selective activation checkpoints see no operations: what one of two runs of a pass leaves out."""
+    if _get_current_dispatch_mode() is None:
+        yield
+        return
+    with _disable_current_modes():
+        yield
 
 
 def in_backward() -> bool:

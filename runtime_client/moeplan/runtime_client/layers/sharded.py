@@ -20,7 +20,7 @@ from moeplan.runtime_client.group import ExpertGroup, Traffic
 from moeplan.runtime_client.layers.dividing import Division, PlannedLayer
 from moeplan.runtime_client.layers.expert_layer import ExpertLayer
 from moeplan.runtime_client.layers.feed_forward import ExpertShape, feed_forward
-from moeplan.runtime_client.layers.repeating import MadePasses, in_backward
+from moeplan.runtime_client.layers.repeating import MadePasses, in_backward, unseen
 from moeplan.runtime_client.layers.routing import combine, dispatch, find_route
 from moeplan.runtime_client.layers.sharding import (
     DirectGathering,
@@ -324,24 +324,26 @@ class FullyShardedExperts(ExpertLayer):
         """Begin to gather weights; copy engines write them into a storage from row `first` on, or into new memory."""
         memory = self.memory
         if memory is None:
-            return Gathering(self.shard, placement, self.group, dtype, self.traffic, purpose)
+            with unseen():
+                return Gathering(self.shard, placement, self.group, dtype, self.traffic, purpose)
         for name, own, other in (("dtype", dtype, memory.dtype), ("device", self.shard.device, memory.device)):
             if own != other:
                 raise ValueError(f"{self.title}: {name} = {own}: the memory was made for {other}")
-        if self._published is None:
-            self._published = memory.open()
-        # Between a forward pass and its backward weights stay as they are, and within one; at any other time they may
-        # have changed, and in ways that autograd does not see.
-        shown = self._published.read >= 0 and (in_backward() or first > 0)
-        gathering = DirectGathering(
-            self.shard,
-            placement,
-            memory,
-            self._published,
-            shown=shown,
-            into=None if storage is None else (storage, first),
-            room=0 if self.planner is None else int(self._lent(self.planner)[self.group.rank]),
-        )
+        with unseen():
+            if self._published is None:
+                self._published = memory.open()
+            # Between a forward pass and its backward weights stay as they are, and within one; at any other time they
+            # may have changed, and in ways that autograd does not see.
+            shown = self._published.read >= 0 and (in_backward() or first > 0)
+            gathering = DirectGathering(
+                self.shard,
+                placement,
+                memory,
+                self._published,
+                shown=shown,
+                into=None if storage is None else (storage, first),
+                room=0 if self.planner is None else int(self._lent(self.planner)[self.group.rank]),
+            )
         self.traffic[purpose] += gathering.sent
         return gathering
 
