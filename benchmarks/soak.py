@@ -40,6 +40,7 @@ import time
 import urllib.request
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -66,13 +67,18 @@ DISTINCT = 16
 """Steps after which loads repeat: more than a window, so that there is always something to plan."""
 FAILED_WRITE = "Internal error from Core"
 """What grpc's client for asyncio makes of a write that a stream's end overtakes, in place of the server's status."""
-FULL = """
+DISK = """
+    CREATE TABLE full_disk ();
     CREATE FUNCTION full_disk() RETURNS trigger AS $$ BEGIN
-        RAISE EXCEPTION 'could not extend file: No space left on device' USING ERRCODE = 'disk_full';
+        IF EXISTS (SELECT FROM full_disk) THEN
+            RAISE EXCEPTION 'could not extend file: No space left on device' USING ERRCODE = 'disk_full';
+        END IF;
+        RETURN NEW;
     END $$ LANGUAGE plpgsql;
     CREATE TRIGGER full_disk BEFORE INSERT ON moeplan_jobs EXECUTE FUNCTION full_disk();
     CREATE TRIGGER full_disk BEFORE INSERT ON moeplan_plans EXECUTE FUNCTION full_disk()
 """
+"""Made once: to make or drop triggers later waits for, and deadlocks with, what daemons do."""
 TENANTS = ("alpha", "beta", "gamma", "delta")
 METRICS = ("moeplan_store_errors_total", "moeplan_lease_age_seconds", "moeplan_jobs_owned")
 
@@ -323,9 +329,9 @@ def faults(
 
     def full(_: int) -> None:
         with psycopg.connect(database, autocommit=True) as connection:
-            connection.execute(FULL)
+            connection.execute("INSERT INTO full_disk DEFAULT VALUES")
             time.sleep(2 * LEASE_S)
-            connection.execute("DROP FUNCTION full_disk CASCADE")
+            connection.execute("DELETE FROM full_disk")
 
     kinds: list[Callable[[int], None]] = [killed, stopped, slow, dead, frozen, full]
     while time.monotonic() + FAULT_EVERY_S < end:
@@ -333,12 +339,12 @@ def faults(
         before = total(daemons)
         began = time.monotonic()
         watched: list[dict[str, float]] = []
-        harm = threading.Thread(target=kind, args=(number,))
-        harm.start()
-        while time.monotonic() - began < FAULT_EVERY_S:
-            watched += [daemon.metrics() for daemon in daemons]
-            time.sleep(1)
-        harm.join()
+        with ThreadPoolExecutor(1) as pool:
+            harm = pool.submit(kind, number)
+            while time.monotonic() - began < FAULT_EVERY_S:
+                watched += [daemon.metrics() for daemon in daemons]
+                time.sleep(1)
+        harm.result()
         happened = total(daemons) - before
         shown = {name: count for name, count in happened.items() if name in SHOWN}
         decided = sum(count for name, count in happened.items() if name.startswith("decision: "))
@@ -454,16 +460,13 @@ def main() -> None:
         postmaster = int((folder / "postgres" / "postmaster.pid").read_text().splitlines()[0])
         end = time.monotonic() + given.seconds
         memory = [daemon.memory_mb() for daemon in daemons]
-        harm: list[dict[str, Any]] = []
-        threads = [
-            threading.Thread(target=churn, args=(seen, daemons, spec(2, given.work), end)),
-            threading.Thread(target=lambda: harm.extend(faults(daemons, links, uri, postmaster, end))),
-        ]
-        for thread in threads:
-            thread.start()
-        asyncio.run(load(names, given.ranks, given.interval, seen, daemons, end))
-        for thread in threads:
-            thread.join()
+        with psycopg.connect(uri, autocommit=True) as connection:
+            connection.execute(DISK)
+        with ThreadPoolExecutor(2) as pool:
+            churning = pool.submit(churn, seen, daemons, spec(2, given.work), end)
+            harming = pool.submit(faults, daemons, links, uri, postmaster, end)
+            asyncio.run(load(names, given.ranks, given.interval, seen, daemons, end))
+        churning.result()
         for daemon in daemons:
             daemon.ready.wait(300)
         time.sleep(3 * LEASE_S)
@@ -476,7 +479,7 @@ def main() -> None:
             "decisions": {event: count for event, count in total(daemons).items() if event.startswith("decision: ")},
             "away_s_p50_p99_max": [round(float(np.percentile(seen.away_s, q)), 2) for q in (50, 99, 100)],
             "memory_MB_first_last": [memory, [daemon.memory_mb() for daemon in daemons]],
-            "faults": harm,
+            "faults": harming.result(),
             **verdict(names, seen, daemons),
         }
         for daemon in daemons:

@@ -91,7 +91,8 @@ class MetricsServer:
             status, kind, body = "404 Not Found", "text/plain", b"metrics are at /metrics\n"
         else:
             encode, kind = choose_encoder(accept[0] if accept else "")
-            status, body = "200 OK", encode(self._registry)
+            # In a thread, which gives way to streams: writing all of them takes some milliseconds.
+            status, body = "200 OK", await asyncio.to_thread(encode, self._registry)
         writer.transport.set_write_buffer_limits(high=0)  # to drain is to have sent all
         lines = [f"HTTP/1.1 {status}", f"Content-Type: {kind}", *(f"{name}: {value}" for name, value in extra.items())]
         lines += ([] if events else [f"Content-Length: {len(body)}"]) + ["Connection: close", "", ""]

@@ -63,6 +63,14 @@ SWITCH_S = 0.000_2
 """Longest that the event loop keeps the store's thread from running. Python's own 5 ms would pass several times in the
 writing of one plan, which needs the interpreter for many short moments."""
 
+YOUNG_OBJECTS = 50_000
+"""Objects after which Python looks for garbage by itself. With its own 700, and 1,024 streams, it would look through
+what these hold open about once a second, for 5 to 10 ms, and mostly while a plan is sent, which makes objects; now and
+then through everything, for 100 ms. Streams and plans leave next to nothing that needs it."""
+
+COLLECT_S = 300.0
+"""Period in which everything is looked through all the same: a stall of 100 ms, which delays few plans so rarely."""
+
 LAST_RESORT_S = 5.0
 """Time that the end may take beyond its drain."""
 
@@ -323,14 +331,23 @@ async def serve(settings: Settings) -> None:
     await daemon.start()
     loop.add_signal_handler(signal.SIGHUP, daemon.reload)
     gc.collect()
-    gc.freeze()  # modules and the like: looking through them again and again would hold up streams by tens of ms
+    gc.freeze()  # modules and the like
+    gc.set_threshold(YOUNG_OBJECTS)
+    collecting = loop.create_task(_collect())
     await asked.wait()
+    collecting.cancel()
     # If ending hangs, in native code for instance, the process ends all the same: what was acknowledged is on disk.
     watchdog = threading.Timer(settings.drain_s + LAST_RESORT_S, os._exit, (1,))
     watchdog.daemon = True
     watchdog.start()
     await daemon.stop()
     watchdog.cancel()
+
+
+async def _collect() -> None:
+    while True:
+        await asyncio.sleep(COLLECT_S)
+        gc.collect()
 
 
 def _options(message_bytes: int) -> list[tuple[str, Any]]:
