@@ -119,7 +119,7 @@ def test_few_moves_from_a_static_layout_are_worth_it() -> None:
     assert reached[0] == pytest.approx(evaluate(problem, current).objective)
     assert reached == sorted(reached, reverse=True)
     assert reached[2] <= 1.19
-    assert reached[3] <= 1.09
+    assert reached[3] <= 1.07
     assert reached[4] <= 1.01
 
 

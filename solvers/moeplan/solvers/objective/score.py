@@ -8,13 +8,13 @@ from __future__ import annotations
 import numpy as np
 
 from moeplan.solvers.problem.arrays import Float64, Int64
-from moeplan.solvers.problem.kernel import kernel
+from moeplan.solvers.problem.kernel import inner_kernel
 from moeplan.solvers.problem.problem import Problem
 
 __all__ = ["bound", "imbalance", "levels", "objective", "relative", "risk", "score", "tail_shares"]
 
 
-@kernel
+@inner_kernel
 def tail_shares(value: Float64, weights: Float64, tail: float, share: Float64) -> float:
     """Conditional value at risk: the mean of `value` over the worst part `tail` of the weight.
 
@@ -30,8 +30,11 @@ def tail_shares(value: Float64, weights: Float64, tail: float, share: Float64) -
         The sum of ``share * value``.
     """
     if tail >= 1:
-        share[:] = weights
-        return (weights * value).sum()
+        mean = 0.0
+        for s in range(len(value)):
+            share[s] = weights[s]
+            mean += weights[s] * value[s]
+        return mean
     share[:] = -1.0
     left = tail
     risk = 0.0

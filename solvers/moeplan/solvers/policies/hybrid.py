@@ -58,6 +58,7 @@ from moeplan.solvers.problem.moves import keep_slots, relabel
 from moeplan.solvers.problem.problem import Problem
 from moeplan.solvers.problem.split_rules import SplitRule
 from moeplan.solvers.search.blocks import blocks_of
+from moeplan.solvers.search.cuts import Cuts, no_cuts
 from moeplan.solvers.search.even import improve_even
 from moeplan.solvers.search.local import Burst, Scenarios, Splits, improve, optimal_splits
 from moeplan.solvers.search.neighbourhoods import neighbour
@@ -80,12 +81,18 @@ MOST_FOR_BASE = 1_024
 ROUNDS = 1_000
 """Most exchanges of a construction's own descent, or the number of experts where there are more."""
 
-PRICED = 0.9
-"""Part of a round during which arrivals cost something, so that the most useful ones come first: at first the distance
-of the layout in force from the target over `max_moves`, then less and less."""
+PRICED = 0.3
+"""Part of a search with limited moves during which arrivals cost something, so that the most useful ones come first: at
+first the distance of the layout in force from the target over `max_moves`, then less and less."""
 
-PRICED_ROUNDS = 2
-"""Rounds of falling prices, where moves are limited: the second starts where the first ended."""
+TAKEN_BACK = 6
+"""Devices at most that get back what is in force, after that, so that their arrivals are spent elsewhere."""
+
+TAKE_BACK_AFTER = 200
+"""Candidates without success after which some do."""
+
+TRIES = 8
+"""Choices of devices, as what is back may leave an expert nowhere."""
 
 STALL = 4_000
 """Candidates in a row without success after which local search gives way to large neighbourhoods."""
@@ -180,8 +187,9 @@ class _Search:
             problem.loads, problem.demand.weights, float(problem.tail), planning_speed(problem), problem.mean_level
         )
         self.best: Int32 | None = None
-        self.walk: Int32 | None = None  # where the search stands while moves have a price: not always at the best
-        self._splits: tuple[Int32, Splits] | None = None  # of the layout that the burst before ended with
+        self.walk: Int32 | None = None  # where the last burst ended: where moves are limited, not always at the best
+        self._splits: tuple[Int32 | None, Splits | None] = None, None  # of the layout that the last burst ended with
+        self._cuts: Cuts | None = None  # found by the bursts before
         self.score = np.inf
         self.before = np.inf  # the first layout's objective: that of the one in force, if there is one
         self._shown: Layout | None = None
@@ -296,7 +304,8 @@ class _Search:
             if not searched or self.over:
                 break
             for part in searched:
-                part._descend(min(_burst(part.problem), work - part.work), 0.0)
+                assert part.best is not None
+                part._descend(part.best, min(_burst(part.problem), work - part.work))
                 if self.late:
                     break
         self.work += max((part.work for _, _, part in blocks), default=0)
@@ -352,20 +361,27 @@ class _Search:
         if problem.max_moves and np.isfinite(self.before):  # the layout in force may not fit the memory
             price = max(0.0, self.before - self.target) / problem.max_moves
         proofs: Iterator[Float64] | None = None
-        idle = 0
+        idle = since = 0
         exact = _small(problem, parameters.solver)
         while not self.over:
             before = self.score
-            price_now = price * max(0.0, 1 - self._spent * PRICED_ROUNDS % 1 / PRICED)
-            self._descend(burst, price_now)
+            price_now = price * max(0.0, 1 - self._spent / PRICED)
+            assert self.best is not None
+            start = self.best
+            if price and not price_now and since >= TAKE_BACK_AFTER:
+                start, since = self._some_taken_back(rng), 0
+            elif self.walk is not None and (price_now or since):
+                start = self.walk
+            self._descend(start, burst, price_now)
             idle = 0 if self.score < before or (price_now and not exact) else idle + burst
+            since = since + burst if price and not price_now and self.score >= before else 0
             if exact and (idle >= STALL or self._spent >= SEARCHED_BEFORE) and not self.over:
                 if self._solve_whole():
                     yield self.progress()
                     return
                 exact = False
             if idle >= STALL and not self.over:
-                if _rule(problem) is SplitRule.OPTIMAL:
+                if _rule(problem) is SplitRule.OPTIMAL and not price:  # few moves are better spent by taking some back
                     self._neighbourhoods(rng)
                 if parameters.prove or (proofs is None and self._time_for_proof):
                     proofs = proofs or _proofs(self.required, self._reached(), self.deadline)
@@ -391,35 +407,52 @@ class _Search:
             for _ in wide.construct():
                 pass
         while not wide.over:
-            wide._descend(min(WIDENING_BURST, work), 0.0)
+            assert wide.best is not None
+            wide._descend(wide.best, min(WIDENING_BURST, work))
         assert wide.best is not None
         score = score_of(problem, wide.best)
         if score <= max(self.score, self.target):
             self.best, self.score, self._shown = wide.best, score, None
 
-    def _descend(self, burst: int, price: float) -> None:
-        """A burst of local search, from where the one before ended; once moves are free, from the best layout."""
-        parameters = self.parameters
-        if self.walk is None or price == 0:
-            self.walk = self.best
-        assert self.walk is not None
+    def _some_taken_back(self, rng: np.random.Generator) -> Int32:
+        """The best layout with what is in force back on some devices; as it is where that may not be."""
+        problem = self.problem
+        assert self.best is not None
+        assert problem.current is not None
+        held, placed = problem.current.placed, placed_in(self.best, problem.experts)
+        changed = np.flatnonzero((placed & ~held).any(axis=1))
+        for _ in range(TRIES):
+            devices = rng.permutation(changed)[: rng.integers(1, TAKEN_BACK + 1)]
+            back = placed.copy()
+            back[devices] = held[devices]
+            fits = back.any(axis=0).all() and (back.sum(axis=1) <= problem.capacity).all()
+            if fits and broken(self.limits, back) is None:
+                slots = self.best.copy()
+                slots[devices] = table(problem, back)[devices]
+                return slots
+        return self.best
+
+    def _descend(self, start: Int32, burst: int, price: float = 0.0) -> None:
+        """A burst of local search from a layout."""
+        problem, parameters = self.problem, self.parameters
         steps = min(burst, parameters.candidates - self.work)
-        slots = self.walk.copy()
+        slots = start.copy()
         effort = Burst(steps, parameters.seed * 1_000_003 + self.work, price, self.target)
-        if _rule(self.problem) is SplitRule.EVEN:
+        of, splits = self._splits
+        if _rule(problem) is SplitRule.EVEN:
             effort = effort._replace(steps=steps * EVEN_PER_CANDIDATE)
-            improve_even(slots, self.scenarios, limit_arrays(self.limits), effort)
+            reached = improve_even(slots, self.scenarios, limit_arrays(self.limits), effort)
         else:
-            of, splits = self._splits or (None, None)
-            if splits is None or of is not self.walk:
+            if splits is None or of is not start:
                 splits = optimal_splits(slots, self.scenarios)
-            improve(slots, splits, self.scenarios, limit_arrays(self.limits), effort)
-            if np.array_equal(slots, self.walk):
-                slots = self.walk
-            self._splits = slots, splits
+            self._cuts = self._cuts or no_cuts(problem.devices, self.scenarios.tokens)
+            reached = improve(slots, splits, self._cuts, self.scenarios, limit_arrays(self.limits), effort)
+        if np.array_equal(slots, start):
+            slots = start
+        self.walk, self._splits = slots, (slots, splits)
         self.work += steps
-        if slots is not self.walk:
-            self.walk = slots
+        sure = not _memory_limited(problem)  # what memory leaves, the search only guesses
+        if slots is not start and (reached < self.score or not sure):
             self.take(slots)
 
     def _neighbourhoods(self, rng: np.random.Generator) -> None:
@@ -587,8 +620,12 @@ def _lost(problem: Problem) -> bool:
 
 def _perfect(problem: Problem) -> bool:
     """True if nothing but slots limits a layout, so that the theorem of the sliding window holds."""
-    memory = problem.cluster.memory_bytes is not None and problem.expert.activation_bytes > 0
-    return problem.limits.free and not memory and _rule(problem) is SplitRule.OPTIMAL
+    return problem.limits.free and not _memory_limited(problem) and _rule(problem) is SplitRule.OPTIMAL
+
+
+def _memory_limited(problem: Problem) -> bool:
+    """True if the tokens that a device may compute depend on its replicas."""
+    return problem.cluster.memory_bytes is not None and problem.expert.activation_bytes > 0
 
 
 def _small(problem: Problem, solver: str) -> bool:

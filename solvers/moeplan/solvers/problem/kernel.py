@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import re
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -12,11 +13,14 @@ from typing import Any, TypeVar
 import numba
 from numba.core.caching import FunctionCache
 
-__all__ = ["kernel"]
+__all__ = ["inner_kernel", "kernel"]
 
 F = TypeVar("F", bound=Callable[..., object])
 
 _SOLVERS = Path(__file__).parents[1]
+
+KERNEL = re.compile(rb"^@(inner_)?kernel\b", re.MULTILINE)
+"""A kernel in the text of a module."""
 
 
 def kernel(function: F) -> F:
@@ -24,7 +28,20 @@ def kernel(function: F) -> F:
 
     Ranks that solve the same problem must agree bit for bit, so floating-point operations are never reordered.
     """
-    compiled: Any = numba.njit(nogil=True)(function)
+    return _compiled(function)
+
+
+def inner_kernel(function: F) -> F:
+    """Compile `function` likewise, without counting who holds its arrays.
+
+    For what other kernels call a million times: counting takes several times as long as a few additions. Its callers
+    hold the arrays, so it can neither make an array nor return one, nor do what makes one, as to multiply two.
+    """
+    return _compiled(function, _nrt=False)
+
+
+def _compiled(function: F, **options: bool) -> F:
+    compiled: Any = numba.njit(nogil=True, **options)(function)
     compiled._cache = _Cache(function)
     return compiled
 
@@ -48,7 +65,7 @@ def _sources(folder: Path) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for path in sorted(folder.rglob("*.py")):
         text = path.read_bytes()
-        if b"\n@kernel" in text:
+        if KERNEL.search(text):
             digest.update(text)
     return digest.hexdigest()
 

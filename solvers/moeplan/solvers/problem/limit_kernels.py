@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from moeplan.solvers.problem.arrays import Bool, Int32, Int64
-from moeplan.solvers.problem.kernel import kernel
+from moeplan.solvers.problem.kernel import inner_kernel, kernel
 from moeplan.solvers.problem.limits import Limits
 
 __all__ = ["Arrivals", "LimitArrays", "arrivals_of", "arrive", "limit_arrays", "may_arrive"]
@@ -55,7 +55,7 @@ def arrivals_of(placed: Bool, limits: LimitArrays) -> Arrivals:
     return arrivals
 
 
-@kernel
+@inner_kernel
 def arrive(d: int, e: int, limits: LimitArrays, arrivals: Arrivals) -> None:
     """Count a replica of expert `e` on device `d`, if it is not there now."""
     if not limits.held[d, e]:
@@ -64,7 +64,7 @@ def arrive(d: int, e: int, limits: LimitArrays, arrivals: Arrivals) -> None:
         arrivals.node[limits.node[d]] += limits.far[d, e]
 
 
-@kernel
+@inner_kernel
 def may_arrive(d: int, e: int, limits: LimitArrays, arrivals: Arrivals) -> bool:
     """True if a further replica of expert `e` on device `d` stays within the limits of arrivals."""
     if limits.held[d, e]:

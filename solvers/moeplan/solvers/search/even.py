@@ -11,7 +11,7 @@ import numpy as np
 
 from moeplan.solvers.objective.score import tail_shares
 from moeplan.solvers.problem.arrays import Float64, Int32, Int64
-from moeplan.solvers.problem.kernel import kernel
+from moeplan.solvers.problem.kernel import inner_kernel, kernel
 from moeplan.solvers.problem.limit_kernels import LimitArrays, arrivals_of
 from moeplan.solvers.search.exchange import (
     Draft,
@@ -25,7 +25,7 @@ from moeplan.solvers.search.exchange import (
     undo,
     within,
 )
-from moeplan.solvers.search.local import Burst, Scenarios, draw_scenario, scale_of
+from moeplan.solvers.search.local import Burst, Scenarios, draw_scenario, find_odds, scale_of
 from moeplan.solvers.search.random import next_random, seeded
 
 __all__ = ["improve_even"]
@@ -59,12 +59,14 @@ def improve_even(slots: Int32, scenarios: Scenarios, limits: LimitArrays, burst:
     _largest(load, speed, scale, imbalance)
     objective = tail_shares(imbalance, weights, tail, share)
     now = objective + _unevenness(load, speed, scale, share)
+    odds = np.empty(len(tokens))
+    find_odds(share, imbalance, odds)
     best, best_priced = objective, now + burst.price * arrivals.total[0]
     state = seeded(burst.seed)
     scored, draws, stale = 0, 0, 0
     while scored < burst.steps and best > burst.target and draws < DRAWS * burst.steps:
         draws += 1
-        s = draw_scenario(share, imbalance, state)
+        s = draw_scenario(odds, state)
         p, q = hottest[s] * width + next_random(state) % width, next_random(state) % positions
         stuck = stale > STALE * positions
         kind = next_random(state) % 4
@@ -90,10 +92,10 @@ def improve_even(slots: Int32, scenarios: Scenarios, limits: LimitArrays, burst:
         value = reached + _unevenness(trial, speed, scale, share)
         if value + burst.price * change.arrivals >= now and not stuck:
             undo(x, draft)
-            tail_shares(imbalance, weights, tail, share)
             continue
         stale = 0
         load[:], imbalance[:] = trial, after
+        find_odds(share, imbalance, odds)
         _find_hottest(load, speed, hottest)
         objective, now = reached, value
         record(x, change, limits, arrivals)
@@ -103,7 +105,7 @@ def improve_even(slots: Int32, scenarios: Scenarios, limits: LimitArrays, burst:
     return best
 
 
-@kernel
+@inner_kernel
 def _add_both(sign: float, x: Exchange, draft: Draft, tokens: Int64, load: Float64) -> None:
     """Add what both experts of an exchange put on their devices, or with a `sign` of -1 take it off."""
     for e in (x.a, x.b):
@@ -111,7 +113,7 @@ def _add_both(sign: float, x: Exchange, draft: Draft, tokens: Int64, load: Float
             _add(sign, e, draft, tokens, load)
 
 
-@kernel
+@inner_kernel
 def _add(sign: float, e: int, draft: Draft, tokens: Int64, load: Float64) -> None:
     """Add what an expert puts on its devices, or with a `sign` of -1 take it off."""
     part = sign / draft.replicas[e]
@@ -121,26 +123,35 @@ def _add(sign: float, e: int, draft: Draft, tokens: Int64, load: Float64) -> Non
             load[s, d] += part * tokens[s, e]
 
 
-@kernel
+@inner_kernel
 def _find_hottest(load: Float64, speed: Float64, hottest: Int64) -> None:
     """The device with the largest load per speed in each scenario."""
     for s in range(len(load)):
-        hottest[s] = np.argmax(load[s] / speed)
+        hottest[s] = 0
+        for d in range(len(speed)):
+            if load[s, d] / speed[d] > load[s, hottest[s]] / speed[hottest[s]]:
+                hottest[s] = d
 
 
-@kernel
+@inner_kernel
 def _largest(load: Float64, speed: Float64, scale: Float64, imbalance: Float64) -> None:
     """The imbalance of each scenario, which stays as it is without tokens."""
     for s in range(len(load)):
         if scale[s] > 0:
-            imbalance[s] = max(1.0, (load[s] / speed).max() * scale[s])
+            largest = 0.0
+            for d in range(len(speed)):
+                largest = max(largest, load[s, d] / speed[d])
+            imbalance[s] = max(1.0, largest * scale[s])
 
 
-@kernel
+@inner_kernel
 def _unevenness(load: Float64, speed: Float64, scale: Float64, share: Float64) -> float:
     """`EVENNESS` times the mean square of the loads per speed, in the scenarios that count."""
     total = 0.0
     for s in range(len(load)):
-        level = load[s] / speed * scale[s]
-        total += share[s] * (level * level).mean()
+        squares = 0.0
+        for d in range(len(speed)):
+            level = load[s, d] / speed[d] * scale[s]
+            squares += level * level
+        total += share[s] * (squares / len(speed))
     return EVENNESS * total

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from moeplan.solvers.problem.arrays import Bool, Int32, Int64
-from moeplan.solvers.problem.kernel import kernel
+from moeplan.solvers.problem.kernel import inner_kernel, kernel
 from moeplan.solvers.problem.limit_kernels import Arrivals, LimitArrays
 from moeplan.solvers.problem.limits import NO_LIMIT
 from moeplan.solvers.search.random import next_random
@@ -105,7 +105,7 @@ def draft_of(slots: Int32, experts: int) -> Draft:
     return Draft(flat, host, count, on, used, width)
 
 
-@kernel
+@inner_kernel
 def exchange_of(p: int, q: int, draft: Draft, limits: LimitArrays, state: Int64) -> tuple[bool, Exchange]:
     """The exchange of two positions, and whether pairs and numbers of replicas allow it.
 
@@ -128,7 +128,7 @@ def exchange_of(p: int, q: int, draft: Draft, limits: LimitArrays, state: Int64)
     return allowed, Exchange(a, b, p, q, dp, dq, replace)
 
 
-@kernel
+@inner_kernel
 def removal_of(q: int, draft: Draft, limits: LimitArrays) -> tuple[bool, Exchange]:
     """The exchange by which the replica at a position goes, and whether it is redundant and nobody asks for it."""
     b, d = 0 + draft.slots[q], q // draft.width
@@ -136,20 +136,20 @@ def removal_of(q: int, draft: Draft, limits: LimitArrays) -> tuple[bool, Exchang
     return allowed, Exchange(-1, b, q, q, d, d, True)
 
 
-@kernel
+@inner_kernel
 def _may_go(d: int, e: int, redundant: bool, limits: LimitArrays) -> bool:
     """True if a redundant replica of expert `e` on device `d` takes up a limited arrival, and nobody asks for it."""
     limited = redundant and e >= 0 and limits.max_arrivals < NO_LIMIT
     return limited and not limits.held[d, e] and not limits.must[d, e]
 
 
-@kernel
+@inner_kernel
 def _may_take(d: int, e: int, old: int, on: Bool, may: Bool, must: Bool) -> bool:
     """True if device `d` may hold expert `e` in place of expert `old`, or in an empty slot."""
     return not on[d, e] and may[d, e] and not (old >= 0 and must[d, old])
 
 
-@kernel
+@inner_kernel
 def change_of(x: Exchange, limits: LimitArrays) -> Change:
     """Arrivals that an exchange adds."""
     held, far, node = limits.held, limits.far, limits.node
@@ -164,25 +164,25 @@ def change_of(x: Exchange, limits: LimitArrays) -> Change:
     return Change(at_p + at_q, at_p, at_q, far_p, far_q)
 
 
-@kernel
+@inner_kernel
 def _arrives(d: int, e: int, held: Bool) -> int:
     """1 where expert `e` would arrive at device `d`; 0 for no expert."""
     return int(e >= 0 and not held[d, e])
 
 
-@kernel
+@inner_kernel
 def _is_far(d: int, e: int, far: Bool) -> int:
     """1 where expert `e` would come to device `d` from another node; 0 for no expert."""
     return int(e >= 0 and far[d, e])
 
 
-@kernel
+@inner_kernel
 def _fits(change: int, now: int, limit: int) -> bool:
     """True if a limit allows a change; what gives arrivals back is always allowed."""
     return change <= 0 or now + change <= limit
 
 
-@kernel
+@inner_kernel
 def within(x: Exchange, change: Change, limits: LimitArrays, arrivals: Arrivals) -> bool:
     """True if an exchange keeps every limit of arrivals."""
     node_p, node_q = limits.node[x.dp], limits.node[x.dq]
@@ -195,7 +195,7 @@ def within(x: Exchange, change: Change, limits: LimitArrays, arrivals: Arrivals)
     )
 
 
-@kernel
+@inner_kernel
 def record(x: Exchange, change: Change, limits: LimitArrays, arrivals: Arrivals) -> None:
     """Count the arrivals of an exchange that is kept."""
     arrivals.total[0] += change.arrivals
@@ -205,7 +205,7 @@ def record(x: Exchange, change: Change, limits: LimitArrays, arrivals: Arrivals)
     arrivals.node[limits.node[x.dp]] += change.far_p
 
 
-@kernel
+@inner_kernel
 def apply(x: Exchange, draft: Draft) -> None:
     """Make an exchange."""
     _put(x.a, x.q, x.dq, draft)
@@ -213,7 +213,7 @@ def apply(x: Exchange, draft: Draft) -> None:
         _put(x.b, x.p, x.dp, draft)
 
 
-@kernel
+@inner_kernel
 def undo(x: Exchange, draft: Draft) -> None:
     """Take back the exchange that was made last."""
     _put(x.b, x.q, x.dq, draft)
@@ -221,7 +221,7 @@ def undo(x: Exchange, draft: Draft) -> None:
         _put(x.a, x.p, x.dp, draft)
 
 
-@kernel
+@inner_kernel
 def _put(e: int, position: int, d: int, draft: Draft) -> None:
     """Replace whatever is at `position`, on device `d`, by expert `e`; either may be -1, nothing."""
     old = draft.slots[position]

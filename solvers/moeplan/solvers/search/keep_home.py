@@ -116,7 +116,7 @@ def keep_home(
     positions = len(draft.slots)
     arrivals = arrivals_of(draft.on, limits)
     items = _items_of_all(draft, scenarios.domain, scenarios.tokens.shape[1])
-    scratch = _Scratch(np.empty(devices, np.int32), np.empty((2, devices), np.int32), np.empty(devices, np.bool_))
+    scratch = _Scratch(np.empty(devices, np.int32), np.empty((3, devices), np.int32), np.empty(devices, np.bool_))
     now, trial = _no_splits(scenarios, items), _no_splits(scenarios, items)
     remote, excess = _split_all(scenarios, items, now, scratch)
     worth = _worth(scenarios)

@@ -7,8 +7,8 @@ replica outside by a copy of an expert inside. Only the experts that changed are
 restore the optimum of each scenario from the previous one's flow, which costs microseconds.
 
 Most candidates do not get that far. A tight set keeps all tokens of the experts that have no replica outside it, so
-what it must hold after an exchange is known without solving anything, and bounds every scenario from below; a candidate
-whose bounds are already too much is dropped.
+what it must hold after an exchange is known without solving anything. A candidate that does not relieve the drawn
+scenario's is dropped, and so is one for which the sets known of all scenarios (see `cuts`) promise too much.
 
 Arrivals (replicas that a device does not hold yet) have a price, so that a limited number of them is spent where it
 gains most: a candidate that adds arrivals must improve by their price, and one that removes some may worsen by it.
@@ -22,8 +22,9 @@ import numpy as np
 
 from moeplan.solvers.objective.score import tail_shares
 from moeplan.solvers.problem.arrays import Bool, Float64, Int32, Int64
-from moeplan.solvers.problem.kernel import kernel
+from moeplan.solvers.problem.kernel import inner_kernel, kernel
 from moeplan.solvers.problem.limit_kernels import LimitArrays, arrivals_of
+from moeplan.solvers.search.cuts import Cuts, bounds_after, keep_change, keep_cut, weigh
 from moeplan.solvers.search.exchange import (
     Draft,
     Exchange,
@@ -38,7 +39,7 @@ from moeplan.solvers.search.exchange import (
 from moeplan.solvers.search.random import next_random, seeded
 from moeplan.solvers.split.flow import augment, pour, split_all
 
-__all__ = ["Burst", "Scenarios", "Splits", "draw_scenario", "improve", "optimal_splits", "scale_of"]
+__all__ = ["Burst", "Scenarios", "Splits", "draw_scenario", "find_odds", "improve", "optimal_splits", "scale_of"]
 
 STALE = 20
 """Candidates per slot without one to take, after which any is taken: a way out of a local optimum."""
@@ -46,7 +47,7 @@ STALE = 20
 ROUNDING = 1e-9
 """More than a mean that is kept by additions can be wrong by."""
 
-DRAWS = 100
+DRAWS = 50
 """Pairs of positions drawn at most, per candidate that is scored."""
 
 
@@ -101,11 +102,18 @@ class Splits(NamedTuple):
     imbalance: Float64
 
 
-class _Cuts(NamedTuple):
-    """Tokens that each scenario's tight set must hold, int64[scenarios], and its speed, float64[scenarios]."""
+class _Draw(NamedTuple):
+    """Whence candidates are drawn.
 
-    tokens: Int64
-    speed: Float64
+    Attributes:
+        reached: float64[scenarios], a scenario is as likely as what it adds to the one before: see `draw_scenario`.
+        positions: int32[scenarios, positions], those inside the tight set first.
+        inside: int64[scenarios], their number.
+    """
+
+    reached: Float64
+    positions: Int32
+    inside: Int64
 
 
 class _Scratch(NamedTuple):
@@ -130,12 +138,13 @@ def optimal_splits(slots: Int32, scenarios: Scenarios) -> Splits:
 
 
 @kernel
-def improve(slots: Int32, splits: Splits, scenarios: Scenarios, limits: LimitArrays, burst: Burst) -> float:
+def improve(slots: Int32, splits: Splits, cuts: Cuts, scenarios: Scenarios, limits: LimitArrays, burst: Burst) -> float:
     """Improve `slots` in place.
 
     Args:
         slots: int32[devices, width], a valid layout, -1 for empty slots.
         splits: Its optimal splits, which go with it: splitting anew would take as long as scoring many candidates.
+        cuts: Sets of devices known from this search or `no_cuts`, of whatever layout; overwritten.
         scenarios: What the layout is judged by.
         limits: What it must respect.
         burst: How far to search.
@@ -145,7 +154,7 @@ def improve(slots: Int32, splits: Splits, scenarios: Scenarios, limits: LimitArr
     """
     devices, width = slots.shape
     count, experts = scenarios.tokens.shape
-    weights, tail = scenarios.weights, scenarios.tail
+    speed, weights, tail = scenarios.speed, scenarios.weights, scenarios.tail
     draft = draft_of(slots, experts)
     positions = len(draft.slots)
     arrivals = arrivals_of(draft.on, limits)
@@ -153,24 +162,25 @@ def improve(slots: Int32, splits: Splits, scenarios: Scenarios, limits: LimitArr
     now, trial = _no_splits(count, devices, positions), _no_splits(count, devices, positions)
     _copy(splits, now)
     tight, imbalance = now.tight, now.imbalance
-    cuts = _Cuts(np.empty(count, np.int64), np.empty(count))
-    inside = np.empty(count, np.int64)
-    scratch = _Scratch(np.empty(devices, np.int32), np.empty((2, devices), np.int32), np.empty(count))
+    weigh(draft, cuts)
+    whole, level, bound = np.empty((2, *cuts.level.shape), np.bool_), np.empty(cuts.level.shape), np.ones(count)
+    draw = _Draw(np.empty(count), np.empty((count, positions), np.int32), np.empty(count, np.int64))
+    scratch = _Scratch(np.empty(devices, np.int32), np.empty((3, devices), np.int32), np.empty(count))
     share = np.empty(count)
     objective = tail_shares(now.imbalance, weights, tail, share)
     ranking = np.argsort(share * (1 - now.imbalance))
-    _find_cuts(now, scenarios.speed, cuts)
+    _prepare(share, now, draw)
     best, best_priced = objective, objective + burst.price * arrivals.total[0]
     state = seeded(burst.seed)
     scored = 0
     draws = 0
     stale = 0
     while scored < burst.steps and best > burst.target and draws < DRAWS * burst.steps:
+        draws += 1
         stuck = stale > STALE * positions
-        drawn, s, p, q = _candidate(share, imbalance, tight, positions, stuck, DRAWS * burst.steps - draws, state)
-        draws += drawn
+        s, p, q = _candidate(draw, stuck, state)
         if s < 0:
-            break
+            continue
         allowed, x = exchange_of(p, q, draft, limits, state)
         if not allowed:
             continue
@@ -179,24 +189,32 @@ def improve(slots: Int32, splits: Splits, scenarios: Scenarios, limits: LimitArr
             continue
         stale += 1
         most = np.inf if stuck else objective - burst.price * change.arrivals
-        _make(x, draft, scenarios.tokens, tight, cuts, inside)
-        for t in range(count):
-            trial.imbalance[t] = max(1.0, inside[t] / cuts.speed[t] * scale[t])
-        accepted = stuck or (
-            (inside[s] < cuts.tokens[s] or x.a < 0)
-            and tail_shares(trial.imbalance, weights, tail, scratch.share) <= most
-        )
+        held = _held(x, draft, scenarios.tokens[s], tight[s])
+        apply(x, draft)
+        accepted = stuck or x.a < 0 or _held(x, draft, scenarios.tokens[s], tight[s]) < held
         if accepted:
-            scored += 1
-            accepted = _split_within(most, x, draft, scenarios, scale, ranking, now, trial, scratch)
+            bounds_after(x, draft, cuts, whole, level, bound)
+            accepted = tail_shares(bound, weights, tail, scratch.share) <= most + ROUNDING
         if not accepted:
             undo(x, draft)
+            continue
+        scored += 1
+        trial.imbalance[:] = bound
+        accepted = _split_within(most, x, draft, scenarios, scale, ranking, now, trial, scratch)
+        if accepted:
+            keep_change(x, whole, level, cuts)
+        else:
+            undo(x, draft)
+        for t in range(count):
+            if trial.imbalance[t] > bound[t] + ROUNDING:
+                keep_cut(t, trial.tight[t], scale[t], draft, speed, cuts)
+        if not accepted:
             continue
         stale = 0
         _copy(trial, now)
         objective = tail_shares(imbalance, weights, tail, share)
         ranking = np.argsort(share * (1 - imbalance))
-        _find_cuts(now, scenarios.speed, cuts)
+        _prepare(share, now, draw)
         record(x, change, limits, arrivals)
         priced = objective + burst.price * arrivals.total[0]
         if priced < best_priced:
@@ -234,78 +252,75 @@ def scale_of(mean: Float64) -> Float64:
     return scale
 
 
-@kernel
-def draw_scenario(share: Float64, imbalance: Float64, state: Int64) -> int:
-    """A scenario, as likely as its part of the distance from perfect balance."""
+@inner_kernel
+def find_odds(share: Float64, imbalance: Float64, reached: Float64) -> None:
+    """Sum up the parts of the scenarios in the distance from perfect balance into `reached`, float64[scenarios]."""
     total = 0.0
     for s in range(len(share)):
         total += share[s] * (imbalance[s] - 1)
-    rest = total * (next_random(state) / 2147483648.0)
-    for s in range(len(share)):
-        rest -= share[s] * (imbalance[s] - 1)
-        if rest < 0:
+        reached[s] = total
+
+
+@inner_kernel
+def draw_scenario(reached: Float64, state: Int64) -> int:
+    """A scenario, as likely as its part of the distance from perfect balance; see `find_odds`."""
+    point = reached[-1] * (next_random(state) / 2147483648.0)
+    for s in range(len(reached)):
+        if point < reached[s]:
             return s
-    return len(share) - 1
+    return len(reached) - 1
 
 
-@kernel
-def _candidate(
-    share: Float64, imbalance: Float64, tight: Bool, positions: int, stuck: bool, most: int, state: Int64
-) -> tuple[int, int, int, int]:
+@inner_kernel
+def _candidate(draw: _Draw, stuck: bool, state: Int64) -> tuple[int, int, int]:
     """Draw a scenario and two positions, one inside its tight set and one outside; any two where the search is stuck.
 
-    Returns:
-        Draws taken, the scenario, and the positions; a scenario of -1 if `most` draws found none.
+    The scenario is -1 where nothing is outside.
     """
-    width = positions // tight.shape[1]
-    for drawn in range(1, most + 1):
-        s = draw_scenario(share, imbalance, state)
-        p = next_random(state) % positions
-        q = next_random(state) % positions
-        if stuck or (tight[s, p // width] and not tight[s, q // width]):
-            return drawn, s, p, q
-    return most, -1, -1, -1
+    s = draw_scenario(draw.reached, state)
+    positions, inside = draw.positions.shape[1], draw.inside[s]
+    if stuck:
+        return s, next_random(state) % positions, next_random(state) % positions
+    if inside == positions:
+        return -1, 0, 0
+    p = draw.positions[s, next_random(state) % inside]
+    return s, p, draw.positions[s, inside + next_random(state) % (positions - inside)]
 
 
-@kernel
-def _find_cuts(splits: Splits, speed: Float64, cuts: _Cuts) -> None:
-    """Tokens and speed of each scenario's tight set."""
-    for s in range(len(cuts.tokens)):
-        cuts.tokens[s] = 0
-        cuts.speed[s] = 0.0
-        for d in range(len(speed)):
-            if splits.tight[s, d]:
-                cuts.tokens[s] += splits.load[s, d]
-                cuts.speed[s] += speed[d]
+@inner_kernel
+def _prepare(share: Float64, splits: Splits, draw: _Draw) -> None:
+    """Odds and tight sets of a layout."""
+    find_odds(share, splits.imbalance, draw.reached)
+    tight = splits.tight
+    width = draw.positions.shape[1] // tight.shape[1]
+    for s in range(len(tight)):
+        inside, outside = 0, draw.positions.shape[1]
+        for d in range(tight.shape[1]):
+            for position in range(d * width, (d + 1) * width):
+                if tight[s, d]:
+                    draw.positions[s, inside] = position
+                    inside += 1
+                else:
+                    outside -= 1
+                    draw.positions[s, outside] = position
+        draw.inside[s] = inside
 
 
-@kernel
-def _make(x: Exchange, draft: Draft, tokens: Int64, tight: Bool, cuts: _Cuts, inside: Int64) -> None:
-    """Make an exchange; `inside`, int64[scenarios], becomes what each tight set must then hold."""
-    inside[:] = cuts.tokens
-    _add_inside(-1, x, draft, tokens, tight, inside)
-    apply(x, draft)
-    _add_inside(1, x, draft, tokens, tight, inside)
+@inner_kernel
+def _held(x: Exchange, draft: Draft, tokens: Int64, tight: Bool) -> int:
+    """Tokens of both experts that a set of devices must compute: one scenario."""
+    held = 0
+    for e in (x.a, x.b):
+        if e < 0:
+            continue
+        inside = True
+        for i in range(draft.replicas[e]):
+            inside &= tight[draft.host[e, i] // draft.width]
+        held += tokens[e] * inside
+    return held
 
 
-@kernel
-def _add_inside(sign: int, x: Exchange, draft: Draft, tokens: Int64, tight: Bool, inside: Int64) -> None:
-    """Add the tokens of both experts to what each tight set must hold, where it has all their replicas."""
-    host, count, width = draft.host, draft.replicas, draft.width
-    for s in range(len(inside)):
-        for e in (x.a, x.b):
-            if e < 0:
-                continue
-            all_inside = True
-            for i in range(count[e]):
-                if not tight[s, host[e, i] // width]:
-                    all_inside = False
-                    break
-            if all_inside:
-                inside[s] += sign * tokens[s, e]
-
-
-@kernel
+@inner_kernel
 def _split_within(
     most: float,
     x: Exchange,
@@ -326,9 +341,14 @@ def _split_within(
     quota, load, tight, imbalance = trial.quota, trial.load, trial.tight, trial.imbalance
     quota_before, load_before = now.quota, now.load
     order, parent, share = scratch.order, scratch.parent, scratch.share
-    mean = (weights * imbalance).sum()
+    mean = 0.0
+    for s in range(len(imbalance)):
+        mean += weights[s] * imbalance[s]
     for s in ranking:
-        quota[s], load[s] = quota_before[s], load_before[s]
+        for position in range(quota.shape[1]):
+            quota[s, position] = quota_before[s, position]
+        for d in range(load.shape[1]):
+            load[s, d] = load_before[s, d]
         _pour_again(x, host, count, width, tokens[s], speed, quota[s], load[s], order)
         level = augment(slots, host, count, width, speed, quota[s], load[s], parent, tight[s])
         if scale[s] > 0:
@@ -340,7 +360,7 @@ def _split_within(
     return tail_shares(imbalance, weights, tail, share) <= most
 
 
-@kernel
+@inner_kernel
 def _pour_again(
     x: Exchange,
     host: Int32,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from moeplan.solvers.problem.arrays import Int64
-from moeplan.solvers.problem.kernel import kernel
+from moeplan.solvers.problem.kernel import inner_kernel, kernel
 
 __all__ = ["next_random", "seeded"]
 
@@ -16,7 +16,7 @@ def seeded(seed: int) -> Int64:
     return np.array([np.int64(seed) * 2 + 88172645463325252], np.int64)
 
 
-@kernel
+@inner_kernel
 def next_random(state: Int64) -> int:
     """xorshift64*: a pseudo-random number below 2**31, the same on every machine."""
     x = np.uint64(state[0])

@@ -120,7 +120,7 @@ def covered_split(slots: Int32, tokens: Int64, speed: Float64, node: Int32, stay
     load = np.empty(devices, np.int64)
     tight = np.empty(devices, np.bool_)
     order = np.empty(devices, np.int32)
-    parent = np.empty((2, devices), np.int32)
+    parent = np.empty((3, devices), np.int32)
     split = np.empty((scenarios, devices, width), np.int64)
     for s in range(scenarios):
         for e in range(experts):

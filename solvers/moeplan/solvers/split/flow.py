@@ -23,7 +23,7 @@ from __future__ import annotations
 import numpy as np
 
 from moeplan.solvers.problem.arrays import Bool, Float64, Int32, Int64
-from moeplan.solvers.problem.kernel import kernel
+from moeplan.solvers.problem.kernel import inner_kernel, kernel
 
 __all__ = ["augment", "host_table", "most_loaded", "optimal_quota", "pour", "split_all", "waterfill"]
 
@@ -51,33 +51,51 @@ def host_table(slots: Int32, experts: int, most: int) -> tuple[Int32, Int32]:
 
 
 SHORT = 24
-"""Hosts up to which insertion sort is the fastest, and allocates nothing."""
+"""Hosts up to which insertion sort is the fastest."""
 
 
-@kernel
+@inner_kernel
 def _ascending(hosts: Int32, n: int, width: int, speed: Float64, load: Int64, order: Int32) -> None:
     """Order the hosts by load per speed, ties as they come: ``order[i]`` is the index of the i-th lowest."""
     if n > SHORT:
-        level = np.empty(n)
         for i in range(n):
-            d = hosts[i] // width
-            level[i] = load[d] / speed[d]
-        order[:n] = np.argsort(level, kind="mergesort")
+            order[i] = i
+        for root in range(n // 2 - 1, -1, -1):
+            _sift_down(root, n, hosts, width, speed, load, order)
+        for last in range(n - 1, 0, -1):
+            order[0], order[last] = order[last], order[0]
+            _sift_down(0, last, hosts, width, speed, load, order)
         return
     for i in range(n):
-        d = hosts[i] // width
-        key = load[d] / speed[d]
         j = i
-        while j > 0:
-            other = hosts[order[j - 1]] // width
-            if load[other] / speed[other] <= key:
-                break
+        while j > 0 and _is_higher(order[j - 1], i, hosts, width, speed, load):
             order[j] = order[j - 1]
             j -= 1
         order[j] = i
 
 
-@kernel
+@inner_kernel
+def _sift_down(root: int, n: int, hosts: Int32, width: int, speed: Float64, load: Int64, order: Int32) -> None:
+    """Restore the heap of the first `n` hosts, the highest on top, below a `root` that may be too low."""
+    while 2 * root + 1 < n:
+        child = 2 * root + 1
+        if child + 1 < n and _is_higher(order[child + 1], order[child], hosts, width, speed, load):
+            child += 1
+        if not _is_higher(order[child], order[root], hosts, width, speed, load):
+            return
+        order[root], order[child] = order[child], order[root]
+        root = child
+
+
+@inner_kernel
+def _is_higher(i: int, j: int, hosts: Int32, width: int, speed: Float64, load: Int64) -> bool:
+    """True if host `i` comes after host `j` in ascending order."""
+    di, dj = hosts[i] // width, hosts[j] // width
+    level, other = load[di] / speed[di], load[dj] / speed[dj]
+    return level > other or (level == other and i > j)
+
+
+@inner_kernel
 def pour(
     tokens: int, hosts: Int32, n: int, width: int, speed: Float64, quota: Int64, load: Int64, order: Int32
 ) -> None:
@@ -128,7 +146,7 @@ def pour(
                 left -= 1
 
 
-@kernel
+@inner_kernel
 def most_loaded(load: Int64, speed: Float64) -> int:
     """The device with the largest load per speed; the first of several."""
     best = 0
@@ -138,7 +156,7 @@ def most_loaded(load: Int64, speed: Float64) -> int:
     return best
 
 
-@kernel
+@inner_kernel
 def waterfill(
     tokens: Int64,
     host: Int32,
@@ -182,7 +200,7 @@ def waterfill(
             break
 
 
-@kernel
+@inner_kernel
 def _no_room_below(level: float, load: Int64, speed: Float64) -> bool:
     """True if all devices together cannot compute the tokens with every load per speed below `level`."""
     room = 0
@@ -191,7 +209,7 @@ def _no_room_below(level: float, load: Int64, speed: Float64) -> bool:
     return room < 0
 
 
-@kernel
+@inner_kernel
 def augment(
     slots: Int32,
     host: Int32,
@@ -217,15 +235,14 @@ def augment(
         speed: float64[devices].
         quota: int64[positions], updated.
         load: int64[devices], updated.
-        parent: int32[2, devices], scratch: the positions through which a device was reached.
+        parent: int32[3, devices], scratch: the two positions through which a device was reached, and those to visit.
         tight: bool[devices], overwritten with the tight set.
 
     Returns:
         Largest load per speed.
     """
-    devices = len(load)
     mean = load.sum() / speed.sum()
-    queue = np.empty(devices, np.int32)
+    queue = parent[2]
     while True:
         top = most_loaded(load, speed)
         level = load[top] / speed[top]
@@ -303,7 +320,7 @@ def split_all(slots: Int32, tokens: Int64, speed: Float64, quota: Int64, load: I
             count[flat[position]] += 1
     host, count = host_table(flat, experts, count.max())
     order = np.empty(host.shape[1], np.int32)
-    parent = np.empty((2, devices), np.int32)
+    parent = np.empty((3, devices), np.int32)
     level = np.empty(scenarios)
     for s in range(scenarios):
         waterfill(tokens[s], host, count, width, speed, quota[s], load[s], order)
