@@ -63,10 +63,10 @@ SWITCH_S = 0.000_2
 """Longest that the event loop keeps the store's thread from running. Python's own 5 ms would pass several times in the
 writing of one plan, which needs the interpreter for many short moments."""
 
-YOUNG_OBJECTS = 50_000
+YOUNG_OBJECTS = 10_000
 """Objects after which Python looks for garbage by itself. With its own 700, and 1,024 streams, it would look through
 what these hold open about once a second, for 5 to 10 ms, and mostly while a plan is sent, which makes objects; now and
-then through everything, for 100 ms. Streams and plans leave next to nothing that needs it."""
+then through everything, for 100 ms. Plans leave next to nothing that needs it, streams some kilobytes at their end."""
 
 COLLECT_S = 300.0
 """Period in which everything is looked through all the same: a stall of 100 ms, which delays few plans so rarely."""
