@@ -11,6 +11,7 @@ import numpy as np
 
 from moeplan.solvers.objective.score import tail_shares
 from moeplan.solvers.problem.arrays import Float64, Int32, Int64
+from moeplan.solvers.problem.clock import time_now
 from moeplan.solvers.problem.kernel import kernel
 from moeplan.solvers.problem.limit_kernels import LimitArrays, arrivals_of
 from moeplan.solvers.search.exchange import (
@@ -25,7 +26,7 @@ from moeplan.solvers.search.exchange import (
     undo,
     within,
 )
-from moeplan.solvers.search.local import Burst, Scenarios, draw_scenario, scale_of
+from moeplan.solvers.search.local import LOOK, Burst, Scenarios, draw_scenario, scale_of
 from moeplan.solvers.search.random import next_random, seeded
 
 __all__ = ["improve_even"]
@@ -64,6 +65,8 @@ def improve_even(slots: Int32, scenarios: Scenarios, limits: LimitArrays, burst:
     scored, draws, stale = 0, 0, 0
     while scored < burst.steps and best > burst.target and draws < DRAWS * burst.steps:
         draws += 1
+        if draws % LOOK == 0 and time_now() >= burst.end:
+            break
         s = draw_scenario(share, imbalance, state)
         p, q = hottest[s] * width + next_random(state) % width, next_random(state) % positions
         stuck = stale > STALE * positions

@@ -22,6 +22,7 @@ import numpy as np
 
 from moeplan.solvers.objective.score import tail_shares
 from moeplan.solvers.problem.arrays import Bool, Float64, Int32, Int64
+from moeplan.solvers.problem.clock import time_now
 from moeplan.solvers.problem.kernel import kernel
 from moeplan.solvers.problem.limit_kernels import LimitArrays, arrivals_of
 from moeplan.solvers.search.exchange import (
@@ -50,6 +51,10 @@ DRAWS = 100
 """Pairs of positions drawn at most, per candidate that is scored."""
 
 
+LOOK = 8
+"""Candidates between two looks at the clock."""
+
+
 class Scenarios(NamedTuple):
     """The measure of a layout.
 
@@ -76,12 +81,14 @@ class Burst(NamedTuple):
         seed: Seed of the draws.
         price: Objective that each arrival must gain.
         target: Stop at this objective.
+        end: Stop at this time on the clock of kernels.
     """
 
     steps: int
     seed: int
     price: float
     target: float
+    end: float
 
 
 class Splits(NamedTuple):
@@ -165,7 +172,11 @@ def improve(slots: Int32, splits: Splits, scenarios: Scenarios, limits: LimitArr
     scored = 0
     draws = 0
     stale = 0
+    turn = 0
     while scored < burst.steps and best > burst.target and draws < DRAWS * burst.steps:
+        turn += 1
+        if turn % LOOK == 0 and time_now() >= burst.end:
+            break
         stuck = stale > STALE * positions
         drawn, s, p, q = _candidate(share, imbalance, tight, positions, stuck, DRAWS * burst.steps - draws, state)
         draws += drawn
