@@ -32,6 +32,7 @@ from moeplan.solvers import (
 )
 from moeplan.solvers.construct.tiers import tiered
 from moeplan.solvers.exact.of_problem import any_layout
+from moeplan.solvers.problem.clock import NEVER
 from moeplan.solvers.problem.limits import broken
 
 TRACE = Path(__file__).parents[3] / "examples" / "traces" / "moe-e64-cut.npz"
@@ -331,7 +332,7 @@ def test_spare_slots_go_to_middling_experts_where_that_packs_better() -> None:
     # whole tokens 196, where the odd ones of 560 are beside an expert that is itself in two places.
     problem = Problem(Cluster.uniform(8, 2), Demand.of([600, 560, 120, 120, 20, 10, 10, 10]), split_rule=SplitRule.EVEN)
     assert solve(problem, policy="eplb").objective == pytest.approx(232 / 181.25, abs=0.01)
-    slots = tiered(problem.mean_load, problem.capacity, problem.cluster.speed, 4)
+    slots = tiered(problem.mean_load, problem.capacity, problem.cluster.speed, 4, NEVER)
     assert evaluate(problem, Layout(slots, 8)).objective <= 205 / 181.25
     assert solve(problem).objective <= 197 / 181.25
 
@@ -341,3 +342,55 @@ def test_a_layout_is_found_without_tokens_and_without_a_construction() -> None:
     for solver in ("cpsat", "highs"):
         slots = any_layout(nothing, solver, None)
         assert set(slots[slots >= 0].tolist()) == {0, 1, 2}
+
+
+def _tight(devices: int, width: int, seed: int, *, room: float) -> Problem:
+    """Weights that take a quarter of the memory, with `room` times what all need, and as much as a replica."""
+    rng = np.random.default_rng(seed)
+    experts = devices * (width - 1)
+    tokens = (rng.lognormal(0, 1, experts) * rng.lognormal(0, 0.3, (4, 1, experts)) * 1_000).astype(np.int64)
+    most = int(tokens.sum(axis=2).max())
+    weight = max(1, most // (3 * experts))
+    memory = np.full(devices, int((experts * weight + most) / devices * room) + weight)
+    cluster = replace(Cluster.uniform(devices, width), memory_bytes=memory)
+    return Problem(cluster, Demand.of(tokens), ExpertSpec(weight_bytes=weight, activation_bytes=1))
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_layout_that_fits_a_tight_memory_is_found_by_search_where_no_construction_fits(seed: int) -> None:
+    """The exact model, which alone looked for one, gave up after 15 s, and in a tenth of a second at once."""
+    problem = _tight(16, 5, seed, room=1.03)
+    for parameters in (SolveParameters(work_limit=2_000), SolveParameters(deadline_s=0.5)):
+        plan = solve(problem, parameters=parameters)
+        room = problem.cluster.memory_bytes - (plan.layout.slots >= 0).sum(axis=1) * problem.expert.weight_bytes
+        assert (plan.split.device_loads() <= room).all()
+
+
+def test_slots_stay_empty_where_their_memory_is_worth_more_to_tokens() -> None:
+    """With all slots in use the fastest device had room for so few tokens that the best found was 2.17."""
+    cluster = Cluster(np.array([2, 4, 5, 5]), np.zeros(4, int), np.array([0.5, 2, 1.5, 3.7]), np.full(4, 1781))
+    loads = [
+        [246, 497, 168, 218, 782, 467, 112, 259, 99],
+        [288, 257, 414, 566, 256, 401, 270, 729, 271],
+        [431, 141, 199, 282, 283, 596, 313, 305, 954],
+    ]
+    problem = Problem(cluster, Demand.of(np.array(loads)[:, None]), ExpertSpec(weight_bytes=175, activation_bytes=1))
+    assert solve(problem, parameters=SolveParameters(work_limit=1_000)).objective < 1.27
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_where_nothing_may_arrive_an_expert_keeps_to_a_domain_that_holds_it(seed: int) -> None:
+    """Experts balanced over domains that do not hold them made every such layout invalid, and the plan twice as bad."""
+    rng = np.random.default_rng(seed)
+    home = rng.permutation(np.arange(12) % 8)
+    slots = np.full((8, 3), -1)
+    for device in range(8):
+        kept = np.flatnonzero(home == device)
+        further = [e for e in rng.permutation(12) if home[e] != device and rng.random() < 0.6]
+        held = np.concatenate([kept, further])[:3]
+        slots[device, : len(held)] = held
+    limits = Constraints(domain=(np.arange(8) // 2).astype(np.int32), device_move_bytes=0)
+    demand, expert = Demand.of(rng.integers(10, 40, 12)), ExpertSpec(weight_bytes=1)
+    problem = Problem(Cluster.uniform(8, 3), demand, expert, current=Layout(slots, 12), constraints=limits)
+    best = solve(problem, policy="ilp").objective
+    assert solve(problem, parameters=SolveParameters(work_limit=500)).objective <= 1.15 * best

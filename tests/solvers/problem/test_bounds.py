@@ -15,6 +15,7 @@ from moeplan.solvers.construct.partition import grouping
 from moeplan.solvers.construct.sliding_window import sliding_window
 from moeplan.solvers.objective.score import relative
 from moeplan.solvers.problem.bounds import adams, average, crowding, exclusive, lower_bound, pigeonhole
+from moeplan.solvers.problem.clock import NEVER
 from moeplan.solvers.problem.even_bounds import places_bound
 from moeplan.solvers.split.flow import optimal_quota
 
@@ -76,7 +77,7 @@ def test_sliding_window_is_perfect(devices: int, slots: int, data: st.DataObject
 def test_grouping_places_every_expert(devices: int, slots: int, data: st.DataObject) -> None:
     experts = data.draw(st.integers(devices * (slots - 1) + 2, devices * slots))
     loads = np.array(data.draw(st.lists(st.integers(0, 1000), min_size=experts, max_size=experts)), np.float64)
-    layout = Layout(grouping(loads, devices, slots, 100), experts)
+    layout = Layout(grouping(loads, devices, slots, 100, NEVER), experts)
     assert layout.slots.shape == (devices, slots)
 
 

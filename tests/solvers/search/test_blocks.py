@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from moeplan.solvers import Cluster, Demand, Layout, Problem, SolveParameters, solve
 from moeplan.solvers.problem.arrays import Int64
+from moeplan.solvers.problem.clock import NEVER
 from moeplan.solvers.search.blocks import blocks_of
 
 
@@ -33,7 +34,7 @@ def test_blocks_divide_devices_and_experts_with_spare_slots_for_each(seed: int) 
     if np.minimum(slots, experts).sum() < experts:
         return
     problem = Problem(Cluster(slots, np.zeros(devices, np.int32), speed), Demand.of(tokens))
-    blocks = blocks_of(problem)
+    blocks = blocks_of(problem, NEVER)
     if blocks:
         assert np.array_equal(np.sort(np.concatenate([d for d, _ in blocks])), np.flatnonzero(problem.capacity))
         assert np.array_equal(np.sort(np.concatenate([e for _, e in blocks])), np.arange(experts))

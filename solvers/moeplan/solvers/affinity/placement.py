@@ -24,6 +24,7 @@ from moeplan.solvers.affinity import node_model, node_search
 from moeplan.solvers.affinity.kept import excess_load, most_kept, tokens_kept
 from moeplan.solvers.construct.packing import pack, swap
 from moeplan.solvers.problem.arrays import Float64, Int32, Int64, floats, integers
+from moeplan.solvers.problem.clock import NEVER
 from moeplan.solvers.problem.cluster import Cluster
 from moeplan.solvers.problem.errors import ProblemError
 from moeplan.solvers.problem.layout import Layout, even_shares
@@ -132,7 +133,7 @@ def _on_devices(weight: Float64, node: Int32, domain: Int32, share: Int32, clust
         if not len(members):
             continue
         loads, speed = weight[members], cluster.speed[devices]
-        placed = pack(loads, np.ones(len(members), np.int32), share[devices], speed)
-        swap(placed, loads, speed, ROUNDS)
+        placed = pack(loads, np.ones(len(members), np.int32), share[devices], speed, NEVER)
+        swap(placed, loads, speed, ROUNDS, NEVER)
         slots[devices, : placed.shape[1]] = np.where(placed < 0, -1, members[placed])
     return Layout(slots, len(weight))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from moeplan.solvers.problem.arrays import Float64, Int32
+from moeplan.solvers.problem.clock import time_now
 from moeplan.solvers.problem.kernel import kernel
 from moeplan.solvers.problem.layout import EMPTY, Layout
 
@@ -12,7 +13,7 @@ __all__ = ["fill", "fill_for_even_split"]
 
 
 @kernel
-def fill(slots: Int32, loads: Float64, capacity: Int32) -> None:
+def fill(slots: Int32, loads: Float64, capacity: Int32, end: float) -> None:
     """Give every empty slot the expert with the largest load per replica that its device does not hold yet.
 
     A further replica never makes the best split worse, and it widens what later splits can do. Slots are visited
@@ -22,6 +23,7 @@ def fill(slots: Int32, loads: Float64, capacity: Int32) -> None:
         slots: int32[devices, width], changed in place; replicas of a device come first.
         loads: float64[experts].
         capacity: int32[devices], at most the number of experts.
+        end: Time on the clock of kernels after which slots stay empty.
     """
     devices, width = slots.shape
     experts = len(loads)
@@ -41,6 +43,8 @@ def fill(slots: Int32, loads: Float64, capacity: Int32) -> None:
         for d in range(devices):
             if used[d] != c or c >= capacity[d]:
                 continue
+            if time_now() >= end:
+                return
             best = -1
             for e in range(experts):
                 if not on[d, e] and (best < 0 or loads[e] * replicas[best] > loads[best] * replicas[e]):

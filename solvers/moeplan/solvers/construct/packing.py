@@ -5,13 +5,14 @@ from __future__ import annotations
 import numpy as np
 
 from moeplan.solvers.problem.arrays import Bool, Float64, Int32
+from moeplan.solvers.problem.clock import time_now
 from moeplan.solvers.problem.kernel import kernel
 
 __all__ = ["pack", "swap"]
 
 
 @kernel
-def pack(loads: Float64, replicas: Int32, capacity: Int32, speed: Float64) -> Int32:
+def pack(loads: Float64, replicas: Int32, capacity: Int32, speed: Float64, end: float) -> Int32:
     """Place replicas, heaviest share first, each on the device it fills least, never twice on one device.
 
     This is the packing step of EPLB with the distinctness that EPLB lacks. Where every device with room already holds
@@ -23,6 +24,7 @@ def pack(loads: Float64, replicas: Int32, capacity: Int32, speed: Float64) -> In
         replicas: int32[experts], each at most the number of devices, together at most all slots.
         capacity: int32[devices].
         speed: float64[devices].
+        end: Time on the clock of kernels after which experts are left out.
 
     Returns:
         int32[devices, largest capacity], -1 for empty slots.
@@ -33,6 +35,8 @@ def pack(loads: Float64, replicas: Int32, capacity: Int32, speed: Float64) -> In
     load = np.zeros(devices)
     on = np.zeros((devices, len(loads)), np.bool_)
     for e in np.argsort(-loads / replicas, kind="mergesort"):
+        if time_now() >= end:
+            break
         share = loads[e] / replicas[e]
         for _ in range(replicas[e]):
             best, least = -1, np.inf
@@ -88,7 +92,7 @@ def _make_room(
 
 
 @kernel
-def swap(slots: Int32, share: Float64, speed: Float64, rounds: int) -> None:
+def swap(slots: Int32, share: Float64, speed: Float64, rounds: int, end: float) -> None:
     """Exchange replicas between the most loaded device and any other while that lowers the larger of the two.
 
     Args:
@@ -96,6 +100,7 @@ def swap(slots: Int32, share: Float64, speed: Float64, rounds: int) -> None:
         share: float64[experts], load of each replica.
         speed: float64[devices].
         rounds: Most exchanges.
+        end: Time on the clock of kernels to stop at.
     """
     devices, width = slots.shape
     experts = len(share)
@@ -108,6 +113,8 @@ def swap(slots: Int32, share: Float64, speed: Float64, rounds: int) -> None:
                 on[d, slots[d, c]] = True
     level = load / speed
     for _ in range(rounds):
+        if time_now() >= end:
+            return
         top, cold = int(level.argmax()), int(level.argmin())
         highest = level[top] * (1 - 1e-12)
         bound, _, _ = _best_exchange(slots, on, load, share, speed, top, cold, highest)

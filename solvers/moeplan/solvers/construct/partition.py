@@ -13,6 +13,7 @@ import numpy as np
 
 from moeplan.solvers.construct.sliding_window import sliding_window
 from moeplan.solvers.problem.arrays import Float64, Int32, Int64
+from moeplan.solvers.problem.clock import time_now
 from moeplan.solvers.problem.kernel import kernel
 
 __all__ = ["grouping"]
@@ -22,7 +23,7 @@ MOST_PAIRED = 64
 
 
 @kernel
-def grouping(loads: Float64, devices: int, width: int, rounds: int) -> Int32:
+def grouping(loads: Float64, devices: int, width: int, rounds: int, end: float) -> Int32:
     """Place all experts on equal devices with ``experts > devices * (width - 1) + 1`` and at least one slot each.
 
     Args:
@@ -30,6 +31,7 @@ def grouping(loads: Float64, devices: int, width: int, rounds: int) -> Int32:
         devices: Number of equal devices.
         width: Slots of each.
         rounds: Most exchanges between groups.
+        end: Time on the clock of kernels after which none is made.
 
     Returns:
         int32[devices, width], -1 for slots that were not needed.
@@ -53,15 +55,17 @@ def grouping(loads: Float64, devices: int, width: int, rounds: int) -> Int32:
         used[best] += 1
         load[best] += loads[e]
     for _ in range(rounds):
+        if time_now() >= end:
+            break
         if not _exchange(loads, group, load, size) and not _exchange_pairs(loads, group, load, size):
             break
     slots = np.full((devices, width), -1, np.int32)
     start = 0
     for j in range(groups):
         members = np.flatnonzero(group == j)
-        end = start + size[j]
-        slots[start:end] = sliding_window(loads, members, size[j], width)
-        start = end
+        stop = start + size[j]
+        slots[start:stop] = sliding_window(loads, members, size[j], width)
+        start = stop
     return slots
 
 

@@ -124,12 +124,13 @@ def narrowings(problem: Problem, wanted: Bool, deadline: float | None = None) ->
 
     units = int(limits.unit.max()) + 1
     size = problem.experts // units
-    member = np.arange(limits.regions)[:, None] == limits.region  # bool[regions, devices]
-    of_unit = np.arange(units)[:, None] == limits.unit  # bool[units, experts]
-    near = of_unit.astype(float) @ (member.astype(float) @ wanted).T  # replicas of each unit in each region
-    able = of_unit.astype(float) @ (member.astype(float) @ limits.may > 0).T == size
-    pinned = of_unit.astype(float) @ (member.astype(float) @ limits.must).T
-    able &= (pinned > 0) | ~(pinned > 0).any(axis=1, keepdims=True)
+    near = _by_unit(_in_regions(wanted, limits), limits.unit)  # replicas of each unit in each region
+    able = _by_unit(_in_regions(limits.may, limits) > 0, limits.unit) == size
+    pinned = _by_unit(_in_regions(limits.must, limits), limits.unit) > 0
+    able &= pinned | ~pinned.any(axis=1, keepdims=True)
+    open_to = min(limits.max_arrivals, 1) * np.bincount(limits.region, np.minimum(limits.device_arrivals, 1))
+    held = _by_unit(_in_regions(limits.held, limits) > 0, limits.unit) == size
+    able &= held | (open_to > 0)  # where nothing may arrive, the unit is there already
     room = np.bincount(limits.region, problem.capacity).astype(np.int64) // size
     speed = np.bincount(limits.region, problem.cluster.speed * (problem.capacity > 0)).astype(np.float64)
     column = np.repeat(np.arange(limits.regions), np.minimum(room, units))
@@ -139,7 +140,7 @@ def narrowings(problem: Problem, wanted: Bool, deadline: float | None = None) ->
     if not able[np.arange(units), region].all():
         return
     yield limits.narrowed(region)
-    loads: Float64 = (problem.loads @ of_unit.T).astype(np.float64)  # [scenarios, units]
+    loads: Float64 = _by_unit(problem.loads, limits.unit).T.astype(np.float64)  # [scenarios, units]
     loads /= np.maximum(loads.sum(axis=1, keepdims=True) / speed.sum(), 1e-300)
     balanced = region.astype(np.int64)
     load: Float64 = loads @ (balanced[:, None] == np.arange(limits.regions))
@@ -150,6 +151,18 @@ def narrowings(problem: Problem, wanted: Bool, deadline: float | None = None) ->
             break
     if not np.array_equal(balanced, region):
         yield limits.narrowed(balanced.astype(np.int32))
+
+
+def _in_regions(pairs: Bool, limits: Limits) -> Int64:
+    """int64[regions, experts]: how many devices of each region are in pairs, bool[devices, experts]."""
+    return np.stack([pairs[limits.region == r].sum(axis=0) for r in range(limits.regions)])
+
+
+def _by_unit(values: Int64 | Bool, unit: Int32) -> Int64:
+    """int64[units, rows]: what the experts of each unit, all of equal size, have together in [rows, experts]."""
+    order = np.argsort(unit, kind="stable")
+    summed: Int64 = values[:, order].reshape(len(values), int(unit.max()) + 1, -1).sum(axis=2)
+    return summed.T
 
 
 @kernel

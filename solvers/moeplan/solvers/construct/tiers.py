@@ -14,6 +14,7 @@ import numpy as np
 from moeplan.solvers.construct.packing import pack
 from moeplan.solvers.construct.replica_counts import adams_replicas
 from moeplan.solvers.problem.arrays import Float64, Int32, Int64
+from moeplan.solvers.problem.clock import NEVER, time_now
 from moeplan.solvers.problem.kernel import kernel
 
 __all__ = ["tiered"]
@@ -26,7 +27,7 @@ MOST_VISITS = 4_000_000
 
 
 @kernel
-def tiered(loads: Float64, capacity: Int32, speed: Float64, tiers: int) -> Int32:
+def tiered(loads: Float64, capacity: Int32, speed: Float64, tiers: int, end: float) -> Int32:
     """A layout for an even split.
 
     Args:
@@ -34,6 +35,7 @@ def tiered(loads: Float64, capacity: Int32, speed: Float64, tiers: int) -> Int32
         capacity: int32[devices].
         speed: float64[devices].
         tiers: Number of tiers, at least 1.
+        end: Time on the clock of kernels after which no packing is begun.
 
     Returns:
         int32[devices, largest capacity], -1 for empty slots.
@@ -48,23 +50,23 @@ def tiered(loads: Float64, capacity: Int32, speed: Float64, tiers: int) -> Int32
     for t in range(tiers):
         for e in order[edges[t] : edges[t + 1]]:
             spare[t] += replicas[e] - 1
-    best = pack(loads, replicas, capacity, speed)
+    best = pack(loads, replicas, capacity, speed, NEVER)
     level = _level(best, loads, replicas, speed)
     step = max(1, spare.max() // 2)
     left = min(MOST_PACKINGS, MOST_VISITS // (capacity.sum() * devices))
-    while step > 0 and left > 0:
+    while step > 0 and left > 0 and time_now() < end:
         better = False
         for giver in range(tiers):
             for taker in range(tiers):
                 room = (edges[taker + 1] - edges[taker]) * (devices - 1) - spare[taker]
                 shift = min(step, spare[giver], room)
-                if giver == taker or shift <= 0:
+                if giver == taker or shift <= 0 or time_now() >= end:
                     continue
                 left -= 1
                 spare[giver] -= shift
                 spare[taker] += shift
                 _count(loads, order, edges, spare, devices, replicas)
-                slots = pack(loads, replicas, capacity, speed)
+                slots = pack(loads, replicas, capacity, speed, NEVER)
                 reached = _level(slots, loads, replicas, speed)
                 if reached < level:
                     best, level, better = slots, reached, True

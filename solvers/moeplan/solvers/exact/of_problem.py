@@ -33,7 +33,7 @@ def whole(problem: Problem, incumbent: Int32 | None) -> Model:
         problem.cluster.speed,
         problem.capacity,
         incumbent,
-        None if limits.free and not limits.moves_limited else limits,
+        None if limits.none else limits,
         problem.cluster.memory_bytes if expert.activation_bytes else None,
         expert.weight_bytes + expert.state_bytes,
         expert.activation_bytes,

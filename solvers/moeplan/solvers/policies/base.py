@@ -22,6 +22,7 @@ from moeplan.solvers.construct.replica_counts import adams_replicas
 from moeplan.solvers.plan.parameters import SolveParameters
 from moeplan.solvers.policies.registry import policy
 from moeplan.solvers.problem.arrays import Bool, Float64, Int64
+from moeplan.solvers.problem.clock import NEVER
 from moeplan.solvers.problem.layout import EMPTY, Layout
 from moeplan.solvers.problem.problem import Problem
 from moeplan.solvers.problem.split_rules import SplitRule
@@ -81,7 +82,7 @@ def base(problem: Problem, parameters: SolveParameters) -> Layout:
                 load[device] += share[expert]
                 on[device, expert] = True
     if limits.free:
-        fill(slots, loads, capacity)
+        fill(slots, loads, capacity, NEVER)
         return Layout(slots, problem.experts)
     valid = repair(problem, limits, slots, stay=False)
     return Layout(slots if valid is None else valid, problem.experts)  # None only under limits it does not honour

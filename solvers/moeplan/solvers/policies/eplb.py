@@ -16,6 +16,7 @@ from moeplan.solvers.construct.replica_counts import adams_replicas
 from moeplan.solvers.plan.parameters import SolveParameters
 from moeplan.solvers.policies.registry import policy
 from moeplan.solvers.problem.arrays import Float64, Int32
+from moeplan.solvers.problem.clock import NEVER
 from moeplan.solvers.problem.errors import ProblemError
 from moeplan.solvers.problem.layout import EMPTY, Layout
 from moeplan.solvers.problem.problem import Problem
@@ -34,7 +35,7 @@ def eplb(problem: Problem, parameters: SolveParameters) -> Layout:
     group_of = np.arange(problem.experts) // (problem.experts // problem.groups)
     group_load = np.bincount(group_of, loads).astype(np.float64)
     share = np.full(len(nodes), problem.groups // len(nodes), np.int32)
-    groups_on = pack(group_load, np.ones(problem.groups, np.int32), share, np.ones(len(nodes)))
+    groups_on = pack(group_load, np.ones(problem.groups, np.int32), share, np.ones(len(nodes)), NEVER)
     slots = np.full((problem.devices, problem.cluster.max_slots), EMPTY, np.int32)
     for node, (devices, groups) in enumerate(zip(nodes, groups_on, strict=True)):
         # Groups in the order of packing, as the original numbers a node's experts.
@@ -53,4 +54,4 @@ def eplb(problem: Problem, parameters: SolveParameters) -> Layout:
 
 def _place(loads: Float64, capacity: Int32, speed: Float64) -> Int32:
     """int32[devices, width]: replicas of `loads` on devices."""
-    return pack(loads, adams_replicas(loads, int(capacity.sum()), len(capacity)), capacity, speed)
+    return pack(loads, adams_replicas(loads, int(capacity.sum()), len(capacity)), capacity, speed, NEVER)

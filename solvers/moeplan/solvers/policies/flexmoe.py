@@ -18,6 +18,7 @@ from moeplan.solvers.construct.repair import repair
 from moeplan.solvers.plan.parameters import SolveParameters
 from moeplan.solvers.policies.registry import policy
 from moeplan.solvers.problem.arrays import Float64, Int32
+from moeplan.solvers.problem.clock import NEVER
 from moeplan.solvers.problem.constraints import Constraints
 from moeplan.solvers.problem.kernel import kernel
 from moeplan.solvers.problem.layout import EMPTY, Layout
@@ -41,7 +42,7 @@ def flexmoe(problem: Problem, parameters: SolveParameters) -> Layout:
     width = max(start.slots.shape[1], problem.cluster.max_slots)
     slots = np.full((problem.devices, width), EMPTY, np.int32)
     slots[:, : start.slots.shape[1]] = start.slots
-    fill(slots, problem.mean_load, problem.capacity)
+    fill(slots, problem.mean_load, problem.capacity, NEVER)
     slots = slots[:, : problem.cluster.max_slots].copy()  # replicas come first; a failed device may have had more
     _adjust(slots, problem.mean_load, problem.cluster.speed, TRIGGER)
     return Layout(slots, problem.experts)
@@ -66,7 +67,7 @@ def _adjust(slots: Int32, loads: Float64, speed: Float64, trigger: float) -> Non
     for e in slots.reshape(-1):
         if e >= 0:
             replicas[e] += 1
-    swap(slots, loads / replicas, speed, experts)
+    swap(slots, loads / replicas, speed, experts, NEVER)
 
 
 @kernel

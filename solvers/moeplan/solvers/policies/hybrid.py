@@ -46,6 +46,7 @@ from moeplan.solvers.policies.registry import ALL_LIMITS, Progress, policy
 from moeplan.solvers.policies.static import static
 from moeplan.solvers.policies.symi import symi
 from moeplan.solvers.problem.arrays import Bool, Float64, Int32, Int64
+from moeplan.solvers.problem.clock import NEVER, end_of, time_now
 from moeplan.solvers.problem.cluster import Cluster
 from moeplan.solvers.problem.demand import Demand
 from moeplan.solvers.problem.errors import ProblemError
@@ -57,11 +58,12 @@ from moeplan.solvers.problem.limits import Limits, broken
 from moeplan.solvers.problem.moves import keep_slots, relabel
 from moeplan.solvers.problem.problem import Problem
 from moeplan.solvers.problem.split_rules import SplitRule
-from moeplan.solvers.search.blocks import blocks_of
+from moeplan.solvers.search.blocks import BLOCK, blocks_of
 from moeplan.solvers.search.cuts import Cuts, no_cuts
 from moeplan.solvers.search.even import improve_even
 from moeplan.solvers.search.local import Burst, Scenarios, Splits, improve, optimal_splits
 from moeplan.solvers.search.neighbourhoods import neighbour
+from moeplan.solvers.search.rooms import Room, rooms
 from moeplan.solvers.split.flow import optimal_quota
 from moeplan.solvers.split.memory import best_quota, planning_speed, token_caps
 from moeplan.solvers.split.rules import split
@@ -77,6 +79,9 @@ TIERS = (2, 4, 8)
 
 MOST_FOR_BASE = 1_024
 """Slots up to which BASE's layout is tried: its linear assignment takes their cube, minutes for ten thousand."""
+
+PUBLISHED_TAKE = 2
+"""Time that the slowest published policies take over that of longest-first packing with swaps; `base` has a limit."""
 
 ROUNDS = 1_000
 """Most exchanges of a construction's own descent, or the number of experts where there are more."""
@@ -112,11 +117,24 @@ BLOCK_GAP = 1e-3
 WORK_PER_NEIGHBOURHOOD = 100
 """Candidates that a neighbourhood counts as."""
 
+IN_ROOM, IN_ROOMS = 200, 16
+"""Candidates for each start with another number of slots, where memory is tight, and one part in so many of those left
+at most."""
+
+MOST_FITTING = 50
+"""Bursts of the search for a layout that fits the memory, for each number of slots."""
+
+TO_CONSTRUCT = 0.5
+"""Part of the time that constructions may take where none fits the memory yet, or blocks of devices come after them."""
+
 LAST_RESORT_S = 0.01
 """Time past a deadline that the search for any valid layout still gets."""
 
 SHORTEST_S = 0.05
 """Time below which a neighbourhood is not begun."""
+
+FOR_EXACT_S = 0.03
+"""Time below which a small problem is not begun to be solved exactly."""
 
 FIRST_PROOF_S = 0.5
 """Time below which a stronger bound is not begun that was not asked for."""
@@ -151,7 +169,7 @@ def hybrid(problem: Problem, parameters: SolveParameters) -> Iterator[Progress]:
     kept = _with_groups(problem)
     if kept.demand.scenarios == 1 and kept.current is None and _perfect(kept) and _window_applies(kept):
         state = _Search(kept, parameters, deadline)
-        state.take(_window(kept))  # perfect, by the theorem
+        state.take(_window(kept, end_of(deadline)))  # perfect, by the theorem
         yield state.progress()
         state.widen()
         yield state.progress()
@@ -194,6 +212,7 @@ class _Search:
         self.before = np.inf  # the first layout's objective: that of the one in force, if there is one
         self._shown: Layout | None = None
         self.work = 0
+        self.judging = 0.0  # seconds that judging a layout takes: the plan will be judged once more
 
     @property
     def bound(self) -> float:
@@ -207,8 +226,13 @@ class _Search:
 
     @property
     def late(self) -> bool:
-        """True if the deadline has passed."""
-        return self.deadline is not None and time.perf_counter() >= self.deadline
+        """True if the deadline has passed, but for the time to judge the plan."""
+        return self.deadline is not None and time.perf_counter() >= self.deadline - self.judging
+
+    @property
+    def _end(self) -> float:
+        """The time on the clock of kernels at which the search will be late."""
+        return end_of(self.deadline) - self.judging
 
     @property
     def _spent(self) -> float:
@@ -227,8 +251,11 @@ class _Search:
     @property
     def _time_for_proof(self) -> bool:
         """True if a first step of a stronger bound, which halves the gap as a rule, applies and fits into the time."""
-        in_time = self.deadline is None or self.deadline - time.perf_counter() > FIRST_PROOF_S
-        return in_time and _rule(self.problem) in SEARCHED
+        return self._time_for(FIRST_PROOF_S) and _rule(self.problem) in SEARCHED
+
+    def _time_for(self, seconds: float) -> bool:
+        """True if more than so much time is left."""
+        return self.deadline is None or self.deadline - time.perf_counter() > seconds
 
     def progress(self) -> Progress:
         """The best layout, the same object until there is a better one, and the bound."""
@@ -249,7 +276,10 @@ class _Search:
 
     def take(self, slots: Int32) -> bool:
         """Keep a layout if it is better."""
+        start = time.perf_counter()
         score = score_of(self.problem, slots)
+        took = time.perf_counter() - start
+        self.judging = min(self.judging or took, took)
         self.before = min(self.before, score) if self.best is None else self.before
         if score >= self.score:
             return False
@@ -259,6 +289,8 @@ class _Search:
     def run(self) -> Iterator[Progress]:
         """Constructions, then the search, for rules that it knows."""
         yield from self.construct()
+        if self.best is None or not self.over:
+            yield from self._in_rooms()
         yield from self.in_blocks()
         if _rule(self.problem) in SEARCHED:  # constructions are judged by any
             yield from self.search()
@@ -268,26 +300,46 @@ class _Search:
         if not self.limits.simple or _lost(problem) or _crowded(problem):
             yield from self._within_limits()
             return
-        for slots in chain(_starts(problem), _constructions(problem, self.parameters)):
+        for slots in chain(_starts(problem), _constructions(problem, self.parameters, self._construct_by)):
             for within in self._within_moves(slots):
                 if self.take(within):
                     yield self.progress()
-            if self.best is not None and (self.score <= self.target or self.late):
+            if self._tried_enough:
                 break
-        if self.best is None:
-            yield from self._within_limits()
+
+    @property
+    def _tried_enough(self) -> bool:
+        """True if no further construction is worth its time; where none fits, the search for one needs some of it."""
+        if self.best is None and _rule(self.problem) in SEARCHED and self._spent >= TO_CONSTRUCT:
+            return True
+        return self.score <= self.target or self.late
+
+    @property
+    def _may_divide(self) -> bool:
+        """True if blocks of devices may be planned apart."""
+        anywhere = self.limits.simple and not self.limits.moves_limited and _rule(self.problem) is SplitRule.OPTIMAL
+        devices = int((self.problem.capacity > 0).sum())
+        return anywhere and devices >= 2 * BLOCK and self.problem.spare >= devices - 1
+
+    @property
+    def _construct_by(self) -> float | None:
+        """The deadline, or earlier where blocks need the rest of the time, which are better than any construction."""
+        if self.deadline is None or not self._may_divide:
+            return self.deadline
+        assert self.parameters.deadline_s is not None
+        return self.deadline - (1 - TO_CONSTRUCT) * self.parameters.deadline_s
 
     def in_blocks(self) -> Iterator[Progress]:
         """Where there are many devices, plan blocks of a few apart, in turn, and take what they make together."""
         problem, parameters = self.problem, self.parameters
-        if not self.limits.simple or self.limits.moves_limited or _rule(problem) is not SplitRule.OPTIMAL or self.over:
+        if not self._may_divide or self.over:
             return
         work = min(IN_BLOCKS, parameters.candidates - self.work)
         effort = replace(parameters, work_limit=work, target_gap=max(parameters.target_gap, BLOCK_GAP))
         blocks = []
-        for devices, experts in blocks_of(problem):
+        for devices, experts in blocks_of(problem, self._end):
             part = _Search(_of_block(problem, devices, experts), effort, self.deadline)
-            for start in islice(_constructions(part.problem, effort), BLOCK_STARTS):
+            for start in islice(_constructions(part.problem, effort, self.deadline), BLOCK_STARTS):
                 part.take(start)
             blocks.append((devices, experts, part))
             if self.late:
@@ -326,19 +378,74 @@ class _Search:
                 yield cut
 
     def _within_limits(self) -> Iterator[Progress]:
-        """Every construction repaired until it respects the limits; where that finds nothing, any valid layout."""
+        """Every construction repaired until it respects the limits; where none fits the memory, a search for one."""
         problem = self.problem
         current = [] if problem.current is None else [problem.current.slots]
-        for wanted in chain(current, _constructions(problem, self.parameters)):
+        for slots, limits in (
+            repaired
+            for wanted in chain(current, _constructions(problem, self.parameters, self.deadline))
+            for repaired in _repairs(problem, wanted, self.deadline)
+        ):
+            if self.take(slots):
+                self.limits = limits
+                yield self.progress()
+            if self._tried_enough:
+                break
+
+    def _in_rooms(self) -> Iterator[Progress]:
+        """Where memory is tight, layouts that leave slots empty; where nothing fits yet, a search for what does."""
+        problem = self.problem
+        ways = []
+        for room in rooms(problem) if _rule(problem) in SEARCHED else ():
+            for slots, limits in self._starts_in(room):
+                left = self.parameters.candidates - self.work
+                steps = min(_burst(problem), IN_ROOM, left // IN_ROOMS)
+                self._improve(slots, room.fast, limits, self._effort(steps, 0.0))
+                self.work += steps
+                if self.take(slots):
+                    self.scenarios, self.limits = room.fast, limits
+                    yield self.progress()
+                ways.append((room, slots, limits))
+                if self.late:
+                    break
+            if self.late and ways:
+                break
+        end = max(self._end, time_now() + LAST_RESORT_S)
+        for turn, (room, slots, limits) in enumerate(ways * MOST_FITTING):
+            if self.best is not None or time_now() >= end:
+                break
+            burst = Burst(_burst(problem), turn, 0.0, room.fits, end)
+            if self._improve(slots, room.full, limits, burst) <= room.fits and self.take(slots):
+                self.scenarios, self.limits = room.fast, limits
+        if self.best is None:
+            self._take_late()
+        yield self.progress()
+
+    def _take_late(self) -> None:
+        """Take the first construction that fits, or else any valid layout: rather late than none."""
+        problem = self.problem
+        for wanted in _constructions(problem, self.parameters, None):
             for slots, limits in _repairs(problem, wanted, self.deadline):
                 if self.take(slots):
                     self.limits = limits
-                    yield self.progress()
-                if self.best is not None and (self.late or self.score <= self.target):
                     return
-        if self.best is None:
-            self._take_any()
-            yield self.progress()
+        self._take_any()
+
+    def _starts_in(self, room: Room) -> Iterator[tuple[Int32, Limits]]:
+        """Layouts, int32[devices, width], that use no more slots, and the narrowed limits that they respect."""
+        problem = self.problem
+        if (problem.limits.must.sum(axis=1) > room.slots).any():
+            return
+        cluster = replace(problem.cluster, slots=room.slots, speed=room.fast.speed, memory_bytes=None)
+        highest = Demand.of(problem.loads.max(axis=0), spread=0)  # every scenario has to fit
+        apart = Problem(cluster, highest, split_rule=problem.split_rule)
+        current = [] if problem.current is None else [problem.current.slots]
+        for wanted in chain(current, islice(_constructions(apart, self.parameters, self.deadline), 1)):
+            for narrowed in narrowings(problem, placed_in(wanted, problem.experts), self.deadline):
+                limits = replace(narrowed, capacity=apart.capacity)
+                slots = repair(apart, limits, wanted, stay=limits.moves_limited)
+                if slots is not None:
+                    yield _widen(slots, problem), limits
 
     def _take_any(self) -> None:
         """Take any valid layout, which exists by the model's split even where ours does not fit the memory."""
@@ -375,7 +482,8 @@ class _Search:
             self._descend(start, burst, price_now)
             idle = 0 if self.score < before or (price_now and not exact) else idle + burst
             since = since + burst if price and not price_now and self.score >= before else 0
-            if exact and (idle >= STALL or self._spent >= SEARCHED_BEFORE) and not self.over:
+            due = idle >= STALL or self._spent >= SEARCHED_BEFORE
+            if exact and due and not self.over and self._time_for(FOR_EXACT_S):
                 if self._solve_whole():
                     yield self.progress()
                     return
@@ -437,11 +545,10 @@ class _Search:
         problem, parameters = self.problem, self.parameters
         steps = min(burst, parameters.candidates - self.work)
         slots = start.copy()
-        effort = Burst(steps, parameters.seed * 1_000_003 + self.work, price, self.target)
+        effort = self._effort(steps, price)
         of, splits = self._splits
         if _rule(problem) is SplitRule.EVEN:
-            effort = effort._replace(steps=steps * EVEN_PER_CANDIDATE)
-            reached = improve_even(slots, self.scenarios, limit_arrays(self.limits), effort)
+            reached = self._improve(slots, self.scenarios, self.limits, effort)
         else:
             if splits is None or of is not start:
                 splits = optimal_splits(slots, self.scenarios)
@@ -455,10 +562,22 @@ class _Search:
         if slots is not start and (reached < self.score or not sure):
             self.take(slots)
 
+    def _effort(self, steps: int, price: float) -> Burst:
+        """A burst of so many candidates."""
+        return Burst(steps, self.parameters.seed * 1_000_003 + self.work, price, self.target, self._end)
+
+    def _improve(self, slots: Int32, measure: Scenarios, limits: Limits, burst: Burst) -> float:
+        """A burst of search from a layout that is changed in place, under any measure; what it reaches."""
+        if _rule(self.problem) is SplitRule.EVEN:
+            cheap = burst._replace(steps=burst.steps * EVEN_PER_CANDIDATE)
+            return improve_even(slots, measure, limit_arrays(limits), cheap)
+        cuts = no_cuts(self.problem.devices, measure.tokens)
+        return improve(slots, optimal_splits(slots, measure), cuts, measure, limit_arrays(limits), burst)
+
     def _neighbourhoods(self, rng: np.random.Generator) -> None:
         """A handful of neighbourhoods; plateaus are crossed where the freed devices end up no worse."""
         for _ in range(NEIGHBOURHOODS):
-            if self.over or (self.deadline is not None and self.deadline - time.perf_counter() < SHORTEST_S):
+            if self.over or not self._time_for(SHORTEST_S):
                 return
             self.work += WORK_PER_NEIGHBOURHOOD
             assert self.best is not None
@@ -559,40 +678,53 @@ def _starts(problem: Problem) -> Iterator[Int32]:
     slots = table(problem, problem.current.placed)
     yield slots
     filled = slots.copy()
-    fill(filled, problem.mean_load, problem.capacity)
+    fill(filled, problem.mean_load, problem.capacity, NEVER)
     yield filled
 
 
-def _constructions(problem: Problem, parameters: SolveParameters) -> Iterator[Int32]:
-    """int32[devices, width] layouts from the mean load, the one most likely to be perfect first."""
+def _constructions(problem: Problem, parameters: SolveParameters, deadline: float | None) -> Iterator[Int32]:
+    """int32[devices, width] layouts from the mean load, the one most likely to be perfect first.
+
+    There is at least one, and none more that would not be whole by the deadline, a time on `time.perf_counter`.
+    """
     loads, capacity, speed = problem.mean_load, problem.capacity, problem.cluster.speed
+    end = end_of(deadline)
+    first = False
     if _window_applies(problem):
-        yield _window(problem)
+        yield _window(problem, end)
     elif (capacity == capacity[0]).all() and (speed == speed[0]).all():
-        slots = grouping(loads, problem.devices, int(capacity[0]), ROUNDS)
-        fill(slots, loads, capacity)
+        slots = grouping(loads, problem.devices, int(capacity[0]), ROUNDS, end)
+        fill(slots, loads, capacity, end)
         yield _widen(slots, problem)
+    else:
+        first = True
+    start = time_now()
     replicas = adams_replicas(loads, int(capacity.sum()), problem.devices)
-    slots = pack(loads, replicas, capacity, speed)
-    swap(slots, loads / replicas, speed, max(ROUNDS, problem.experts))
-    fill(slots, loads, capacity)
+    slots = pack(loads, replicas, capacity, speed, NEVER if first else end)
+    if time_now() >= end and not first:
+        return
+    swap(slots, loads / replicas, speed, max(ROUNDS, problem.experts), end)
+    fill(slots, loads, capacity, end)
+    took = time_now() - start
     yield _widen(slots, problem)
     for published in (eplb, flexmoe, laer, symi, static, base):
         if published is base and capacity.sum() > MOST_FOR_BASE:
             continue
+        if time_now() + PUBLISHED_TAKE * took >= end:
+            return
         try:
             slots = _widen(published(problem, parameters).slots.copy(), problem)
         except ProblemError:  # EPLB's groups may not fit its nodes
             continue
         if _rule(problem) is not SplitRule.OPTIMAL:
             yield slots.copy()  # a further replica may hurt where its tokens are not divided for the best
-        fill(slots, loads, capacity)
+        fill(slots, loads, capacity, end)
         yield slots
     if _rule(problem) is SplitRule.EVEN:
         for tiers in TIERS:
-            slots = tiered(loads, capacity, speed, min(tiers, problem.experts))
+            slots = tiered(loads, capacity, speed, min(tiers, problem.experts), end)
             replicas = np.maximum(np.bincount(slots[slots != EMPTY], minlength=problem.experts), 1)
-            swap(slots, loads / replicas, speed, ROUNDS)
+            swap(slots, loads / replicas, speed, ROUNDS, end)
             yield _widen(slots, problem)
 
 
@@ -639,11 +771,11 @@ def _window_applies(problem: Problem) -> bool:
     return window.applies(problem.experts, problem.capacity, problem.cluster.speed)
 
 
-def _window(problem: Problem) -> Int32:
+def _window(problem: Problem, end: float) -> Int32:
     """The layout of the sliding window for the mean load, with its spare slots put to use."""
     experts, width = np.arange(problem.experts), int(problem.capacity[0])
     slots = window.sliding_window(problem.mean_load, experts, problem.devices, width)
-    fill(slots, problem.mean_load, problem.capacity)
+    fill(slots, problem.mean_load, problem.capacity, end)
     return _widen(slots, problem)
 
 

@@ -40,7 +40,7 @@ def limited_bound(tokens: Int64, speed: Float64, capacity: Int32, limits: Limits
     Returns:
         float64[scenarios], tokens per unit of speed.
     """
-    if limits.free and not limits.moves_limited:
+    if limits.none:
         return np.zeros(len(tokens))
     alive = capacity > 0
     fast = np.where(alive, speed, 0.0)

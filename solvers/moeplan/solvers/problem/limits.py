@@ -74,6 +74,11 @@ class Limits:
         least = min(self.max_arrivals, int(self.device_arrivals.min()), int(self.node_arrivals.min()))
         return least < NO_LIMIT
 
+    @cached_property
+    def none(self) -> bool:
+        """True if nothing but the capacity of its devices limits a layout."""
+        return self.free and not self.moves_limited
+
     def arrival_limits(self) -> Iterator[tuple[int, Bool]]:
         """Each limit of arrivals, and the pairs that count for it, bool[devices, experts]."""
         arriving = ~self.held
@@ -120,7 +125,7 @@ class Limits:
 
 def broken(limits: Limits, placed: Bool) -> ProblemError | None:
     """The first limit that a layout, bool[devices, experts], does not respect; None if it respects all."""
-    if limits.free and not limits.moves_limited:
+    if limits.none:
         return None
     for table, name, says in (
         (placed & ~limits.may, "forbidden", "may not be there"),

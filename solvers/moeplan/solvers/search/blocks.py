@@ -11,6 +11,7 @@ from __future__ import annotations
 import numpy as np
 
 from moeplan.solvers.problem.arrays import Float64, Int64
+from moeplan.solvers.problem.clock import time_now
 from moeplan.solvers.problem.kernel import kernel
 from moeplan.solvers.problem.problem import Problem
 from moeplan.solvers.search.random import next_random, seeded
@@ -23,12 +24,18 @@ BLOCK = 16
 EXCHANGES = 50
 """Exchanges of experts between blocks that are tried, for each expert."""
 
+LOOK = 1_000
+"""Exchanges between two looks at the clock."""
+
 LARGEST = 0.5
 """Part of a block's share of the tokens that no expert may exceed in any scenario."""
 
 
-def blocks_of(problem: Problem) -> list[tuple[Int64, Int64]]:
-    """Devices and experts of each block; none where devices or spare slots are too few, or an expert is too large."""
+def blocks_of(problem: Problem, end: float) -> list[tuple[Int64, Int64]]:
+    """Devices and experts of each block; none where devices or spare slots are too few, or an expert is too large.
+
+    At `end`, a time on the clock of kernels, they stay as far apart as they are by then.
+    """
     devices = np.flatnonzero(problem.capacity > 0)
     count = len(devices) // BLOCK
     if count < 2 or problem.spare < len(devices) - 1:
@@ -45,18 +52,19 @@ def blocks_of(problem: Problem) -> list[tuple[Int64, Int64]]:
     if most.min() < 1 or part.max() > LARGEST * speed.min():
         return []
     weighted = part * np.sqrt(problem.demand.weights)[:, np.newaxis]
-    home = _divide(weighted, speed, most)
+    home = _divide(weighted, speed, most, end)
     return [(fastest[block == b], np.flatnonzero(home == b)) for b in range(count)]
 
 
 @kernel
-def _divide(part: Float64, speed: Float64, most: Int64) -> Int64:
+def _divide(part: Float64, speed: Float64, most: Int64, end: float) -> Int64:
     """Divide experts over blocks so that each has tokens by its speed in all scenarios.
 
     Args:
         part: float64[scenarios, experts], tokens, such that squares of what a block has too many of may be added up.
         speed: float64[blocks].
         most: int64[blocks], number of experts of each, together all.
+        end: Time on the clock of kernels after which no exchange is tried.
 
     Returns:
         int64[experts], the block of each.
@@ -81,7 +89,9 @@ def _divide(part: Float64, speed: Float64, most: Int64) -> Int64:
         for s in range(scenarios):
             over[best, s] += part[s, e]
     state = seeded(0)
-    for _ in range(EXCHANGES * experts):
+    for i in range(EXCHANGES * experts):
+        if i % LOOK == 0 and time_now() >= end:
+            break
         a, b = next_random(state) % experts, next_random(state) % experts
         x, y = home[a], home[b]
         if x == y:

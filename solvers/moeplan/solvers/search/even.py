@@ -25,7 +25,7 @@ from moeplan.solvers.search.exchange import (
     undo,
     within,
 )
-from moeplan.solvers.search.local import Burst, Scenarios, draw_scenario, find_odds, scale_of
+from moeplan.solvers.search.local import Burst, Scenarios, draw_scenario, find_odds, late, scale_of
 from moeplan.solvers.search.random import next_random, seeded
 
 __all__ = ["improve_even"]
@@ -64,7 +64,7 @@ def improve_even(slots: Int32, scenarios: Scenarios, limits: LimitArrays, burst:
     best, best_priced = objective, now + burst.price * arrivals.total[0]
     state = seeded(burst.seed)
     scored, draws, stale = 0, 0, 0
-    while scored < burst.steps and best > burst.target and draws < DRAWS * burst.steps:
+    while scored < burst.steps and best > burst.target and draws < DRAWS * burst.steps and not late(draws, burst):
         draws += 1
         s = draw_scenario(odds, state)
         p, q = hottest[s] * width + next_random(state) % width, next_random(state) % positions

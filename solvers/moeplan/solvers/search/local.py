@@ -22,6 +22,7 @@ import numpy as np
 
 from moeplan.solvers.objective.score import tail_shares
 from moeplan.solvers.problem.arrays import Bool, Float64, Int32, Int64
+from moeplan.solvers.problem.clock import time_now
 from moeplan.solvers.problem.kernel import inner_kernel, kernel
 from moeplan.solvers.problem.limit_kernels import LimitArrays, arrivals_of
 from moeplan.solvers.search.cuts import Cuts, bounds_after, keep_change, keep_cut, weigh
@@ -51,6 +52,10 @@ DRAWS = 50
 """Pairs of positions drawn at most, per candidate that is scored."""
 
 
+LOOK = 8
+"""Candidates between two looks at the clock."""
+
+
 class Scenarios(NamedTuple):
     """The measure of a layout.
 
@@ -77,12 +82,14 @@ class Burst(NamedTuple):
         seed: Seed of the draws.
         price: Objective that each arrival must gain.
         target: Stop at this objective.
+        end: Stop at this time on the clock of kernels.
     """
 
     steps: int
     seed: int
     price: float
     target: float
+    end: float
 
 
 class Splits(NamedTuple):
@@ -138,6 +145,12 @@ def optimal_splits(slots: Int32, scenarios: Scenarios) -> Splits:
 
 
 @kernel
+def late(draws: int, burst: Burst) -> bool:
+    """Whether a burst is over by the clock, at which it looks only now and then."""
+    return draws % LOOK == 0 and time_now() >= burst.end
+
+
+@kernel
 def improve(slots: Int32, splits: Splits, cuts: Cuts, scenarios: Scenarios, limits: LimitArrays, burst: Burst) -> float:
     """Improve `slots` in place.
 
@@ -175,7 +188,7 @@ def improve(slots: Int32, splits: Splits, cuts: Cuts, scenarios: Scenarios, limi
     scored = 0
     draws = 0
     stale = 0
-    while scored < burst.steps and best > burst.target and draws < DRAWS * burst.steps:
+    while scored < burst.steps and best > burst.target and draws < DRAWS * burst.steps and not late(draws, burst):
         draws += 1
         stuck = stale > STALE * positions
         s, p, q = _candidate(draw, stuck, state)

@@ -15,6 +15,7 @@ from moeplan.solvers.construct.fill import fill
 from moeplan.solvers.exact.model import Effort, Model
 from moeplan.solvers.exact.run import run
 from moeplan.solvers.problem.arrays import Bool, Float64, Int32, Int64
+from moeplan.solvers.problem.clock import NEVER
 from moeplan.solvers.problem.layout import EMPTY, placed_in
 from moeplan.solvers.problem.limits import Limits
 from moeplan.solvers.problem.problem import Problem
@@ -71,7 +72,7 @@ def neighbour(
     for d, experts in zip(devices, answer, strict=True):
         changed[d, : len(experts)] = needed[experts]
     if limits.free and not limits.moves_limited:
-        fill(changed, problem.mean_load, problem.capacity)
+        fill(changed, problem.mean_load, problem.capacity, NEVER)
     return changed
 
 

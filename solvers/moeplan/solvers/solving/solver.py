@@ -168,7 +168,7 @@ def _judge(problem: Problem, layout: Layout, rule: SplitRule, policy: str, model
             f"{layout.experts} experts on {layout.devices} devices",
             f"the problem has {problem.experts} experts on {problem.devices} devices",
         )
-    fault = broken(problem.limits, layout.placed)
+    fault = None if problem.limits.none else broken(problem.limits, layout.placed)  # which takes devices x experts
     if fault is not None:
         raise fault
     chosen = split(problem, layout, rule)

@@ -33,14 +33,14 @@ SWEEPS = 4
 
 @kernel
 def host_table(slots: Int32, experts: int, most: int) -> tuple[Int32, Int32]:
-    """Positions of each expert's replicas: ``host[experts, most]`` and ``count[experts]``.
+    """Positions of each expert's replicas: ``host[experts, most]``, undefined beyond ``count[experts]``.
 
     Args:
         slots: int32[positions], expert at each position or -1.
         experts: Number of experts.
         most: Most replicas that an expert may get.
     """
-    host = np.full((experts, most), -1, np.int32)
+    host = np.empty((experts, most), np.int32)  # filled, it would be the most memory of large clusters
     count = np.zeros(experts, np.int32)
     for position in range(len(slots)):
         e = slots[position]

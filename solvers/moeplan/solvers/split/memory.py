@@ -45,7 +45,7 @@ def quota_in_memory(cluster: Cluster, expert: ExpertSpec, slots: Int32, loads: I
 
     Returns:
         quota int64[scenarios, devices, width] and tight bool[scenarios, devices], as of `flow.optimal_quota`, and
-        whether memory suffices; where it does not in a scenario, its split is that without the limit.
+        whether memory suffices; where it does not in a scenario, that and the later ones are split without the limit.
     """
     speed = cluster.speed
     quota, tight = optimal_quota(slots, loads, speed)
@@ -53,7 +53,6 @@ def quota_in_memory(cluster: Cluster, expert: ExpertSpec, slots: Int32, loads: I
         return quota, tight, True
     caps = token_caps(cluster, expert, (slots != EMPTY).sum(axis=1))
     assert caps is not None
-    fits = True
     for s in np.flatnonzero((quota.sum(axis=2) > caps).any(axis=1)):
         low = float((quota[s].sum(axis=1) / speed).max())
         found = None
@@ -71,10 +70,9 @@ def quota_in_memory(cluster: Cluster, expert: ExpertSpec, slots: Int32, loads: I
             if high - low < 0.5 / speed.max():
                 break
         if found is None:
-            fits = False
-        else:
-            quota[s], tight[s] = found
-    return quota, tight, fits
+            return quota, tight, False
+        quota[s], tight[s] = found
+    return quota, tight, True
 
 
 def best_quota(problem: Problem, slots: Int32) -> tuple[Int64, Bool, bool]:

@@ -184,17 +184,16 @@ def home(fabric: Fabric, layout: Layout, tokens: Int64) -> Split:
     best = (optimal(fabric, layout, tokens).device_loads() / speed).max(axis=1)
     # Whole tokens: what the tolerance allows is rounded up.
     most = np.ceil(best * (1 + LOCAL_TOLERANCE) * speed.max()) / speed.max()
-    for s in np.flatnonzero((quota.sum(axis=2) / speed).max(axis=1) > most):
-        part = slice(s, s + 1)
-        low, high = 0, WHOLE
-        quota[s] = covered_split(layout.slots, by_domain[part], speed, domain, np.array([low]))[0]
-        while high - low > 1:
-            middle = (low + high) // 2
-            trial = covered_split(layout.slots, by_domain[part], speed, domain, np.array([middle]))[0]
-            if (trial.sum(axis=1) / speed).max() <= most[s]:
-                low, quota[s] = middle, trial
-            else:
-                high = middle
+    over = np.flatnonzero((quota.sum(axis=2) / speed).max(axis=1) > most)
+    low, high = np.zeros(len(over), np.int64), np.full(len(over), WHOLE)
+    if len(over):
+        quota[over] = covered_split(layout.slots, by_domain[over], speed, domain, low)
+    while (high - low > 1).any():  # by powers of two, so in all of these scenarios as often
+        middle = (low + high) // 2
+        trial = covered_split(layout.slots, by_domain[over], speed, domain, middle)
+        fits = (trial.sum(axis=2) / speed).max(axis=1) <= most[over]
+        quota[over[fits]] = trial[fits]
+        low, high = np.where(fits, middle, low), np.where(fits, high, middle)
     return Split(SplitRule.HOME, quota)
 
 
