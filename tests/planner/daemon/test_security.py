@@ -141,6 +141,7 @@ def test_slow_scrapes_hold_up_nobody(start: Start) -> None:
     """Connections to the metrics that say nothing, or say it slowly, are closed; others get their answer."""
     daemon = start().serving(solver=False)
     host, _, port = daemon.metrics.rpartition(":")
+    assert daemon.metric("moeplan_event_loop_lag_seconds") >= 0  # starts the thread that encodes, one for all
     silent = [socket.create_connection((host, int(port)), timeout=WAIT_S) for _ in range(40)]
     for connection in silent:
         with contextlib.suppress(OSError):
