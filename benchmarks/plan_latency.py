@@ -31,7 +31,6 @@ import triton.language as tl
 from rich.progress import track
 
 from moeplan.runtime_client.device.exchange import DeviceExchange
-from moeplan.runtime_client.device.mailbox import Turn
 from moeplan.runtime_client.device.memory import SymmetricMemory
 from moeplan.runtime_client.device.routes import LENT, AnswerShape, Owners, write_answer
 from moeplan.runtime_client.group import ExpertGroup
@@ -113,7 +112,6 @@ def measure(ranks: int, experts: int, number: int, busy: bool, device: torch.dev
         capacity=2 * TOKENS * CHOICES, memory=of_one_gpu(ranks),
     )  # fmt: skip
     exchange.flags.fill_(2**62)  # the others are there
-    exchange.mailbox.check({0: Turn(0, 0, lambda _: None, "this layer")})
     shape, counts = exchange.mailbox.shape, draw(ranks, experts, number)
     tables = torch.zeros(AT_ONCE, *exchange.table.shape, dtype=torch.int32, device=device)
     answers = torch.zeros(AT_ONCE, shape.words, dtype=torch.int32, device=device)

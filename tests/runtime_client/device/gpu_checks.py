@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -36,6 +37,7 @@ from moeplan.solvers.problem.layout import Layout
 
 SHAPE, EXPERTS, CHOICES, TOKENS = ExpertShape(256, 384), 12, 2, 1000
 ROUNDING = 2**-8  # of bfloat16
+L = TypeVar("L", bound=ExpertLayer)
 
 
 @dataclass(frozen=True)
@@ -53,25 +55,23 @@ class Ranks:
         planner = QuotaPlanner(SpillOptions.uniform(EXPERTS, group.size, spare), group.size)
         arguments = {"max_tokens": TOKENS, "choices": CHOICES, "device": self.device, "weights": dtype} | limits
         exchange = DeviceExchange(group, planner, SHAPE, **arguments)  # type: ignore[arg-type]
-        kinds = []
-        for own in (None, exchange):
-            layers = [
-                ResidentExperts(
-                    SHAPE, EXPERTS, group, planner=planner, exchange=own, compute_dtype=torch.bfloat16, dtype=dtype,
-                    device=self.device,
-                )
-                for _ in range(count)
-            ]  # fmt: skip
-            self.load(layers)
-            kinds.append(layers)
-        return kinds[0], kinds[1], exchange
 
-    def load(self, layers: Sequence[ExpertLayer]) -> None:
-        """The same experts for layers of the same number."""
+        def layer(own: DeviceExchange | None) -> ResidentExperts:
+            return ResidentExperts(
+                SHAPE, EXPERTS, group, planner=planner, exchange=own, compute_dtype=torch.bfloat16, dtype=dtype,
+                device=self.device,
+            )  # fmt: skip
+
+        nccl, own = (self.load([layer(shared) for _ in range(count)]) for shared in (None, exchange))
+        return nccl, own, exchange
+
+    def load(self, layers: list[L]) -> list[L]:
+        """The layers, with the same experts for those of the same number."""
         for number, layer in enumerate(layers):
             random = torch.Generator(self.device).manual_seed(number)
             flat = torch.randn(EXPERTS, SHAPE.elements, generator=random, device=self.device)
             layer.load_experts(0, flat / SHAPE.hidden**0.5)
+        return layers
 
     def sharded(
         self, *, dtype: torch.dtype = torch.float32, reshard: bool = True, count: int = 3, **limits: object
@@ -80,19 +80,17 @@ class Ranks:
         group = self.group
         arguments = {"slots": EXPERTS, "device": self.device} | limits
         memory = ShardMemory(group, SHAPE.elements, EXPERTS, **arguments)  # type: ignore[arg-type]
-        kinds = []
-        for own in (None, memory):
-            layers = [
-                FullyShardedExperts(
-                    SHAPE, EXPERTS, group, memory=own, reshard=reshard, compute_dtype=torch.bfloat16, dtype=dtype,
-                    device=self.device,
-                )
-                for _ in range(count)
-            ]  # fmt: skip
-            self.load(layers)
-            chain(layers)
-            kinds.append(layers)
-        return kinds[0], kinds[1], memory
+
+        def layer(own: ShardMemory | None) -> FullyShardedExperts:
+            return FullyShardedExperts(
+                SHAPE, EXPERTS, group, memory=own, reshard=reshard, compute_dtype=torch.bfloat16, dtype=dtype,
+                device=self.device,
+            )  # fmt: skip
+
+        nccl, own = (self.load([layer(shared) for _ in range(count)]) for shared in (None, memory))
+        chain(nccl)
+        chain(own)
+        return nccl, own, memory
 
     def place(self, layers: list[FullyShardedExperts], seed: int) -> None:
         """Give each layer a layout with any number of replicas."""

@@ -58,7 +58,7 @@ from moeplan.solvers.problem.limits import Limits, broken
 from moeplan.solvers.problem.moves import keep_slots, relabel
 from moeplan.solvers.problem.problem import Problem
 from moeplan.solvers.problem.split_rules import SplitRule
-from moeplan.solvers.search.blocks import BLOCK, blocks_of
+from moeplan.solvers.search.blocks import blocks_of, divisible
 from moeplan.solvers.search.cuts import Cuts, no_cuts
 from moeplan.solvers.search.even import improve_even
 from moeplan.solvers.search.local import Burst, Scenarios, Splits, improve, optimal_splits
@@ -318,8 +318,7 @@ class _Search:
     def _may_divide(self) -> bool:
         """True if blocks of devices may be planned apart."""
         anywhere = self.limits.simple and not self.limits.moves_limited and _rule(self.problem) is SplitRule.OPTIMAL
-        devices = int((self.problem.capacity > 0).sum())
-        return anywhere and devices >= 2 * BLOCK and self.problem.spare >= devices - 1
+        return anywhere and divisible(self.problem)
 
     @property
     def _construct_by(self) -> float | None:

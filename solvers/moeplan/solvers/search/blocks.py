@@ -16,7 +16,7 @@ from moeplan.solvers.problem.kernel import kernel
 from moeplan.solvers.problem.problem import Problem
 from moeplan.solvers.search.random import next_random, seeded
 
-__all__ = ["BLOCK", "blocks_of"]
+__all__ = ["blocks_of", "divisible"]
 
 BLOCK = 16
 """Devices of a block: with fewer, blocks are harder to make alike; with more, each is harder to plan."""
@@ -31,15 +31,21 @@ LARGEST = 0.5
 """Part of a block's share of the tokens that no expert may exceed in any scenario."""
 
 
+def divisible(problem: Problem) -> bool:
+    """True if there are devices for two blocks or more, and spare slots for their replicas."""
+    devices = int((problem.capacity > 0).sum())
+    return devices >= 2 * BLOCK and problem.spare >= devices - 1
+
+
 def blocks_of(problem: Problem, end: float) -> list[tuple[Int64, Int64]]:
     """Devices and experts of each block; none where devices or spare slots are too few, or an expert is too large.
 
     At `end`, a time on the clock of kernels, they stay as far apart as they are by then.
     """
+    if not divisible(problem):
+        return []
     devices = np.flatnonzero(problem.capacity > 0)
     count = len(devices) // BLOCK
-    if count < 2 or problem.spare < len(devices) - 1:
-        return []
     fastest = devices[np.lexsort((-problem.capacity[devices], -problem.cluster.speed[devices]))]
     turn = np.arange(len(devices)) % (2 * count)
     block = np.minimum(turn, 2 * count - 1 - turn)  # dealt there and back, so that blocks are alike

@@ -40,7 +40,17 @@ from moeplan.solvers.search.exchange import (
 from moeplan.solvers.search.random import next_random, seeded
 from moeplan.solvers.split.flow import augment, pour, split_all
 
-__all__ = ["Burst", "Scenarios", "Splits", "draw_scenario", "find_odds", "improve", "optimal_splits", "scale_of"]
+__all__ = [
+    "Burst",
+    "Scenarios",
+    "Splits",
+    "draw_scenario",
+    "find_odds",
+    "improve",
+    "late",
+    "optimal_splits",
+    "scale_of",
+]
 
 STALE = 20
 """Candidates per slot without one to take, after which any is taken: a way out of a local optimum."""
@@ -50,7 +60,6 @@ ROUNDING = 1e-9
 
 DRAWS = 50
 """Pairs of positions drawn at most, per candidate that is scored."""
-
 
 LOOK = 8
 """Candidates between two looks at the clock."""
