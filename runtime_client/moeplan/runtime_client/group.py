@@ -256,9 +256,9 @@ class _Awaited:
             try:
                 self.work.wait(timedelta(seconds=seconds))
             except RuntimeError:
-                if self.work.is_completed():  # it has failed
-                    raise
-                return False
+                if not self.work.is_completed():
+                    return False
+                self.work.wait()  # raises if it has failed; it may also have ended well just after the time was up
             return True
         now = time.monotonic()
         while not self.event.query():
