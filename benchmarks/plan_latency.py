@@ -32,7 +32,7 @@ from rich.progress import track
 
 from moeplan.runtime_client.device.exchange import DeviceExchange
 from moeplan.runtime_client.device.memory import SymmetricMemory
-from moeplan.runtime_client.device.routes import LENT, AnswerShape, Owners, write_answer
+from moeplan.runtime_client.device.routes import BORROWED, LENT, LOAN, AnswerShape, Owners, write_answer
 from moeplan.runtime_client.group import ExpertGroup
 from moeplan.runtime_client.layers.feed_forward import ExpertShape
 from moeplan.solvers import QuotaPlanner, SpillOptions
@@ -94,11 +94,13 @@ class Reference:
 
 def read_by_kernels(answer: Int32, shape: AnswerShape) -> list[slice]:
     """The parts of an answer that its plan fills."""
-    replicas = int(answer[shape.first + shape.experts])
+    replicas, borrowed = int(answer[shape.first + shape.experts]), int(answer[BORROWED])
     return [
         slice(shape.begin + replicas),
         slice(shape.target, shape.target + replicas),
-        slice(shape.home_ends, shape.loans + 3 * int(answer[LENT])),
+        slice(shape.home_ends, shape.shared + borrowed + 1),
+        slice(shape.loans, shape.loans + LOAN * int(answer[LENT])),
+        slice(shape.sharers, shape.sharers + 2 * int(answer[shape.shared + borrowed])),
     ]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from moeplan.runtime_client.device.routes import BORROWED, FAULT, LENT, MOST, AnswerShape, Owners, write_answer
+from moeplan.runtime_client.device.routes import BORROWED, FAULT, LENT, LOAN, MOST, AnswerShape, Owners, write_answer
 from moeplan.solvers import QuotaPlanner, SpillOptions, SpillPlan
 from moeplan.solvers.problem.arrays import Int32, Int64
 
@@ -62,7 +62,7 @@ def test_every_pair_goes_to_a_row_of_its_own_in_the_order_of_slots_and_sources(s
         answer, shape = answer_of(plan, options, device, rows, away)
         here = {row: pair for (d, row), pair in found.items() if d == device}
         slots, owned = slots_of(plan, options, device), shape.owned
-        ends: Int64 = answer[shape.home_ends : shape.loans].astype(np.int64)
+        ends: Int64 = answer[shape.home_ends : shape.shared].astype(np.int64)
         if away >= 0:
             ends[owned:] += away
         starts = np.append(0, ends[:-1])
@@ -75,12 +75,17 @@ def test_every_pair_goes_to_a_row_of_its_own_in_the_order_of_slots_and_sources(s
         assert not here
         assert answer[BORROWED] == len(slots) - owned
 
-        loans = answer[shape.loans :].reshape(-1, 3)[: answer[LENT]].tolist()
+        loans = answer[shape.loans : shape.sharers].reshape(-1, LOAN)[: answer[LENT]].tolist()
         mine = np.flatnonzero(options.home == device).tolist()
         expected = sorted(
             (mine.index(e), int(d)) for e, d in zip(plan.expert, plan.device, strict=True) if options.home[e] == device
         )
-        assert [(row, d) for row, d, _ in loans] == expected
-        for row, borrower, slot in loans:
+        assert [(row, d) for row, d, *_ in loans] == expected
+        for row, borrower, slot, nth, borrowers in loans:
             width = int((options.home == borrower).sum())
             assert slots_of(plan, options, borrower)[width + slot] == mine[row]
+            theirs = [loan[1:3] for loan in loans if loan[0] == row]
+            assert (theirs[nth], len(theirs)) == ([borrower, slot], borrowers)
+            known, there = answer_of(plan, options, borrower, rows, away)
+            begin, end = known[there.shared + slot : there.shared + slot + 2]
+            assert known[there.sharers :].reshape(-1, 2)[begin:end].tolist() == theirs

@@ -290,7 +290,7 @@ class DeviceExchange:
             (-(-self.pairs // 512), 1, 1), index, weight, order, tallies, answer, target, self.where, self.share,
             self.peers, pairs, self.group.rank,
         )  # fmt: skip
-        return Route(answer, target, answer[shape.home_ends : shape.loans])
+        return Route(answer, target, answer[shape.home_ends : shape.shared])
 
     def regions(self, route: Route, nth: int) -> list[tuple[slice, Tensor]]:
         """Rows that a product of a round computes, and ends of its experts: of all, or those at home and lent ones."""
@@ -338,7 +338,7 @@ class DeviceExchange:
         lenders = 0 if nth else self._lenders
         self._launches.arrange[lenders](
             (lenders + self._blocks, 1, 1), self.arrived, self.where, self.share, self.lent, rows, scale, where, lent,
-            route.answer[BORROWED:], nth * self.capacity,
+            self.peers, route.answer, nth * self.capacity,
         )  # fmt: skip
         return rows, scale
 
@@ -347,7 +347,7 @@ class DeviceExchange:
         rows = torch.empty(self.room, self.shape.hidden, dtype=self.dtype, device=self.device)
         self._launches.arrange_again(
             (self._blocks, 1, 1), self.arrived, where, self.share, self.lent, rows, self.share, where, self.lent,
-            route.answer[BORROWED:], nth * self.capacity,
+            self.peers, route.answer, nth * self.capacity,
         )  # fmt: skip
         return rows
 
@@ -444,8 +444,8 @@ class DeviceExchange:
         def arrange(lenders: int, backward: bool = False) -> Launch:
             return Launch(
                 kernels.arrange, 8, CHOICES=self.choices, GROUP_TOKENS=self.group_tokens, JOINED=self.joined, **rounds,
-                WIDTH=shape.hidden, ELEMENTS=shape.elements, LENDERS=lenders, BACKWARD=backward, **self._wide,
-                PIECE=self._piece,
+                **way, ELEMENTS=shape.elements, LENDERS=lenders, BORROWED=BORROWED, SHARED=answer.shared,
+                SHARERS=answer.sharers, BACKWARD=backward, **self._wide, PIECE=self._piece,
             )  # fmt: skip
 
         def give_back(lenders: int, backward: bool = True) -> Launch:

@@ -19,6 +19,8 @@ import torch
 import triton
 import triton.language as tl
 
+from moeplan.runtime_client.device.routes import LOAN
+
 __all__ = [
     "CHUNK",
     "ON_GPU",
@@ -45,13 +47,14 @@ CHUNK = 128
 ON_GPU = not triton.knobs.runtime.interpret
 _GPU = tl.constexpr(ON_GPU)
 _CHUNK = tl.constexpr(CHUNK)
+_LOAN = tl.constexpr(LOAN)
 _UNFILLED = tl.constexpr(2**31 - 1)
 
 
 def program(function: Callable[..., Any]) -> Any:
     """A Triton kernel, or a part of one, compiled once for all numbers and for all places of single words."""
     numbers = ["rank", "layer", "tokens", "pairs", "chunks", "excess", "limit", "number", "low"]
-    return triton.jit(function, do_not_specialize=[*numbers, "end", "used", "number_borrowed"])
+    return triton.jit(function, do_not_specialize=[*numbers, "end", "used"])
 
 
 # Signals
@@ -390,8 +393,9 @@ def hand_out(
 ) -> None:
     """Write each token once to every rank that computes one of its choices, and lent experts to their borrowers.
 
-    The first `LENDERS` blocks lend; each of the others moves `BLOCK` tokens. If it is done `AGAIN`, then only where a
-    rank has more rows than the `SPAN` of a round, of which nothing was kept.
+    The first `LENDERS` blocks lend; each of the others moves `BLOCK` tokens. Of an expert with several borrowers each
+    gets a part, and fetches the others from them (`arrange`): it leaves its owner once. If it is done `AGAIN`, then
+    only where a rank has more rows than the `SPAN` of a round, of which nothing was kept.
 
     Args:
         source: [tokens, WIDTH].
@@ -406,10 +410,11 @@ def hand_out(
         return
     if block < LENDERS:
         for loan in range(tl.load(answer + LENT)):
-            at = answer + LOANS + 3 * loan
+            at = answer + LOANS + _LOAN * loan
             mine, device, slot = tl.load(at).to(tl.int64), tl.load(at + 1), tl.load(at + 2).to(tl.int64)
+            nth, borrowers = tl.load(at + 3), tl.load(at + 4)
             away = tl.load(peers + device) * EACH
-            for first in range(block * PIECE, ELEMENTS, LENDERS * PIECE):
+            for first in range((block * borrowers + nth) * PIECE, ELEMENTS, LENDERS * borrowers * PIECE):
                 piece = first + tl.arange(0, PIECE)
                 value = tl.load(experts + mine * ELEMENTS + piece, mask=piece < ELEMENTS)
                 tl.store(lent + away + slot * ELEMENTS + piece, value.to(lent.dtype.element_ty), mask=piece < ELEMENTS)
@@ -478,7 +483,8 @@ def arrange(
     scale: tl.tensor,
     kept_where: tl.tensor,
     kept_lent: tl.tensor,
-    number_borrowed: tl.tensor,
+    peers: tl.tensor,
+    answer: tl.tensor,
     low: tl.tensor,
     CHOICES: tl.constexpr,
     GROUP_TOKENS: tl.constexpr,
@@ -486,8 +492,12 @@ def arrange(
     AWAY: tl.constexpr,
     SPAN: tl.constexpr,
     WIDTH: tl.constexpr,
+    EACH: tl.constexpr,
     ELEMENTS: tl.constexpr,
     LENDERS: tl.constexpr,
+    BORROWED: tl.constexpr,
+    SHARED: tl.constexpr,
+    SHARERS: tl.constexpr,
     BACKWARD: tl.constexpr,
     BLOCK: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -499,20 +509,27 @@ def arrange(
         arrived: [GROUP_TOKENS, WIDTH].
         where: int32[GROUP_TOKENS, CHOICES], their rows.
         share: float32[GROUP_TOKENS, CHOICES], weights, read in the forward pass.
-        lent: [slots, ELEMENTS], experts that were lent to this rank, read in the forward pass.
+        lent: [slots, ELEMENTS] in symmetric memory, this rank's parts of experts that were lent to it, and those of
+            others, read in the forward pass.
         rows: [rows of a round, WIDTH], out.
         scale: float32[rows of a round], out in the forward pass: the weight of each row.
         kept_where: As `where`, out in the forward pass.
-        kept_lent: As `lent`, out in the forward pass.
-        number_borrowed: int32, number of lent experts.
+        kept_lent: As `lent`, out in the forward pass: whole.
+        answer: The plan, read in the forward pass.
         low: First row of the round.
     """
     block = tl.program_id(0)
     if block < LENDERS:
-        end = tl.load(number_borrowed).to(tl.int64) * ELEMENTS
-        for first in range(block * PIECE, end, LENDERS * PIECE):
-            piece = first + tl.arange(0, PIECE)
-            tl.store(kept_lent + piece, tl.load(lent + piece, mask=piece < end), mask=piece < end)
+        for slot in range(tl.load(answer + BORROWED)):
+            whole = kept_lent + tl.full([], slot, tl.int64) * ELEMENTS
+            begin, end = tl.load(answer + SHARED + slot), tl.load(answer + SHARED + slot + 1)
+            for sharer in range(begin, end):
+                device, other = tl.load(answer + SHARERS + 2 * sharer), tl.load(answer + SHARERS + 2 * sharer + 1)
+                part = lent + tl.load(peers + device) * EACH + other.to(tl.int64) * ELEMENTS
+                each = (block * (end - begin) + sharer - begin) * PIECE
+                for first in range(each, ELEMENTS, LENDERS * (end - begin) * PIECE):
+                    piece = first + tl.arange(0, PIECE)
+                    tl.store(whole + piece, tl.load(part + piece, mask=piece < ELEMENTS), mask=piece < ELEMENTS)
     else:
         for start in range((block - LENDERS) * BLOCK, GROUP_TOKENS, (tl.num_programs(0) - LENDERS) * BLOCK):
             token = start + tl.arange(0, BLOCK)
@@ -556,7 +573,7 @@ def fetch(
     before = tl.full([], -1, tl.int64)
     sums = tl.zeros(piece.shape, tl.float32)
     for loan in range(tl.load(answer + LENT)):
-        at = answer + LOANS + 3 * loan
+        at = answer + LOANS + _LOAN * loan
         mine, device, slot = tl.load(at).to(tl.int64), tl.load(at + 1), tl.load(at + 2).to(tl.int64)
         if mine != before:
             if before >= 0:

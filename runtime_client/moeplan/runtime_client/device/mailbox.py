@@ -38,8 +38,8 @@ TOLD = 6
 _ROUTER, _EXCESS, _SHORT, _INVALID, _DIFFER = range(1, 6)
 _KIND, _OF_LAYER, _RANK, _ONE, _TWO = range(5)
 
-_SPINS = 100_000
-"""Looks at the request, a few milliseconds of them, before the thread sleeps between two looks."""
+_SPINS = 20_000_000
+"""Looks at the request, a second of them or so, before the thread sleeps between two looks: longer than a step."""
 
 _SLEEP_US = 20
 
@@ -183,8 +183,9 @@ def _serve(
     away: int,
     owners: Any,
     scratch: Any,
+    spins: int,
 ) -> None:
-    """Answer requests until told to stop."""
+    """Answer requests until told to stop; sleep between two looks after so many in vain."""
     experts = counts.shape[2]
     replicas, home_quota, devices, sent, kept, summary = workspace[-6:]
     answered, idle = 0, 0
@@ -195,7 +196,7 @@ def _serve(
             if _load(words, STOP):
                 return
             idle += 1
-            if idle > _SPINS:
+            if idle > spins:
                 _sleep(_SLEEP_US)
             else:
                 _pause()
@@ -235,7 +236,7 @@ class Mailbox:
     """Host memory that kernels and a planning thread share, and the thread.
 
     The thread runs one compiled function that never takes the interpreter's lock, allocates, or calls CUDA; between
-    passes it looks for a request without a pause for some milliseconds, and then every 20 us or so. It takes a core.
+    passes of a GPU it looks for a request without a pause for a second, and then every 20 us or so. It takes a core.
 
     Args:
         options: What the thread plans with.
@@ -281,6 +282,7 @@ class Mailbox:
             sizes.away,
             (owners.home, owners.row, owners.order, owners.first),
             (np.zeros((4, max(options.experts, options.devices)), np.int64), np.zeros((3, self.shape.slots), np.int64)),
+            _SPINS if pinned else 0,  # without a GPU there may be no core to spare, and kernels are slow
         )
         self._words[STOP] = 1
         _serve(*arguments)  # compiles

@@ -12,11 +12,14 @@ from moeplan.solvers import SpillOptions
 from moeplan.solvers.problem.arrays import Int32, Int64
 from moeplan.solvers.problem.kernel import kernel
 
-__all__ = ["AnswerShape", "Owners", "write_answer"]
+__all__ = ["LOAN", "AnswerShape", "Owners", "write_answer"]
 
 FAULT, MOST, LENT, BORROWED, FULLEST = range(5)
 """First words of an answer: why there is no plan, or 0; most replicas of an expert; experts lent, and borrowed; most
 rows that a rank has at home, or, where lent experts have rows of their own, in either region."""
+
+LOAN = 5
+"""Words of a loan."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,8 +37,12 @@ class AnswerShape:
         home_ends: Place of int32[owned]: end of each expert's rows among those of experts at home.
         lent_ends: Place of int32[spare], right behind: end of each spare slot's rows, counted from their first, or
             from the first of experts at home if they follow those.
-        loans: Place of int32[slots, 3], what this rank lends: its own row of the expert, the borrower, the slot
-            there; by row, then borrower.
+        shared: Place of int32[spare + 1]: the first borrower, in `sharers`, of the expert in each spare slot of this
+            rank.
+        loans: Place of int32[slots, LOAN], what this rank lends: its own row of the expert, the borrower, the slot
+            there, which of the expert's borrowers it is, and how many there are; by row, then borrower.
+        sharers: Place of int32[slots, 2]: device and slot of each borrower of an expert that this rank borrows, in the
+            order in which its owner counts them.
         words: Length.
     """
 
@@ -65,15 +72,23 @@ class AnswerShape:
         return self.home_ends + self.owned
 
     @property
-    def loans(self) -> int:
+    def shared(self) -> int:
         return self.lent_ends + self.spare
 
     @property
+    def loans(self) -> int:
+        return self.shared + self.spare + 1
+
+    @property
+    def sharers(self) -> int:
+        return self.loans + LOAN * self.slots
+
+    @property
     def words(self) -> int:
-        return self.loans + 3 * self.slots
+        return self.sharers + 2 * self.slots
 
     def places(self) -> Int64:
-        """int64[8]: the places, in the order in which `write_answer` wants them, and the length."""
+        """int64[10]: the places, in the order in which `write_answer` wants them, and the length."""
         return np.array(
             [
                 self.experts,
@@ -82,7 +97,9 @@ class AnswerShape:
                 self.target,
                 self.home_ends,
                 self.lent_ends,
+                self.shared,
                 self.loans,
+                self.sharers,
                 self.words,
             ]
         )
@@ -157,7 +174,7 @@ def write_answer(
         ranked: Scratch int64[3, slots].
     """
     experts, at_first, at_begin, at_target = places[0], places[1], places[2], places[3]
-    at_ends, at_lent, at_loans = places[4], places[5], places[6]
+    at_ends, at_lent, at_shared, at_loans, at_sharers = places[4], places[5], places[6], places[7], places[8]
     earlier, fill, begun, held = sums[0], sums[1], sums[2], sums[3]
     by_device, slot, goal = ranked[0], ranked[1], ranked[2]
     borrowed = 0
@@ -223,7 +240,7 @@ def write_answer(
             borrowed = used + 1
         slot[r] = used
         used += 1
-    for spare in range(borrowed, at_loans - at_lent):
+    for spare in range(borrowed, at_shared - at_lent):
         answer[at_lent + spare] = answer[at_lent + borrowed - 1] if borrowed else (held[rank] if away < 0 else 0)
 
     # An expert's pairs go to its replicas in the order of their devices: to some before its home, home, to the others.
@@ -250,11 +267,26 @@ def write_answer(
                     if d == rank:
                         answer[at_ends + row[e]] = end
     for i in range(first[rank], first[rank + 1]):
+        begin = lent
         for position in range(replicas):
             r = by_device[position]
             if expert[r] == order[i]:
-                answer[at_loans + 3 * lent] = row[order[i]]
-                answer[at_loans + 3 * lent + 1] = device[r]
-                answer[at_loans + 3 * lent + 2] = slot[r]
+                loan = at_loans + LOAN * lent
+                answer[loan], answer[loan + 1], answer[loan + 2] = row[order[i]], device[r], slot[r]
+                answer[loan + 3] = lent - begin
                 lent += 1
+        for nth in range(begin, lent):
+            answer[at_loans + LOAN * nth + 4] = lent - begin
+    used, end = 0, 0
+    answer[at_shared] = 0
+    for position in range(replicas):
+        if device[by_device[position]] != rank:
+            continue
+        for other in range(replicas):
+            r = by_device[other]
+            if expert[r] == expert[by_device[position]]:
+                answer[at_sharers + 2 * end], answer[at_sharers + 2 * end + 1] = device[r], slot[r]
+                end += 1
+        used += 1
+        answer[at_shared + used] = end
     answer[FAULT], answer[MOST], answer[LENT], answer[BORROWED], answer[FULLEST] = 0, most, lent, borrowed, fullest
