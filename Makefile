@@ -25,8 +25,10 @@ compare: $(STAMP)  ## plan from a recorded trace and compare policies on steps t
 
 # Files of tests side by side, as most of their time is spent waiting for daemons and ranks; kernels are compiled before.
 SIDE_BY_SIDE := -n 3 --dist loadfile --no-loadscope-reorder
-test: $(STAMP)  ## run the tests
+kernels: $(STAMP)  ## compile the kernels that tests use, where they are not compiled already (two minutes)
 	@PYTHONPATH=. $(BIN)/python tests/support/compile_kernels.py
+
+test: kernels  ## run the tests
 	@$(BIN)/python -m pytest $(SIDE_BY_SIDE)
 
 test-all: $(STAMP) docs  ## run the tests, those that take minutes too, with new random examples, and build the documentation

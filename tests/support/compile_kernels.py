@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 
 import numpy as np
 
+from moeplan.runtime_client.device.mailbox import Mailbox, MailboxSizes
 from moeplan.solvers import (
     Cluster,
     Demand,
@@ -27,12 +29,14 @@ from moeplan.solvers import (
     warm_up,
 )
 
+RANDOM = np.random.default_rng(0)
+COUNTS = RANDOM.geometric(0.01, (2, 4, 8))
 
-def main() -> None:
+
+def search() -> None:
+    """Layouts."""
     warm_up()
-    rng = np.random.default_rng(0)
-    counts = rng.geometric(0.01, (2, 4, 8))
-    problem = Problem(Cluster.uniform(4, 3, nodes=2), Demand.of(counts))
+    problem = Problem(Cluster.uniform(4, 3, nodes=2), Demand.of(COUNTS))
     short = SolveParameters(work_limit=50, deadline_s=1.0)
     for policy in available_policies():
         for rule in (None, *SplitRule):
@@ -41,14 +45,25 @@ def main() -> None:
                 solve(replace(problem, current=plan.layout, split_rule=rule), policy=policy, parameters=short)
             except ProblemError:  # a policy knows some rules
                 continue
+
+
+def spill() -> None:
+    """Plans of one step's counts, and what is built on them."""
     options = SpillOptions.uniform(8, 4, 1, domain=2)
-    QuotaPlanner(options, 4).plan(counts[0])
-    LlepPlanner(options, 4).plan(counts[0])
-    plan_homes(Demand.of(counts), options)
-    routes = count_choices(list(rng.random((8, 9, 2, 8)).argsort(axis=3)[..., :2]), 8)
+    QuotaPlanner(options, 4).plan(COUNTS[0])
+    LlepPlanner(options, 4).plan(COUNTS[0])
+    Mailbox(SpillOptions.uniform(8, 4, 1), 0, MailboxSizes(64, -1), pinned=False).close()
+    plan_homes(Demand.of(COUNTS), options)
+    routes = count_choices(list(RANDOM.random((8, 9, 2, 8)).argsort(axis=3)[..., :2]), 8)
     plan_known(KnownRoutes.by_rank(routes, 4, 1), options)
-    place_by_affinity(rng.integers(0, 9, (1, 8, 8)), Cluster.uniform(4, 3, nodes=2), ilp_seconds=0.1)
-    balanced_assignment(rng.random((8, 8)))
+    place_by_affinity(RANDOM.integers(0, 9, (1, 8, 8)), Cluster.uniform(4, 3, nodes=2), ilp_seconds=0.1)
+    balanced_assignment(RANDOM.random((8, 8)))
+
+
+def main() -> None:
+    with ProcessPoolExecutor(2) as pool:  # these two share few kernels
+        for part in [pool.submit(each) for each in (search, spill)]:
+            part.result()
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from functools import partial
 
 import torch.distributed as dist
@@ -14,12 +15,13 @@ from moeplan.runtime_client.models.replacing import replace_experts
 from moeplan.solvers import QuotaPlanner, SpillOptions
 
 
-def make_group(size: int | None = None) -> ExpertGroup:
+def make_group(size: int | None = None, *, timeout: timedelta = timedelta(seconds=30)) -> ExpertGroup:
     """This rank's group of so many consecutive ranks; of all by default."""
     world = dist.get_world_size()
     size = size or world
     groups = [list(range(first, first + size)) for first in range(0, world, size)]
-    (mine,) = [group for group in map(ExpertGroup.create, groups) if group is not None]
+    created = [ExpertGroup.create(members, timeout=timeout) for members in groups]
+    (mine,) = [group for group in created if group is not None]
     return mine
 
 

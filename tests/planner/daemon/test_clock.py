@@ -59,7 +59,7 @@ def made(client: Client, name: str) -> float:
 
 @pytest.mark.parametrize("jump_s", [DAY_S, -DAY_S])
 def test_a_jump_of_a_day_is_not_noticed(start: Start, clock: WallClock, jump_s: int) -> None:
-    daemon = start(environment={**clock.environment, "MOEPLAN_LEASE_S": "0.5"}).serving()
+    daemon = start(environment={**clock.environment, "MOEPLAN_LEASE_S": "1"}).serving()
     with daemon.client() as client:
         whole = client.create_job("whole", small_job()).name
         part = client.create_job("part", small_job(closing=Closing(timeout_s=1.0))).name

@@ -151,7 +151,16 @@ def test_a_damaged_store_is_refused_and_left_alone(start: Start, tmp_path: Path)
         assert client.job("jobs/kept")
 
 
-@pytest.mark.parametrize("damage", ["middle", "head", "empty", "one byte", "gone"])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "middle",
+        pytest.param("head", marks=pytest.mark.slow),
+        "empty",
+        pytest.param("one byte", marks=pytest.mark.slow),
+        "gone",
+    ],
+)
 def test_a_store_that_lost_jobs_is_not_served(start: Start, tmp_path: Path, damage: str) -> None:
     """SQLite would take what is left for all there is: nothing of an empty file, a part of a broken log."""
     data = tmp_path / "data"

@@ -32,6 +32,7 @@ from moeplan.solvers.problem.errors import InfeasibleError
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="Triton has wheels for Linux only")
 
 Launch = Callable[..., list[Any]]
+SLOW = pytest.mark.slow
 SHAPE, EXPERTS, CHOICES, TOKENS = ExpertShape(16, 24), 6, 2, 20
 CPU = torch.device("cpu")
 TOLERANCE = 1e-5
@@ -109,7 +110,7 @@ def equals_gloo(folder: Path, dtype: torch.dtype, spare: int, shape: ExpertShape
     ("size", "dtype", "spare", "shape"),
     [
         (2, torch.float32, 2, SHAPE),
-        (2, torch.float64, 2, SHAPE),
+        pytest.param(2, torch.float64, 2, SHAPE, marks=SLOW),
         (2, torch.float32, 0, ExpertShape(16, 8, gated=False, activation="relu")),
         (3, torch.float64, 1, ExpertShape(16, 344, activation="gelu")),  # parts of a loan reach both borrowers
     ],
@@ -169,14 +170,17 @@ def round_once(folder: Path, spare: int) -> None:
     assert torch.equal(wide.float().bfloat16(), narrow)
 
 
-@pytest.mark.parametrize("spare", [0, 3])
+@pytest.mark.parametrize("spare", [3, pytest.param(0, marks=SLOW)])
 def test_gradients_of_rounds_and_loans_are_rounded_once(ranks: Launch, tmp_path: Path, spare: int) -> None:
     for dtype in (torch.float64, torch.bfloat16):
         (tmp_path / str(dtype)).mkdir()
     ranks(2, round_once, tmp_path, spare, timeout_s=200)
 
 
-@pytest.mark.parametrize(("dtype", "spare"), [(torch.float32, 0), (torch.float32, 3), (torch.float64, 1)])
+@pytest.mark.parametrize(
+    ("dtype", "spare"),
+    [(torch.float64, 1), pytest.param(torch.float32, 0, marks=SLOW), pytest.param(torch.float32, 3, marks=SLOW)],
+)
 def test_rows_beyond_the_capacity_are_computed_in_rounds(
     ranks: Launch, tmp_path: Path, dtype: torch.dtype, spare: int
 ) -> None:

@@ -98,7 +98,7 @@ def test_the_partition_is_the_placement_problem(shape: tuple[int, int, int], see
     assert answer.bound <= levels[0] / (loads.sum() / devices) * (1 + 1e-9)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(st.sampled_from([(3, 2, 5), (3, 2, 6), (3, 3, 8), (4, 2, 6), (4, 2, 7)]), st.data())
 def test_configurations_never_exceed_the_optimum(shape: tuple[int, int, int], data: st.DataObject) -> None:
     devices, slots, experts = shape
