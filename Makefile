@@ -84,5 +84,5 @@ tables: $(STAMP)  ## make the tables of the documents from the results of benchm
 bench: $(STAMP)  ## measure layouts against SGLang's planners (downloads their wheel once)
 	@$(BIN)/python benchmarks/layouts.py
 
-.PHONY: help install demo compare test test-all test-gpu browser pictures frameworks docs check proto check-proto fix dist coverage \
+.PHONY: help install kernels demo compare test test-all test-gpu browser pictures frameworks docs check proto check-proto fix dist coverage \
 	tables bench
