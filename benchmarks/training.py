@@ -2,7 +2,7 @@
 
     torchrun --nproc-per-node 2 benchmarks/training.py --size large wide fine gpt-oss --out training.json
     torchrun --nproc-per-node 2 benchmarks/training.py --size large --against ec06be9=../moeplan-ec06be9
-    torchrun --nproc-per-node 2 benchmarks/training.py --size large --mode sharded --planner --out training.json
+    torchrun --nproc-per-node 2 benchmarks/training.py --size large --mode sharded-device --planner --out training.json
     torchrun --nproc-per-node 2 benchmarks/training.py --size tiny        # on CPU cores: only whether it works
     python benchmarks/training.py --show training.json
 
@@ -92,8 +92,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if set(DEVICE_MODES) & set(arguments.mode) and not torch.cuda.is_available():
         parser.error(f"--mode {' '.join(DEVICE_MODES)}: need GPUs")
-    if arguments.planner and "sharded" not in arguments.mode:
-        parser.error("--planner: plans layouts of sharded experts; add sharded to --mode")
+    if arguments.planner and not {"sharded", "sharded-device"} & set(arguments.mode):
+        parser.error("--planner: plans layouts of sharded experts; add sharded or sharded-device to --mode")
     if arguments.show:
         print(table(json.loads(arguments.show.read_text())))
     elif arguments.worker:
@@ -248,10 +248,14 @@ def measure_size(
 
 
 def beside_planner(arguments: argparse.Namespace, rank: Rank, size: str, is_first: bool) -> Result:
-    """Sharded experts with a daemon on this host: what came of it, by routing; nothing on ranks but the first."""
+    """Sharded experts with a daemon on this host: what came of it, by routing; nothing on ranks but the first.
+
+    They travel by copy engines where that is measured, too.
+    """
     from planner_beside import daemon, plan_steps, summary  # not above, as for plan_layouts
 
     shift, found = arguments.planner, {}
+    mode = "sharded-device" if "sharded-device" in arguments.mode else "sharded"
     with ExitStack() as stack:
         planner = stack.enter_context(daemon([HERE.parents[1] / root for root in ROOTS])) if is_first else None
         told = [planner and planner.address]
@@ -260,10 +264,12 @@ def beside_planner(arguments: argparse.Namespace, rank: Rank, size: str, is_firs
             if planner:
                 planner.mark()
             job = f"{size}-{routing}"
-            run = rank.call("planned", routing=routing, address=told[0], job=job, steps=2 * shift, shift=shift)
+            run = rank.call(
+                "planned", mode=mode, routing=routing, address=told[0], job=job, steps=2 * shift, shift=shift
+            )
             if planner:
                 made_from = plan_steps(planner.address, job, run["version"])
-                found[routing] = summary(run, made_from, shift, planner.load()) | {"steps": run}
+                found[routing] = summary(run, made_from, shift, planner.load()) | {"mode": mode, "steps": run}
         dist.barrier()
     return {"planner": found}
 
@@ -312,13 +318,15 @@ def table(results: Result) -> str:
 
 def planner_table(size: Result, rows: dict[tuple[str, str, str], Result], commit: str) -> list[str]:
     """A row for each routing that was trained with a daemon."""
-    columns = ["sharded, planned by a daemon", "steps until balanced", "switches", "plan age", "daemon's cores"]
+    columns = ["planned by a daemon", "mode", "steps until balanced", "switches", "plan age", "daemon's cores"]
     columns += ["imbalance", "ms a step", "share"]
-    lines = ["", f"| {' | '.join(columns)} |", f"|---|{'---:|' * (len(columns) - 1)}"] if size.get("planner") else []
+    lines = (
+        ["", f"| {' | '.join(columns)} |", f"|---|---|{'---:|' * (len(columns) - 2)}"] if size.get("planner") else []
+    )
     for routing, told in size.get("planner", {}).items():
         until = ", ".join("never" if steps is None else str(steps) for steps in told["until_balanced"])
         age = "" if told["plan_age"] is None else f"{told['plan_age']:.1f}"
-        cells = [routing, until, str(told["switches"]), age, f"{told['daemon_cores']:.2f}"]
+        cells = [routing, told.get("mode", "sharded"), until, str(told["switches"]), age, f"{told['daemon_cores']:.2f}"]
         cells += [f"{told['imbalance_first']:.2f} to {told['imbalance']:.2f}", f"{told['ms']:.1f}"]
         cells += [share(rows, commit, {"ms": [told["ms"]]})]
         lines.append(f"| {' | '.join(cells)} |")

@@ -272,10 +272,11 @@ class Bench:
         sample = dict(zip(names, values.tolist(), strict=True))
         return sample | {"imbalance": imbalance, "loss": float(sum(losses)), "counts": warm.tolist()}
 
-    def planned(self, routing: str, address: str, job: str, steps: int, shift: int) -> dict[str, Any]:
+    def planned(self, mode: str, routing: str, address: str, job: str, steps: int, shift: int) -> dict[str, Any]:
         """Train sharded experts with a planner beside them, from the layout in order on.
 
         Args:
+            mode: ``sharded``, or ``sharded-device``.
             routing: As of `sample`; the kind of text changes every `shift` steps.
             address: The daemon.
             job: Id of the job there.
@@ -289,8 +290,8 @@ class Bench:
         from moeplan.runtime_client import PlannedLayer, PlannerSession, record
         from moeplan.solvers import SolveParameters
 
-        self._enter("sharded")
-        layers = [layer for layer in self.layers["sharded"] if isinstance(layer, FullyShardedExperts)]
+        self._enter(mode)
+        layers = [layer for layer in self.layers[mode] if isinstance(layer, FullyShardedExperts)]
         width = -(-self.size.experts // self.group.size)
         for layer in layers:
             layer.layout = Layout.contiguous(self.size.experts, np.full(self.group.size, width, np.int32))

@@ -14,9 +14,9 @@ every `--shift` steps, and with it the experts that are busy. No loss balances t
 ``static`` is plain expert parallelism: each expert at home on one rank. ``spill`` lends experts to idle ranks, planned
 in each pass from exact counts. On GPUs of one NVLink domain both run their passes without the host. ``planned`` shards
 every expert over the ranks, and a planner's daemon decides which rank computes which; without a daemon it trains all
-the same. ``both`` lends beyond its layouts, in each pass, what they did not foresee. ``auto`` rehearses two batches,
-times a token and a byte, and has the cost model decide for each block whether its experts are resident and lent,
-sharded, or both; it says why on standard error.
+the same. On such GPUs experts are gathered by copy engines. ``both`` lends beyond its layouts, in each pass, what they
+did not foresee. ``auto`` rehearses two batches, times a token and a byte, and has the cost model decide for each block
+whether its experts are resident and lent, sharded, or both; it says why on standard error.
 """
 
 from __future__ import annotations
@@ -60,6 +60,7 @@ from moeplan.runtime_client import (
     PlannedLayer,
     PlannerSession,
     ResidentExperts,
+    ShardMemory,
     measure_transfer,
     record,
 )
@@ -86,7 +87,9 @@ def make_layers(mode: str, size: Size, group: ExpertGroup, device: torch.device)
         lends_beyond = replace(options, min_tokens=choices[0].both.min_tokens)
     count = size.blocks - kinds.count("resident")
     exchange = device_exchange(size, group, device, options) if count < size.blocks else None
-    sharded = sharded_layers(replace(size, blocks=count), group, device, dtype)
+    spare = int(lends_beyond.spare[0]) if "both" in kinds else 0
+    memory = shard_memory(size, group, device, spare) if count else None
+    sharded = sharded_layers(replace(size, blocks=count), group, device, dtype, memory=memory)
     resident = resident_layers(
         replace(size, blocks=size.blocks - count),
         group,
@@ -123,6 +126,26 @@ def device_exchange(
     return exchange
 
 
+def shard_memory(size: Size, group: ExpertGroup, device: torch.device, spare: int) -> ShardMemory | None:
+    """Gathers by copy engines, on GPUs that can, with room for so many loans."""
+    if device.type == "cpu" or group.size == 1:
+        return None
+    slots = planned_slots(size, group) + spare
+    try:
+        return ShardMemory(
+            group, size.shape.elements, size.experts, slots=slots, device=device, dtype=compute_dtype(device)
+        )
+    except RuntimeError as error:
+        if group.rank == 0:
+            print(f"sharded experts travel by NCCL: {error}", file=sys.stderr)
+        return None
+
+
+def planned_slots(size: Size, group: ExpertGroup) -> int:
+    """Slots of a rank that the daemon plans for: one more than needed."""
+    return -(-size.experts // group.size) + 1
+
+
 def main() -> None:
     """Train; the first rank writes one line of JSON per step."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
@@ -154,8 +177,9 @@ def main() -> None:
     model = Model(size, layers).to(device)
     shared = model.shared()
     optimizer = torch.optim.AdamW(model.parameters(), lr=size.rate, fused=device.type == "cuda")
-    planned = [block for block, layer in enumerate(layers) if isinstance(layer, FullyShardedExperts)]
-    session = connect(arguments, size, layers, group) if planned and arguments.planner else None
+    sharded = [layer for layer in layers if isinstance(layer, FullyShardedExperts)]
+    planned = [block for block, layer in enumerate(layers) if layer in sharded]
+    session = connect(arguments, size, sharded, group) if sharded and arguments.planner else None
     recorder = record(model)
     text = batches(size, group.rank, group.size, arguments.shift)
     routed = []
@@ -163,6 +187,8 @@ def main() -> None:
     try:
         for step in range(arguments.steps):
             start = time.perf_counter()
+            for first in sharded[:1]:
+                first.prefetch()  # its weights arrive beside what comes before it
             loss = model(next(text).to(device))
             backward(loss, shared, group)
             optimizer.step()
@@ -206,28 +232,28 @@ def main() -> None:
 
 
 def check(layers: Sequence[Experts]) -> None:
-    """Raise what went wrong in passes without the host; the next pass would, too."""
-    for exchange in {layer.exchange for layer in layers if isinstance(layer, ResidentExperts)}:
-        if exchange is not None:
-            exchange.check()
+    """Raise what went wrong on GPUs without the host seeing it; the next pass would, too."""
+    for shared in {layer.exchange if isinstance(layer, ResidentExperts) else layer.memory for layer in layers}:
+        if shared is not None:
+            shared.check()
 
 
-def connect(arguments: argparse.Namespace, size: Size, layers: Sequence[Experts], group: ExpertGroup) -> PlannerSession:
+def connect(
+    arguments: argparse.Namespace, size: Size, sharded: Sequence[FullyShardedExperts], group: ExpertGroup
+) -> PlannerSession:
     """A session with the daemon: new layouts from the last steps whenever they are better, as moving is free."""
-    sharded = [layer for layer in layers if isinstance(layer, FullyShardedExperts)]
 
     def apply(plan: Sequence[PlannedLayer]) -> None:
         for layer, planned in zip(sharded, plan, strict=True):
             layer.plan = planned
 
-    slots = -(-size.experts // group.size) + 1
     # Few candidates and a look at every fifth step: here the daemon has no cores of its own.
     return PlannerSession(
         arguments.planner,
         arguments.job,
         [layer.layout for layer in sharded],
         apply,
-        slots=slots,
+        slots=planned_slots(size, group),
         parameters=SolveParameters(work_limit=500),
         forecast=Forecast(window_steps=4),
         replan=Replan(every_steps=5),
