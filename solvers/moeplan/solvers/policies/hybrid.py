@@ -201,9 +201,7 @@ class _Search:
         self.bounds = scores.bound(self.required)
         self.proven = 0.0  # a bound on the objective itself, where a solver proves one
         self.limits = problem.limits
-        self.scenarios = Scenarios(
-            problem.loads, problem.demand.weights, float(problem.tail), planning_speed(problem), problem.mean_level
-        )
+        self.scenarios = Scenarios.of(problem, speed=planning_speed(problem))
         self.best: Int32 | None = None
         self.walk: Int32 | None = None  # where the last burst ended: where moves are limited, not always at the best
         self._splits: tuple[Int32 | None, Splits | None] = None, None  # of the layout that the last burst ended with

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -10,7 +10,9 @@ import numpy.typing as npt
 from moeplan.solvers.problem.errors import ProblemError
 from moeplan.solvers.problem.scalars import short
 
-__all__ = ["Bool", "Float64", "Int32", "Int64", "any_array", "floats", "integers"]
+__all__ = ["Bool", "Float64", "Int32", "Int64", "any_array", "floats", "integers", "read_only"]
+
+T = TypeVar("T", bound=np.generic)
 
 Bool = npt.NDArray[np.bool_]
 Int32 = npt.NDArray[np.int32]
@@ -95,6 +97,13 @@ def floats(field: str, values: npt.ArrayLike, *, ndim: int, positive: bool = Fal
         )
     frozen.flags.writeable = False
     return frozen
+
+
+def read_only(array: npt.NDArray[T]) -> npt.NDArray[T]:
+    """The same numbers, not to be written: to numba another type, for which all kernels would be compiled again."""
+    view = array.view()
+    view.flags.writeable = False
+    return view
 
 
 def _where(array: npt.NDArray[Any], value: int) -> str:

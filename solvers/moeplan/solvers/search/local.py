@@ -21,10 +21,11 @@ from typing import NamedTuple
 import numpy as np
 
 from moeplan.solvers.objective.score import tail_shares
-from moeplan.solvers.problem.arrays import Bool, Float64, Int32, Int64
+from moeplan.solvers.problem.arrays import Bool, Float64, Int32, Int64, read_only
 from moeplan.solvers.problem.clock import time_now
 from moeplan.solvers.problem.kernel import inner_kernel, kernel
 from moeplan.solvers.problem.limit_kernels import LimitArrays, arrivals_of
+from moeplan.solvers.problem.problem import Problem
 from moeplan.solvers.search.cuts import Cuts, bounds_after, keep_change, keep_cut, weigh
 from moeplan.solvers.search.exchange import (
     Draft,
@@ -81,6 +82,12 @@ class Scenarios(NamedTuple):
     tail: float
     speed: Float64
     mean: Float64
+
+    @classmethod
+    def of(cls, problem: Problem, *, speed: Float64) -> Scenarios:
+        """Those of a problem, on devices of this speed."""
+        weights, tail = problem.demand.weights, float(problem.tail)
+        return cls(problem.loads, weights, tail, read_only(speed), problem.mean_level)
 
 
 class Burst(NamedTuple):

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from moeplan.solvers.problem.arrays import Float64, Int32
+from moeplan.solvers.problem.arrays import Float64, Int32, read_only
 from moeplan.solvers.problem.problem import Problem
 from moeplan.solvers.search.local import Scenarios
 from moeplan.solvers.split.memory import token_caps
@@ -87,7 +87,7 @@ def _room_of(problem: Problem, used: Int32, tokens: Float64, level: float, most:
     speed, count, total = problem.cluster.speed, problem.demand.scenarios, float(tokens.sum())
     none = speed * 1e-6
     slower = np.maximum(np.minimum(speed, tokens / level), none)
-    fast = Scenarios(problem.loads, problem.demand.weights, float(problem.tail), slower, problem.mean_level)
-    alike = np.full(count, 1 / count)  # however little a scenario weighs, it has to fit
-    full = Scenarios(problem.loads, alike, 1 / count, np.maximum(tokens, none), np.full(count, most / total))
+    fast = Scenarios.of(problem, speed=slower)
+    alike = read_only(np.full(count, 1 / count))  # however little a scenario weighs, it has to fit
+    full = Scenarios(problem.loads, alike, 1 / count, read_only(np.maximum(tokens, none)), np.full(count, most / total))
     return Room(used, fast, full, total / most * (1 + ROUNDING))

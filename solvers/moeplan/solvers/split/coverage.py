@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from moeplan.solvers.problem.arrays import Float64, Int32, Int64
+from moeplan.solvers.problem.arrays import Float64, Int32, Int64, read_only
 from moeplan.solvers.problem.cluster import Cluster
 from moeplan.solvers.problem.kernel import kernel
 from moeplan.solvers.split.flow import augment, waterfill
@@ -25,7 +25,7 @@ __all__ = ["WHOLE", "coverable", "covered_split", "demand_of", "domains", "items
 
 def domains(cluster: Cluster) -> Int32:
     """int32[devices]: what each device's tokens should not leave: its node, or itself where there is one node."""
-    return cluster.node if cluster.nodes > 1 else np.arange(cluster.devices, dtype=np.int32)
+    return cluster.node if cluster.nodes > 1 else read_only(np.arange(cluster.devices, dtype=np.int32))
 
 
 def tokens_by_domain(cluster: Cluster, tokens: Int64, source_device: Int32) -> Int64:
