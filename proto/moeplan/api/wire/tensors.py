@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -57,18 +58,14 @@ def read_array(name: str, tensor: tensor_pb2.Tensor) -> npt.NDArray[Any]:
     dtype = _DTYPES.get(tensor.type)
     if dtype is None:
         raise ProblemError(f"{name}.type", tensor.type, "must be INT32, INT64, FLOAT32 or FLOAT64")
-    shape = tuple(tensor.shape)
-    longest = max(len(tensor.data), LONGEST_EMPTY)
-    if len(shape) > 8 or not all(0 <= length <= longest for length in shape):
+    shape, data = tuple(tensor.shape), tensor.data  # a copy each time that a message is asked for them
+    longest = max(len(data), LONGEST_EMPTY)
+    if len(shape) > 8 or min(shape, default=0) < 0 or max(shape, default=0) > longest:
         raise ProblemError(f"{name}.shape", list(shape[:8]), f"must be at most 8 numbers, each 0 to {longest}")
-    size = dtype.itemsize
-    for length in shape:
-        size *= length
-    if size != len(tensor.data):
-        raise ProblemError(
-            f"{name}.data", f"{len(tensor.data)} bytes", f"shape {list(shape)} of {dtype.name} has {size}"
-        )
-    return np.frombuffer(tensor.data, dtype).reshape(shape)
+    size = math.prod(shape, start=dtype.itemsize)
+    if size != len(data):
+        raise ProblemError(f"{name}.data", f"{len(data)} bytes", f"shape {list(shape)} of {dtype.name} has {size}")
+    return np.frombuffer(data, dtype).reshape(shape)
 
 
 def read_counts(name: str, tensor: tensor_pb2.Tensor) -> Int64:
