@@ -44,7 +44,7 @@ from result_file import write_result
 
 LAYERS, EXPERTS = 8, 64
 DISTINCT = 16
-"""Steps after which loads repeat: more than a window, so that every look brings a plan."""
+"""Steps after which loads repeat: more than a window, so that there is always something to plan."""
 WORK = 10
 """Layouts that a solve may score: as many as it likes would leave the daemon no processor of a small machine."""
 CLIENTS = max(2, min(8, (os.cpu_count() or 1) // 2))
