@@ -7,7 +7,7 @@ import numpy as np
 from moeplan.api import wire
 from moeplan.api.jobs import JobSpec
 from moeplan.planner.jobs.window import Cells, Report
-from moeplan.solvers.problem.arrays import Int64
+from moeplan.solvers.problem.arrays import MAX_TOKENS, Int64
 from moeplan.solvers.problem.errors import ProblemError
 from moeplan.v1 import planner_pb2
 
@@ -26,6 +26,7 @@ class ReportReader:
         self._spec = spec
         self._layers, self._ranks = np.arange(spec.layers, dtype=np.int64), np.array(speaks_for, np.int64)
         self._all = Cells.of(self._layers, self._ranks)
+        self._most = MAX_TOKENS // spec.ranks  # so that the counts of all ranks can be added
 
     def read(self, message: planner_pb2.Statistics) -> Report:
         """What a message says.
@@ -37,7 +38,7 @@ class ReportReader:
             raise ProblemError("statistics.step", message.step, "must be at least 0")
         # Nearly every message leaves both out.
         cells = self._cells(message) if message.layers or message.ranks else self._all
-        tokens = wire.read_counts("statistics.tokens", message.tokens)
+        tokens = wire.read_counts("statistics.tokens", message.tokens, self._most)
         expected = (*cells.shape, self._spec.experts)
         if tokens.shape != expected:
             raise ProblemError(

@@ -68,8 +68,8 @@ def read_array(name: str, tensor: tensor_pb2.Tensor) -> npt.NDArray[Any]:
     return np.frombuffer(data, dtype).reshape(shape)
 
 
-def read_counts(name: str, tensor: tensor_pb2.Tensor) -> Int64:
-    """Whole numbers from 0 to 2**53, sent as integers or as floats.
+def read_counts(name: str, tensor: tensor_pb2.Tensor, most: int = MAX_TOKENS) -> Int64:
+    """Whole numbers from 0 to `most`, at least 2**31, sent as integers or as floats.
 
     Raises:
         ProblemError: a value is negative, too large, broken or not a number.
@@ -77,10 +77,10 @@ def read_counts(name: str, tensor: tensor_pb2.Tensor) -> Int64:
     array = read_array(name, tensor)
     if array.size:
         small = array.dtype == _SMALL  # which holds nothing too large, and is what ranks send
-        if not (array.min() >= 0 and (small or array.max() <= MAX_TOKENS)):
-            bad = ~((array >= 0) & (array <= MAX_TOKENS))
+        if not (array.min() >= 0 and (small or array.max() <= most)):
+            bad = ~((array >= 0) & (array <= most))
             index = tuple(int(i) for i in np.argwhere(bad)[0])
-            raise ProblemError(f"{name}[{', '.join(map(str, index))}]", array[index], f"must be 0 to {MAX_TOKENS}")
+            raise ProblemError(f"{name}[{', '.join(map(str, index))}]", array[index], f"must be 0 to {most}")
     counts = array.astype(np.int64)
     if array.dtype.kind == "f" and not np.array_equal(counts, array):
         index = tuple(int(i) for i in np.argwhere(counts != array)[0])
