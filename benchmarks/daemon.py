@@ -21,14 +21,12 @@ import gc
 import json
 import multiprocessing
 import os
-import re
 import signal
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-import urllib.request
 from collections import Counter
 from multiprocessing.queues import Queue
 from pathlib import Path
@@ -46,7 +44,7 @@ from result_file import write_result
 
 LAYERS, EXPERTS = 8, 64
 DISTINCT = 16
-"""Steps after which loads repeat: more than a window, so that every look brings a plan."""
+"""Steps after which loads repeat: more than a window, so that there is always something to plan."""
 WORK = 10
 """Layouts that a solve may score: as many as it likes would leave the daemon no processor of a small machine."""
 CLIENTS = max(2, min(8, (os.cpu_count() or 1) // 2))
@@ -75,7 +73,7 @@ class Daemon:
             [*command, "--listen", "127.0.0.1:0", *arguments], stderr=subprocess.PIPE, text=True
         )
         serving = self._await("serving")
-        self.address, self.metrics = serving["address"], serving["metrics"]
+        self.address = serving["address"]
 
     def _await(self, name: str) -> dict[str, Any]:
         assert self.process.stderr is not None
@@ -106,11 +104,10 @@ class Daemon:
         fields = Path(f"/proc/{self.process.pid}/stat").read_text().rsplit(")", 1)[1].split()
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
-    def messages(self) -> float:
-        """Statistics messages that it has taken."""
-        with urllib.request.urlopen(f"http://{self.metrics}/metrics", timeout=60) as reply:
-            text = reply.read().decode()
-        return float(re.findall(r"^moeplan_statistics_messages_total (\S+)$", text, re.MULTILINE)[0])
+    def messages(self, node: int) -> float:
+        """Statistics messages that it has accepted, each of all layers and `node` ranks."""
+        with Client(self.address) as client:
+            return sum(found.status.statistics.accepted for found in client.jobs()) / LAYERS / node
 
     def stop(self, how: int = signal.SIGTERM) -> None:
         """End it."""
@@ -257,11 +254,11 @@ def streams(
             worker.start()
         time.sleep(8)
         memory = [daemon.memory_mb()]
-        cpu, began, before = daemon.cpu_s(), time.time(), daemon.messages()
+        cpu, began, before = daemon.cpu_s(), time.time(), daemon.messages(node)
         while time.time() - began < seconds - 10:
             time.sleep(1)
             memory.append(daemon.memory_mb())
-        used_s, taken = daemon.cpu_s() - cpu, daemon.messages() - before
+        used_s, taken = daemon.cpu_s() - cpu, daemon.messages(node) - before
         cpu = used_s / (time.time() - began)
         results = [queue.get(timeout=seconds + 300) for _ in workers]
         for worker in workers:

@@ -50,6 +50,7 @@ import numpy as np
 import psycopg
 from tests.support.slow_link import SlowLink
 
+from daemon import DISTINCT
 from moeplan.api import wire
 from moeplan.api.client import Client
 from moeplan.api.connection import Security
@@ -63,8 +64,8 @@ LEASE_S = 6.0
 FAULT_EVERY_S = 20.0
 LAYERS, EXPERTS, DEVICES = 4, 32, 8
 EVERY_STEPS = 2
-DISTINCT = 16
-"""Steps after which loads repeat: more than a window, so that there is always something to plan."""
+FIRST_WAIT_S = 0.2
+"""Wait before a stream comes back where no daemon says how long."""
 FAILED_WRITE = "Internal error from Core"
 """What grpc's client for asyncio makes of a write that a stream's end overtakes, in place of the server's status."""
 DISK = """
@@ -177,12 +178,13 @@ class Ranks:
         turn = sum(self.name.encode())
         address = ""
         while time.monotonic() < end:
-            turn += 1
+            turn, wait_s = turn + 1, FIRST_WAIT_S
             address = address if address in channels else self.daemons[turn % len(self.daemons)].address
             try:
                 await self._stream(channels[address], end)
             except grpc.aio.AioRpcError as error:
                 known = error_of(error)
+                wait_s = known.retry_s or FIRST_WAIT_S
                 why = known.reason or known.code.name
                 if known.code is grpc.StatusCode.INTERNAL:
                     why = f"INTERNAL, {(error.details() or '')[:40]}"
@@ -193,7 +195,7 @@ class Ranks:
             except (TimeoutError, asyncio.InvalidStateError):
                 self.seen.counts["stream ended: no answer"] += 1
                 address = ""
-            await asyncio.sleep(0.2)
+            await asyncio.sleep(wait_s)
 
     async def _stream(self, channel: grpc.aio.Channel, end: float) -> None:
         stub: Any = planner_pb2_grpc.PlannerServiceStub(channel)

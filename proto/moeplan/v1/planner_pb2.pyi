@@ -404,7 +404,9 @@ class Statistics(_message.Message):
 
     @_builtins.property
     def tokens(self) -> _tensor_pb2.Tensor:
-        """Whole numbers [layers, ranks, experts], each 0 to 2^53: tokens of this step, not totals since the start."""
+        """Whole numbers [layers, ranks, experts], each 0 to 2^53 / ranks of the job: tokens of this step, not totals since
+        the start.
+        """
 
     def __init__(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,14 @@ from moeplan.planner.daemon.settings import Settings
     [
         (["--store", "nonsense"], {}, "write postgresql://user@host/name"),
         (["--store", "nonsense://host/name"], {}, "write postgresql://user@host/name"),
+        (["--store", "mysql://host/name"], {}, "write postgresql://user@host/name"),
+        (["--store", "sqlite:///planner.db"], {}, "leave it empty for SQLite in --data"),
         (["--data", ""], {}, "data: is empty; give a folder"),
+        (["--listen", "unix:"], {}, "listen = unix: has no path; write unix:path"),
+        (["--metrics", "none"], {}, "or an empty one for no metrics"),
+        (["--config", sys.executable], {}, "is no text file; give a TOML file in UTF-8"),
+        (["--tokens", sys.executable], {}, "is no text file; give one in UTF-8"),
+        (["--tenants", sys.executable], {}, "is no text file; give one in UTF-8"),
         ([], {"MOEPLAN_LEASE_S": "inf"}, "lease_s: Input should be less than or equal to 3600"),
         ([], {"MOEPLAN_LEASE_S": "nan"}, "lease_s: "),
         ([], {"MOEPLAN_DRAIN_S": "inf"}, "drain_s: "),

@@ -11,7 +11,7 @@ from moeplan.api.job_plans import JobPlan, Reason
 from moeplan.api.jobs import Closing, Forecast, JobSpec, Payback, Replan
 from moeplan.planner.jobs.job import PlanningJob, RankTakenError, SolveTask, StaleIncarnationError
 from moeplan.planner.jobs.solve import LayersTask, plan_layers
-from moeplan.planner.jobs.window import Report, Window
+from moeplan.planner.jobs.window import Cells, Report, Window
 from moeplan.solvers import Cluster, ExpertSpec, Layout, ProblemError, SolveParameters
 from moeplan.solvers.problem.arrays import Int64
 
@@ -39,7 +39,7 @@ def counts(seed: int = 0, steps: int = 6) -> Int64:
 
 def report(tokens: Int64, step: int, ranks: list[int], layers: list[int] | None = None) -> Report:
     chosen = np.array(range(LAYERS) if layers is None else layers)
-    return Report(step, chosen, np.array(ranks), tokens[step][np.ix_(chosen, np.array(ranks))])
+    return Report(step, Cells.of(chosen, np.array(ranks)), tokens[step][np.ix_(chosen, np.array(ranks))])
 
 
 @settings(deadline=None, max_examples=30)
@@ -57,6 +57,21 @@ def test_order_and_repetition_do_not_matter(random: object, merge: bool) -> None
         assert window.close(0.0)
     assert window.count.accepted == 3 * LAYERS * RANKS
     assert window.count.duplicate == 3 * 3
+    for layer in range(LAYERS):
+        expected = tokens[:, layer].sum(axis=1, keepdims=True) if merge else tokens[:, layer]
+        np.testing.assert_array_equal(window.layer(layer), expected)
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.permutations(range(LAYERS)), st.permutations(range(RANKS)), st.integers(1, RANKS), st.booleans())
+def test_layers_and_ranks_may_come_in_any_order(layers: list[int], ranks: list[int], first: int, merge: bool) -> None:
+    """A step in two reports, whose ids follow each other or not, the second with one rank again."""
+    tokens = counts(steps=1)
+    window = Window(spec(merge_sources=merge))
+    window.add(report(tokens, 0, ranks[:first], layers), 0.0)
+    window.add(report(tokens, 0, ranks[first - 1 :], layers[::-1]), 0.0)
+    assert window.close(0.0)
+    assert (window.count.accepted, window.count.duplicate) == (LAYERS * RANKS, LAYERS)
     for layer in range(LAYERS):
         expected = tokens[:, layer].sum(axis=1, keepdims=True) if merge else tokens[:, layer]
         np.testing.assert_array_equal(window.layer(layer), expected)
@@ -108,7 +123,7 @@ def test_one_rank_with_a_wrong_step_closes_nothing() -> None:
     tokens = counts()
     window = Window(spec(closing=Closing(max_lag_steps=1)))
     for step in range(5):
-        wild = Report(10**15 + step, np.array([0]), np.array([3]), tokens[0][:1, 3:])
+        wild = Report(10**15 + step, Cells.of(np.array([0]), np.array([3])), tokens[0][:1, 3:])
         window.add(wild, 0.0)
     assert not window.close(1e6)  # nobody else has come that far, so no time closes it
     assert window.next_timeout_s() is None
@@ -129,10 +144,10 @@ def test_a_step_from_the_far_future_does_not_end_planning(quorum: float) -> None
         now = 0.0
         for step in range(20):
             if step == first:
-                window.add(Report(2**62, np.arange(LAYERS), np.array([3]), tokens[0][:, [3]]), now)
+                window.add(Report(2**62, Cells.of(np.arange(LAYERS), np.array([3])), tokens[0][:, [3]]), now)
                 now += 2
                 window.close(now)
-            window.add(Report(step, np.arange(LAYERS), np.arange(RANKS), tokens[step % 6]), now)
+            window.add(Report(step, Cells.of(np.arange(LAYERS), np.arange(RANKS)), tokens[step % 6]), now)
             window.close(now)
         assert window.closed_step == 19
         assert len(window.layer(0)) == window.spec.forecast.window_steps
@@ -142,8 +157,8 @@ def test_a_rank_that_is_always_far_moves_nothing() -> None:
     tokens = counts()
     window = Window(spec(closing=Closing(quorum=0.25)))
     for step in range(50):
-        window.add(Report(step, np.arange(LAYERS), np.arange(3), tokens[0][:, :3]), 0.0)
-        window.add(Report(10**9 + step, np.arange(LAYERS), np.array([3]), tokens[0][:, [3]]), 0.0)
+        window.add(Report(step, Cells.of(np.arange(LAYERS), np.arange(3)), tokens[0][:, :3]), 0.0)
+        window.add(Report(10**9 + step, Cells.of(np.arange(LAYERS), np.array([3])), tokens[0][:, [3]]), 0.0)
         window.close(0.0)
     assert window.closed_step == 44  # as if rank 3 were silent
     assert window.count.early == 50 * LAYERS
@@ -154,7 +169,7 @@ def test_ranks_that_all_go_elsewhere_take_the_window_along() -> None:
     tokens = counts()
     window = Window(spec())
     for step in [*range(100_000, 100_010), *range(10), *range(50_000, 50_010)]:
-        window.add(Report(step, np.arange(LAYERS), np.arange(RANKS), tokens[step % 6]), 0.0)
+        window.add(Report(step, Cells.of(np.arange(LAYERS), np.arange(RANKS)), tokens[step % 6]), 0.0)
         window.close(0.0)
     assert window.closed_step == 50_009
 
@@ -166,7 +181,7 @@ def test_memory_is_bounded_and_steps_close_in_order(reports: list[tuple[int, int
     window = Window(spec(closing=Closing(max_lag_steps=2)))
     closed = -1
     for step, rank in reports:
-        window.add(Report(step, np.arange(LAYERS), np.array([rank]), tokens[:, [rank]]), 0.0)
+        window.add(Report(step, Cells.of(np.arange(LAYERS), np.array([rank])), tokens[:, [rank]]), 0.0)
         window.close(0.0)
         assert len(window._open) <= window.spec.max_open_steps
         assert window.closed_step is None or window.closed_step >= closed

@@ -20,7 +20,7 @@ from moeplan.api.jobs import Closing, Forecast, JobSpec, Replan
 from moeplan.planner.files.plan_file import PlanFile
 from moeplan.planner.jobs.job import PlanningJob
 from moeplan.planner.jobs.solve import LayersTask, plan_layers
-from moeplan.planner.jobs.window import Report
+from moeplan.planner.jobs.window import Cells, Report
 from moeplan.planner.traces.trace import Trace
 from moeplan.solvers import Cluster, Layout, SolveParameters, SplitRule
 
@@ -67,9 +67,9 @@ def job(current: Mapping[int, Layout], rule: SplitRule | None, sources: int) -> 
 def by_state_machine(spec: JobSpec, steps: list[Any]) -> JobPlan:
     """The plan of a job that is told these steps."""
     state = PlanningJob.begin(spec, incarnation=1)
-    layers, ranks = np.arange(spec.layers), np.arange(spec.ranks)
+    cells = Cells.of(np.arange(spec.layers), np.arange(spec.ranks))
     for number, tokens in enumerate(steps):
-        task = state.report(Report(number, layers, ranks, tokens), now_s=float(number))
+        task = state.report(Report(number, cells, tokens), now_s=float(number))
     assert task is not None, "the window is full"
     candidates = plan_layers(
         LayersTask(task.layers, task.outlooks, task.policy, task.parameters, time.monotonic() + 1e6)

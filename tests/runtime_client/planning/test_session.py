@@ -391,6 +391,22 @@ def test_a_rank_that_says_what_is_wrong_comes_back_less_and_less_often() -> None
     assert "INVALID_ARGUMENT: statistics.tokens.shape" in stream.status.error
 
 
+def test_a_rank_that_is_told_when_to_come_back_does_not_come_before(start: Start) -> None:
+    """A full daemon says 5 s: in two there is no second attempt."""
+    daemon = start("--limit", "streams=1").serving(solver=False)
+    refused = 'grpc_server_handled_total{code="RESOURCE_EXHAUSTED",method="/moeplan.v1.PlannerService/StreamRank"}'
+    spec = JobSpec(Cluster.uniform(2, 3), layers=1, experts=4, ranks=2)
+    first = PlannerStream(daemon.address, "full", spec, 1, rank=0)
+    eventually(lambda: first.status.connected)
+    second = PlannerStream(daemon.address, "full", spec, 1, rank=1)
+    eventually(lambda: "streams are open" in second.status.error)
+    time.sleep(2)
+    attempts = daemon.metric(refused)
+    second.close()
+    first.close()
+    assert attempts == 1
+
+
 def test_a_good_plan_is_held() -> None:
     with odd_planner(plan_of(GOOD)) as (address, _):
         stream = stream_to(address)

@@ -142,6 +142,8 @@ def serve(
         raise typer.Exit(EXIT_USAGE) from None
     except UnknownSettingError as error:
         raise fail(str(error), EXIT_USAGE) from None
+    except UnicodeDecodeError:
+        raise fail(f"--config = {config}: is no text file; give a TOML file in UTF-8", EXIT_USAGE) from None
     except (OSError, tomllib.TOMLDecodeError) as error:
         raise fail(f"--config = {config}: {getattr(error, 'strerror', None) or error}", EXIT_USAGE) from None
     if show:

@@ -59,6 +59,8 @@ class Database:
             if self._url.drivername in ("postgresql", "postgres"):
                 self._url = self._url.set(drivername="postgresql+psycopg")
             self.sqlite = self._url.get_backend_name() == "sqlite"
+            if url and self._url.get_backend_name() != "postgresql":  # SQLite is safe in a folder with a lock only
+                raise ValueError(self._url.drivername)
             self._url.get_dialect()
         except (exc.ArgumentError, exc.NoSuchModuleError, ValueError) as error:
             raise StoreError(

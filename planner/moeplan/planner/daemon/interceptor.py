@@ -76,7 +76,7 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc, unused-ignore]
         if refusal is not None:
             return self._refusing(method, refusal, known or NOBODY)
         codecs = {
-            "request_deserializer": _reader(handler.request_deserializer),
+            "request_deserializer": _reader(handler),
             "response_serializer": handler.response_serializer,
         }
         if handler.response_streaming:
@@ -86,8 +86,7 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc, unused-ignore]
                 with _Call(self._metrics, method) as call:
                     try:
                         self._identify(known, method, context)
-                        whole = _all_read(request) if handler.request_streaming else _read(request)
-                        async for response in behavior(whole, context):
+                        async for response in behavior(_read(request), context):
                             yield response
                     except Exception as error:
                         await call.end(error, context)
@@ -215,15 +214,19 @@ class _Call:
         await context.abort_with_status(refusal.status())
 
 
-def _reader(deserialize: Callable[[bytes], Any] | None) -> Callable[[bytes], Any] | None:
-    """Reads a message, or says `UNREADABLE`: an exception here would end the call with UNKNOWN and no word of why."""
-    if deserialize is None:
-        return None
+def _reader(handler: grpc.RpcMethodHandler[Any, Any]) -> Callable[[bytes], Any]:
+    """Reads a request. One that is no message refuses the call: where it is one of a stream, to who reads on there.
+
+    A single one says `UNREADABLE`, as an exception before the call begins would end it with UNKNOWN and no word of why.
+    """
+    deserialize: Any = handler.request_deserializer
 
     def read(data: bytes) -> Any:
         try:
             return deserialize(data)
         except DecodeError:
+            if handler.request_streaming:
+                raise _no_message() from None
             return UNREADABLE
 
     return read
@@ -231,13 +234,12 @@ def _reader(deserialize: Callable[[bytes], Any] | None) -> Callable[[bytes], Any
 
 def _read(request: Any) -> Any:
     if request is UNREADABLE:
-        raise invalid("request", "bytes", "is no message of this method; see proto/moeplan/v1")
+        raise _no_message()
     return request
 
 
-async def _all_read(requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
-    async for request in requests:
-        yield _read(request)
+def _no_message() -> RefusalError:
+    return invalid("request", "bytes", "is no message of this method; see proto/moeplan/v1")
 
 
 def _unknown() -> RefusalError:

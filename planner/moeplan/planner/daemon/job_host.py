@@ -102,6 +102,7 @@ class JobHost:
         self._timer: asyncio.TimerHandle | None = None
         self.writing = asyncio.Lock()
         self._counted = replace(job.count)
+        self._messages = self._bytes = 0
         self._used_s = self._closed_s = time.monotonic()
         self._closed_step = job.closed_step
         self.ended: RefusalError | None = None
@@ -171,8 +172,10 @@ class JobHost:
 
     # Events
 
-    def report(self, report: Report) -> None:
-        """Statistics came."""
+    def report(self, report: Report, size: int) -> None:
+        """Statistics came, in a message with `size` bytes of them."""
+        self._messages += 1
+        self._bytes += size
         self.traces.reported()
         self._act(self.job.report(report, time.monotonic()))
 
@@ -243,6 +246,9 @@ class JobHost:
                 early=now.early,
                 do="give one incarnation's ranks the same step numbers; a restarted training needs a later incarnation",
             )
+        self._metrics.statistics.inc(self._messages)
+        self._metrics.statistics_bytes.inc(self._bytes)
+        self._messages = self._bytes = 0
         for fate in ("accepted", "duplicate", "late", "missing", "early"):
             # A step that is dropped for an older one takes back what was accepted; a counter cannot.
             self._metrics.cells.labels(fate).inc(max(0, getattr(now, fate) - getattr(self._counted, fate)))

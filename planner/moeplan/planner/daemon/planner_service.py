@@ -35,7 +35,7 @@ from moeplan.planner.daemon.statuses import (
 from moeplan.planner.daemon.store import JobRow, Store
 from moeplan.planner.daemon.tenants import CALLER
 from moeplan.planner.jobs.job import RankTakenError, StaleIncarnationError
-from moeplan.planner.jobs.messages import read_report
+from moeplan.planner.jobs.messages import ReportReader
 from moeplan.v1 import job_pb2, planner_pb2, planner_pb2_grpc
 
 __all__ = ["PlannerService"]
@@ -46,8 +46,6 @@ LONGEST_SESSION = 64
 MAX_STEP = 2**53
 
 Context = grpc.aio.ServicerContext[Any, Any]
-Requests = AsyncIterator[planner_pb2.StreamRankRequest]
-
 log = structlog.get_logger()
 
 
@@ -166,11 +164,14 @@ class PlannerService(planner_pb2_grpc.PlannerServiceServicer):
                 host.unwatch(changed)
 
     async def StreamRank(  # noqa: N802
-        self, request_iterator: Requests, context: Context
+        self, request_iterator: object, context: Context
     ) -> AsyncIterator[planner_pb2.StreamRankResponse]:
-        """Take statistics in, give plans out."""
+        """Take statistics in, give plans out.
+
+        Requests are read from the context: the iterator over them costs more, for each of them.
+        """
         with self._stream("rank"):
-            hello = await self._hello(request_iterator)
+            hello = await self._hello(context)
             host = await self._table.get(_own("hello.job", hello.job))
             ranks = _ranks(hello, host.job.spec.ranks)
             stream = RankStream(next(self._numbers))
@@ -181,7 +182,7 @@ class PlannerService(planner_pb2_grpc.PlannerServiceServicer):
             except RankTakenError as error:
                 raise exists(f"{host.name} rank {error.rank}", "RANK_TAKEN", str(error)) from None
             host.traces.joined(stream.number, min(ranks), context.invocation_metadata() or ())
-            reader = asyncio.get_running_loop().create_task(self._read(request_iterator, host, stream, ranks))
+            reader = asyncio.get_running_loop().create_task(self._read(context, host, stream, ranks))
             try:
                 sent = host.job.plan.version
                 welcome = planner_pb2.Welcome(
@@ -241,50 +242,52 @@ class PlannerService(planner_pb2_grpc.PlannerServiceServicer):
             self._streams[tenant.name] -= 1
             self._metrics.streams.labels(kind).dec()
 
-    async def _hello(self, requests: Requests) -> planner_pb2.Hello:
+    async def _hello(self, context: Context) -> planner_pb2.Hello:
         try:
             async with asyncio.timeout(self._limits.hello_s):
-                first = await anext(aiter(requests))
+                first = await context.read()
         except TimeoutError:
             raise RefusalError(
                 grpc.StatusCode.DEADLINE_EXCEEDED, f"no hello within {self._limits.hello_s} s (limits.hello_s)"
             ) from None
-        except StopAsyncIteration:
-            raise invalid("message", "none", "the first message must be a hello") from None
+        if first is grpc.aio.EOF:
+            raise invalid("message", "none", "the first message must be a hello")
         if first.WhichOneof("message") != "hello":
             raise invalid("message", first.WhichOneof("message") or "empty", "the first message must be a hello")
         return first.hello
 
-    async def _read(self, requests: Requests, host: JobHost, stream: RankStream, ranks: tuple[int, ...]) -> None:
+    async def _read(self, context: Context, host: JobHost, stream: RankStream, ranks: tuple[int, ...]) -> None:
+        reader = ReportReader(host.job.spec, ranks)
         try:
-            async for request in requests:
-                await self._take(request, host, stream, ranks)
-                if stream.ending is not None or stream.left:
-                    break
-            else:
-                # The client half-closed, or is gone: only a leave would have been its own end.
-                stream.end(RefusalError(grpc.StatusCode.CANCELLED, "the stream ended without a leave"))
+            while not stream.left:
+                request = await context.read()
+                if stream.ending is not None:  # of a job that has begun anew, it may be; in another shape
+                    return
+                if request is grpc.aio.EOF:
+                    # The client half-closed, or is gone: only a leave would have been its own end.
+                    stream.end(RefusalError(grpc.StatusCode.CANCELLED, "the stream ended without a leave"))
+                    return
+                if request.WhichOneof("message") == "statistics":
+                    self._report(request.statistics, host, stream, reader)
+                else:
+                    await self._take(request, host, stream)
         except Exception as error:  # of the store, too, where a rank cannot run a plan
             stream.end(refusal_for(error, "StreamRank"))
         finally:
             stream.wake.set()
 
-    async def _take(
-        self, request: planner_pb2.StreamRankRequest, host: JobHost, stream: RankStream, ranks: tuple[int, ...]
+    def _report(
+        self, statistics: planner_pb2.Statistics, host: JobHost, stream: RankStream, reader: ReportReader
     ) -> None:
+        if not stream.taken < statistics.sequence <= MAX_STEP:
+            raise invalid("statistics.sequence", statistics.sequence, f"must be above the last one ({stream.taken})")
+        host.report(reader.read(statistics), len(statistics.tokens.data))
+        stream.taken = statistics.sequence
+        if self._due(stream):
+            stream.wake.set()
+
+    async def _take(self, request: planner_pb2.StreamRankRequest, host: JobHost, stream: RankStream) -> None:
         match request.WhichOneof("message"):
-            case "statistics":
-                statistics = request.statistics
-                if not stream.taken < statistics.sequence <= MAX_STEP:
-                    raise invalid(
-                        "statistics.sequence", statistics.sequence, f"must be above the last one ({stream.taken})"
-                    )
-                self._metrics.statistics.inc()
-                self._metrics.statistics_bytes.inc(len(statistics.tokens.data))
-                host.report(read_report(host.job.spec, ranks, statistics))
-                stream.taken = statistics.sequence
-                if self._due(stream):
-                    stream.wake.set()
             case "applied":
                 host.applied(request.applied.version)
             case "failed":

@@ -308,7 +308,9 @@ class Daemon:
             self._scrapes = MetricsServer(self.metrics.registry, self._page)
             bound = await self._scrapes.start(host.strip("[]"), int(port))
         except (OSError, ValueError, OverflowError) as error:
-            raise StartError(f"metrics = {self.settings.metrics}: {error}; choose another address, or none") from None
+            raise StartError(
+                f"metrics = {self.settings.metrics}: {error}; choose another host:port, or an empty one for no metrics"
+            ) from None
         self.metrics_address = f"{host}:{bound}"
 
 

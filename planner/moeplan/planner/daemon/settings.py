@@ -152,6 +152,8 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def _address_is_safe(self) -> Settings:
+        if self.listen == "unix:":
+            raise ValueError("listen = unix: has no path; write unix:path")
         if not self.listen.startswith("unix:"):
             host, colon, port = self.listen.rpartition(":")
             if not (host and colon and port.isdigit() and int(port) < 65_536):

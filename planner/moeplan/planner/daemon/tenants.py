@@ -192,7 +192,7 @@ def _read_tokens(path: Path) -> tuple[str, ...]:
         ValueError: there is none, or one is too short to be a secret. The message holds no token.
     """
     digests = []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    for number, line in enumerate(_text(path).splitlines(), 1):
         token = line.strip()
         if not token or token.startswith("#"):
             continue
@@ -206,6 +206,13 @@ def _read_tokens(path: Path) -> tuple[str, ...]:
     return tuple(digests)
 
 
+def _text(path: Path) -> str:
+    try:
+        return path.read_text()
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is no text file; give one in UTF-8") from None
+
+
 def _read_tenants(path: Path) -> tuple[Tenant, ...]:
     """The tenants of a TOML file: a table for each, named as it.
 
@@ -214,7 +221,7 @@ def _read_tenants(path: Path) -> tuple[Tenant, ...]:
         OSError: it cannot be read.
     """
     try:
-        tables = tomllib.loads(path.read_text())
+        tables = tomllib.loads(_text(path))
         tenants = tuple(Tenant(name=name, **table) for name, table in tables.items())
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"{path}: {error}") from None

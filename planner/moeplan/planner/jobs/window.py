@@ -11,7 +11,7 @@ import numpy as np
 from moeplan.api.jobs import JobSpec, StatisticsCount
 from moeplan.solvers.problem.arrays import Bool, Int64
 
-__all__ = ["Report", "Window"]
+__all__ = ["Cells", "Report", "Window"]
 
 FAR_STEPS = 4_096
 """A report further than this from the window is no straggler and no rank that runs ahead: its step is not to be
@@ -21,19 +21,49 @@ FAR_REPORTS = 4
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Cells:
+    """The n layers and m ranks that a report is of.
+
+    Ids that follow each other are kept as a slice: to read or write an array by one costs a fraction.
+
+    Attributes:
+        layers: As an index, a slice or int64[n].
+        ranks: Likewise, of m.
+        where: Both, as an index of an array [layers, ranks].
+        shape: n and m.
+    """
+
+    layers: slice | Int64
+    ranks: slice | Int64
+    where: tuple[slice | Int64, slice | Int64]
+    shape: tuple[int, int]
+
+    @classmethod
+    def of(cls, layers: Int64, ranks: Int64) -> Cells:
+        """Cells of the layers int64[n] and the ranks int64[m], distinct, at least one of each."""
+        rows, columns = _index(layers), _index(ranks)
+        apart = not (isinstance(rows, slice) or isinstance(columns, slice))
+        where = (layers[:, np.newaxis], ranks) if apart else (rows, columns)
+        return cls(rows, columns, where, (len(layers), len(ranks)))
+
+
+def _index(ids: Int64) -> slice | Int64:
+    first, end = int(ids[0]), int(ids[0]) + len(ids)
+    return slice(first, end) if np.array_equal(ids, np.arange(first, end)) else ids
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Report:
     """Token counts of some layers of one step, from some ranks.
 
     Attributes:
         step: Training step.
-        layers: int64[n], distinct.
-        ranks: int64[m], distinct.
+        cells: The layers and ranks.
         tokens: int64[n, m, experts], at least 0; not written to afterwards, as a window may keep this very array.
     """
 
     step: int
-    layers: Int64
-    ranks: Int64
+    cells: Cells
     tokens: Int64
 
 
@@ -91,7 +121,7 @@ class Window:
             report: Counts whose layers, ranks and shape are those of the job.
             now_s: Time on a clock that never goes back.
         """
-        cells = len(report.layers) * len(report.ranks)
+        cells = math.prod(report.cells.shape)
         if not self._near(report):
             if report.step < self._frontier:
                 self.count.late += cells
@@ -108,9 +138,7 @@ class Window:
                 self.count.early += cells
                 return
             if self._is_whole(report):
-                self._open[report.step] = _OpenStep(
-                    report.tokens, np.ones((len(report.layers), len(report.ranks)), np.bool_), now_s, 0
-                )
+                self._open[report.step] = _OpenStep(report.tokens, np.ones(report.cells.shape, np.bool_), now_s, 0)
                 self.count.accepted += cells
                 return
             spec = self.spec
@@ -120,13 +148,14 @@ class Window:
                 since_s=now_s,
                 missing=spec.layers * spec.ranks,
             )
-        where = (report.layers[:, np.newaxis], report.ranks)
-        new = ~step.seen[where]
-        fresh = int(np.count_nonzero(new))
+        where = report.cells.where
+        seen = step.seen[where]
+        fresh = cells - int(np.count_nonzero(seen))
         if fresh:
-            tokens = report.tokens if fresh == cells else np.where(new[:, :, np.newaxis], report.tokens, 0)
+            tokens = report.tokens if fresh == cells else np.where(seen[:, :, np.newaxis], 0, report.tokens)
             if self.spec.merge_sources:
-                step.tokens[report.layers, 0] += tokens.sum(axis=1)
+                merged = tokens[:, 0] if tokens.shape[1] == 1 else tokens.sum(axis=1)
+                step.tokens[report.cells.layers, 0] += merged
             elif fresh == cells:
                 step.tokens[where] = tokens
             else:
@@ -183,21 +212,18 @@ class Window:
 
     def _is_whole(self, report: Report) -> bool:
         """True if a report is all of a step, as the window keeps it."""
-        spec = self.spec
-        return (
-            not spec.merge_sources
-            and np.array_equal(report.layers, np.arange(spec.layers))
-            and np.array_equal(report.ranks, np.arange(spec.ranks))
-        )
+        spec, cells = self.spec, report.cells
+        ordered = isinstance(cells.layers, slice) and isinstance(cells.ranks, slice)
+        return not spec.merge_sources and ordered and cells.shape == (spec.layers, spec.ranks)
 
     def _near(self, report: Report) -> bool:
         """True if a report is near the window, which moves first if enough others were as far."""
         if self._frontier < 0:
             return True
         if abs(report.step - self._frontier) <= FAR_STEPS:
-            self._far = max(0, self._far - len(report.ranks))
+            self._far = max(0, self._far - report.cells.shape[1])
             return True
-        self._far += len(report.ranks)
+        self._far += report.cells.shape[1]
         if self._far < FAR_REPORTS * self._quorum:
             return False
         while self._open:
@@ -220,12 +246,14 @@ class Window:
         self.count.early += dropped
 
     def _advance(self, report: Report) -> None:
-        before = self._newest[report.ranks]
-        self._newest[report.ranks] = np.maximum(before, report.step)
-        if report.step <= self._frontier:
+        ranks, ahead = report.cells.ranks, report.step > self._frontier
+        newest = self._newest[ranks]
+        if ahead:
+            self._ahead += int(np.count_nonzero(newest <= self._frontier))
+        self._newest[ranks] = np.maximum(newest, report.step)
+        if not ahead:
             return
         # All ranks are looked at once a quorum is ahead, not for the report of each.
-        self._ahead += int(np.count_nonzero(before <= self._frontier))
         if self._ahead >= self._quorum:
             position = self.spec.ranks - self._quorum
             self._frontier = int(np.partition(self._newest, position)[position])

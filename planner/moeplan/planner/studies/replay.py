@@ -22,7 +22,7 @@ from moeplan.api.jobs import ForecastMethod, JobSpec, Payback, Replan
 from moeplan.planner.jobs.job import PlanningJob
 from moeplan.planner.jobs.job_plan import move_time_s
 from moeplan.planner.jobs.solve import LayersTask, plan_layers
-from moeplan.planner.jobs.window import Report
+from moeplan.planner.jobs.window import Cells, Report
 from moeplan.solvers.plan.plan import Plan
 from moeplan.solvers.problem.arrays import Int64
 from moeplan.solvers.problem.demand import Demand
@@ -198,8 +198,8 @@ class _Run:
 
     def _plan(self, number: int, tokens: Int64) -> None:
         spec, job = self.strategy.spec, self.job
-        layers, ranks = np.arange(spec.layers), np.arange(spec.ranks)
-        task = job.report(Report(number, layers, ranks, tokens), now_s=float(number))
+        cells = Cells.of(np.arange(spec.layers), np.arange(spec.ranks))
+        task = job.report(Report(number, cells, tokens), now_s=float(number))
         if task is None:
             return
         candidates = plan_layers(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -57,22 +58,18 @@ def read_array(name: str, tensor: tensor_pb2.Tensor) -> npt.NDArray[Any]:
     dtype = _DTYPES.get(tensor.type)
     if dtype is None:
         raise ProblemError(f"{name}.type", tensor.type, "must be INT32, INT64, FLOAT32 or FLOAT64")
-    shape = tuple(tensor.shape)
-    longest = max(len(tensor.data), LONGEST_EMPTY)
-    if len(shape) > 8 or not all(0 <= length <= longest for length in shape):
+    shape, data = tuple(tensor.shape), tensor.data  # a copy each time that a message is asked for them
+    longest = max(len(data), LONGEST_EMPTY)
+    if len(shape) > 8 or min(shape, default=0) < 0 or max(shape, default=0) > longest:
         raise ProblemError(f"{name}.shape", list(shape[:8]), f"must be at most 8 numbers, each 0 to {longest}")
-    size = dtype.itemsize
-    for length in shape:
-        size *= length
-    if size != len(tensor.data):
-        raise ProblemError(
-            f"{name}.data", f"{len(tensor.data)} bytes", f"shape {list(shape)} of {dtype.name} has {size}"
-        )
-    return np.frombuffer(tensor.data, dtype).reshape(shape)
+    size = math.prod(shape, start=dtype.itemsize)
+    if size != len(data):
+        raise ProblemError(f"{name}.data", f"{len(data)} bytes", f"shape {list(shape)} of {dtype.name} has {size}")
+    return np.frombuffer(data, dtype).reshape(shape)
 
 
-def read_counts(name: str, tensor: tensor_pb2.Tensor) -> Int64:
-    """Whole numbers from 0 to 2**53, sent as integers or as floats.
+def read_counts(name: str, tensor: tensor_pb2.Tensor, most: int = MAX_TOKENS) -> Int64:
+    """Whole numbers from 0 to `most`, at least 2**31, sent as integers or as floats.
 
     Raises:
         ProblemError: a value is negative, too large, broken or not a number.
@@ -80,10 +77,10 @@ def read_counts(name: str, tensor: tensor_pb2.Tensor) -> Int64:
     array = read_array(name, tensor)
     if array.size:
         small = array.dtype == _SMALL  # which holds nothing too large, and is what ranks send
-        if not (array.min() >= 0 and (small or array.max() <= MAX_TOKENS)):
-            bad = ~((array >= 0) & (array <= MAX_TOKENS))
+        if not (array.min() >= 0 and (small or array.max() <= most)):
+            bad = ~((array >= 0) & (array <= most))
             index = tuple(int(i) for i in np.argwhere(bad)[0])
-            raise ProblemError(f"{name}[{', '.join(map(str, index))}]", array[index], f"must be 0 to {MAX_TOKENS}")
+            raise ProblemError(f"{name}[{', '.join(map(str, index))}]", array[index], f"must be 0 to {most}")
     counts = array.astype(np.int64)
     if array.dtype.kind == "f" and not np.array_equal(counts, array):
         index = tuple(int(i) for i in np.argwhere(counts != array)[0])

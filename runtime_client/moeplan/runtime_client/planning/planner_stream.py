@@ -17,7 +17,7 @@ import grpc
 
 from moeplan.api import wire
 from moeplan.api.connection import LONGEST_DELAY_S, Security, open_channel
-from moeplan.api.errors import InvalidRequestError, error_of
+from moeplan.api.errors import InvalidRequestError, ServiceError, error_of
 from moeplan.api.jobs import JobSpec
 from moeplan.runtime_client.planning.aggregation import LayoutAndRule
 from moeplan.runtime_client.planning.rank_trace import RankTrace
@@ -31,6 +31,8 @@ __all__ = ["HeldPlan", "PlannerStream", "StreamStatus"]
 log = logging.getLogger("moeplan")
 
 FIRST_DELAY_S = 0.1
+LONGEST_ASKED_S = 60.0
+"""Longest wait that a planner may ask for; ours asks for no longer one."""
 CALL_S = 10.0
 FAREWELL_S = 2.0
 """Longest wait until the planner has read why a plan was refused."""
@@ -192,11 +194,14 @@ class PlannerStream:
     def _run(self) -> None:
         delay = FIRST_DELAY_S
         while not self._closing:
-            before, wrong = self._status, False
+            before, wrong, asked_s = self._status, False, 0.0
             try:
                 self._converse()
             except grpc.RpcError as error:
-                wrong = self._lost(error)
+                known = error_of(error, self._address)
+                wrong = isinstance(known, InvalidRequestError)  # it would say the same again
+                asked_s = min(known.retry_s or 0.0, LONGEST_ASKED_S)
+                self._lost(known)
             except _RefusedError as error:
                 wrong = True
                 log.warning("rank %d refused a plan: %s", self._rank, error)
@@ -209,7 +214,8 @@ class PlannerStream:
                 delay = FIRST_DELAY_S
             with self._change:
                 # Jitter, so that a thousand ranks do not come back at once.
-                self._change.wait_for(lambda: self._closing, delay * random.uniform(0.5, 1.5))
+                wait_s = asked_s + delay * random.uniform(0.5, 1.5)
+                self._change.wait_for(lambda: self._closing, wait_s)
             delay = min(2 * delay, LONGEST_DELAY_S)
 
     def _converse(self) -> None:
@@ -349,17 +355,15 @@ class PlannerStream:
             self._controls.append(request)
             self._change.notify_all()
 
-    def _lost(self, error: grpc.RpcError) -> bool:
-        """Note why the line was lost; whether it was for what this rank says, which it would say again."""
+    def _lost(self, known: ServiceError) -> None:
+        """Note why the line was lost, and where to look for the planner now."""
         if self._closing:
-            return False
-        known = error_of(error, self._address)
+            return
         reason = f"{known.code.name}: {known.message}"
         if reason != self._status.error:
             log.warning("rank %d has no planner at %s: %s", self._rank, self._address, reason)
         self._address = known.metadata.get("owner") or self._first_address
         self._note(error=reason)
-        return isinstance(known, InvalidRequestError)
 
     def _note(self, **changes: Any) -> None:
         with self._change:
