@@ -28,7 +28,8 @@ from moeplan.solvers.construct import sliding_window as window
 from moeplan.solvers.construct.fill import fill
 from moeplan.solvers.construct.packing import pack, swap
 from moeplan.solvers.construct.partition import grouping
-from moeplan.solvers.construct.repair import narrowings, repair, table
+from moeplan.solvers.construct.regions import divisions, narrowings
+from moeplan.solvers.construct.repair import repair, table
 from moeplan.solvers.construct.replica_counts import adams_replicas
 from moeplan.solvers.construct.tiers import tiered
 from moeplan.solvers.exact import configurations
@@ -126,6 +127,9 @@ MOST_FITTING = 50
 
 TO_CONSTRUCT = 0.5
 """Part of the time that constructions may take where none fits the memory yet, or blocks of devices come after them."""
+
+TO_DIVIDE = 0.2
+"""Part of the time that dividing units over regions may take."""
 
 LAST_RESORT_S = 0.01
 """Time past a deadline that the search for any valid layout still gets."""
@@ -321,6 +325,14 @@ class _Search:
         return anywhere and divisible(self.problem)
 
     @property
+    def _divide_by(self) -> float | None:
+        """The time, on `time.perf_counter`, at which regions are as balanced as they get."""
+        if self.deadline is None:
+            return None
+        assert self.parameters.deadline_s is not None
+        return self.deadline - (1 - TO_DIVIDE) * self.parameters.deadline_s
+
+    @property
     def _construct_by(self) -> float | None:
         """The deadline, or earlier where blocks need the rest of the time, which are better than any construction."""
         if self.deadline is None or not self._may_divide:
@@ -379,11 +391,15 @@ class _Search:
     def _within_limits(self) -> Iterator[Progress]:
         """Every construction repaired until it respects the limits; where none fits the memory, a search for one."""
         problem = self.problem
+        yield from self._in_regions()
+        if self._tried_enough:
+            return
+        divided = self.best is not None
         current = [] if problem.current is None else [problem.current.slots]
         for slots, limits in (
             repaired
             for wanted in chain(current, _constructions(problem, self.parameters, self.deadline))
-            for repaired in _repairs(problem, wanted, self.deadline)
+            for repaired in _repairs(problem, wanted, self.deadline, near=divided)
         ):
             if self.take(slots):
                 self.limits = limits
@@ -391,16 +407,41 @@ class _Search:
             if self._tried_enough:
                 break
 
+    def _in_regions(self) -> Iterator[Progress]:
+        """Where units keep to regions, divide them from scratch, and let each region make of its own what it can.
+
+        Each division is searched a little before it is judged: a region with fewer slots to spare is worse until then.
+        """
+        problem = self.problem
+        if self.limits.regions == 1 or self.limits.moves_limited or _rule(problem) not in SEARCHED:
+            return
+        for region in divisions(problem, self._divide_by):
+            limits = problem.limits.narrowed(region)
+            wanted = _of_regions(problem, region, self.parameters, self.deadline)
+            slots = repair(problem, limits, wanted, stay=False)
+            if slots is None:
+                continue
+            self._try(slots, self.scenarios, limits)
+            if self.take(slots):
+                self.limits = limits
+                yield self.progress()
+            if self._tried_enough:
+                break
+
+    def _try(self, slots: Int32, measure: Scenarios, limits: Limits) -> None:
+        """A short search from a layout, which is changed in place, before it is judged."""
+        left = self.parameters.candidates - self.work
+        steps = min(_burst(self.problem), IN_ROOM, left // IN_ROOMS)
+        self._improve(slots, measure, limits, self._effort(steps, 0.0))
+        self.work += steps
+
     def _in_rooms(self) -> Iterator[Progress]:
         """Where memory is tight, layouts that leave slots empty; where nothing fits yet, a search for what does."""
         problem = self.problem
         ways = []
         for room in rooms(problem) if _rule(problem) in SEARCHED else ():
             for slots, limits in self._starts_in(room):
-                left = self.parameters.candidates - self.work
-                steps = min(_burst(problem), IN_ROOM, left // IN_ROOMS)
-                self._improve(slots, room.fast, limits, self._effort(steps, 0.0))
-                self.work += steps
+                self._try(slots, room.fast, limits)
                 if self.take(slots):
                     self.scenarios, self.limits = room.fast, limits
                     yield self.progress()
@@ -619,7 +660,7 @@ def _of_block(problem: Problem, devices: Int64, experts: Int64) -> Problem:
     """The problem of some devices and experts, apart from all others."""
     cluster = Cluster(problem.capacity[devices], np.zeros(len(devices), np.int64), problem.cluster.speed[devices])
     demand = Demand.of(problem.loads[:, np.newaxis, experts], problem.demand.weights)
-    return Problem(cluster, demand, tail=problem.tail)
+    return Problem(cluster, demand, tail=problem.tail, split_rule=problem.split_rule)
 
 
 def _proofs(problem: Problem, reached: Float64, deadline: float | None) -> Iterator[Float64]:
@@ -653,8 +694,10 @@ def _proofs(problem: Problem, reached: Float64, deadline: float | None) -> Itera
             yield scores.relative(problem, low)
 
 
-def _repairs(problem: Problem, wanted: Int32, deadline: float | None) -> Iterator[tuple[Int32, Limits]]:
-    """A layout, int32[devices, width], repaired under each narrowing of the limits that allows it.
+def _repairs(
+    problem: Problem, wanted: Int32, deadline: float | None, *, near: bool = False
+) -> Iterator[tuple[Int32, Limits]]:
+    """A layout, int32[devices, width], repaired under each narrowing of the limits that allows it, or the nearest one.
 
     A repair uses every slot, so where a further replica may hurt, the layout comes first as it is, if it may.
     """
@@ -663,11 +706,30 @@ def _repairs(problem: Problem, wanted: Int32, deadline: float | None) -> Iterato
     if _rule(problem) is not SplitRule.OPTIMAL and valid and broken(problem.limits, placed) is None:
         yield wanted, next(narrowings(problem, placed, deadline))
     in_force = problem.current is not None and wanted is problem.current.slots
-    for limits in narrowings(problem, placed, deadline):
+    kept = problem.limits.moves_limited and not in_force  # units stay where they are, or nearly
+    narrowed = chain(
+        narrowings(problem, problem.limits.held, deadline) if kept and problem.limits.regions > 1 else (),
+        islice(narrowings(problem, placed, deadline), 1 if near and not in_force else None),
+    )
+    for limits in narrowed:
         stay = problem.current is not None and (in_force or limits.moves_limited)
         slots = repair(problem, limits, wanted, stay=stay)
         if slots is not None:
             yield slots, limits
+
+
+def _of_regions(problem: Problem, region: Int32, parameters: SolveParameters, deadline: float | None) -> Int32:
+    """The best construction of every region alone, int32[devices, width]; `region` is int32[units], that of each."""
+    slots = np.full((problem.devices, problem.cluster.max_slots), EMPTY, np.int32)
+    for r in range(problem.limits.regions):
+        devices = np.flatnonzero((problem.limits.region == r) & (problem.capacity > 0))
+        experts = np.flatnonzero(region[problem.limits.unit] == r)
+        if len(experts):
+            part = _of_block(problem, devices, experts)
+            found = islice(_constructions(part, parameters, deadline), BLOCK_STARTS)
+            best = min(found, key=lambda slots: score_of(part, slots))
+            slots[devices, : best.shape[1]] = np.where(best == EMPTY, EMPTY, experts[best])
+    return slots
 
 
 def _starts(problem: Problem) -> Iterator[Int32]:
