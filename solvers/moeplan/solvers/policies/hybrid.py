@@ -20,7 +20,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import chain, islice
+from itertools import chain, count, islice
 
 import numpy as np
 
@@ -35,7 +35,7 @@ from moeplan.solvers.construct.tiers import tiered
 from moeplan.solvers.exact import configurations
 from moeplan.solvers.exact.model import Effort
 from moeplan.solvers.exact.of_problem import any_layout, proven_by, whole
-from moeplan.solvers.exact.run import run
+from moeplan.solvers.exact.run import BUILDING_S, run
 from moeplan.solvers.objective import score as scores
 from moeplan.solvers.plan.parameters import SolveParameters
 from moeplan.solvers.plan.termination import Termination
@@ -295,6 +295,8 @@ class _Search:
         yield from self.construct()
         if self.best is None or not self.over:
             yield from self._in_rooms()
+        if self.best is None:  # what is only preferred was not found
+            return
         yield from self.in_blocks()
         if _rule(self.problem) in SEARCHED:  # constructions are judged by any
             yield from self.search()
@@ -450,26 +452,44 @@ class _Search:
                     break
             if self.late and ways:
                 break
-        end = max(self._end, time_now() + LAST_RESORT_S)
-        for turn, (room, slots, limits) in enumerate(ways * MOST_FITTING):
-            if self.best is not None or time_now() >= end:
+        end = self._give_up
+        # An exact model, which comes after them, may need more time to be written down than there is.
+        few = self.deadline is None or self._time_for(BUILDING_S * problem.loads.size * problem.devices)
+        for turn in range(len(ways) * MOST_FITTING) if few else count():
+            if self.best is not None or not ways or time_now() >= end:
                 break
+            room, slots, limits = ways[turn % len(ways)]
             burst = Burst(_burst(problem), turn, 0.0, room.fits, end)
             if self._improve(slots, room.full, limits, burst) <= room.fits and self.take(slots):
                 self.scenarios, self.limits = room.fast, limits
+        if self.best is None and self.preferring and time_now() >= end:
+            return
         if self.best is None:
             self._take_late()
         yield self.progress()
 
+    @property
+    def _give_up(self) -> float:
+        """The time on the clock of kernels until which any layout that fits is looked for: past the deadline a little.
+
+        Where the limits are a preference, what has to be met without them needs a part of the time.
+        """
+        if self.preferring and self.parameters.deadline_s is not None:
+            return end_of(self.deadline) - (1 - TO_CONSTRUCT) * self.parameters.deadline_s
+        return max(end_of(self.deadline) + LAST_RESORT_S, time_now() + LAST_RESORT_S / 2)
+
     def _take_late(self) -> None:
-        """Take the first construction that fits, or else any valid layout: rather late than none."""
+        """Take the first construction that fits, or else any valid layout: a little late rather than none."""
         problem = self.problem
-        for wanted in _constructions(problem, self.parameters, None):
+        deadline = None if self.deadline is None else self.deadline + LAST_RESORT_S
+        for wanted in _constructions(problem, self.parameters, deadline):
             for slots, limits in _repairs(problem, wanted, self.deadline):
                 if self.take(slots):
                     self.limits = limits
                     return
-        self._take_any()
+            if deadline is not None and time.perf_counter() >= deadline:
+                break
+        self._take_any(deadline)
 
     def _starts_in(self, room: Room) -> Iterator[tuple[Int32, Limits]]:
         """Layouts, int32[devices, width], that use no more slots, and the narrowed limits that they respect."""
@@ -487,9 +507,8 @@ class _Search:
                 if slots is not None:
                     yield _widen(slots, problem), limits
 
-    def _take_any(self) -> None:
+    def _take_any(self, deadline: float | None) -> None:
         """Take any valid layout, which exists by the model's split even where ours does not fit the memory."""
-        deadline = None if self.deadline is None else max(self.deadline, time.perf_counter() + LAST_RESORT_S)
         slots = any_layout(self.problem, self.parameters.solver, deadline)
         if not self.take(slots):
             self.best = slots
