@@ -67,7 +67,7 @@ from moeplan.solvers.search.neighbourhoods import neighbour
 from moeplan.solvers.search.rooms import Room, rooms
 from moeplan.solvers.split.flow import optimal_quota
 from moeplan.solvers.split.memory import best_quota, planning_speed, token_caps
-from moeplan.solvers.split.rules import split
+from moeplan.solvers.split.rules import Split, split
 
 SEARCHED = (SplitRule.OPTIMAL, SplitRule.EVEN)
 """Rules that the local search knows."""
@@ -215,6 +215,7 @@ class _Search:
         self.score = np.inf
         self.before = np.inf  # the first layout's objective: that of the one in force, if there is one
         self._shown: Layout | None = None
+        self._divided: Split | None = None  # of the best layout, where it would take long to divide tokens once more
         self.work = 0
         self.judging = 0.0  # seconds that judging a layout takes: the plan will be judged once more
 
@@ -269,7 +270,9 @@ class _Search:
             if self.problem.current is not None:
                 keep_slots(self.problem.current.slots, slots)
             self._shown = Layout(slots, self.problem.experts)
-        return Progress(self._shown, self.bound, self.ended)
+            if not np.array_equal(slots, self.best):
+                self._divided = None
+        return Progress(self._shown, self.bound, self.ended, self._divided)
 
     @property
     def ended(self) -> Termination:
@@ -281,13 +284,13 @@ class _Search:
     def take(self, slots: Int32) -> bool:
         """Keep a layout if it is better."""
         start = time.perf_counter()
-        score = score_of(self.problem, slots)
+        score, divided = judged(self.problem, slots)
         took = time.perf_counter() - start
         self.judging = min(self.judging or took, took)
         self.before = min(self.before, score) if self.best is None else self.before
         if score >= self.score:
             return False
-        self.best, self.score, self._shown = slots, score, None
+        self.best, self.score, self._shown, self._divided = slots, score, None, divided
         return True
 
     def run(self) -> Iterator[Progress]:
@@ -871,14 +874,19 @@ def _rule(problem: Problem) -> SplitRule:
 
 def score_of(problem: Problem, slots: Int32) -> float:
     """The objective of a layout under the split rule asked for; infinite where it does not fit the memory."""
+    return judged(problem, slots)[0]
+
+
+def judged(problem: Problem, slots: Int32) -> tuple[float, Split | None]:
+    """`score_of`, and how the tokens are divided where the rule is more than a matter of quotas."""
     rule = _rule(problem)
     if rule is SplitRule.OPTIMAL:
         quota, _, fits = best_quota(problem, slots)
-    else:
-        quota = split(problem, Layout.trusted(slots, problem.experts), rule).quota
-        caps = token_caps(problem.cluster, problem.expert, (slots != EMPTY).sum(axis=1))
-        fits = caps is None or bool((quota.sum(axis=2) <= caps).all())
-    return scores.score(problem, quota) if fits else np.inf
+        return scores.score(problem, quota) if fits else np.inf, None
+    divided = split(problem, Layout.trusted(slots, problem.experts), rule)
+    caps = token_caps(problem.cluster, problem.expert, (slots != EMPTY).sum(axis=1))
+    fits = caps is None or bool((divided.quota.sum(axis=2) <= caps).all())
+    return scores.score(problem, divided.quota) if fits else np.inf, None if rule in SEARCHED else divided
 
 
 def _arrivals(current: Layout, slots: Int32) -> int:
