@@ -87,3 +87,14 @@ def test_units_leave_no_more_regions_than_half_of_the_moves_allow() -> None:
     static = replace(problem, current=Layout.contiguous(96, problem.capacity), max_moves=20)
     near, balanced = narrowings(static, static.limits.held)
     assert 0 < (near.may != balanced.may).any(axis=0).sum() <= 10
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_very_many_tokens_in_domains_are_planned_as_well_under_a_tail(seed: int) -> None:
+    problem = replace(_in_domains(10, 4, 4, 2, 3, seed), tail=0.3)
+    parameters = SolveParameters(work_limit=2_000)
+    few = solve(problem, parameters=parameters).objective
+    many = replace(problem, demand=Demand.of(problem.demand.tokens * 10**9))
+    plan = solve(many, parameters=parameters)
+    assert (plan.split.device_loads().sum(axis=1) == many.loads.sum(axis=1)).all()
+    assert plan.bound <= plan.objective <= few * 1.002
