@@ -319,7 +319,8 @@ class _Search:
     @property
     def _tried_enough(self) -> bool:
         """True if no further construction is worth its time; where none fits, the search for one needs some of it."""
-        if self.best is None and _rule(self.problem) in SEARCHED and self._spent >= TO_CONSTRUCT:
+        part = TO_CONSTRUCT**2 if self.preferring else TO_CONSTRUCT
+        if self.best is None and _rule(self.problem) in SEARCHED and self._spent >= part:
             return True
         return self.score <= self.target or self.late
 
@@ -399,7 +400,8 @@ class _Search:
         yield from self._in_regions()
         if self._tried_enough:
             return
-        divided = self.best is not None
+        # Balancing each construction anew takes longer than searching, and is worth it where time does not matter.
+        divided = self.best is not None and self.parameters.paced_by_clock
         current = [] if problem.current is None else [problem.current.slots]
         for slots, limits in (
             repaired
@@ -419,6 +421,8 @@ class _Search:
         """
         problem = self.problem
         if self.limits.regions == 1 or self.limits.moves_limited or _rule(problem) not in SEARCHED:
+            return
+        if _memory_limited(problem):  # which regions made without it would not fit
             return
         for region in divisions(problem, self._divide_by):
             limits = problem.limits.narrowed(region)
