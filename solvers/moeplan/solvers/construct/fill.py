@@ -20,13 +20,15 @@ def fill(slots: Int32, loads: Float64, capacity: Int32, end: float) -> None:
     round by round over the devices, so that the hottest experts spread.
 
     Args:
-        slots: int32[devices, width], changed in place; replicas of a device come first.
+        slots: int32[devices, width], changed in place; replicas of a device come first, unless it is too late.
         loads: float64[experts].
         capacity: int32[devices], at most the number of experts.
         end: Time on the clock of kernels after which slots stay empty.
     """
     devices, width = slots.shape
     experts = len(loads)
+    if time_now() >= end:  # before a table of devices and experts is made
+        return
     replicas = np.zeros(experts, np.int32)
     on = np.zeros((devices, experts), np.bool_)
     used = np.zeros(devices, np.int32)

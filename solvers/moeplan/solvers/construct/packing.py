@@ -104,6 +104,8 @@ def swap(slots: Int32, share: Float64, speed: Float64, rounds: int, end: float) 
     """
     devices, width = slots.shape
     experts = len(share)
+    if time_now() >= end:  # before a table of devices and experts is made
+        return
     load = np.zeros(devices)
     on = np.zeros((devices, experts), np.bool_)
     for d in range(devices):

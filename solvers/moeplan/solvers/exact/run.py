@@ -22,6 +22,10 @@ MARGIN_S = 0.03
 """Time that a solver is told to leave, because it looks at its clock rarely; half the time where that is short."""
 
 
+BUILDING_S = 2e-6
+"""Time in which a share of an expert's tokens is written down; a model for which there is less is not begun."""
+
+
 def run(model: Model, solver: str, effort: Effort) -> Answer:
     """Solve by `cpsat`, `highs`, `cbc` or another solver of PuLP's, and return in time.
 
@@ -36,7 +40,7 @@ def run(model: Model, solver: str, effort: Effort) -> Answer:
     if effort.deadline is None:
         return _backend(model, solver)(model, effort, found.append)
     left = effort.deadline - time.perf_counter()
-    if left <= 0:
+    if left <= BUILDING_S * model.loads.size * len(model.speed):
         return Answer(None, 0.0, "unknown")
     early = replace(effort, deadline=effort.deadline - min(MARGIN_S, left / 2))
     answers: list[Answer] = []

@@ -20,7 +20,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import chain, islice
+from itertools import chain, count, islice
 
 import numpy as np
 
@@ -28,13 +28,14 @@ from moeplan.solvers.construct import sliding_window as window
 from moeplan.solvers.construct.fill import fill
 from moeplan.solvers.construct.packing import pack, swap
 from moeplan.solvers.construct.partition import grouping
-from moeplan.solvers.construct.repair import narrowings, repair, table
+from moeplan.solvers.construct.regions import divisions, narrowings
+from moeplan.solvers.construct.repair import repair, table
 from moeplan.solvers.construct.replica_counts import adams_replicas
 from moeplan.solvers.construct.tiers import tiered
 from moeplan.solvers.exact import configurations
 from moeplan.solvers.exact.model import Effort
 from moeplan.solvers.exact.of_problem import any_layout, proven_by, whole
-from moeplan.solvers.exact.run import run
+from moeplan.solvers.exact.run import BUILDING_S, run
 from moeplan.solvers.objective import score as scores
 from moeplan.solvers.plan.parameters import SolveParameters
 from moeplan.solvers.plan.termination import Termination
@@ -66,7 +67,7 @@ from moeplan.solvers.search.neighbourhoods import neighbour
 from moeplan.solvers.search.rooms import Room, rooms
 from moeplan.solvers.split.flow import optimal_quota
 from moeplan.solvers.split.memory import best_quota, planning_speed, token_caps
-from moeplan.solvers.split.rules import split
+from moeplan.solvers.split.rules import Split, split
 
 SEARCHED = (SplitRule.OPTIMAL, SplitRule.EVEN)
 """Rules that the local search knows."""
@@ -126,6 +127,9 @@ MOST_FITTING = 50
 
 TO_CONSTRUCT = 0.5
 """Part of the time that constructions may take where none fits the memory yet, or blocks of devices come after them."""
+
+TO_DIVIDE = 0.2
+"""Part of the time that dividing units over regions may take."""
 
 LAST_RESORT_S = 0.01
 """Time past a deadline that the search for any valid layout still gets."""
@@ -209,6 +213,7 @@ class _Search:
         self.score = np.inf
         self.before = np.inf  # the first layout's objective: that of the one in force, if there is one
         self._shown: Layout | None = None
+        self._divided: Split | None = None  # of the best layout, where it would take long to divide tokens once more
         self.work = 0
         self.judging = 0.0  # seconds that judging a layout takes: the plan will be judged once more
 
@@ -263,7 +268,9 @@ class _Search:
             if self.problem.current is not None:
                 keep_slots(self.problem.current.slots, slots)
             self._shown = Layout(slots, self.problem.experts)
-        return Progress(self._shown, self.bound, self.ended)
+            if not np.array_equal(slots, self.best):
+                self._divided = None
+        return Progress(self._shown, self.bound, self.ended, self._divided)
 
     @property
     def ended(self) -> Termination:
@@ -275,13 +282,13 @@ class _Search:
     def take(self, slots: Int32) -> bool:
         """Keep a layout if it is better."""
         start = time.perf_counter()
-        score = score_of(self.problem, slots)
+        score, divided = judged(self.problem, slots)
         took = time.perf_counter() - start
         self.judging = min(self.judging or took, took)
         self.before = min(self.before, score) if self.best is None else self.before
         if score >= self.score:
             return False
-        self.best, self.score, self._shown = slots, score, None
+        self.best, self.score, self._shown, self._divided = slots, score, None, divided
         return True
 
     def run(self) -> Iterator[Progress]:
@@ -289,6 +296,8 @@ class _Search:
         yield from self.construct()
         if self.best is None or not self.over:
             yield from self._in_rooms()
+        if self.best is None:  # what is only preferred was not found
+            return
         yield from self.in_blocks()
         if _rule(self.problem) in SEARCHED:  # constructions are judged by any
             yield from self.search()
@@ -308,7 +317,8 @@ class _Search:
     @property
     def _tried_enough(self) -> bool:
         """True if no further construction is worth its time; where none fits, the search for one needs some of it."""
-        if self.best is None and _rule(self.problem) in SEARCHED and self._spent >= TO_CONSTRUCT:
+        part = TO_CONSTRUCT**2 if self.preferring else TO_CONSTRUCT
+        if self.best is None and _rule(self.problem) in SEARCHED and self._spent >= part:
             return True
         return self.score <= self.target or self.late
 
@@ -317,6 +327,14 @@ class _Search:
         """True if blocks of devices may be planned apart."""
         anywhere = self.limits.simple and not self.limits.moves_limited and _rule(self.problem) is SplitRule.OPTIMAL
         return anywhere and divisible(self.problem)
+
+    @property
+    def _divide_by(self) -> float | None:
+        """The time, on `time.perf_counter`, at which regions are as balanced as they get."""
+        if self.deadline is None:
+            return None
+        assert self.parameters.deadline_s is not None
+        return self.deadline - (1 - TO_DIVIDE) * self.parameters.deadline_s
 
     @property
     def _construct_by(self) -> float | None:
@@ -377,11 +395,16 @@ class _Search:
     def _within_limits(self) -> Iterator[Progress]:
         """Every construction repaired until it respects the limits; where none fits the memory, a search for one."""
         problem = self.problem
+        yield from self._in_regions()
+        if self._tried_enough:
+            return
+        # Balancing each construction anew takes longer than searching, and is worth it where time does not matter.
+        divided = self.best is not None and self.parameters.paced_by_clock
         current = [] if problem.current is None else [problem.current.slots]
         for slots, limits in (
             repaired
             for wanted in chain(current, _constructions(problem, self.parameters, self.deadline))
-            for repaired in _repairs(problem, wanted, self.deadline)
+            for repaired in _repairs(problem, wanted, self.deadline, near=divided)
         ):
             if self.take(slots):
                 self.limits = limits
@@ -389,16 +412,43 @@ class _Search:
             if self._tried_enough:
                 break
 
+    def _in_regions(self) -> Iterator[Progress]:
+        """Where units keep to regions, divide them from scratch, and let each region make of its own what it can.
+
+        Each division is searched a little before it is judged: a region with fewer slots to spare is worse until then.
+        """
+        problem = self.problem
+        if self.limits.regions == 1 or self.limits.moves_limited or _rule(problem) not in SEARCHED:
+            return
+        if _memory_limited(problem):  # which regions made without it would not fit
+            return
+        for region in divisions(problem, self._divide_by):
+            limits = problem.limits.narrowed(region)
+            wanted = _of_regions(problem, region, self.parameters, self.deadline)
+            slots = repair(problem, limits, wanted, stay=False)
+            if slots is None:
+                continue
+            self._try(slots, self.scenarios, limits)
+            if self.take(slots):
+                self.limits = limits
+                yield self.progress()
+            if self._tried_enough:
+                break
+
+    def _try(self, slots: Int32, measure: Scenarios, limits: Limits) -> None:
+        """A short search from a layout, which is changed in place, before it is judged."""
+        left = self.parameters.candidates - self.work
+        steps = min(_burst(self.problem), IN_ROOM, left // IN_ROOMS)
+        self._improve(slots, measure, limits, self._effort(steps, 0.0))
+        self.work += steps
+
     def _in_rooms(self) -> Iterator[Progress]:
         """Where memory is tight, layouts that leave slots empty; where nothing fits yet, a search for what does."""
         problem = self.problem
         ways = []
         for room in rooms(problem) if _rule(problem) in SEARCHED else ():
             for slots, limits in self._starts_in(room):
-                left = self.parameters.candidates - self.work
-                steps = min(_burst(problem), IN_ROOM, left // IN_ROOMS)
-                self._improve(slots, room.fast, limits, self._effort(steps, 0.0))
-                self.work += steps
+                self._try(slots, room.fast, limits)
                 if self.take(slots):
                     self.scenarios, self.limits = room.fast, limits
                     yield self.progress()
@@ -407,26 +457,44 @@ class _Search:
                     break
             if self.late and ways:
                 break
-        end = max(self._end, time_now() + LAST_RESORT_S)
-        for turn, (room, slots, limits) in enumerate(ways * MOST_FITTING):
-            if self.best is not None or time_now() >= end:
+        end = self._give_up
+        # An exact model, which comes after them, may need more time to be written down than there is.
+        few = self.deadline is None or self._time_for(BUILDING_S * problem.loads.size * problem.devices)
+        for turn in range(len(ways) * MOST_FITTING) if few else count():
+            if self.best is not None or not ways or time_now() >= end:
                 break
+            room, slots, limits = ways[turn % len(ways)]
             burst = Burst(_burst(problem), turn, 0.0, room.fits, end)
             if self._improve(slots, room.full, limits, burst) <= room.fits and self.take(slots):
                 self.scenarios, self.limits = room.fast, limits
+        if self.best is None and self.preferring and time_now() >= end:
+            return
         if self.best is None:
             self._take_late()
         yield self.progress()
 
+    @property
+    def _give_up(self) -> float:
+        """The time on the clock of kernels until which any layout that fits is looked for: past the deadline a little.
+
+        Where the limits are a preference, what has to be met without them needs a part of the time.
+        """
+        if self.preferring and self.parameters.deadline_s is not None:
+            return end_of(self.deadline) - (1 - TO_CONSTRUCT) * self.parameters.deadline_s
+        return max(end_of(self.deadline) + LAST_RESORT_S, time_now() + LAST_RESORT_S / 2)
+
     def _take_late(self) -> None:
-        """Take the first construction that fits, or else any valid layout: rather late than none."""
+        """Take the first construction that fits, or else any valid layout: a little late rather than none."""
         problem = self.problem
-        for wanted in _constructions(problem, self.parameters, None):
+        deadline = None if self.deadline is None else self.deadline + LAST_RESORT_S
+        for wanted in _constructions(problem, self.parameters, deadline):
             for slots, limits in _repairs(problem, wanted, self.deadline):
                 if self.take(slots):
                     self.limits = limits
                     return
-        self._take_any()
+            if deadline is not None and time.perf_counter() >= deadline:
+                break
+        self._take_any(deadline)
 
     def _starts_in(self, room: Room) -> Iterator[tuple[Int32, Limits]]:
         """Layouts, int32[devices, width], that use no more slots, and the narrowed limits that they respect."""
@@ -444,9 +512,8 @@ class _Search:
                 if slots is not None:
                     yield _widen(slots, problem), limits
 
-    def _take_any(self) -> None:
+    def _take_any(self, deadline: float | None) -> None:
         """Take any valid layout, which exists by the model's split even where ours does not fit the memory."""
-        deadline = None if self.deadline is None else max(self.deadline, time.perf_counter() + LAST_RESORT_S)
         slots = any_layout(self.problem, self.parameters.solver, deadline)
         if not self.take(slots):
             self.best = slots
@@ -617,7 +684,7 @@ def _of_block(problem: Problem, devices: Int64, experts: Int64) -> Problem:
     """The problem of some devices and experts, apart from all others."""
     cluster = Cluster(problem.capacity[devices], np.zeros(len(devices), np.int64), problem.cluster.speed[devices])
     demand = Demand.of(problem.loads[:, np.newaxis, experts], problem.demand.weights)
-    return Problem(cluster, demand, tail=problem.tail)
+    return Problem(cluster, demand, tail=problem.tail, split_rule=problem.split_rule)
 
 
 def _proofs(problem: Problem, reached: Float64, deadline: float | None) -> Iterator[Float64]:
@@ -651,8 +718,10 @@ def _proofs(problem: Problem, reached: Float64, deadline: float | None) -> Itera
             yield scores.relative(problem, low)
 
 
-def _repairs(problem: Problem, wanted: Int32, deadline: float | None) -> Iterator[tuple[Int32, Limits]]:
-    """A layout, int32[devices, width], repaired under each narrowing of the limits that allows it.
+def _repairs(
+    problem: Problem, wanted: Int32, deadline: float | None, *, near: bool = False
+) -> Iterator[tuple[Int32, Limits]]:
+    """A layout, int32[devices, width], repaired under each narrowing of the limits that allows it, or the nearest one.
 
     A repair uses every slot, so where a further replica may hurt, the layout comes first as it is, if it may.
     """
@@ -661,11 +730,30 @@ def _repairs(problem: Problem, wanted: Int32, deadline: float | None) -> Iterato
     if _rule(problem) is not SplitRule.OPTIMAL and valid and broken(problem.limits, placed) is None:
         yield wanted, next(narrowings(problem, placed, deadline))
     in_force = problem.current is not None and wanted is problem.current.slots
-    for limits in narrowings(problem, placed, deadline):
+    kept = problem.limits.moves_limited and not in_force  # units stay where they are, or nearly
+    narrowed = chain(
+        narrowings(problem, problem.limits.held, deadline) if kept and problem.limits.regions > 1 else (),
+        islice(narrowings(problem, placed, deadline), 1 if near and not in_force else None),
+    )
+    for limits in narrowed:
         stay = problem.current is not None and (in_force or limits.moves_limited)
         slots = repair(problem, limits, wanted, stay=stay)
         if slots is not None:
             yield slots, limits
+
+
+def _of_regions(problem: Problem, region: Int32, parameters: SolveParameters, deadline: float | None) -> Int32:
+    """The best construction of every region alone, int32[devices, width]; `region` is int32[units], that of each."""
+    slots = np.full((problem.devices, problem.cluster.max_slots), EMPTY, np.int32)
+    for r in range(problem.limits.regions):
+        devices = np.flatnonzero((problem.limits.region == r) & (problem.capacity > 0))
+        experts = np.flatnonzero(region[problem.limits.unit] == r)
+        if len(experts):
+            part = _of_block(problem, devices, experts)
+            found = islice(_constructions(part, parameters, deadline), BLOCK_STARTS)
+            best = min(found, key=lambda slots: score_of(part, slots))
+            slots[devices, : best.shape[1]] = np.where(best == EMPTY, EMPTY, experts[best])
+    return slots
 
 
 def _starts(problem: Problem) -> Iterator[Int32]:
@@ -788,14 +876,19 @@ def _rule(problem: Problem) -> SplitRule:
 
 def score_of(problem: Problem, slots: Int32) -> float:
     """The objective of a layout under the split rule asked for; infinite where it does not fit the memory."""
+    return judged(problem, slots)[0]
+
+
+def judged(problem: Problem, slots: Int32) -> tuple[float, Split | None]:
+    """`score_of`, and how the tokens are divided where the rule is more than a matter of quotas."""
     rule = _rule(problem)
     if rule is SplitRule.OPTIMAL:
         quota, _, fits = best_quota(problem, slots)
-    else:
-        quota = split(problem, Layout.trusted(slots, problem.experts), rule).quota
-        caps = token_caps(problem.cluster, problem.expert, (slots != EMPTY).sum(axis=1))
-        fits = caps is None or bool((quota.sum(axis=2) <= caps).all())
-    return scores.score(problem, quota) if fits else np.inf
+        return scores.score(problem, quota) if fits else np.inf, None
+    divided = split(problem, Layout.trusted(slots, problem.experts), rule)
+    caps = token_caps(problem.cluster, problem.expert, (slots != EMPTY).sum(axis=1))
+    fits = caps is None or bool((divided.quota.sum(axis=2) <= caps).all())
+    return scores.score(problem, divided.quota) if fits else np.inf, None if rule in SEARCHED else divided
 
 
 def _arrivals(current: Layout, slots: Int32) -> int:

@@ -14,7 +14,7 @@ import pkgutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from functools import cache, wraps
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from moeplan.solvers.plan.parameters import SolveParameters
 from moeplan.solvers.plan.termination import Termination
@@ -23,6 +23,9 @@ from moeplan.solvers.problem.errors import ProblemError
 from moeplan.solvers.problem.layout import Layout
 from moeplan.solvers.problem.problem import Problem
 from moeplan.solvers.problem.split_rules import SplitRule
+
+if TYPE_CHECKING:  # the compiler loads slowly
+    from moeplan.solvers.split.rules import Split
 
 __all__ = ["ALL_LIMITS", "ALL_RULES", "Make", "Policy", "Progress", "Search", "available_policies", "find", "policy"]
 
@@ -35,11 +38,13 @@ class Progress:
         layout: The best layout so far.
         bound: No layout has a smaller objective.
         termination: Why the search ends with this; of the last progress only.
+        split: How the layout divides the problem's tokens by the rule asked for, if the search knows.
     """
 
     layout: Layout
     bound: float
     termination: Termination = Termination.NOTHING_LEFT
+    split: Split | None = None
 
 
 ALL_LIMITS = ("max_moves", *(field.name for field in fields(Constraints)))

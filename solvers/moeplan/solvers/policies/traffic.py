@@ -16,7 +16,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from moeplan.solvers.construct.repair import narrowings
+from moeplan.solvers.construct.regions import narrowings
 from moeplan.solvers.objective.score import levels
 from moeplan.solvers.plan.parameters import SolveParameters
 from moeplan.solvers.policies.hybrid import hybrid

@@ -20,7 +20,7 @@ from moeplan.solvers.problem.moves import moves
 from moeplan.solvers.problem.problem import Problem
 from moeplan.solvers.problem.scalars import instance
 from moeplan.solvers.problem.split_rules import SplitRule, split_rule
-from moeplan.solvers.split.rules import split
+from moeplan.solvers.split.rules import Split, split
 
 __all__ = ["check_asked", "check_parameters", "evaluate", "plan_of", "solve", "solve_anytime"]
 
@@ -150,7 +150,8 @@ def plan_of(
     problem: Problem, policy: Policy, progress: Progress, seconds: float, parameters: SolveParameters, model: CostModel
 ) -> Plan:
     """The plan that a policy's progress stands for."""
-    plan = _judge(problem, progress.layout, problem.split_rule or policy.split, policy.name, model)
+    rule = problem.split_rule or policy.split
+    plan = _judge(problem, progress.layout, rule, policy.name, model, progress.split)
     bound = max(plan.bound, progress.bound)
     if plan.objective <= bound * (1 + EXACT):
         termination = Termination.PROVED
@@ -161,7 +162,9 @@ def plan_of(
     return replace(plan, bound=bound, seconds=seconds, termination=termination)
 
 
-def _judge(problem: Problem, layout: Layout, rule: SplitRule, policy: str, model: CostModel) -> Plan:
+def _judge(
+    problem: Problem, layout: Layout, rule: SplitRule, policy: str, model: CostModel, known: Split | None = None
+) -> Plan:
     if (layout.experts, layout.devices) != (problem.experts, problem.devices):
         raise ProblemError(
             "layout",
@@ -171,7 +174,7 @@ def _judge(problem: Problem, layout: Layout, rule: SplitRule, policy: str, model
     fault = None if problem.limits.none else broken(problem.limits, layout.placed)  # which takes devices x experts
     if fault is not None:
         raise fault
-    chosen = split(problem, layout, rule)
+    chosen = split(problem, layout, rule) if known is None else known
     check_memory(problem, layout, chosen)
     values = score.imbalance(problem, chosen.quota)
     return Plan(
