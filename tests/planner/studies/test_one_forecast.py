@@ -95,7 +95,7 @@ def by_daemon(daemon: DaemonProcess, name: str, spec: JobSpec, steps: list[Any])
     return plan
 
 
-@pytest.mark.parametrize("rule", [None, SplitRule.EVEN])
+@pytest.mark.parametrize("rule", [None, pytest.param(SplitRule.EVEN, marks=pytest.mark.slow)])
 def test_the_same_window_gives_the_same_layout(
     daemon: DaemonProcess, trace: Path, tmp_path: Path, rule: SplitRule | None
 ) -> None:

@@ -162,9 +162,9 @@ def trains(folder: Path, dtype: torch.dtype, compute: torch.dtype, reshard: bool
     ("size", "dtype", "compute", "reshard"),
     [
         (2, torch.float32, torch.float32, True),
-        pytest.param(2, torch.float64, torch.float64, False, marks=pytest.mark.slow),
+        (2, torch.float64, torch.float64, False),
         (3, torch.float32, torch.bfloat16, True),
-        (3, torch.float16, torch.float16, False),
+        pytest.param(3, torch.float16, torch.float16, False, marks=pytest.mark.slow),
     ],
 )
 def test_training_equals_that_on_collectives_bit_for_bit(

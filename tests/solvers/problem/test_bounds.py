@@ -20,7 +20,7 @@ from moeplan.solvers.problem.even_bounds import places_bound
 from moeplan.solvers.split.flow import optimal_quota
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)  # the last assertion is no theorem
+@settings(max_examples=40, deadline=None, derandomize=True)  # the last assertion is no theorem
 @given(small_problems())
 def test_bounds_and_hybrid_against_brute_force(problem: Problem) -> None:
     best = optimum(problem) * problem.mean_level[0]

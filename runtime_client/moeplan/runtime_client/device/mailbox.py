@@ -43,6 +43,9 @@ _SPINS = 20_000_000
 
 _SLEEP_US = 20
 
+_UNHURRIED_US = 1000
+"""Without a GPU there may be no core to spare, and kernels are slow: the thread sleeps so long between all looks."""
+
 _PAUSES = {"x86_64": ("llvm.x86.sse2.pause", []), "aarch64": ("llvm.aarch64.hint", [1])}
 """What tells a processor that a loop waits, with its arguments."""
 
@@ -184,8 +187,9 @@ def _serve(
     owners: Any,
     scratch: Any,
     spins: int,
+    sleep_us: int,
 ) -> None:
-    """Answer requests until told to stop; sleep between two looks after so many in vain."""
+    """Answer requests until told to stop; sleep so long between two looks after so many in vain."""
     experts = counts.shape[2]
     replicas, home_quota, devices, sent, kept, summary = workspace[-6:]
     answered, idle = 0, 0
@@ -197,7 +201,7 @@ def _serve(
                 return
             idle += 1
             if idle > spins:
-                _sleep(_SLEEP_US)
+                _sleep(sleep_us)
             else:
                 _pause()
             continue
@@ -282,7 +286,7 @@ class Mailbox:
             sizes.away,
             (owners.home, owners.row, owners.order, owners.first),
             (np.zeros((4, max(options.experts, options.devices)), np.int64), np.zeros((3, self.shape.slots), np.int64)),
-            _SPINS if pinned else 0,  # without a GPU there may be no core to spare, and kernels are slow
+            *((_SPINS, _SLEEP_US) if pinned else (0, _UNHURRIED_US)),
         )
         self._words[STOP] = 1
         _serve(*arguments)  # compiles
