@@ -37,6 +37,7 @@ from moe_lm import (
     compute_dtype,
     device_loads,
     load_random,
+    planned_slots,
     resident_layers,
     sharded_layers,
     spill_options,
@@ -454,7 +455,7 @@ class Bench:
         elif mode == "sharded-device":
             from moeplan.runtime_client import ShardMemory
 
-            slots = -(-size.experts // group.size) + 1
+            slots = planned_slots(size, group.size)
             memory = ShardMemory(group, size.shape.elements, size.experts, slots=slots, device=self.device)
             self.layers[mode] = self._more_sharded(memory=memory)
         else:

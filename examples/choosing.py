@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moe_lm import Model, Size, batches, compute_dtype, load_random, resident_layers, spill_options
+from moe_lm import Model, Size, batches, compute_dtype, load_random, planned_slots, resident_layers, spill_options
 from moeplan.runtime_client import ExpertGroup
 from moeplan.solvers import Cluster, Demand, ExpertSpec, KindChoice, Link, QuotaPlanner, SpillOptions, choose_kind
 
@@ -43,7 +43,7 @@ def choose_kinds(size: Size, group: ExpertGroup, device: torch.device) -> list[K
         activation_bytes=(4 * size.hidden + 3 * size.width) * itemsize,
         seconds_per_token=seconds_per_token,
     )
-    slots = -(-size.experts // group.size) + 1
+    slots = planned_slots(size, group.size)
     spare = int(spill_options(size, group.size).spare[0])
     counts = rehearse(size, group, device)
     return [

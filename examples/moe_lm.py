@@ -209,6 +209,11 @@ def sharded_layers(
     return layers
 
 
+def planned_slots(size: Size, ranks: int) -> int:
+    """Slots of a rank in layouts of sharded experts: one more than needed."""
+    return -(-size.experts // ranks) + 1
+
+
 def load_random(size: Size, layers: Sequence[Experts], device: torch.device) -> None:
     """The same first weights for either kind of experts, on any number of ranks."""
     for block, layer in enumerate(layers):

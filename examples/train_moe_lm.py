@@ -47,6 +47,7 @@ from moe_lm import (
     compute_dtype,
     device_loads,
     load_random,
+    planned_slots,
     resident_layers,
     sharded_layers,
     spill_options,
@@ -130,7 +131,7 @@ def shard_memory(size: Size, group: ExpertGroup, device: torch.device, spare: in
     """Gathers by copy engines, on GPUs that can, with room for so many loans."""
     if device.type == "cpu" or group.size == 1:
         return None
-    slots = planned_slots(size, group) + spare
+    slots = planned_slots(size, group.size) + spare
     try:
         return ShardMemory(
             group, size.shape.elements, size.experts, slots=slots, device=device, dtype=compute_dtype(device)
@@ -139,11 +140,6 @@ def shard_memory(size: Size, group: ExpertGroup, device: torch.device, spare: in
         if group.rank == 0:
             print(f"sharded experts travel by NCCL: {error}", file=sys.stderr)
         return None
-
-
-def planned_slots(size: Size, group: ExpertGroup) -> int:
-    """Slots of a rank that the daemon plans for: one more than needed."""
-    return -(-size.experts // group.size) + 1
 
 
 def main() -> None:
@@ -253,7 +249,7 @@ def connect(
         arguments.job,
         [layer.layout for layer in sharded],
         apply,
-        slots=planned_slots(size, group),
+        slots=planned_slots(size, group.size),
         parameters=SolveParameters(work_limit=500),
         forecast=Forecast(window_steps=4),
         replan=Replan(every_steps=5),

@@ -285,7 +285,7 @@ def test_the_end_does_not_wait_for_a_disk_that_hangs(start: Start, tmp_path: Pat
 
 def test_who_locks_the_store_and_stops_holds_nobody_up(start: Start, tmp_path: Path) -> None:
     data = tmp_path / "data"
-    daemon = start(data=data, environment={"MOEPLAN_LEASE_S": "1"}).serving(solver=False)
+    daemon = start(data=data, environment={"MOEPLAN_LEASE_S": "4"}).serving(solver=False)
     begin = "c = sqlite3.connect(sys.argv[1]); c.execute('BEGIN IMMEDIATE')"
     lock = f"import sqlite3, sys; {begin}; print(1, flush=True); input()"
     holder = subprocess.Popen(
@@ -296,7 +296,7 @@ def test_who_locks_the_store_and_stops_holds_nobody_up(start: Start, tmp_path: P
         assert holder.stdout.readline()
         holder.send_signal(signal.SIGSTOP)
         with daemon.client() as client:
-            with pytest.raises(UnavailableError, match=r"locked|has not answered"):
+            with pytest.raises(UnavailableError, match="locked"):
                 client.create_job("asked", small_job())
             eventually(lambda: health(daemon) == NOT_SERVING)
             assert not list(client.jobs())  # reading goes on

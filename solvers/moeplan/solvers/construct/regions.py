@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from moeplan.solvers.construct.repair import NEVER
 from moeplan.solvers.problem.arrays import Bool, Float64, Int32, Int64
 from moeplan.solvers.problem.clock import end_of, time_now
 from moeplan.solvers.problem.kernel import kernel
@@ -16,9 +17,6 @@ from moeplan.solvers.problem.limits import Limits
 from moeplan.solvers.problem.problem import Problem
 
 __all__ = ["divisions", "narrowings"]
-
-NEVER = 1e9
-"""Cost of a region that is not allowed."""
 
 MOST_STEPS = 4
 """Steps towards balance, for each unit."""

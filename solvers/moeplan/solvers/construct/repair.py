@@ -17,10 +17,10 @@ from moeplan.solvers.problem.limit_kernels import LimitArrays, arrivals_of, arri
 from moeplan.solvers.problem.limits import Limits, broken
 from moeplan.solvers.problem.problem import Problem
 
-__all__ = ["repair", "table"]
+__all__ = ["NEVER", "repair", "table"]
 
 NEVER = 1e9
-"""Cost of a pair that is not allowed."""
+"""Cost of an assignment that is not allowed."""
 
 
 def repair(problem: Problem, limits: Limits, slots: Int32, *, stay: bool) -> Int32 | None:

@@ -10,9 +10,9 @@ from dataclasses import replace
 from functools import partial
 
 from moeplan.solvers.exact.model import Answer, Effort, Model, OutOfTime, Report
-from moeplan.solvers.problem.arrays import Bool
+from moeplan.solvers.problem.arrays import Bool, Float64, Int64
 
-__all__ = ["require", "run"]
+__all__ = ["building_s", "require", "run"]
 
 MOST_TOKENS = 2**34
 """Tokens of all scenarios, times the ratio of the fastest to the slowest device, beyond which a solver counts in larger
@@ -21,9 +21,13 @@ units: its sums of tokens, speeds and weights must fit into 64 bits."""
 MARGIN_S = 0.03
 """Time that a solver is told to leave, because it looks at its clock rarely; half the time where that is short."""
 
-
 BUILDING_S = 2e-6
-"""Time in which a share of an expert's tokens is written down; a model for which there is less is not begun."""
+"""Time in which a share of an expert's tokens is written down."""
+
+
+def building_s(loads: Int64, speed: Float64) -> float:
+    """Seconds that it takes to write a model of these loads and speeds down; with less left it is not begun."""
+    return BUILDING_S * loads.size * len(speed)
 
 
 def run(model: Model, solver: str, effort: Effort) -> Answer:
@@ -40,7 +44,7 @@ def run(model: Model, solver: str, effort: Effort) -> Answer:
     if effort.deadline is None:
         return _backend(model, solver)(model, effort, found.append)
     left = effort.deadline - time.perf_counter()
-    if left <= BUILDING_S * model.loads.size * len(model.speed):
+    if left <= building_s(model.loads, model.speed):
         return Answer(None, 0.0, "unknown")
     early = replace(effort, deadline=effort.deadline - min(MARGIN_S, left / 2))
     answers: list[Answer] = []

@@ -35,7 +35,7 @@ from moeplan.solvers.construct.tiers import tiered
 from moeplan.solvers.exact import configurations
 from moeplan.solvers.exact.model import Effort
 from moeplan.solvers.exact.of_problem import any_layout, proven_by, whole
-from moeplan.solvers.exact.run import BUILDING_S, run
+from moeplan.solvers.exact.run import building_s, run
 from moeplan.solvers.objective import score as scores
 from moeplan.solvers.plan.parameters import SolveParameters
 from moeplan.solvers.plan.termination import Termination
@@ -328,21 +328,16 @@ class _Search:
         anywhere = self.limits.simple and not self.limits.moves_limited and _rule(self.problem) is SplitRule.OPTIMAL
         return anywhere and divisible(self.problem)
 
-    @property
-    def _divide_by(self) -> float | None:
-        """The time, on `time.perf_counter`, at which regions are as balanced as they get."""
-        if self.deadline is None:
+    def _after(self, part: float) -> float | None:
+        """When that part of the time will be over, on `time.perf_counter`."""
+        if self.deadline is None or self.parameters.deadline_s is None:
             return None
-        assert self.parameters.deadline_s is not None
-        return self.deadline - (1 - TO_DIVIDE) * self.parameters.deadline_s
+        return self.deadline - (1 - part) * self.parameters.deadline_s
 
     @property
     def _construct_by(self) -> float | None:
         """The deadline, or earlier where blocks need the rest of the time, which are better than any construction."""
-        if self.deadline is None or not self._may_divide:
-            return self.deadline
-        assert self.parameters.deadline_s is not None
-        return self.deadline - (1 - TO_CONSTRUCT) * self.parameters.deadline_s
+        return self._after(TO_CONSTRUCT) if self._may_divide else self.deadline
 
     def in_blocks(self) -> Iterator[Progress]:
         """Where there are many devices, plan blocks of a few apart, in turn, and take what they make together."""
@@ -422,7 +417,7 @@ class _Search:
             return
         if _memory_limited(problem):  # which regions made without it would not fit
             return
-        for region in divisions(problem, self._divide_by):
+        for region in divisions(problem, self._after(TO_DIVIDE)):
             limits = problem.limits.narrowed(region)
             wanted = _of_regions(problem, region, self.parameters, self.deadline)
             slots = repair(problem, limits, wanted, stay=False)
@@ -459,7 +454,7 @@ class _Search:
                 break
         end = self._give_up
         # An exact model, which comes after them, may need more time to be written down than there is.
-        few = self.deadline is None or self._time_for(BUILDING_S * problem.loads.size * problem.devices)
+        few = self.deadline is None or self._time_for(building_s(problem.loads, problem.cluster.speed))
         for turn in range(len(ways) * MOST_FITTING) if few else count():
             if self.best is not None or not ways or time_now() >= end:
                 break
@@ -479,8 +474,8 @@ class _Search:
 
         Where the limits are a preference, what has to be met without them needs a part of the time.
         """
-        if self.preferring and self.parameters.deadline_s is not None:
-            return end_of(self.deadline) - (1 - TO_CONSTRUCT) * self.parameters.deadline_s
+        if self.preferring and self.deadline is not None:
+            return end_of(self._after(TO_CONSTRUCT))
         return max(end_of(self.deadline) + LAST_RESORT_S, time_now() + LAST_RESORT_S / 2)
 
     def _take_late(self) -> None:
