@@ -5,7 +5,17 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from moeplan.runtime_client.device.routes import BORROWED, FAULT, LENT, LOAN, MOST, AnswerShape, Owners, write_answer
+from moeplan.runtime_client.device.routes import (
+    BORROWED,
+    FAULT,
+    LENT,
+    LOAN,
+    MOST,
+    AnswerShape,
+    Owners,
+    lend_one,
+    write_answer,
+)
 from moeplan.solvers import QuotaPlanner, SpillOptions, SpillPlan
 from moeplan.solvers.problem.arrays import Int32, Int64
 
@@ -89,3 +99,14 @@ def test_every_pair_goes_to_a_row_of_its_own_in_the_order_of_slots_and_sources(s
             known, there = answer_of(plan, options, borrower, rows, away)
             begin, end = known[there.shared + slot : there.shared + slot + 2]
             assert known[there.sharers :].reshape(-1, 2)[begin:end].tolist() == theirs
+
+
+def test_lending_one_expert_is_what_a_plan_with_one_loan_says() -> None:
+    options = SpillOptions.uniform(6, 3, 2)
+    counts = np.zeros((3, 6), np.int64)
+    counts[0, 0], counts[1, 2] = 12, 6
+    answer, shape = answer_of(QuotaPlanner(options, 3).plan(counts), options, 0, 100, -1)
+    one = lend_one(shape, 2)
+    assert one[[FAULT, MOST, LENT, BORROWED]].tolist() == answer[[FAULT, MOST, LENT, BORROWED]].tolist() == [0, 2, 1, 0]
+    loan = slice(shape.loans, shape.loans + LOAN)
+    assert one[loan].tolist() == answer[loan].tolist()

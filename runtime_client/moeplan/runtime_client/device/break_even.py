@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from moeplan.runtime_client.device.exchange import DeviceExchange, Expert, Route
 from moeplan.runtime_client.device.passes import split
-from moeplan.runtime_client.device.routes import LENT
+from moeplan.runtime_client.device.routes import lend_one
 
 __all__ = ["measure_transfer"]
 
@@ -45,8 +45,8 @@ def measure_transfer(exchange: DeviceExchange) -> float:
     gradient = torch.zeros(1, elements, device=device, dtype=exchange.weights)
     answer = torch.zeros(shape.words, dtype=torch.int32, device=device)
     none = Route(answer, answer[:0], answer[shape.home_ends : shape.loans])
-    one = Route(answer.clone(), none.target, none.ends)
-    one.answer[LENT], one.answer[shape.loans + 1] = 1, (exchange.group.rank + 1) % exchange.group.size
+    next_rank = (exchange.group.rank + 1) % exchange.group.size
+    one = Route(torch.from_numpy(lend_one(shape, next_rank)).to(device), none.target, none.ends)
     nothing = experts.new_empty(0, exchange.shape.hidden)
     nowhere = torch.full_like(exchange.where, -1)
 

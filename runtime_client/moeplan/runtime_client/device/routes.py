@@ -12,7 +12,7 @@ from moeplan.solvers import SpillOptions
 from moeplan.solvers.problem.arrays import Int32, Int64
 from moeplan.solvers.problem.kernel import kernel
 
-__all__ = ["LOAN", "AnswerShape", "Owners", "write_answer"]
+__all__ = ["LOAN", "AnswerShape", "Owners", "lend_one", "write_answer"]
 
 FAULT, MOST, LENT, BORROWED, FULLEST = range(5)
 """First words of an answer: why there is no plan, or 0; most replicas of an expert; experts lent, and borrowed; most
@@ -130,6 +130,19 @@ class Owners:
         row = np.empty_like(home)
         row[order] = np.arange(len(home)) - first[home[order]]
         return cls(home, row, order, first)
+
+
+def lend_one(shape: AnswerShape, borrower: int) -> Int32:
+    """int32[words], the answer of a plan that has no tokens, and in which a rank lends its first expert to one other.
+
+    Args:
+        shape: Places in it.
+        borrower: Who gets the expert, in the first of its spare slots.
+    """
+    answer = np.zeros(shape.words, np.int32)
+    answer[[MOST, LENT]] = 2, 1
+    answer[shape.loans : shape.loans + LOAN] = 0, borrower, 0, 0, 1
+    return answer
 
 
 @kernel
