@@ -326,7 +326,7 @@ def on_device(bench: Bench, size: Size, options: SpillOptions) -> ResidentExpert
         weights=torch.bfloat16, capacity=min(int(ROOM * pairs), group.size * pairs),
     )  # fmt: skip
     exchange.charge(measure_transfer(exchange))
-    planner = QuotaPlanner(exchange.mailbox.options, group.size, quick=True)
+    planner = QuotaPlanner(exchange.options, group.size, quick=True)
     return ResidentExperts(
         size.shape, size.experts, group, planner=planner, exchange=exchange, dtype=torch.bfloat16, device="meta"
     )

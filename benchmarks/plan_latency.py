@@ -73,7 +73,7 @@ class Reference:
 
     def __init__(self, exchange: DeviceExchange) -> None:
         self.exchange = exchange
-        options = exchange.mailbox.options
+        options = exchange.options
         self.planner = QuotaPlanner(options, options.devices, dtype=np.int32, quick=True)
         self.owners = Owners.of(options)
         width = max(options.experts, options.devices)

@@ -8,11 +8,12 @@
 
 Modes: `force-balanced` has a router that deals tokens out evenly to static experts: what the best balancing could
 reach. `static` is plain expert parallelism; `quota` and `llep` lend experts in each pass; `sharded` experts have a
-layout that is perfect for the step before, `sharded-quota` ones lend beyond it, and `sharded-device` ones travel by
-copy engines. `static-device` and `quota-device` run passes without the host, and beside them `force-balanced-device`;
-shares are of the faster of both force-balanced ones. Routing: `text` is what the routers choose, which have been
-trained for some steps on the example's text; `trace` deals tokens out by the last steps of the recorded trace in
-`examples/traces`, with the busiest experts on the first ranks; `skewed` has the squares of its loads.
+layout that is perfect for the step before, `sharded-quota` ones lend beyond it, and `sharded-copies` ones travel by
+copy engines. `static-device`, `quota-device` and `sharded-device`, which travel by copy engines, too, run passes
+without the host, and beside them `force-balanced-device`; shares are of the faster of both force-balanced ones.
+Routing: `text` is what the routers choose, which have been trained for some steps on the example's text; `trace` deals
+tokens out by the last steps of the recorded trace in `examples/traces`, with the busiest experts on the first ranks;
+`skewed` has the squares of its loads.
 
 Every rank is a process for this checkout, and one for each other checkout given, with the same weights, seeds and
 text; they take turns. Weights stay as they are while steps are measured (the optimizer runs with a rate of zero), so
@@ -55,6 +56,7 @@ ROOTS = ("solvers", "planner", "runtime_client", "proto")
 MODES = ("quota", "llep", "sharded")
 LENDING = "sharded-quota"
 DEVICE_MODES = ("static-device", "quota-device", "sharded-device")
+COPIED = "sharded-copies"
 SAMPLED = ("ms", "forward", "backward", "optimizer", "memory", "imbalance")
 SIZES = ("tiny", "small", "large", "wide", "fine", "gpt-oss")
 ROUTINGS = ("text", "trace", "skewed")
@@ -76,7 +78,7 @@ Result = dict[str, Any]
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--size", nargs="+", choices=SIZES, default=["tiny"])
-    modes = (*MODES, LENDING, *DEVICE_MODES)
+    modes = (*MODES, LENDING, COPIED, *DEVICE_MODES)
     parser.add_argument("--mode", nargs="+", choices=modes, default=MODES, help="beside static")
     parser.add_argument("--routing", nargs="+", choices=ROUTINGS, default=["text", "trace"])
     parser.add_argument("--batch", type=int, help="pieces of text of a rank in a step, if not the size's own")
@@ -90,9 +92,9 @@ def main() -> None:
     parser.add_argument("--show", type=Path, metavar="FILE", help="only print the table of these results")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if set(DEVICE_MODES) & set(arguments.mode) and not torch.cuda.is_available():
-        parser.error(f"--mode {' '.join(DEVICE_MODES)}: need GPUs")
-    if arguments.planner and not {"sharded", "sharded-device"} & set(arguments.mode):
+    if {*DEVICE_MODES, COPIED} & set(arguments.mode) and not torch.cuda.is_available():
+        parser.error(f"--mode {' '.join((COPIED, *DEVICE_MODES))}: need GPUs")
+    if arguments.planner and not {"sharded", COPIED, "sharded-device"} & set(arguments.mode):
         parser.error("--planner: plans layouts of sharded experts; add sharded or sharded-device to --mode")
     if arguments.show:
         print(table(json.loads(arguments.show.read_text())))
@@ -211,7 +213,7 @@ def measure_size(
         print(f"{size}: losses after {arguments.train} steps {losses}", flush=True)
     modes = ["static", *arguments.mode]
     even = ["force-balanced"]
-    if {"static-device", "quota-device"} & set(modes):
+    if set(DEVICE_MODES) & set(modes):
         even.append("force-balanced-device")
     cases = [*(("even", mode) for mode in even), *((routing, mode) for routing in arguments.routing for mode in modes)]
     rows: dict[tuple[str, str, str], Result] = {}
@@ -221,7 +223,7 @@ def measure_size(
         for routing, mode in cases:
             # No checkout is always the first.
             for name in list(ranks)[:: 1 if nth % 2 else -1]:
-                if (mode == LENDING or mode.endswith("-device")) and name != next(iter(ranks)):
+                if (mode in (LENDING, COPIED) or mode.endswith("-device")) and name != next(iter(ranks)):
                     continue  # other checkouts may not have it
                 planned = layouts.get((name, routing)) if mode.startswith("sharded") else None
                 sample = ranks[name].call("sample", mode=mode, routing=routing, nth=nth, layouts=planned)
@@ -250,12 +252,12 @@ def measure_size(
 def beside_planner(arguments: argparse.Namespace, rank: Rank, size: str, is_first: bool) -> Result:
     """Sharded experts with a daemon on this host: what came of it, by routing; nothing on ranks but the first.
 
-    They travel by copy engines where that is measured, too.
+    They travel by copy engines, or run without the host, where that is measured, too.
     """
     from planner_beside import daemon, plan_steps, summary  # not above, as for plan_layouts
 
     shift, found = arguments.planner, {}
-    mode = "sharded-device" if "sharded-device" in arguments.mode else "sharded"
+    mode = next(mode for mode in ("sharded-device", COPIED, "sharded") if mode in arguments.mode)
     with ExitStack() as stack:
         planner = stack.enter_context(daemon([HERE.parents[1] / root for root in ROOTS])) if is_first else None
         told = [planner and planner.address]

@@ -51,6 +51,9 @@ TRACE = Path(__file__).resolve().parents[1] / "examples" / "traces" / "moe-e64-c
 SHIFT = 5
 """Steps of one kind of text."""
 
+COPIED = ("sharded-copies", "sharded-device")
+"""Modes in which experts travel by copy engines."""
+
 WAITING = re.compile("allgather|barrier|wait", re.IGNORECASE)
 """Kernels that only wait for other ranks, as far as a name can tell."""
 
@@ -277,7 +280,7 @@ class Bench:
         """Train sharded experts with a planner beside them, from the layout in order on.
 
         Args:
-            mode: ``sharded``, or ``sharded-device``.
+            mode: ``sharded``, or one of `COPIED`.
             routing: As of `sample`; the kind of text changes every `shift` steps.
             address: The daemon.
             job: Id of the job there.
@@ -431,7 +434,7 @@ class Bench:
         )
         if spare:
             exchange.charge(measure_transfer(exchange))
-        planner = QuotaPlanner(exchange.mailbox.options, group.size, quick=True)
+        planner = QuotaPlanner(exchange.options, group.size, quick=True)
         layers = resident_layers(size, group, "meta", lambda: planner, torch.bfloat16, exchange=exchange)
         for layer, first in zip(layers, self.layers["static"], strict=True):
             layer.flat = first.weights
@@ -439,7 +442,7 @@ class Bench:
         return layers
 
     def _more_sharded(self, **shared: Any) -> list[FullyShardedExperts]:
-        """The sharded experts, whose layers share a planner or a memory."""
+        """The sharded experts, whose layers share a planner, a memory or an exchange."""
         layers = sharded_layers(self.size, self.group, "meta", compute_dtype(self.device), **shared)
         for layer, first in zip(layers, self.layers["sharded"], strict=True):
             layer.shard = first.weights
@@ -452,12 +455,19 @@ class Bench:
         spill = spill_options(size, group.size)
         if mode == "sharded-quota":
             self.layers[mode] = self._more_sharded(planner=QuotaPlanner(spill, group.size))
-        elif mode == "sharded-device":
-            from moeplan.runtime_client import ShardMemory
+        elif mode in COPIED:
+            from moeplan.runtime_client import DeviceExchange, ShardMemory, SlotsOfLayouts
 
             slots = planned_slots(size, group.size)
-            memory = ShardMemory(group, size.shape.elements, size.experts, slots=slots, device=self.device)
-            self.layers[mode] = self._more_sharded(memory=memory)
+            shared: dict[str, Any] = {
+                "memory": ShardMemory(group, size.shape.elements, size.experts, slots=slots, device=self.device)
+            }
+            if mode == "sharded-device":
+                shared["exchange"] = DeviceExchange(
+                    group, SlotsOfLayouts(size.experts, slots), size.shape, max_tokens=size.tokens,
+                    choices=size.choices, device=self.device,
+                )  # fmt: skip
+            self.layers[mode] = self._more_sharded(**shared)
         else:
             static = self._device_layers(0)
             self.layers |= {"force-balanced-device": static, "static-device": static}
@@ -466,7 +476,7 @@ class Bench:
     def _enter(self, mode: str) -> None:
         if mode not in self.layers:
             self._make_layers_of(mode)
-        copied = self.layers[mode] if mode == "sharded-device" else ()
+        copied = self.layers[mode] if mode in COPIED else ()
         self.copied = [layer for layer in copied if isinstance(layer, FullyShardedExperts)]
         if self.is_sharded != mode.startswith("sharded"):
             self.is_sharded = mode.startswith("sharded")

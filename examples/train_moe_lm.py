@@ -60,8 +60,8 @@ from moeplan.runtime_client import (
     FullyShardedExperts,
     PlannedLayer,
     PlannerSession,
-    ResidentExperts,
     ShardMemory,
+    SlotsOfLayouts,
     measure_transfer,
     record,
 )
@@ -87,10 +87,14 @@ def make_layers(mode: str, size: Size, group: ExpertGroup, device: torch.device)
         lends = replace(options, min_tokens=choices[0].resident.min_tokens)
         lends_beyond = replace(options, min_tokens=choices[0].both.min_tokens)
     count = size.blocks - kinds.count("resident")
-    exchange = device_exchange(size, group, device, options) if count < size.blocks else None
+    planner = QuotaPlanner(options, group.size)
+    exchange = device_exchange(size, group, device, planner) if count < size.blocks else None
     spare = int(lends_beyond.spare[0]) if "both" in kinds else 0
     memory = shard_memory(size, group, device, spare) if count else None
-    sharded = sharded_layers(replace(size, blocks=count), group, device, dtype, memory=memory)
+    dividing = None
+    if memory is not None and "both" not in kinds:  # what is lent beyond a layout needs the host
+        dividing = device_exchange(size, group, device, SlotsOfLayouts(size.experts, planned_slots(size, group.size)))
+    sharded = sharded_layers(replace(size, blocks=count), group, device, dtype, memory=memory, exchange=dividing)
     resident = resident_layers(
         replace(size, blocks=size.blocks - count),
         group,
@@ -108,12 +112,11 @@ def make_layers(mode: str, size: Size, group: ExpertGroup, device: torch.device)
 
 
 def device_exchange(
-    size: Size, group: ExpertGroup, device: torch.device, options: SpillOptions
+    size: Size, group: ExpertGroup, device: torch.device, planner: QuotaPlanner | SlotsOfLayouts
 ) -> DeviceExchange | None:
     """Passes without the host, on GPUs that can; experts are lent where that earns their transfer."""
     if device.type == "cpu" or group.size == 1:
         return None
-    planner = QuotaPlanner(options, group.size)
     try:
         exchange = DeviceExchange(
             group, planner, size.shape, max_tokens=size.tokens, choices=size.choices, device=device
@@ -122,7 +125,7 @@ def device_exchange(
         if group.rank == 0:
             print(f"tokens and lent experts travel by NCCL: {error}", file=sys.stderr)
         return None
-    if options.spare.any():
+    if exchange.spare:
         exchange.charge(measure_transfer(exchange))
     return exchange
 
@@ -229,7 +232,8 @@ def main() -> None:
 
 def check(layers: Sequence[Experts]) -> None:
     """Raise what went wrong on GPUs without the host seeing it; the next pass would, too."""
-    for shared in {layer.exchange if isinstance(layer, ResidentExperts) else layer.memory for layer in layers}:
+    memories = {layer.memory for layer in layers if isinstance(layer, FullyShardedExperts)}
+    for shared in {layer.exchange for layer in layers} | memories:
         if shared is not None:
             shared.check()
 

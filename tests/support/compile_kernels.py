@@ -6,8 +6,11 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 
 import numpy as np
+import torch
 
-from moeplan.runtime_client.device.mailbox import Mailbox, MailboxSizes
+from moeplan.runtime_client.device.layout_plans import LayoutPlans
+from moeplan.runtime_client.device.mailbox import Mailbox
+from moeplan.runtime_client.device.quota_plans import QuotaPlans
 from moeplan.solvers import (
     Cluster,
     Demand,
@@ -52,7 +55,11 @@ def spill() -> None:
     options = SpillOptions.uniform(8, 4, 1, domain=2)
     QuotaPlanner(options, 4).plan(COUNTS[0])
     LlepPlanner(options, 4).plan(COUNTS[0])
-    Mailbox(SpillOptions.uniform(8, 4, 1), 0, MailboxSizes(64, -1), pinned=False).close()
+    for planning in (
+        QuotaPlans(SpillOptions.uniform(8, 4, 1), 0, 64, -1),
+        LayoutPlans(8, 4, 3, 0, 64, torch.device("cpu")),
+    ):
+        Mailbox(planning, pinned=False).close()
     plan_homes(Demand.of(COUNTS), options)
     routes = count_choices(list(RANDOM.random((8, 9, 2, 8)).argsort(axis=3)[..., :2]), 8)
     plan_known(KnownRoutes.by_rank(routes, 4, 1), options)

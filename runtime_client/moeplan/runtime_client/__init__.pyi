@@ -1,7 +1,7 @@
 """The public names, once: `__init__.py` reads them from here, and so do type checkers."""
 
 from .device.break_even import measure_transfer
-from .device.exchange import DeviceExchange
+from .device.exchange import DeviceExchange, SlotsOfLayouts
 from .device.shard_memory import ShardMemory
 from .errors import AgreementError, LayoutMismatchError, MissedPassError, PassError, RanksDifferError, RouterError
 from .group import ExpertGroup, Traffic
@@ -48,6 +48,7 @@ __all__ = [
     "ResidentExperts",
     "RouterError",
     "ShardMemory",
+    "SlotsOfLayouts",
     "SpillPlanner",
     "StreamStatus",
     "TraceRing",

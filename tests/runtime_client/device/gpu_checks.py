@@ -23,9 +23,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from moeplan.runtime_client.device.break_even import measure_transfer
-from moeplan.runtime_client.device.exchange import DeviceExchange
+from moeplan.runtime_client.device.exchange import DeviceExchange, SlotsOfLayouts
 from moeplan.runtime_client.device.shard_memory import ShardMemory
-from moeplan.runtime_client.errors import MissedPassError, PassError, RouterError
+from moeplan.runtime_client.errors import LayoutMismatchError, MissedPassError, PassError, RouterError
 from moeplan.runtime_client.group import ExpertGroup
 from moeplan.runtime_client.layers.expert_layer import ExpertLayer
 from moeplan.runtime_client.layers.feed_forward import ExpertShape
@@ -92,12 +92,33 @@ class Ranks:
         chain(own)
         return nccl, own, memory
 
+    def sharded_by_device(
+        self, *, reshard: bool = True, count: int = 3
+    ) -> tuple[list[FullyShardedExperts], list[FullyShardedExperts], DeviceExchange]:
+        """Layers on NCCL, and by copy engines without the host, with equal weights."""
+        nccl, own, memory = self.sharded(reshard=reshard, count=count)
+        exchange = DeviceExchange(
+            self.group, SlotsOfLayouts(EXPERTS, EXPERTS), SHAPE, max_tokens=TOKENS, choices=CHOICES, device=self.device
+        )  # fmt: skip
+        own = self.load(
+            [
+                FullyShardedExperts(
+                    SHAPE, EXPERTS, self.group, memory=memory, exchange=exchange, reshard=reshard,
+                    compute_dtype=torch.bfloat16, device=self.device,
+                )
+                for _ in own
+            ]
+        )  # fmt: skip
+        chain(own)
+        return nccl, own, exchange
+
     def place(self, layers: list[FullyShardedExperts], seed: int) -> None:
-        """Give each layer a layout with any number of replicas."""
+        """Give each layer a layout with any number of replicas, and at least one on every rank."""
         rng, devices = np.random.default_rng(seed), self.group.size
         for layer in layers:
             placed = rng.random((devices, EXPERTS)) < rng.choice([0.0, 0.3, 0.8])
-            placed[rng.integers(devices, size=EXPERTS), np.arange(EXPERTS)] = True
+            owners = rng.permutation(np.append(np.arange(devices), rng.integers(devices, size=EXPERTS - devices)))
+            placed[owners, np.arange(EXPERTS)] = True
             slots = np.full((devices, EXPERTS), -1, np.int32)
             for device, held in enumerate(placed):
                 slots[device, : held.sum()] = rng.permutation(np.flatnonzero(held))
@@ -224,20 +245,25 @@ def in_flight(ranks: Ranks) -> str:
 
 def host_is_free(ranks: Ranks) -> str:
     _, own, exchange = ranks.layers(count=6)
+    told = launched_ahead(ranks, own)
+    exchange.check()
+    exchange.mailbox.close()
+    return told
+
+
+def launched_ahead(ranks: Ranks, layers: Sequence[ExpertLayer]) -> str:
     batch = ranks.batch(0)
     for _ in range(2):
-        answers(own, batch)
+        answers(layers, batch)
     torch.cuda.synchronize()
     dist.barrier()
     start = time.perf_counter()
     torch.cuda._sleep(4_000_000_000)  # two seconds
-    answers(own, batch)
+    answers(layers, batch)
     launched = time.perf_counter() - start
     torch.cuda.synchronize()
     slept = time.perf_counter() - start
     assert launched < 0.5 * slept, (launched, slept)
-    exchange.check()
-    exchange.mailbox.close()
     return f"six layers launched in {1e3 * launched:.0f} ms while the device slept {slept:.1f} s"
 
 
@@ -483,10 +509,82 @@ def copies_miss_a_rank(ranks: Ranks) -> str:
     return told
 
 
+def sharded_equals_nccl(ranks: Ranks) -> str:
+    told = []
+    for reshard in (True, False):
+        nccl, own, exchange = ranks.sharded_by_device(reshard=reshard, count=1)
+        exact = []
+        for layer in nccl:
+            exact.append(FullyShardedExperts(SHAPE, EXPERTS, ranks.group, dtype=torch.float64, device=ranks.device))
+            exact[-1].shard.data.copy_(layer.shard.data)
+        for seed in range(5):
+            tokens = (TOKENS, 7, 0)[(seed + ranks.group.rank) % 3]
+            batch = ranks.batch(seed, tokens, skew=(1, 3, 10, 1000, 2)[seed])
+            doubles = tuple(part.double() if part.is_floating_point() else part for part in batch)
+            for layers in (exact, nccl, own):
+                ranks.place(layers, seed)
+            found = answers(own, batch)
+            told.append(compare(answers(exact, doubles), answers(nccl, batch), found))
+            for again in (False, True):
+                for one, other in zip(found, answers(own, batch, again=again), strict=True):
+                    assert torch.equal(one, other), (reshard, seed, again)
+        exchange.check()
+        exchange.mailbox.close()
+    theirs, ours = (max(errors) for errors in zip(*told, strict=True))
+    return f"largest error on NCCL {theirs:.1e}, without the host {ours:.1e}, the same bits each time"
+
+
+def sharded_in_flight(ranks: Ranks) -> str:
+    worst = 0.0
+    for reshard in (True, False):
+        nccl, own, exchange = ranks.sharded_by_device(reshard=reshard)
+        found = []
+        for layers in (nccl, own):
+            outputs = []
+            for seed in range(3):
+                ranks.place(layers, seed)
+                hidden, index, weight, _ = ranks.batch(seed)
+                for layer in layers:
+                    hidden = hidden + layer(hidden, index, weight)
+                outputs.append(hidden)
+            for seed in (1, 0, 2):
+                outputs[seed].backward(ranks.batch(seed)[3])
+            found.append([part for layer in layers if (part := layer.shard.grad) is not None])
+        worst = max(worst, *(error(one, other) for one, other in zip(*found, strict=True)))
+        assert worst <= 8 * ROUNDING, worst
+        exchange.check()
+        exchange.mailbox.close()
+    return f"three micro-batches through three layers with layouts of their own: {worst:.1e} from those on NCCL"
+
+
+def sharded_host_is_free(ranks: Ranks) -> str:
+    _, own, exchange = ranks.sharded_by_device(count=6)
+    told = launched_ahead(ranks, own)
+    exchange.check()
+    exchange.mailbox.close()
+    return told
+
+
+def sharded_layouts_differ(ranks: Ranks) -> str:
+    _, own, exchange = ranks.sharded_by_device(count=1)
+    if ranks.group.rank:
+        ranks.place(own, 1)
+    hidden, index, weight, _ = ranks.batch(0)
+    output = own[0](hidden, index, weight)
+    torch.cuda.synchronize()
+    assert output.isnan().all()
+    try:
+        exchange.check()
+    except LayoutMismatchError as caught:
+        return str(caught)
+    raise AssertionError("no LayoutMismatchError")
+
+
 CHECKS = (
-    copies_equal_nccl, copies_lend, copies_in_flight, copies_beside_products, copies_miss_a_rank, equals_nccl,
-    rounds_equal_nccl, deterministic, in_flight, host_is_free, beside_an_all_reduce, replays, loan_has_a_price,
-    bad_router, too_many_tokens, too_little_room, other_layer, rank_missing,
+    sharded_equals_nccl, sharded_in_flight, sharded_host_is_free, sharded_layouts_differ, copies_equal_nccl,
+    copies_lend, copies_in_flight, copies_beside_products, copies_miss_a_rank, equals_nccl, rounds_equal_nccl,
+    deterministic, in_flight, host_is_free, beside_an_all_reduce, replays, loan_has_a_price, bad_router,
+    too_many_tokens, too_little_room, other_layer, rank_missing,
 )  # fmt: skip
 
 

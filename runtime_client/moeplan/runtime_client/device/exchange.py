@@ -13,15 +13,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from moeplan.runtime_client.device.desk import ABORTED, ANSWERED, LAYER, REQUEST, TOLD
 from moeplan.runtime_client.device.launches import Launch
-from moeplan.runtime_client.device.mailbox import ABORTED, ANSWERED, LAYER, REQUEST, TOLD, Mailbox, MailboxSizes, Turn
+from moeplan.runtime_client.device.layout_plans import LayoutPlans
+from moeplan.runtime_client.device.mailbox import Mailbox, Planning, Turn
 from moeplan.runtime_client.device.memory import SymmetricMemory, places, symmetric_memory
+from moeplan.runtime_client.device.quota_plans import QuotaPlans
 from moeplan.runtime_client.device.routes import BORROWED, FULLEST, LENT
 from moeplan.runtime_client.group import ExpertGroup
 from moeplan.solvers import QuotaPlanner, SpillOptions
 from moeplan.solvers.problem.arrays import Int32
 
-__all__ = ["DeviceExchange", "Route"]
+__all__ = ["DeviceExchange", "Route", "SlotsOfLayouts"]
 
 _LENDERS = 128
 """Blocks that move lent experts beside the tokens: as many as it takes to fill a link with reads from another GPU."""
@@ -54,7 +57,7 @@ class Route:
     Attributes:
         answer: int32, see `AnswerShape`; its first word is not zero where there is no plan.
         target: int32[pairs], the row of the group that each pair goes to.
-        ends: int32[owned + spare], see `AnswerShape`: end of each expert's rows, those at home first.
+        ends: int32[replicas], see `AnswerShape`: end of each expert's rows, those at home first.
     """
 
     answer: Tensor
@@ -62,11 +65,25 @@ class Route:
     ends: Tensor
 
 
+@dataclass(frozen=True, slots=True)
+class SlotsOfLayouts:
+    """In place of a planner: experts are sharded, and layers divide tokens by their layouts.
+
+    Attributes:
+        experts: Number of experts.
+        slots: Most slots of a rank in any layout; the same on all ranks.
+    """
+
+    experts: int
+    slots: int
+
+
 class DeviceExchange:
-    """Lets `ResidentExperts` run its passes on GPUs without the host: counts, plan, dispatch, products, combine.
+    """Lets layers run their passes on GPUs without the host: counts, plan, dispatch, products, combine.
 
     One for all layers of the same dimensions that run one after another on one stream; pass it to each of them. The
     ranks must reach each other's memory (one NVLink domain). A thread plans and takes a core of its own; see `Mailbox`.
+    `ResidentExperts` need one with a planner, and `FullyShardedExperts` one for `SlotsOfLayouts`.
 
     All shapes are static: a pass has room for `max_tokens` of this rank, and for `capacity` rows of its experts at a
     time. What exceeds these waits for the next of `rounds`, which the host launches in any case: kernels find on the
@@ -88,13 +105,14 @@ class DeviceExchange:
     Args:
         group: The ranks.
         planner: Whose options count; a thread plans with a planner of its own, and a `token_cap` of at most
-            ``rounds * capacity``.
+            ``rounds * capacity``. Or what layouts have at most.
         shape: Dimensions of an expert.
         max_tokens: Most tokens of a rank in one pass; the same on all ranks.
         choices: Experts per token.
         dtype: What tokens travel and experts compute in.
-        weights: Type of the layers' parameter. If it is another, a pass converts them all anyway, and lent experts join
-            the copy: one product does both. If it is the same, lent experts are computed apart, with rows of their own.
+        weights: Type of the layers' parameter, where experts are at home. If it is another, a pass converts them all
+            anyway, and lent experts join the copy: one product does both. If it is the same, lent experts are computed
+            apart, with rows of their own.
         device: This rank's GPU.
         capacity: Rows that a rank has room for at a time; by default all of the group, so that no plan exceeds it.
         rounds: How many times, so that a rank computes up to ``rounds * capacity`` rows of a pass.
@@ -108,7 +126,7 @@ class DeviceExchange:
     def __init__(
         self,
         group: ExpertGroup,
-        planner: QuotaPlanner,
+        planner: QuotaPlanner | SlotsOfLayouts,
         shape: Expert,
         *,
         max_tokens: int,
@@ -121,10 +139,15 @@ class DeviceExchange:
         time_limit: timedelta | None = None,
         memory: Callable[[dist.ProcessGroup, int, torch.device], SymmetricMemory] = symmetric_memory,
     ) -> None:
-        options = planner.options
         if group.tokens is None:
             raise ValueError("group of one rank: there is nothing to exchange; leave `exchange` out")
-        if not isinstance(planner, QuotaPlanner):
+        if isinstance(planner, SlotsOfLayouts):
+            _require_slots(planner, group.size)
+            self.spare, weights = 0, dtype  # they are gathered so
+        elif isinstance(planner, QuotaPlanner):
+            _require_homes(planner.options, group.size)
+            self.spare = min(int(planner.options.spare[0]), planner.options.experts)
+        else:
             raise ValueError(f"planner = {type(planner).__name__}: without the host only QuotaPlanner plans")
         for name, value in (("max_tokens", max_tokens), ("choices", choices), ("rounds", rounds)):
             if value < 1:
@@ -136,19 +159,12 @@ class DeviceExchange:
         for name in ("hidden", "width"):
             if getattr(shape, name) % 8:
                 raise ValueError(f"expert.{name} = {getattr(shape, name)}: must be a multiple of 8")
-        if len(set(options.home.tolist())) < group.size:
-            raise ValueError("options.home: every rank must own an expert")
-        if len(set(options.spare.tolist())) > 1:
-            raise ValueError("options.spare: every rank must have as many spare slots")
-        if options.domain.any():
-            raise ValueError("options.domain: all ranks must be of one link domain; leave `exchange` out")
         pairs = max_tokens * choices
         self.capacity = group.size * pairs if capacity is None else capacity
         if not pairs <= rounds * self.capacity or not self.capacity <= group.size * pairs:
             least, most = -(-pairs // rounds), group.size * pairs
             raise ValueError(f"capacity = {capacity}: must be {least} to {most} rows with {rounds} rounds")
         self.capacity, self.rounds = -(-self.capacity // 64) * 64, rounds
-        self.spare = min(int(options.spare[0]), options.experts)
         self.joined = self.spare == 0 or weights != dtype
         self.room = self.capacity * (1 if self.joined else 2)
         self.rows = self.room * rounds
@@ -162,11 +178,10 @@ class DeviceExchange:
         self.max_tokens, self.pairs = max_tokens, pairs
         self.limit_ns = int((time_limit or group.timeout).total_seconds() * 1e9)
         self._turns: dict[int, Turn] = {}
-        self._nothing_told = torch.zeros(3, dtype=torch.int64, device=device)
+        self._zeros = torch.zeros(TOLD // 2, dtype=torch.int64, device=device)
+        self.planner = planner
 
-        self.mailbox = self._open_mailbox(
-            replace(options, token_cap=options.token_cap.clip(max=rounds * self.capacity))
-        )
+        self.mailbox = self._open_mailbox(self._planning(planner))
         item, hidden = dtype.itemsize, shape.hidden
         sizes = {
             "flags": 8 * group.size,
@@ -205,20 +220,50 @@ class DeviceExchange:
         """Itself: copies of layers share it, as layers do."""
         return self
 
-    def require(self, shape: Expert, home: Int32, weights: torch.dtype) -> None:
-        """Raise unless a layer of such experts can use this exchange.
+    def require_homes(self, shape: Expert, home: Int32, weights: torch.dtype) -> None:
+        """Raise unless a layer of experts at home, of such experts, can use this exchange.
 
         Raises:
             ValueError: it was made for other experts, homes or another type.
         """
-        options = self.mailbox.options
-        for name, own, other in (
-            ("shape", self.shape, shape),
-            ("home", options.home.tolist(), home.tolist()),
-            ("dtype", self.weights, weights),
-        ):
-            if own != other:
-                raise ValueError(f"{name} = {other}: the exchange was made for {own}")
+        if isinstance(self.planner, SlotsOfLayouts):
+            raise ValueError("the exchange was made for layouts of sharded experts; make one with a QuotaPlanner")
+        self._require(shape=shape, home=home.tolist(), weights=weights)
+
+    def layouts(self, shape: Expert, experts: int) -> LayoutPlans:
+        """What divides the tokens of a layer of sharded experts.
+
+        Raises:
+            ValueError: the exchange was made for other experts, or for experts at home.
+        """
+        plans = self.mailbox.planning
+        if not isinstance(plans, LayoutPlans):
+            raise ValueError(
+                f"the exchange was made for experts at home; write DeviceExchange(group, SlotsOfLayouts({experts}, "
+                "slots), ...) for sharded ones"
+            )
+        self._require(shape=shape, experts=experts)
+        return plans
+
+    def _require(self, **asked: object) -> None:
+        planner = self.planner
+        own = {"shape": self.shape, "weights": self.weights, "experts": self.mailbox.planning.experts}
+        if isinstance(planner, QuotaPlanner):
+            own["home"] = planner.options.home.tolist()
+        for name, other in asked.items():
+            if own[name] != other:
+                raise ValueError(f"{name} = {other}: the exchange was made for {own[name]}")
+
+    @property
+    def options(self) -> SpillOptions:
+        """What the thread lends by.
+
+        Raises:
+            ValueError: the exchange was made for layouts, and lends nothing.
+        """
+        if not isinstance(self.mailbox.planning, QuotaPlans):
+            raise ValueError("the exchange was made for layouts of sharded experts: it lends nothing")
+        return self.mailbox.planning.options
 
     def charge(self, tokens: float) -> None:
         """Lend from now on only what relieves a rank of so many tokens, the same on all ranks; see `measure_transfer`.
@@ -230,18 +275,26 @@ class DeviceExchange:
             tokens: Time of a loan, in tokens that a rank computes meanwhile.
 
         Raises:
+            ValueError: the exchange is one for layouts, which lends nothing.
             RouterError, MissedPassError, RanksDifferError, InfeasibleError, PassError: an earlier pass has failed; see
                 `check`.
         """
-        least = max(self.mailbox.options.min_tokens, math.ceil(tokens))
-        options = replace(self.mailbox.options, min_tokens=least)
+        options = replace(self.options, min_tokens=max(self.options.min_tokens, math.ceil(tokens)))
         self.mailbox.close()
         self.check()  # what failed is noted in the mailbox that goes
-        self.mailbox = self._open_mailbox(options)
+        self.mailbox = self._open_mailbox(self._lending(options))
 
-    def _open_mailbox(self, options: SpillOptions) -> Mailbox:
-        sizes = MailboxSizes(self.rows, -1 if self.joined else self.rounds * self.capacity)
-        return Mailbox(options, self.group.rank, sizes, pinned=self.device.type == "cuda")
+    def _planning(self, planner: QuotaPlanner | SlotsOfLayouts) -> Planning:
+        group, room = self.group, self.rounds * self.capacity
+        if isinstance(planner, SlotsOfLayouts):
+            return LayoutPlans(planner.experts, group.size, planner.slots, group.rank, self.rows, self.device)
+        return self._lending(replace(planner.options, token_cap=planner.options.token_cap.clip(max=room)))
+
+    def _lending(self, options: SpillOptions) -> QuotaPlans:
+        return QuotaPlans(options, self.group.rank, self.rows, -1 if self.joined else self.rounds * self.capacity)
+
+    def _open_mailbox(self, planning: Planning) -> Mailbox:
+        return Mailbox(planning, pinned=self.device.type == "cuda")
 
     def check(self) -> None:
         """Raise what has gone wrong in passes that are over; call it where the host waits for the device anyway.
@@ -249,9 +302,10 @@ class DeviceExchange:
         Raises:
             RouterError: a choice was out of range or a weight not finite, on any rank.
             MissedPassError: the ranks were not in the same pass, or one did not come in time.
+            LayoutMismatchError: ranks had different layouts.
             RanksDifferError: ranks held the same part of the experts, or the block's other weights differed.
             InfeasibleError: no plan kept every rank within its token cap.
-            PassError: a rank had more tokens than there is room for.
+            PassError: a rank had more tokens than there is room for, or its layout gave it more.
         """
         self.mailbox.check(self._turns)
 
@@ -259,20 +313,24 @@ class DeviceExchange:
         """All ranks: what their kernels wrote before, all kernels see after."""
         self._launches.meet((1, 1, 1), *self._signals)
 
-    def plan(self, index: Tensor, weight: Tensor, excess: int, turn: Turn) -> Route:
+    def plan(self, index: Tensor, weight: Tensor, excess: int, replicas: int, turn: Turn) -> Route:
         """Count, agree, plan.
 
         Args:
             index: int64[tokens, choices].
             weight: [tokens, choices].
             excess: Tokens of this rank for which there is no room.
+            replicas: Of this rank, those at home and spare slots.
             turn: Which pass it is.
         """
         launch, mailbox, shape = self._launches, self.mailbox, self.mailbox.shape
         pairs = index.numel()
         chunks, columns = -(-pairs // _kernels().CHUNK), shape.experts + 2
         self._turns[turn.layer] = turn
-        told = torch.stack(list(turn.checks)) if turn.checks else self._nothing_told
+        told = self._zeros
+        if turn.checks or turn.layout is not None:
+            none = self._zeros[0]
+            told = torch.stack([*(turn.checks or [none] * 3), none if turn.layout is None else turn.layout])
         order = torch.empty(pairs, dtype=torch.int32, device=self.device)
         tallies = torch.empty(chunks, columns, dtype=torch.int32, device=self.device)
         answer = torch.empty(shape.words, dtype=torch.int32, device=self.device)
@@ -281,7 +339,7 @@ class DeviceExchange:
             launch.count((chunks, 1, 1), index, weight, order, tallies, pairs)
         launch.total(
             (-(-columns // 16), 1, 1), tallies, self.table, self.peers, self.group.rank, chunks, excess, turn.layer,
-            turn.number, told.view(torch.int32),
+            turn.number, told.view(torch.int32), turn.gathered & 0x7FFFFFFF,
         )  # fmt: skip
         launch.plan(
             (1, 1, 1), *self._signals, self.table, answer, mailbox.words, mailbox.table, mailbox.answer, turn.layer
@@ -290,7 +348,7 @@ class DeviceExchange:
             (-(-self.pairs // 512), 1, 1), index, weight, order, tallies, answer, target, self.where, self.share,
             self.peers, pairs, self.group.rank,
         )  # fmt: skip
-        return Route(answer, target, answer[shape.home_ends : shape.shared])
+        return Route(answer, target, answer[shape.home_ends : shape.home_ends + replicas])
 
     def regions(self, route: Route, nth: int) -> list[tuple[slice, Tensor]]:
         """Rows that a product of a round computes, and ends of its experts: of all, or those at home and lent ones."""
@@ -490,6 +548,23 @@ class DeviceExchange:
             activate_backward=Launch(kernels.activate_backward, 4, **network),
             flatten={(lent, more): flatten(lent, more) for lent in (False, True) for more in (False, True)},
         )  # fmt: skip
+
+
+def _require_homes(options: SpillOptions, ranks: int) -> None:
+    if len(set(options.home.tolist())) < ranks:
+        raise ValueError("options.home: every rank must own an expert")
+    if len(set(options.spare.tolist())) > 1:
+        raise ValueError("options.spare: every rank must have as many spare slots")
+    if options.domain.any():
+        raise ValueError("options.domain: all ranks must be of one link domain; leave `exchange` out")
+
+
+def _require_slots(layouts: SlotsOfLayouts, ranks: int) -> None:
+    if layouts.experts < 1:
+        raise ValueError(f"experts = {layouts.experts}: must be at least 1")
+    if not 1 <= layouts.slots <= layouts.experts or layouts.slots * ranks < layouts.experts:
+        least, most = -(-layouts.experts // ranks), layouts.experts
+        raise ValueError(f"slots = {layouts.slots}: must be {least} to {most} for {most} experts on {ranks} ranks")
 
 
 def _tile(width: int, elements: int) -> dict[str, int]:

@@ -53,7 +53,7 @@ _UNFILLED = tl.constexpr(2**31 - 1)
 
 def program(function: Callable[..., Any]) -> Any:
     """A Triton kernel, or a part of one, compiled once for all numbers and for all places of single words."""
-    numbers = ["rank", "layer", "tokens", "pairs", "chunks", "excess", "limit", "number", "low"]
+    numbers = ["rank", "layer", "tokens", "pairs", "chunks", "excess", "limit", "number", "gathered", "low"]
     return triton.jit(function, do_not_specialize=[*numbers, "end", "used"])
 
 
@@ -186,6 +186,7 @@ def total(
     layer: tl.tensor,
     number: tl.tensor,
     told: tl.tensor,
+    gathered: tl.tensor,
     RANKS: tl.constexpr,
     COLUMNS: tl.constexpr,
     ROW: tl.constexpr,
@@ -198,9 +199,10 @@ def total(
     Args:
         tallies: int32[chunks, COLUMNS], changed in place.
         table: int32[ranks, ROW] in symmetric memory; this rank's row is written on every rank. Behind the totals
-            it holds `excess`, `layer`, `number` and `told`.
+            it holds `excess`, `layer`, `number`, `told` and `gathered`.
         number: Of the pass of the layer.
         told: int32[TOLD], what else the rank tells.
+        gathered: How often it has gathered experts.
     """
     column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = column < COLUMNS
@@ -222,6 +224,7 @@ def total(
             tl.store(row + COLUMNS + 2, number)
             words = tl.arange(0, 8)
             tl.store(row + COLUMNS + 3 + words, tl.load(told + words, mask=words < TOLD, other=0), mask=words < TOLD)
+            tl.store(row + COLUMNS + 3 + TOLD, gathered)
 
 
 @program

@@ -1,4 +1,4 @@
-"""A pass of resident experts without the host, and its backward."""
+"""A pass without the host, and its backward."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def run_pass(
     Args:
         exchange: What the layers share.
         turn: Which pass it is.
-        flat: [owned, elements], this rank's experts.
+        flat: [replicas, elements], this rank's experts: those at home, or those of a layout's slots.
         hidden: [tokens, hidden].
         index: int64[tokens, k].
         weight: [tokens, k].
@@ -68,13 +68,16 @@ class _Pass(torch.autograd.Function):
         excess = max(len(hidden) - exchange.max_tokens, 0)
         some, chosen, shares = (_aligned(part[: exchange.max_tokens]) for part in (hidden, index, weight))
         owned, spare = len(flat), exchange.spare
-        if exchange.joined:
+        if exchange.spare == 0 and flat.dtype == exchange.dtype:
+            experts = own = _aligned(flat)
+            lent = flat[:0]
+        elif exchange.joined:
             experts = flat.new_empty(owned + spare, flat.shape[1], dtype=exchange.dtype)
             own, lent = experts.split([owned, spare])
             own.copy_(flat)
         else:
             own, lent = _aligned(flat), flat.new_empty(spare, flat.shape[1])
-        route = exchange.plan(chosen, shares, excess, turn)
+        route = exchange.plan(chosen, shares, excess, owned + spare, turn)
         tokens = some.to(exchange.dtype)
         exchange.hand_out(route, tokens, own)
         where = torch.empty_like(exchange.where)
@@ -154,8 +157,8 @@ class _Pass(torch.autograd.Function):
 
 
 def _replicas(exchange: DeviceExchange, gradients: Tensor) -> Sequence[Tensor]:
-    """Gradients of one product's experts, those at home apart from lent ones."""
-    return gradients.split([exchange.mailbox.shape.owned, exchange.spare]) if exchange.joined else [gradients]
+    """Gradients of one product's experts, those at home apart from spare slots."""
+    return gradients.split([len(gradients) - exchange.spare, exchange.spare]) if exchange.joined else [gradients]
 
 
 def _wide(like: Tensor) -> Tensor:

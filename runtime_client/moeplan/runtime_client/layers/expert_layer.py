@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from moeplan.runtime_client.device.mailbox import Turn
 from moeplan.runtime_client.group import ExpertGroup, Traffic
 from moeplan.runtime_client.layers.feed_forward import ExpertShape, join_weights, split_weights
 from moeplan.runtime_client.layers.identities import with_identities
@@ -277,6 +278,25 @@ class ExpertLayer(nn.Module, ABC):
             told = tell(self._number, self._passes, layout, *self._checks(), steps=steps)
             compare = partial(compare_ranks, self.title)
             return gather_counts(self.group, index, weight, self.experts, what, told, compare)
+
+    def _turn(self, layout: Tensor | None = None, gathered: int = 0) -> Turn:
+        """This pass, for one that runs without the host.
+
+        Args:
+            layout: See `Turn`.
+            gathered: Likewise.
+
+        Raises:
+            ValueError: the layer has what needs the host.
+        """
+        if self.finish is not None or self.identities:
+            raise ValueError(
+                f"{self.title}: norms of results and identity experts need the host; make the layer without exchange="
+            )
+        none = partial(torch.zeros, (), dtype=torch.int64, device=self.weights.device)
+        checks = [none() if check is None else check.long() for check in self._checks()]
+        compare = partial(compare_ranks, self.title)
+        return Turn(self._number, self._passes, compare, self.title, checks, layout, gathered)
 
     def _checks(self) -> tuple[Tensor | None, Tensor | None, Tensor | None] | tuple[()]:
         """Values by which ranks compare weights, in the order of `tell`.

@@ -13,13 +13,11 @@ from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
 
 from moeplan.runtime_client.device.exchange import DeviceExchange
-from moeplan.runtime_client.device.mailbox import Turn
 from moeplan.runtime_client.device.passes import run_pass
 from moeplan.runtime_client.group import ExpertGroup, Traffic, Transfer, beside, join
 from moeplan.runtime_client.layers.expert_layer import ExpertLayer
 from moeplan.runtime_client.layers.feed_forward import ExpertShape, feed_forward
 from moeplan.runtime_client.layers.lending import Homes, Loan, LoanBuffer, add_loan
-from moeplan.runtime_client.layers.rank_checks import compare_ranks
 from moeplan.runtime_client.layers.repeating import MadePasses
 from moeplan.runtime_client.layers.routing import combine, dispatch, find_route, infers_shapes
 from moeplan.runtime_client.layers.spilling import (
@@ -86,7 +84,7 @@ class ResidentExperts(ExpertLayer):
         self.exchange = exchange
         self._made: MadePasses[tuple[Homes, Loan]] = MadePasses()
         if exchange is not None:
-            exchange.require(shape, planner.options.home, dtype or torch.get_default_dtype())
+            exchange.require_homes(shape, planner.options.home, dtype or torch.get_default_dtype())
         self.flat = nn.Parameter(torch.zeros(len(self.homes.owned), shape.elements, dtype=dtype, device=device))
 
     @property
@@ -147,15 +145,9 @@ class ResidentExperts(ExpertLayer):
 
     def _run(self, rows: Tensor, index: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
         if self.exchange is not None:
-            if self.finish is not None or self.identities:
-                raise ValueError(
-                    f"{self.title}: norms of results and identity experts need the host; make the layer without "
-                    "exchange="
-                )
             if infers_shapes():
                 weight = torch.zeros_like(weight)  # they were never written
-            checks = [index.new_zeros(()) if check is None else check.long() for check in self._checks()]
-            turn = Turn(self._number, self._passes, partial(compare_ranks, self.title), self.title, checks)
+            turn = self._turn()
             return run_pass(self.exchange, turn, self.flat, rows, index, weight, dtype)
         group = self.group
         homes = self.homes

@@ -15,6 +15,9 @@ from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from moeplan.runtime_client.device.exchange import DeviceExchange
+from moeplan.runtime_client.device.layout_plans import LayoutPlans
+from moeplan.runtime_client.device.passes import run_pass
 from moeplan.runtime_client.device.shard_memory import PublishedShard, ShardMemory
 from moeplan.runtime_client.group import ExpertGroup, Traffic
 from moeplan.runtime_client.layers.dividing import Division, PlannedLayer
@@ -77,12 +80,15 @@ class FullyShardedExperts(ExpertLayer):
             It saves their memory and costs a second gather.
         memory: Has copy engines of GPUs gather the weights and return their gradients; share one between layers that
             run one after another. Without it, collectives of the group do.
+        exchange: Runs passes on GPUs without the host, with a `memory`; one for `SlotsOfLayouts`, shared between layers
+            that run one after another. It divides by the rules `optimal` and `even`, on a cluster of one node without
+            limits of memory, and does not lend. Without it, passes use the collectives of the group.
         dtype: Type of the parameter.
         device: Device of the parameter.
 
     Attributes:
         shard: Parameter [experts, ceil(elements / N)], columns ``rank * width`` onward of the flat experts.
-        traffic: Bytes sent to other ranks since the counter was last cleared.
+        traffic: Bytes sent to other ranks since the counter was last cleared; tokens of an `exchange` are not counted.
     """
 
     own: ClassVar[str] = "shard"
@@ -101,6 +107,7 @@ class FullyShardedExperts(ExpertLayer):
         compute_dtype: torch.dtype | None = None,
         reshard: bool = True,
         memory: ShardMemory | None = None,
+        exchange: DeviceExchange | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
@@ -112,6 +119,9 @@ class FullyShardedExperts(ExpertLayer):
         self._division = Division(cluster, expert, split_rule)
         if self._division.cluster.devices != group.size:
             raise ValueError(f"cluster.devices = {self._division.cluster.devices}: the group has {group.size} ranks")
+        self.exchange = exchange
+        self._dividing = None if exchange is None else self._divided_by(exchange, memory)
+        self._require_divided(self._division)
         self._planner: MovableSpillPlanner | None = None
         self._spilling: Spilling | None = None
         self.reshard = reshard
@@ -152,6 +162,10 @@ class FullyShardedExperts(ExpertLayer):
 
     @planner.setter
     def planner(self, planner: MovableSpillPlanner | None) -> None:
+        if planner is not None and self.exchange is not None:
+            raise ValueError(
+                f"{self.title}: passes without the host do not lend beyond a layout; leave planner= out, or exchange="
+            )
         if planner is not None:
             require_movable(planner)
             require_passes(planner, self.group.size)
@@ -162,6 +176,49 @@ class FullyShardedExperts(ExpertLayer):
     def _require_room(self, layout: Layout, planner: MovableSpillPlanner | None) -> None:
         if self.memory is not None:
             self.memory.require_room(layout.slots, 0 if planner is None else self._lent(planner))
+        if self._dividing is not None:
+            self._dividing.require(layout)
+
+    def _divided_by(self, exchange: DeviceExchange, memory: ShardMemory | None) -> LayoutPlans:
+        """What divides tokens without the host.
+
+        Raises:
+            ValueError: the exchange is one for other layers, or shards do not travel by copy engines.
+        """
+        if memory is None:
+            raise ValueError(
+                "exchange without memory: passes without the host gather experts by it; write memory=ShardMemory(...)"
+            )
+        if memory.dtype != exchange.dtype:
+            raise ValueError(f"exchange.dtype = {exchange.dtype}: the memory was made for {memory.dtype}")
+        if self.shape.elements % self.group.size:
+            raise ValueError(
+                f"{self.shape}: an expert's {self.shape.elements} parameters are not a multiple of {self.group.size} "
+                "ranks, as passes without the host need; leave exchange= out"
+            )
+        return exchange.layouts(self.shape, self.experts)
+
+    def _require_divided(self, division: Division) -> None:
+        """Refuse what passes without the host do not divide by.
+
+        Raises:
+            ValueError: the division is such.
+        """
+        if self._dividing is None:
+            return
+        cluster = division.cluster
+        if division.rule not in (SplitRule.OPTIMAL, SplitRule.EVEN):
+            raise ValueError(
+                f"{self.title}: split_rule = {division.rule.value}: passes without the host divide by optimal or even; "
+                "plan with one of them, or leave exchange= out"
+            )
+        for name, fits in (("nodes", cluster.nodes == 1), ("memory_bytes", cluster.memory_bytes is None)):
+            if not fits:
+                raise ValueError(
+                    f"{self.title}: cluster.{name} = {getattr(cluster, name)}: passes without the host divide among "
+                    f"devices of one node without limits of memory; give a cluster without {name}, or leave "
+                    "exchange= out"
+                )
 
     def _lent(self, planner: MovableSpillPlanner) -> Int32:
         """int32[ranks], most replicas that a rank is lent."""
@@ -176,6 +233,7 @@ class FullyShardedExperts(ExpertLayer):
     def plan(self, planned: PlannedLayer) -> None:
         if self.planner is not None:
             require_speed(self.planner, planned.division.cluster)
+        self._require_divided(planned.division)
         self.layout, self._division = planned
 
     @property
@@ -185,7 +243,9 @@ class FullyShardedExperts(ExpertLayer):
 
     @split_rule.setter
     def split_rule(self, rule: SplitRule | str) -> None:
-        self._division = Division(self._division.cluster, self._division.expert, rule)
+        division = Division(self._division.cluster, self._division.expert, rule)
+        self._require_divided(division)
+        self._division = division
 
     def device_loads(self, counts: Int64) -> Int64:
         """int64[ranks]: tokens that each rank computes of counts int64[sources, experts], under layout and rule."""
@@ -258,6 +318,8 @@ class FullyShardedExperts(ExpertLayer):
         return parts.transpose(0, 1).flatten(1)[:, : self.shape.elements] if here else None
 
     def _run(self, rows: Tensor, index: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        if self.exchange is not None and self._dividing is not None:
+            return self._run_without_host(self.exchange, self._dividing, rows, index, weight, dtype)
         placement, group = self._placed(), self.group
         follower = self._follower()
         means = placement.fingerprint ^ self._division.fingerprint
@@ -299,6 +361,38 @@ class FullyShardedExperts(ExpertLayer):
         output = combine(group, route, [results], weight, self.traffic, self.finish, announce=this.start)
         if output.requires_grad:
             self._made.add(output, counts, means, made)
+        return output
+
+    def _run_without_host(
+        self,
+        exchange: DeviceExchange,
+        dividing: LayoutPlans,
+        rows: Tensor,
+        index: Tensor,
+        weight: Tensor,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        assert self.memory is not None, "`_divided_by` wants one"
+        placement, division = self._placed(), self._division
+        self.memory.check()
+        key = dividing.key(
+            placement.layout, division.cluster.speed, division.rule, 1 + placement.fingerprint ^ division.fingerprint
+        )
+        turn = self._turn(key, self.memory.meetings)
+        gathering = self._take_ahead(placement, dtype) or self._start(placement, dtype, "weights.forward")
+        this = _Pass(self, placement, dtype)
+        returning = self.memory.returning
+        with nullcontext() if returning is None else torch.cuda.stream(returning):
+            landed: Tensor = _Land.apply(self.shard, this)  # type: ignore[no-untyped-call]
+        follower = self._follower()
+        if follower is not None:
+            follower.prefetch()
+        flat: Tensor = _Gather.apply(landed, [gathering], this)  # type: ignore[no-untyped-call]
+        output = run_pass(exchange, turn, flat, rows, index, weight, dtype)
+        if output.requires_grad:
+            output = this.guard(output, flat)
+            if self.reshard and not in_backward():
+                this.free(flat)
         return output
 
     def prefetch(self) -> None:
@@ -443,7 +537,9 @@ class _Pass:
             return
         self.start()
         assert self.arriving is not None, "the storage is alive, since `flat` refers to it"
-        storage.resize_(flat.numel() * flat.element_size())
+        size = flat.numel() * flat.element_size()
+        if storage.nbytes() != size:  # or it would be copied, half arrived, to other memory
+            storage.resize_(size)
         self.arriving.finish(flat)
         self.arriving, self.freed = None, False
 

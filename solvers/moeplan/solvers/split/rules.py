@@ -24,7 +24,7 @@ from moeplan.solvers.split.coverage import WHOLE, covered_split, domains, tokens
 from moeplan.solvers.split.memory import quota_in_memory
 from moeplan.solvers.split.sources import Sources, sort_sources, source_tokens
 
-__all__ = ["RULES", "Fabric", "Split", "divide", "fabric_of", "route", "routes", "split"]
+__all__ = ["RULES", "Fabric", "Split", "divide", "divide_evenly", "fabric_of", "route", "routes", "split"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -95,12 +95,13 @@ def even(fabric: Fabric, layout: Layout, tokens: Int64) -> Split:
     """Every replica of an expert computes the same share, to within one token (EPLB's assumption)."""
     quota = np.zeros((len(tokens), *layout.slots.shape), np.int64)
     hosts = layout.hosts
-    _even(tokens.sum(axis=1), hosts.start, hosts.device, hosts.slot, quota)
+    divide_evenly(tokens.sum(axis=1), hosts.start, hosts.device, hosts.slot, quota)
     return Split(SplitRule.EVEN, quota)
 
 
 @kernel
-def _even(loads: Int64, start: Int32, device: Int32, slot: Int32, quota: Int64) -> None:
+def divide_evenly(loads: Int64, start: Int32, device: Int32, slot: Int32, quota: Int64) -> None:
+    """Fill ``quota[scenarios, devices, width]`` for ``loads[scenarios, experts]``; `start` and so on as in `Hosts`."""
     for s in range(len(loads)):
         for e in range(len(start) - 1):
             n = start[e + 1] - start[e]

@@ -1,0 +1,271 @@
+"""Passes of sharded experts without the host, on CPUs: real processes, kernels in Triton's interpreter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from tests.runtime_client.device.shared_memory import shared_memory
+from tests.support.expert_groups import make_group
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from moeplan.runtime_client.device.exchange import DeviceExchange, SlotsOfLayouts
+from moeplan.runtime_client.device.shard_memory import ShardMemory
+from moeplan.runtime_client.errors import LayoutMismatchError, PassError
+from moeplan.runtime_client.layers.dividing import Division, PlannedLayer
+from moeplan.runtime_client.layers.feed_forward import ExpertShape
+from moeplan.runtime_client.layers.sharded import FullyShardedExperts, chain
+from moeplan.solvers import Cluster, ExpertSpec, Layout, QuotaPlanner, SpillOptions, SplitRule
+
+pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="Triton has wheels for Linux only")
+
+Launch = Callable[..., list[Any]]
+Layers = Sequence[FullyShardedExperts]
+SHAPE, EXPERTS, CHOICES, TOKENS = ExpertShape(16, 24), 6, 2, 20
+CPU = torch.device("cpu")
+TOLERANCE = 1e-5
+
+
+def make_layers(
+    folder: Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    reshard: bool = True,
+    count: int = 2,
+    slots: int = EXPERTS,
+    capacity: int | None = None,
+) -> tuple[Layers, Layers, DeviceExchange]:
+    """Layers on gloo and without the host, with equal weights of this type, computing in float32."""
+    group, limit = make_group(), timedelta(hours=1)
+    memory = ShardMemory(
+        group, SHAPE.elements, EXPERTS, slots=EXPERTS, device=CPU, dtype=torch.float32, time_limit=limit,
+        memory=shared_memory(folder / "shards"),
+    )  # fmt: skip
+    exchange = DeviceExchange(
+        group, SlotsOfLayouts(EXPERTS, slots), SHAPE, max_tokens=TOKENS, choices=CHOICES, device=CPU,
+        dtype=torch.float32, capacity=capacity, time_limit=limit,
+        memory=shared_memory(folder / "tokens"),
+    )  # fmt: skip
+    kinds: list[list[FullyShardedExperts]] = []
+    ways: list[dict[str, Any]] = [{}, {"memory": memory, "exchange": exchange}]
+    for way in ways:
+        layers = [
+            FullyShardedExperts(
+                SHAPE, EXPERTS, group, reshard=reshard, compute_dtype=torch.float32, dtype=dtype, **way
+            )
+            for _ in range(count)
+        ]  # fmt: skip
+        for number, layer in enumerate(layers):
+            random = torch.Generator().manual_seed(number)
+            layer.load_experts(0, torch.randn(EXPERTS, SHAPE.elements, generator=random, dtype=torch.float64) / 4)
+        chain(layers)
+        kinds.append(layers)
+    return kinds[0], kinds[1], exchange
+
+
+def plans(seed: int, count: int) -> list[PlannedLayer]:
+    """Any number of replicas, in any slots, some of them empty, of any speeds, by either rule."""
+    rng, devices = np.random.default_rng(seed), dist.get_world_size()
+    made = []
+    for _ in range(count):
+        placed = rng.random((devices, EXPERTS)) < rng.choice([0.0, 0.4, 0.9])
+        owners = rng.permutation(np.append(np.arange(devices), rng.integers(devices, size=EXPERTS - devices)))
+        placed[owners, np.arange(EXPERTS)] = True
+        slots = np.full((devices, EXPERTS + 1), -1, np.int32)
+        for device in range(devices):
+            held = rng.permutation(np.flatnonzero(placed[device]))
+            slots[device, rng.permutation(EXPERTS + 1)[: len(held)]] = held
+        cluster = Cluster.uniform(devices, 1, speed=rng.choice([1.0, 0.5], devices))
+        division = Division(cluster, ExpertSpec(), rng.choice([SplitRule.OPTIMAL, SplitRule.EVEN]))
+        made.append(PlannedLayer(Layout(slots, EXPERTS), division))
+    return made
+
+
+def use(layers: Layers, seed: int) -> None:
+    for layer, planned in zip(layers, plans(seed, len(layers)), strict=True):
+        layer.plan = planned
+
+
+def batch(seed: int, skew: float = 3.0) -> list[Tensor]:
+    random = torch.Generator().manual_seed(100 * seed + dist.get_rank())
+    tokens = (TOKENS, 0, 13)[(seed + dist.get_rank()) % 3]
+    hidden, gradient = torch.randn(2, tokens, SHAPE.hidden, generator=random)
+    weight, place = torch.rand(2, tokens, CHOICES, generator=random)
+    return [hidden, (place**skew * EXPERTS).long().clamp(max=EXPERTS - 1), weight, gradient]
+
+
+def answers(layers: Layers, parts: Sequence[Tensor], *, recompute: bool = False) -> list[Tensor]:
+    """Output and gradients, those of shards too."""
+    hidden, index, weight, gradient = parts
+    hidden, weight = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+    output = hidden
+    for layer in layers:
+        args = (output, index, weight)
+        output = output + (checkpoint(layer, *args, use_reentrant=False) if recompute else layer(*args))
+    output.backward(gradient)
+    found = [output.detach(), hidden.grad, weight.grad, *(layer.shard.grad for layer in layers)]
+    for layer in layers:
+        layer.shard.grad = None
+    return [part.clone() for part in found if part is not None]
+
+
+def assert_close(expected: Sequence[Tensor], found: Sequence[Tensor]) -> None:
+    assert len(expected) == len(found)
+    for one, other in zip(expected, found, strict=True):
+        assert one.dtype == other.dtype
+        if one.numel():
+            assert float((one - other).abs().max()) <= TOLERANCE * max(1.0, float(one.abs().max()))
+
+
+def trains(folder: Path, dtype: torch.dtype, reshard: bool) -> None:
+    gloo, own, exchange = make_layers(folder, dtype=dtype, reshard=reshard)
+    for seed, skew in enumerate((1.0, 4.0, 1000.0)):  # even, uneven, all on one expert
+        for layers in (gloo, own):
+            use(layers, seed)
+        parts = batch(seed, skew)
+        found = answers(own, parts, recompute=seed == 1)
+        assert_close(answers(gloo, parts), found)
+        with torch.no_grad():
+            for one, other, gradient in zip(gloo, own, found[3:], strict=True):
+                for layer in (one, other):
+                    layer.shard.sub_(gradient, alpha=1e-3)
+            assert_close([gloo[0](*parts[:3])], [own[0](*parts[:3])])
+    exchange.check()
+    exchange.mailbox.close()
+
+
+@pytest.mark.parametrize(
+    ("size", "dtype", "reshard"), [(2, torch.float32, True), (3, torch.float64, False), (2, torch.float32, False)]
+)
+def test_passes_equal_those_on_collectives(
+    ranks: Launch, tmp_path: Path, size: int, dtype: torch.dtype, reshard: bool
+) -> None:
+    for name in ("shards", "tokens"):
+        (tmp_path / name).mkdir()
+    ranks(size, trains, tmp_path, dtype, reshard, timeout_s=200)
+
+
+def overlaps(folder: Path) -> None:
+    gloo, own, exchange = make_layers(folder)
+    found = []
+    for layers in (gloo, own):
+        outputs = []
+        for seed in range(3):
+            use(layers, seed)
+            hidden, index, weight, _ = batch(seed)
+            for layer in layers:
+                hidden = hidden + layer(hidden, index, weight)
+            outputs.append(hidden)
+        for seed in (1, 0, 2):
+            outputs[seed].backward(batch(seed)[3])
+        found.append([layer.shard.grad for layer in layers if layer.shard.grad is not None])
+    assert_close(*found)
+    exchange.check()
+    exchange.mailbox.close()
+
+
+def test_layouts_may_change_while_passes_are_under_way(ranks: Launch, tmp_path: Path) -> None:
+    for name in ("shards", "tokens"):
+        (tmp_path / name).mkdir()
+    ranks(2, overlaps, tmp_path, timeout_s=200)
+
+
+def failure(folder: Path, kind: str) -> tuple[str, str]:
+    """The name of the error that `check` raises, and its message."""
+    _, own, exchange = make_layers(folder, capacity=TOKENS * CHOICES if kind == "rows" else None)
+    layer = own[0]
+    if kind == "layouts" and dist.get_rank() == 1:
+        use([layer], 1)
+    if kind == "gatherings":
+        assert layer.memory is not None
+        layer.memory._gathering.meetings += dist.get_rank()
+    # Without replicas the busiest expert is all on one rank.
+    output = layer(
+        torch.ones(TOKENS, SHAPE.hidden), torch.zeros(TOKENS, CHOICES, dtype=torch.long), torch.ones(TOKENS, CHOICES)
+    )
+    assert output.isnan().all()
+    with pytest.raises(Exception) as caught:
+        exchange.check()
+    exchange.mailbox.close()
+    return type(caught.value).__name__, str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "error", "message"),
+    [
+        ("layouts", LayoutMismatchError, "layout of ranks [1]"),
+        ("gatherings", LayoutMismatchError, "layout of ranks [1]"),
+        ("rows", PassError, "its layout gives rank 0 80 rows, more than the 64 of capacity and rounds"),
+    ],
+)
+def test_all_ranks_fail_alike(ranks: Launch, tmp_path: Path, kind: str, error: type[Exception], message: str) -> None:
+    for name in ("shards", "tokens"):
+        (tmp_path / name).mkdir()
+    for name, said in ranks(2, failure, tmp_path, kind, timeout_s=200):
+        assert name == error.__name__
+        assert message in said
+
+
+def refusals(folder: Path) -> list[str]:
+    _, own, exchange = make_layers(folder, count=1, slots=5)
+    layer, group = own[0], own[0].group
+    ways: dict[str, Any] = {"memory": layer.memory, "exchange": exchange, "compute_dtype": torch.float32}
+    quota = QuotaPlanner(SpillOptions.uniform(EXPERTS, 2, 1), 2)
+    home = DeviceExchange(
+        group, quota, SHAPE, max_tokens=4, choices=2, device=CPU, dtype=torch.float32, weights=torch.float32,
+        memory=shared_memory(folder / "tokens"),
+    )  # fmt: skip
+
+    def planned(layout: Layout, cluster: Cluster, rule: SplitRule = SplitRule.OPTIMAL) -> None:
+        layer.plan = PlannedLayer(layout, Division(cluster, ExpertSpec(), rule))
+
+    wide = Layout(np.array([[0, 1, 2, 3, 4, 5], [5, 0, 1, 2, 3, -1]]), EXPERTS)
+    said = []
+    for act in (
+        lambda: FullyShardedExperts(SHAPE, EXPERTS, group, **ways | {"memory": None}),
+        lambda: FullyShardedExperts(SHAPE, EXPERTS, group, **ways | {"exchange": home}),
+        lambda: FullyShardedExperts(SHAPE, EXPERTS, group, planner=quota, **ways),
+        lambda: FullyShardedExperts(ExpertShape(16, 32), EXPERTS, group, **ways),
+        lambda: planned(wide, Cluster.uniform(2, 1)),
+        lambda: planned(layer.layout, Cluster.uniform(2, 1, nodes=2)),
+        lambda: planned(layer.layout, Cluster.uniform(2, 1), SplitRule.LITE),
+        lambda: setattr(layer, "split_rule", "home"),
+        lambda: setattr(layer, "planner", quota),
+        lambda: exchange.charge(1.0),
+        lambda: DeviceExchange(group, SlotsOfLayouts(EXPERTS, 2), SHAPE, max_tokens=4, choices=2, device=CPU),
+    ):
+        with pytest.raises(ValueError) as caught:
+            act()
+        said.append(str(caught.value))
+    for each in (home, exchange):
+        each.mailbox.close()
+    return said
+
+
+def test_what_cannot_run_without_the_host_is_refused_by_name(ranks: Launch, tmp_path: Path) -> None:
+    for name in ("shards", "tokens"):
+        (tmp_path / name).mkdir()
+    said, _ = ranks(2, refusals, tmp_path)
+    expected = (
+        "write memory=ShardMemory(...)",
+        "write DeviceExchange(group, SlotsOfLayouts(6, slots), ...)",
+        "do not lend beyond a layout",
+        "shape = ExpertShape(hidden=16, width=32",
+        "write SlotsOfLayouts(6, 6)",
+        "cluster.nodes = 2",
+        "split_rule = lite",
+        "split_rule = home",
+        "do not lend beyond a layout",
+        "lends nothing",
+        "slots = 2: must be 3 to 6",
+    )
+    for message, word in zip(said, expected, strict=True):
+        assert word in message
