@@ -81,8 +81,8 @@ class FullyShardedExperts(ExpertLayer):
         memory: Has copy engines of GPUs gather the weights and return their gradients; share one between layers that
             run one after another. Without it, collectives of the group do.
         exchange: Runs passes on GPUs without the host, with a `memory`; one for `SlotsOfLayouts`, shared between layers
-            that run one after another. It divides by the rules `optimal` and `even`, on a cluster of one node without
-            limits of memory, and does not lend. Without it, passes use the collectives of the group.
+            that run one after another. It divides by the rules `optimal` and `even`, without limits of memory, and does
+            not lend; ranks of its link domain are all as near. Without it, passes use the collectives of the group.
         dtype: Type of the parameter.
         device: Device of the parameter.
 
@@ -206,19 +206,16 @@ class FullyShardedExperts(ExpertLayer):
         """
         if self._dividing is None:
             return
-        cluster = division.cluster
         if division.rule not in (SplitRule.OPTIMAL, SplitRule.EVEN):
             raise ValueError(
                 f"{self.title}: split_rule = {division.rule.value}: passes without the host divide by optimal or even; "
                 "plan with one of them, or leave exchange= out"
             )
-        for name, fits in (("nodes", cluster.nodes == 1), ("memory_bytes", cluster.memory_bytes is None)):
-            if not fits:
-                raise ValueError(
-                    f"{self.title}: cluster.{name} = {getattr(cluster, name)}: passes without the host divide among "
-                    f"devices of one node without limits of memory; give a cluster without {name}, or leave "
-                    "exchange= out"
-                )
+        if division.cluster.memory_bytes is not None:
+            raise ValueError(
+                f"{self.title}: cluster.memory_bytes: passes without the host divide without limits of memory; give a "
+                "cluster without memory_bytes, or leave exchange= out"
+            )
 
     def _lent(self, planner: MovableSpillPlanner) -> Int32:
         """int32[ranks], most replicas that a rank is lent."""
