@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from importlib.util import find_spec
@@ -176,6 +177,30 @@ def test_layouts_may_change_while_passes_are_under_way(ranks: Launch, tmp_path: 
     for name in ("shards", "tokens"):
         (tmp_path / name).mkdir()
     ranks(2, overlaps, tmp_path, timeout_s=200)
+
+
+def unusual(folder: Path, kind: str) -> None:
+    gloo, own, exchange = make_layers(folder)
+    if kind == "frozen":
+        for layer in (*gloo, *own):
+            layer.shard.requires_grad_(False)
+    if kind == "copied":
+        own = copy.deepcopy(own)
+        chain(own)
+    for seed in range(2):
+        for layers in (gloo, own):
+            use(layers, seed)
+        parts = [part[:0] for part in batch(seed)] if kind == "idle" else batch(seed)
+        assert_close(answers(gloo, parts), answers(own, parts))
+    exchange.check()
+    exchange.mailbox.close()
+
+
+@pytest.mark.parametrize("kind", ["frozen", "copied", "idle"])
+def test_experts_may_be_frozen_or_copied_and_have_no_tokens(ranks: Launch, tmp_path: Path, kind: str) -> None:
+    for name in ("shards", "tokens"):
+        (tmp_path / name).mkdir()
+    ranks(2, unusual, tmp_path, kind, timeout_s=200)
 
 
 def failure(folder: Path, kind: str) -> tuple[str, str]:

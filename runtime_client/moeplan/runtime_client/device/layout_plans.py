@@ -80,6 +80,10 @@ class LayoutPlans:
         )
         self._keys: dict[int, Tensor] = {}
 
+    def __deepcopy__(self, memo: dict[int, object]) -> LayoutPlans:
+        """Itself: copies of layers share an exchange, and so its thread."""
+        return self
+
     def require(self, layout: Layout) -> None:
         """Raise unless tokens can be divided by a layout.
 
