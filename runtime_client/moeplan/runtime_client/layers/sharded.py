@@ -569,7 +569,7 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, shard: Tensor, gatherings: Sequence[Gathering | DirectGathering], this: _Pass) -> Tensor:
-        ctx.this, ctx.shape = this, shard.shape
+        ctx.this, ctx.shape, ctx.dtype = this, shard.shape, shard.dtype
         flat = gatherings[0].memory(len(this.placement.experts))
         parts = flat.split([len(gathering.placement.experts) for gathering in gatherings])
         for gathering, part in zip(gatherings, parts, strict=True):
@@ -582,8 +582,8 @@ class _Gather(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         this: _Pass = ctx.this
         this.returning = this.layer._return(gradient, this.placement)
-        # Only tells _Land to run; the true gradient is still travelling.
-        return gradient.new_zeros(()).expand(ctx.shape), None, None
+        # Only tells _Land to run; the true gradient is still travelling. Of another type it would be written out.
+        return gradient.new_zeros((), dtype=ctx.dtype).expand(ctx.shape), None, None
 
 
 class _Restore(torch.autograd.Function):
