@@ -11,6 +11,7 @@ import pytest
 import torch
 from tests.support.expert_groups import make_group
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from moeplan.runtime_client.errors import LayoutMismatchError, RouterError
@@ -575,3 +576,23 @@ def test_a_token_cap_that_no_plan_keeps_is_reported_on_every_rank(ranks: Launch)
     told = ranks(2, exceed_token_cap)
     assert told[0] == told[1]
     assert "exceeds the cap by" in told[0]
+
+
+def test_no_gradient_as_large_as_the_shard_is_written_beside_its_own() -> None:
+    made: list[str] = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        ) -> Any:
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, Tensor) and out.dtype == torch.float32 and out.shape == layer.shard.shape:
+                made.extend([str(func)] if out.untyped_storage().nbytes() >= 4 * out.numel() else [])
+            return out
+
+    layer = FullyShardedExperts(ExpertShape(8, 16), 4, ExpertGroup(), compute_dtype=torch.bfloat16)
+    layer.load_experts(0, torch.randn(4, layer.shape.elements))
+    output = layer(torch.randn(5, 8), torch.randint(4, (5, 2)), torch.rand(5, 2))
+    with Watch():  # type: ignore[no-untyped-call]
+        output.sum().backward()
+    assert [name for name in made if "detach" not in name] == ["aten._to_copy.default"]
