@@ -223,20 +223,23 @@ def deterministic(ranks: Ranks) -> str:
     return "the same bits each time, and under activation checkpointing"
 
 
+def under_way(ranks: Ranks, layers: Sequence[ExpertLayer]) -> list[Tensor]:
+    """Gradients of experts after three micro-batches, sharded ones with layouts of their own, whose passes overlap."""
+    outputs = []
+    for seed in range(3):
+        ranks.place([layer for layer in layers if isinstance(layer, FullyShardedExperts)], seed)
+        hidden, index, weight, _ = ranks.batch(seed)
+        for layer in layers:
+            hidden = hidden + layer(hidden, index, weight)
+        outputs.append(hidden)
+    for seed in (1, 0, 2):
+        outputs[seed].backward(ranks.batch(seed)[3])
+    return [part for layer in layers if (part := layer.weights.grad) is not None]
+
+
 def in_flight(ranks: Ranks) -> str:
     nccl, own, exchange = ranks.layers(count=2)
-    found = []
-    for layers in (nccl, own):
-        outputs = []
-        for seed in range(3):
-            hidden, index, weight, _ = ranks.batch(seed)
-            for layer in layers:
-                hidden = hidden + layer(hidden, index, weight)
-            outputs.append(hidden)
-        for seed in (1, 0, 2):
-            outputs[seed].backward(ranks.batch(seed)[3])
-        found.append([part for layer in layers if (part := layer.flat.grad) is not None])
-    worst = max(error(one, other) for one, other in zip(*found, strict=True))
+    worst = max(map(error, under_way(ranks, nccl), under_way(ranks, own)))
     assert worst <= 8 * ROUNDING, worst
     exchange.check()
     exchange.mailbox.close()
@@ -451,19 +454,7 @@ def copies_lend(ranks: Ranks) -> str:
 
 def copies_in_flight(ranks: Ranks) -> str:
     nccl, own, memory = ranks.sharded(count=2)
-    found = []
-    for layers in (nccl, own):
-        outputs = []
-        for seed in range(3):
-            ranks.place(layers, seed)
-            hidden, index, weight, _ = ranks.batch(seed)
-            for layer in layers:
-                hidden = hidden + layer(hidden, index, weight)
-            outputs.append(hidden)
-        for seed in (1, 0, 2):
-            outputs[seed].backward(ranks.batch(seed)[3])
-        found.append([part for layer in layers if (part := layer.shard.grad) is not None])
-    for one, other in zip(*found, strict=True):
+    for one, other in zip(under_way(ranks, nccl), under_way(ranks, own), strict=True):
         assert torch.equal(one, other)
     memory.check()
     return "three micro-batches through two layers with layouts of their own: the bits of NCCL"
@@ -538,19 +529,7 @@ def sharded_in_flight(ranks: Ranks) -> str:
     worst = 0.0
     for reshard in (True, False):
         nccl, own, exchange = ranks.sharded_by_device(reshard=reshard)
-        found = []
-        for layers in (nccl, own):
-            outputs = []
-            for seed in range(3):
-                ranks.place(layers, seed)
-                hidden, index, weight, _ = ranks.batch(seed)
-                for layer in layers:
-                    hidden = hidden + layer(hidden, index, weight)
-                outputs.append(hidden)
-            for seed in (1, 0, 2):
-                outputs[seed].backward(ranks.batch(seed)[3])
-            found.append([part for layer in layers if (part := layer.shard.grad) is not None])
-        worst = max(worst, *(error(one, other) for one, other in zip(*found, strict=True)))
+        worst = max(worst, *map(error, under_way(ranks, nccl), under_way(ranks, own)))
         assert worst <= 8 * ROUNDING, worst
         exchange.check()
         exchange.mailbox.close()

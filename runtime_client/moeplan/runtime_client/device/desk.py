@@ -35,12 +35,12 @@ __all__ = [
     "UNKNOWN",
     "WORDS",
     "Desk",
-    "begin",
     "layout_key",
     "next_request",
     "note",
     "reply",
     "take_counts",
+    "use_exact_sleep",
 ]
 
 # Places in `words`, each in a cache line of its own.
@@ -127,8 +127,8 @@ class Desk(NamedTuple):
 
 
 @kernel
-def begin() -> None:
-    """What the thread does first."""
+def use_exact_sleep() -> None:
+    """Have this thread sleep no longer than it says."""
     _control(_TIMER_SLACK, 1)
 
 

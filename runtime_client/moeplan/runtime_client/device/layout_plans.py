@@ -12,12 +12,12 @@ from moeplan.runtime_client.device.desk import (
     FULL,
     UNKNOWN,
     Desk,
-    begin,
     layout_key,
     next_request,
     note,
     reply,
     take_counts,
+    use_exact_sleep,
 )
 from moeplan.runtime_client.device.routes import BORROWED, FAULT, FULLEST, LENT, MOST, AnswerShape
 from moeplan.solvers.problem.arrays import Bool, Float64, Int32, Int64
@@ -29,7 +29,7 @@ from moeplan.solvers.split.flow import split_all
 from moeplan.solvers.split.rules import divide_evenly
 from moeplan.solvers.split.sources import Sources, sort_sources, source_tokens
 
-__all__ = ["LayoutPlans", "write_layout_answer"]
+__all__ = ["LayoutPlans"]
 
 _ROWS = 1024
 """Layouts that passes under way may have."""
@@ -139,7 +139,7 @@ class LayoutPlans:
 @kernel
 def _serve(desk: Desk, tables: _Tables, sources: Sources, counts: Int32, places: Int64, own: tuple[int, int]) -> None:
     answered = 0
-    begin()
+    use_exact_sleep()
     while True:
         request = next_request(desk, answered)
         if request == answered:
@@ -158,7 +158,7 @@ def _serve(desk: Desk, tables: _Tables, sources: Sources, counts: Int32, places:
             start, device, slot = hosts(tables.slots[row], counts.shape[1])
             replicas = start, device, slot
             sent = _divide(tables.slots[row], replicas, tables.speed[row], tables.even[row], sources, counts)
-            full = write_layout_answer(desk.answer, places, own, replicas, sent)
+            full = _write_answer(desk.answer, places, own, replicas, sent)
             if full >= 0:
                 note(desk, FULL, full, desk.answer[FULLEST], own[1])
                 planned = False
@@ -186,7 +186,7 @@ def _divide(
 
 
 @kernel
-def write_layout_answer(
+def _write_answer(
     answer: Int32, places: Int64, own: tuple[int, int], replicas: tuple[Int32, Int32, Int32], sent: Int64
 ) -> int:
     """Fill `answer` for one rank; which rank has most rows to compute, if they are too many, else -1.

@@ -11,11 +11,11 @@ from moeplan.runtime_client.device.desk import (
     INVALID,
     SHORT,
     Desk,
-    begin,
     next_request,
     note,
     reply,
     take_counts,
+    use_exact_sleep,
 )
 from moeplan.runtime_client.device.routes import AnswerShape, Owners, write_answer
 from moeplan.solvers import QuotaPlanner, SpillOptions
@@ -82,7 +82,7 @@ def _serve(
     replicas, home_quota, devices, sent, kept, summary = workspace[-6:]
     rank, rows, away = own
     answered = 0
-    begin()
+    use_exact_sleep()
     while True:
         request = next_request(desk, answered)
         if request == answered:
