@@ -17,7 +17,7 @@ import structlog
 from google.protobuf.message import DecodeError
 
 from moeplan.api import wire
-from moeplan.api.jobs import JobStatus
+from moeplan.api.jobs import JobStatus, check_incarnation
 from moeplan.planner.daemon.interceptor import refusal_for
 from moeplan.planner.daemon.job_host import JobHost, RankStream
 from moeplan.planner.daemon.job_table import JobTable, described, job_id, stale, unreadable
@@ -356,8 +356,7 @@ def _after(token: str) -> str:
 
 
 def _ranks(hello: planner_pb2.Hello, ranks: int) -> tuple[int, ...]:
-    if hello.incarnation < 0:
-        raise invalid("hello.incarnation", hello.incarnation, "must be at least 0")
+    check_incarnation("hello.incarnation", hello.incarnation)
     if len(hello.session) > LONGEST_SESSION:
         raise invalid("hello.session", hello.session, f"must be at most {LONGEST_SESSION} characters")
     if not 0 <= hello.rank < ranks:
