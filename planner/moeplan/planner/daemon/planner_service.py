@@ -165,8 +165,8 @@ class PlannerService(planner_pb2_grpc.PlannerServiceServicer):
 
     async def StreamRank(  # noqa: N802
         self, request_iterator: object, context: Context
-    ) -> AsyncIterator[planner_pb2.StreamRankResponse]:
-        """Take statistics in, give plans out.
+    ) -> AsyncIterator[Any]:
+        """Take statistics in, give plans out: a `StreamRankResponse` each, or its bytes.
 
         Requests are read from the context: the iterator over them costs more, for each of them.
         """
@@ -200,7 +200,7 @@ class PlannerService(planner_pb2_grpc.PlannerServiceServicer):
                         # Whatever came between is left out: only the newest layouts matter.
                         update = host.update_after(sent)
                         sent = host.job.plan.version
-                        self._metrics.plan_bytes.inc(update.ByteSize())
+                        self._metrics.plan_bytes.inc(len(update))
                         yield update
                         host.traces.sent(sent)
                     if stream.taken > stream.acknowledged and (stream.left or self._due(stream)):
