@@ -32,11 +32,28 @@ MAX_LAYERS = 4_096
 MAX_EXPERTS = 65_536
 MAX_RANKS = 65_536
 MAX_LAG_STEPS = 1_024
+MAX_INCARNATION = 2**53
+"""Of the time in milliseconds, which clients take, far more than there will be; and no number that came about by a
+slip, as all bits set, which would fence out every later start of the job."""
 MAX_PLACES = 2**24
 """Places in the layouts of all layers, empty ones too: 64 MiB of a plan. A table is as wide as the largest device."""
 MAX_PAIRS = 2**28
 """Pairs of device and expert: one byte each, when the layouts of a layer are compared."""
 REPORT_BYTES, COUNT_BYTES, PLACE_BYTES = 1, 8, 4
+
+
+def check_incarnation(field_name: str, value: int) -> None:
+    """Refuse an incarnation that no start has.
+
+    Raises:
+        ProblemError: it is negative, or so large that hardly a later one could follow.
+    """
+    if value < 0:
+        raise ProblemError(field_name, value, "must be at least 0")
+    if value > MAX_INCARNATION:
+        raise ProblemError(
+            field_name, value, f"must be at most 2^53 ({MAX_INCARNATION}); take the time of the start in milliseconds"
+        )
 
 
 def _within(field_name: str, value: int, low: int, high: int) -> None:

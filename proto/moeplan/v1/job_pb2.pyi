@@ -54,8 +54,8 @@ class Job(_message.Message):
     name: _builtins.str
     """Resource name, "jobs/{job}"; the server sets it."""
     incarnation: _builtins.int
-    """Which start of the training this is, at least 0. It only grows: a rank of an earlier one is refused, a rank or
-    CreateJob of a later one takes the job over. Read: the newest one seen.
+    """Which start of the training this is, 0 to 2^53. It only grows: a rank of an earlier one is refused, a rank or
+    CreateJob of a later one takes the job over. The time of the start in milliseconds will do. Read: the newest one seen.
     """
     layers: _builtins.int
     """Number of MoE layers, above 0."""

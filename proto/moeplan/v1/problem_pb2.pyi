@@ -117,7 +117,7 @@ class Cluster(_message.Message):
 
     @_builtins.property
     def speed(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
-        """Relative tokens per second of each device, [devices], above 0; 1.0 each if empty."""
+        """Relative tokens per second of each device, [devices], 1e-30 to 1e30 and within a factor of 1e6; 1.0 each if empty."""
 
     @_builtins.property
     def memory_bytes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
@@ -169,7 +169,7 @@ class ExpertSpec(_message.Message):
     activation_bytes: _builtins.int
     """Memory that one token occupies on the device that computes it, bytes."""
     seconds_per_token: _builtins.float
-    """Forward time of one token on a device of speed 1, seconds, above 0; 1.0 if absent."""
+    """Forward time of one token on a device of speed 1, seconds, 1e-30 to 1e30; 1.0 if absent."""
     def __init__(
         self,
         *,

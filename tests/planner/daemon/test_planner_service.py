@@ -24,7 +24,7 @@ from moeplan.api.errors import (
 from moeplan.api.job_plans import Reason
 from moeplan.api.jobs import Closing, Forecast, ForecastMethod, JobSpec, Payback, Replan
 from moeplan.solvers import Cluster, ExpertSpec, Layout, SolveParameters
-from moeplan.v1 import job_pb2, planner_pb2, tensor_pb2
+from moeplan.v1 import job_pb2, planner_pb2, problem_pb2, tensor_pb2
 
 
 @pytest.fixture
@@ -109,6 +109,10 @@ def test_creating_again_is_harmless_and_differing_is_not(client: Client) -> None
         ),
         ({"initial_layouts": tensor_pb2.Tensor(type=tensor_pb2.DATA_TYPE_INT32)}, "job.initial_layouts.data"),
         ({"incarnation": -1}, "job.incarnation"),
+        ({"incarnation": 2**63 - 1}, "job.incarnation"),
+        ({"expert": problem_pb2.ExpertSpec(seconds_per_token=1e300)}, "job.expert.seconds_per_token"),
+        ({"cluster": problem_pb2.Cluster(slots=[6, 6], speed=[1e-308, 1e308])}, "job.cluster.speed[0]"),
+        ({"cluster": problem_pb2.Cluster(slots=[6, 6], speed=[1.0, 1e7])}, "job.cluster.speed[0]"),
     ],
 )
 def test_bad_jobs_name_the_field(client: Client, change: dict[str, object], field: str) -> None:
@@ -258,6 +262,11 @@ def test_bad_statistics_end_the_stream_and_nothing_else(client: Client, fields: 
         ({"reports_for": [0, 7]}, InvalidRequestError, "hello.reports_for"),
         ({"reports_for": [0, 0]}, InvalidRequestError, "hello.reports_for"),
         ({"incarnation": -1}, InvalidRequestError, "hello.incarnation"),
+        (
+            {"incarnation": 2**63 - 1},
+            InvalidRequestError,
+            f"hello.incarnation = {2**63 - 1}: must be at most 2^53 ({2**53}); take the time of the start",
+        ),
         ({"session": "x" * 65}, InvalidRequestError, "hello.session"),
     ],
 )
@@ -266,6 +275,15 @@ def test_bad_hellos(client: Client, hello: dict[str, object], kind: type[Service
     error = Rank(client, name, 0, hello=hello).error()
     assert isinstance(error, kind)
     assert text in str(error)
+
+
+def test_a_hello_that_is_refused_fences_nobody_out(client: Client) -> None:
+    name = client.create_job("unfenced", small_job()).name
+    Rank(client, name, 0, hello={"incarnation": 2**63 - 1}).error()
+    assert client.job(name).incarnation == 0
+    rank = Rank(client, name, 0)
+    rank.next("welcome")
+    rank.close()
 
 
 def test_the_first_message_must_be_a_hello(client: Client, job: str) -> None:

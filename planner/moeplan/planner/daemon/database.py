@@ -25,6 +25,8 @@ LOCK = "moeplan.lock"
 RESERVE = "moeplan.reserve"
 """Space that is given up when the disk is full, so that deleting and a restart go on."""
 RESERVE_BYTES = 256 * 1024
+LOG_BYTES = 1_024 * (4_096 + 24)
+"""Length that the write-ahead log grows to before SQLite begins at its start again: 1,000 pages and some."""
 SMALLEST = 512
 """Bytes of the smallest database that is not empty."""
 
@@ -162,6 +164,26 @@ class Database:
         if self.sqlite:
             with contextlib.suppress(Exception), contextlib.closing(self.engine.raw_connection()) as connection:
                 connection.cursor().execute("PRAGMA wal_checkpoint(TRUNCATE)")
+
+    def lengthen_log(self) -> None:
+        """Give the write-ahead log, which has been written to, the length that it grows to: zeros, which end it.
+
+        To synchronise a file that has grown takes the journal of the file system too, and with it whatever else on the
+        disk waits to be written.
+        """
+        if self._folder is None:
+            return
+        with contextlib.suppress(OSError):
+            # Appended, wherever the end is by then: another process may be writing too.
+            number = os.open(self._folder / f"{FILE}-wal", os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
+            try:
+                size, disk = os.fstat(number).st_size, os.fstatvfs(number)
+                # Without its head, zeros would look like damage; and a disk that is nearly full needs its room.
+                if 0 < size < LOG_BYTES and disk.f_bavail * disk.f_frsize > 4 * LOG_BYTES:
+                    os.write(number, bytes(LOG_BYTES - size))
+                    os.fsync(number)
+            finally:
+                os.close(number)
 
     def hang_up(self) -> None:
         """End what the database is doing, as it does not answer: who waits for it gets an error. From any thread.

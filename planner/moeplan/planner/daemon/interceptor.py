@@ -77,7 +77,7 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc, unused-ignore]
             return self._refusing(method, refusal, known or NOBODY)
         codecs = {
             "request_deserializer": _reader(handler),
-            "response_serializer": handler.response_serializer,
+            "response_serializer": _writer(handler),
         }
         if handler.response_streaming:
             behavior: Any = handler.stream_stream if handler.request_streaming else handler.unary_stream
@@ -230,6 +230,12 @@ def _reader(handler: grpc.RpcMethodHandler[Any, Any]) -> Callable[[bytes], Any]:
             return UNREADABLE
 
     return read
+
+
+def _writer(handler: grpc.RpcMethodHandler[Any, Any]) -> Callable[[Any], bytes]:
+    """Writes a response; one that goes to many streams is written already."""
+    serialize: Any = handler.response_serializer
+    return lambda response: response if isinstance(response, bytes) else serialize(response)
 
 
 def _read(request: Any) -> Any:

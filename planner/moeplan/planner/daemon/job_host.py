@@ -108,8 +108,9 @@ class JobHost:
         self.ended: RefusalError | None = None
         self.lost = False
         self.traces = traces
-        self._written: dict[int, planner_pb2.StreamRankResponse] = {}
+        self._written: dict[int, job_pb2.JobPlan] = {}
         self._written_of: JobPlan | None = None
+        self._update: tuple[JobPlan, int, bytes] | None = None
 
     # Streams
 
@@ -156,19 +157,25 @@ class JobHost:
 
     def plan_after(self, version: int) -> job_pb2.JobPlan:
         """The plan with the layers newer than `version`; not to be changed."""
-        return self.update_after(version).plan_update.plan
-
-    def update_after(self, version: int) -> planner_pb2.StreamRankResponse:
-        """The same as a stream sends it: one message for all streams, so it is not to be changed."""
         if self._written_of is not self.job.plan:
             self._written, self._written_of = {}, self.job.plan
         found = self._written.get(version)
         if found is None:
-            plan = wire.write_job_plan(self.name, self.job.plan, version)
-            found = planner_pb2.StreamRankResponse(plan_update=planner_pb2.PlanUpdate(plan=plan))
+            found = wire.write_job_plan(self.name, self.job.plan, version)
             if len(self._written) < MOST_WRITTEN:
                 self._written[version] = found
         return found
+
+    def update_after(self, version: int) -> bytes:
+        """The same as the message that a stream sends, a `StreamRankResponse`.
+
+        It is written once for all that hold the same version, as do those that keep up.
+        """
+        plan = self.job.plan
+        if self._update is None or self._update[0] is not plan or self._update[1] != version:
+            update = planner_pb2.PlanUpdate(plan=wire.write_job_plan(self.name, plan, version))
+            self._update = plan, version, planner_pb2.StreamRankResponse(plan_update=update).SerializeToString()
+        return self._update[2]
 
     # Events
 
@@ -317,11 +324,12 @@ class JobHost:
             limit_s = min(limit_s, task.parameters.deadline_s)
         end = time.monotonic() + limit_s
 
-        def packed(first: int) -> bytes:
-            own = slice(first, None, chunks)
-            return pickle.dumps(LayersTask(task.layers[own], task.outlooks[own], task.policy, task.parameters, end), 5)
+        def packed() -> list[bytes]:
+            parts = [slice(first, None, chunks) for first in range(chunks)]
+            tasks = (LayersTask(task.layers[p], task.outlooks[p], task.policy, task.parameters, end) for p in parts)
+            return [pickle.dumps(part, 5) for part in tasks]
 
-        payloads = [await asyncio.to_thread(packed, first) for first in range(chunks)]
+        payloads = await asyncio.to_thread(packed)
         left_s = end - time.monotonic()
         answers = await self._workers.run_all(
             Kind.LAYERS, payloads, limit_s=left_s, label="job", caller=self._workers.payer(self.id)
@@ -358,10 +366,13 @@ class JobHost:
             self.lost = self.lost or isinstance(error, LeaseLostError)
             return
         if self.job.commit(plan):
-            self._metrics.planned(plan)
             self.traces.stored(plan.version)
-            self._decided()
             self._announce()
+            try:
+                await asyncio.sleep(0)  # the ranks first, then the log
+            finally:
+                self._metrics.planned(plan)
+                self._decided()
 
     def _decided(self) -> None:
         decision = self.job.decision

@@ -515,7 +515,7 @@ def read_job(row: JobRow, stored: PlanRow | None) -> tuple[job_pb2.Job, Planning
 
 def _bytes(spec: JobSpec) -> int:
     """Most memory that a job takes here: its statistics, the plans that it remembers, and those written for streams."""
-    return spec.window_bytes + (KEPT_PLANS + MOST_WRITTEN + 1) * spec.plan_bytes
+    return spec.window_bytes + (KEPT_PLANS + MOST_WRITTEN + 2) * spec.plan_bytes
 
 
 def described(job: job_pb2.Job) -> job_pb2.Job:

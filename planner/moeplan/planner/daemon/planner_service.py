@@ -17,7 +17,7 @@ import structlog
 from google.protobuf.message import DecodeError
 
 from moeplan.api import wire
-from moeplan.api.jobs import JobStatus
+from moeplan.api.jobs import JobStatus, check_incarnation
 from moeplan.planner.daemon.interceptor import refusal_for
 from moeplan.planner.daemon.job_host import JobHost, RankStream
 from moeplan.planner.daemon.job_table import JobTable, described, job_id, stale, unreadable
@@ -165,8 +165,8 @@ class PlannerService(planner_pb2_grpc.PlannerServiceServicer):
 
     async def StreamRank(  # noqa: N802
         self, request_iterator: object, context: Context
-    ) -> AsyncIterator[planner_pb2.StreamRankResponse]:
-        """Take statistics in, give plans out.
+    ) -> AsyncIterator[Any]:
+        """Take statistics in, give plans out: a `StreamRankResponse` each, or its bytes.
 
         Requests are read from the context: the iterator over them costs more, for each of them.
         """
@@ -200,7 +200,7 @@ class PlannerService(planner_pb2_grpc.PlannerServiceServicer):
                         # Whatever came between is left out: only the newest layouts matter.
                         update = host.update_after(sent)
                         sent = host.job.plan.version
-                        self._metrics.plan_bytes.inc(update.ByteSize())
+                        self._metrics.plan_bytes.inc(len(update))
                         yield update
                         host.traces.sent(sent)
                     if stream.taken > stream.acknowledged and (stream.left or self._due(stream)):
@@ -356,8 +356,7 @@ def _after(token: str) -> str:
 
 
 def _ranks(hello: planner_pb2.Hello, ranks: int) -> tuple[int, ...]:
-    if hello.incarnation < 0:
-        raise invalid("hello.incarnation", hello.incarnation, "must be at least 0")
+    check_incarnation("hello.incarnation", hello.incarnation)
     if len(hello.session) > LONGEST_SESSION:
         raise invalid("hello.session", hello.session, f"must be at most {LONGEST_SESSION} characters")
     if not 0 <= hello.rank < ranks:

@@ -522,6 +522,7 @@ class Store:
             raise silent from None
 
     def _run(self) -> None:
+        lengthened = False
         while True:
             batch = [self._work.get()]
             while not self._work.empty():
@@ -540,6 +541,9 @@ class Store:
                 self._busy_since = None
                 self._metrics.store.observe(time.monotonic() - start)
                 self._loop.call_soon_threadsafe(_resolve, [future for _, future in chosen], results)
+                if turn is _Turn.WRITES and not lengthened:
+                    lengthened = True
+                    self._database.lengthen_log()
             if None in batch:
                 return
 
@@ -591,8 +595,11 @@ class Store:
             ),
             (_described, [{"of": s.name, "spec": s.spec} for s in good if s.spec is not None]),
             (_new_plan, [{"job": s.name, "version": s.version, "plan": s.plan} for s in good if s.plan]),
-            # Versions of a job have no gaps.
-            (_old_plans, [{"of": s.name, "last": s.version - self._kept} for s in good if s.plan]),
+            # Versions of a job have no gaps, and begin at 1 or above.
+            (
+                _old_plans,
+                [{"of": s.name, "last": s.version - self._kept} for s in good if s.plan and s.version > self._kept],
+            ),
         ):
             if rows:
                 connection.execute(statement, rows)

@@ -16,6 +16,7 @@ from moeplan.api.jobs import (
     Payback,
     Replan,
     StatisticsCount,
+    check_incarnation,
     check_size,
 )
 from moeplan.api.wire.problem_messages import (
@@ -69,8 +70,8 @@ def read_job_spec(message: job_pb2.Job, *, checked: bool = False) -> JobSpec:
         expert = read_expert(message.expert)
         parameters = read_parameters(message.parameters)
         forecast = _read_forecast(message.forecast)
-    if message.incarnation < 0:
-        raise ProblemError("job.incarnation", message.incarnation, "must be at least 0")
+    if not checked:  # an older daemon may have taken and kept a larger one
+        check_incarnation("job.incarnation", message.incarnation)
     initial: tuple[Layout, ...] = ()
     if message.HasField("initial_layouts"):
         layers, experts = message.layers, message.experts

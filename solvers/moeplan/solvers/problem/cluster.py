@@ -15,6 +15,11 @@ __all__ = ["Cluster", "Link", "source_devices"]
 
 MAX_DEVICES = 65_536
 MAX_SLOTS = 65_536
+MIN_SPEED, MAX_SPEED = 1e-30, 1e30
+"""Beyond them sums of speeds, or times of 2^53 tokens, may be no doubles."""
+MAX_SPEED_RATIO = 1e6
+"""Of the fastest device to the slowest: exact solvers count in whole numbers, in which the share of a device that is
+slower by much more is lost."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +48,8 @@ class Cluster:
     Attributes:
         slots: int32[devices], replicas that each device can hold; may differ between devices, may be 0.
         node: int32[devices], node of each device, 0..nodes-1.
-        speed: float64[devices], relative tokens per second; 1.0 is a device that runs at
-            ``ExpertSpec.seconds_per_token``.
+        speed: float64[devices], relative tokens per second, 1e-30 to 1e30 and within a factor of 1e6 of each other;
+            1.0 is a device that runs at ``ExpertSpec.seconds_per_token``.
         memory_bytes: int64[devices] available for experts, or None where memory is no limit.
         intra_node: Link between two devices of one node.
         inter_node: Link between two devices of different nodes.
@@ -81,6 +86,7 @@ class Cluster:
                 )
         if len(np.unique(self.node)) != self.nodes:
             raise ProblemError("cluster.node", np.unique(self.node).tolist(), "must use every number from 0 upward")
+        _check_speeds(self.speed)
 
     @classmethod
     def uniform(
@@ -143,6 +149,24 @@ class Cluster:
     def max_slots(self) -> int:
         """Slots of the largest device: the width of a layout."""
         return int(self.slots.max())
+
+
+def _check_speeds(speed: Float64) -> None:
+    slowest, fastest = int(speed.argmin()), int(speed.argmax())
+    for device in (slowest, fastest):
+        if not MIN_SPEED <= speed[device] <= MAX_SPEED:
+            raise ProblemError(
+                f"cluster.speed[{device}]",
+                float(speed[device]),
+                f"must be {MIN_SPEED:g} to {MAX_SPEED:g}; give speeds relative to a usual device's, which has 1",
+            )
+    if speed[fastest] > MAX_SPEED_RATIO * speed[slowest]:
+        raise ProblemError(
+            f"cluster.speed[{slowest}]",
+            float(speed[slowest]),
+            f"must be at least 1 / {MAX_SPEED_RATIO:g} of the fastest device's ({speed[fastest]:g}, of device "
+            f"{fastest}); give one that shall get nothing no slots",
+        )
 
 
 def source_devices(sources: int, devices: int) -> Int64:

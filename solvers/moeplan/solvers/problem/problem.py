@@ -21,6 +21,9 @@ from moeplan.solvers.problem.split_rules import SplitRule, split_rule
 
 __all__ = ["ExpertSpec", "Problem", "check_experts"]
 
+MIN_TOKEN_S, MAX_TOKEN_S = 1e-30, 1e30
+"""Beyond them times of as many tokens as a demand may have, on the slowest devices, may be no doubles."""
+
 
 @dataclass(frozen=True, slots=True)
 class ExpertSpec:
@@ -31,7 +34,7 @@ class ExpertSpec:
         state_bytes: Gradients and optimizer state of one resident replica; 0 where they are sharded elsewhere.
         token_bytes: A token's hidden vector as it travels to a device, and again back.
         activation_bytes: Memory that one token occupies on the device that computes it.
-        seconds_per_token: Forward time of one token on a device of speed 1.
+        seconds_per_token: Forward time of one token on a device of speed 1, 1e-30 to 1e30.
     """
 
     weight_bytes: int = 0
@@ -43,8 +46,11 @@ class ExpertSpec:
     def __post_init__(self) -> None:
         for name in ("weight_bytes", "state_bytes", "token_bytes", "activation_bytes"):
             object.__setattr__(self, name, integer(f"expert.{name}", getattr(self, name), 0, 2**53))
-        if not 0 < number("expert.seconds_per_token", self.seconds_per_token) < float("inf"):
-            raise ProblemError("expert.seconds_per_token", self.seconds_per_token, "must be finite and above 0")
+        token_s = number("expert.seconds_per_token", self.seconds_per_token)
+        if not MIN_TOKEN_S <= token_s <= MAX_TOKEN_S:
+            raise ProblemError(
+                "expert.seconds_per_token", token_s, f"must be {MIN_TOKEN_S:g} to {MAX_TOKEN_S:g}; give seconds"
+            )
 
     @property
     def replica_bytes(self) -> int:

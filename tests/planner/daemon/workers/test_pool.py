@@ -9,7 +9,7 @@ import signal
 import time
 
 import pytest
-from tests.support.daemon import WAIT_S
+from tests.support.daemon import WAIT_S, eventually
 
 from moeplan.planner.daemon.budgets import Budgets
 from moeplan.planner.daemon.metrics import Metrics
@@ -17,6 +17,7 @@ from moeplan.planner.daemon.settings import ServiceLimits
 from moeplan.planner.daemon.tenants import Tenants
 from moeplan.planner.daemon.workers import pool
 from moeplan.planner.daemon.workers.pool import Workers
+from moeplan.planner.daemon.workers.zygote import NICENESS
 
 
 @pytest.mark.parametrize("free", [False, True])
@@ -43,6 +44,23 @@ def test_a_worker_that_is_free_as_one_gives_up_is_not_lost(free: bool) -> None:
             await workers.stop()
 
     asyncio.run(give_up())
+
+
+def test_workers_give_way_to_the_daemon() -> None:
+    """Or a solve would delay messages, where there are more workers than free processors."""
+    lower = min(19, os.getpriority(os.PRIO_PROCESS, 0) + NICENESS)
+
+    async def start() -> None:
+        workers = Workers(1, ServiceLimits(), Metrics(), Budgets(Tenants(None, None)))
+        workers.start()
+        try:
+            worker = await workers._acquire(time.monotonic() + WAIT_S, free=True, caller="first", size=0)
+            # It is there before it has lowered itself.
+            await asyncio.to_thread(eventually, lambda: os.getpriority(os.PRIO_PROCESS, worker.pid) == lower)
+        finally:
+            await workers.stop()
+
+    asyncio.run(start())
 
 
 def test_a_zygote_that_hangs_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
