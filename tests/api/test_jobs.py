@@ -29,6 +29,7 @@ from moeplan.api import (
     StatisticsCount,
     wire,
 )
+from moeplan.api.jobs import MAX_INCARNATION
 from moeplan.solvers import Cluster, ExpertSpec, InfeasibleError, Layout, ProblemError, SolveParameters
 from moeplan.solvers.problem.split_rules import RANK_RULES, SplitRule
 from moeplan.v1 import job_pb2
@@ -90,7 +91,7 @@ def specs(draw: st.DrawFn) -> JobSpec:
 
 
 @settings(deadline=None)
-@given(specs(), st.integers(0, 2**62))
+@given(specs(), st.integers(0, MAX_INCARNATION))
 def test_jobs(spec: JobSpec, incarnation: int) -> None:
     message = job_pb2.Job.FromString(wire.write_job_spec(spec, incarnation).SerializeToString())
     assert same(wire.read_job_spec(message), spec)
