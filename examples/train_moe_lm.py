@@ -83,6 +83,10 @@ def make_layers(mode: str, size: Size, group: ExpertGroup, device: torch.device)
         kinds = [choice.kind for choice in choices]
         for block, choice in enumerate(choices if group.rank == 0 else ()):
             print(f"block {block}: {choice.reason}", file=sys.stderr)
+        if device.type == "cuda" and "both" in kinds:  # the model does not know what NCCL costs the host
+            kinds = ["sharded" if kind == "both" else kind for kind in kinds]
+            if group.rank == 0:
+                print("sharded in place of both: passes without the host do not lend beyond layouts", file=sys.stderr)
         # What a replica must be lent for depends on links and experts, which are those of all blocks.
         lends = replace(options, min_tokens=choices[0].resident.min_tokens)
         lends_beyond = replace(options, min_tokens=choices[0].both.min_tokens)
