@@ -132,7 +132,7 @@ def test_the_mean_of_sources_drawn_anew_is_that_of_the_steps(seed: int, spread: 
 
 
 def test_sources_drawn_anew_differ_as_steps_do() -> None:
-    """Experts that a source routes to together rise and fall together; the spread is that of steps, times a constant."""
+    """Experts that a source routes to together rise and fall together, as far as steps do, times a constant."""
     rng = np.random.default_rng(0)
     topic = rng.lognormal(0, 0.8, (8, 64, 1))
     window = (1e4 * np.concatenate([topic, topic, rng.lognormal(0, 0.8, (8, 64, 1))], axis=2)).astype(np.int64)

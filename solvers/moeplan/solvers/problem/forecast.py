@@ -26,7 +26,7 @@ OUTLIER = 2.5
 NORMAL_MEDIAN = 0.6745
 """Median of the absolute value of a standard normal variable."""
 
-FEW_SOURCES = 4
+FEW_SOURCES = 8
 """Sources below which their differences say too little of how a step may turn out."""
 
 AS_DRAWN = float(np.sqrt(2))
