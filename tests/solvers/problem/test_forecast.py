@@ -10,7 +10,7 @@ from tests.support.instances import all_layouts
 
 from moeplan.solvers import Cluster, Demand, Problem, ProblemError, SolveParameters, evaluate, solve, solve_anytime
 from moeplan.solvers.objective.score import risk
-from moeplan.solvers.problem.forecast import Widening, forecast, widened
+from moeplan.solvers.problem.forecast import AS_DRAWN, FEW_SOURCES, Widening, forecast, widened
 from moeplan.solvers.problem.forecast_spec import Forecast, ForecastMethod
 
 VALUES = st.lists(st.tuples(st.floats(1, 10), st.floats(0.01, 1)), min_size=1, max_size=8)
@@ -115,6 +115,51 @@ def test_widened_scenarios_are_a_demand_of_the_same_shape(
     assert (demand.tokens[:, window.sum(axis=0) == 0] == 0).all()
 
 
+@settings(max_examples=100, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.floats(0.1, 4), st.floats(0.1, 1))
+def test_the_mean_of_sources_drawn_anew_is_that_of_the_steps(seed: int, spread: float, newest: float) -> None:
+    rng = np.random.default_rng(seed)
+    shape = rng.integers([2, FEW_SOURCES, 1], [9, 20, 9])
+    window = rng.poisson(rng.lognormal(2, 2, shape))  # a few sources have most of an expert's tokens
+    window[:, :, rng.random(shape[2]) < 0.2] = 0
+    steps = widened(window, Widening(24, newest, spread=0)).tokens
+    demand = widened(window, Widening(24, newest, spread))
+    assert (demand.tokens >= 0).all()
+    assert (demand.tokens[steps == 0] == 0).all(), "sources keep to the experts that they route to"
+    error = demand.loads().mean(axis=0) - steps.sum(axis=1).mean(axis=0)
+    assert (np.abs(error) <= shape[1] / 2 + 1e-6).all(), "but for the rounding of each cell"
+    assert np.array_equal(demand.tokens, widened(window, Widening(24, newest, spread)).tokens)
+
+
+def test_sources_drawn_anew_differ_as_steps_do() -> None:
+    """Experts that a source routes to together rise and fall together, as far as steps do, times a constant."""
+    rng = np.random.default_rng(0)
+    topic = rng.lognormal(0, 0.8, (8, 64, 1))
+    window = (1e4 * np.concatenate([topic, topic, rng.lognormal(0, 0.8, (8, 64, 1))], axis=2)).astype(np.int64)
+    loads = window.sum(axis=1)
+    drawn = widened(window, Widening(400, newest=1.0)).loads() / loads[-1]
+    correlation = np.corrcoef(drawn.T)
+    assert correlation[0, 1] > 0.99
+    assert abs(correlation[0, 2]) < 0.5
+    error = window[-1].std(axis=0) / window[-1].mean(axis=0) / np.sqrt(64)
+    assert drawn.std(axis=0) == pytest.approx(AS_DRAWN * error, rel=0.25)
+
+
+def test_what_sources_always_do_is_not_drawn() -> None:
+    """Sources that route to experts of their own, the same in every step, leave nothing to chance."""
+    step = np.random.default_rng(0).integers(0, 1_000, (8, 16))
+    assert np.array_equal(widened(np.stack([step] * 5)).tokens, np.stack([step] * 24))
+
+
+def test_few_sources_change_as_steps_did() -> None:
+    """With fewer sources than can be drawn from, it does not matter which of them the tokens are from."""
+    window = np.random.default_rng(0).integers(100, 10_000, (6, 1, 8)) * 2
+    halves = np.concatenate([window // 2, window // 2], axis=1)
+    assert np.abs(widened(halves).loads() - widened(window).loads()).max() <= 2
+    steps = widened(window, Widening(spread=0)).loads()
+    assert len(np.unique(widened(window).loads()[:, 0])) > len(np.unique(steps[:, 0]))
+
+
 def test_newer_steps_more_often() -> None:
     window = np.arange(1, 5)[:, np.newaxis, np.newaxis] * np.ones((1, 1, 3), np.int64)
     steps, often = np.unique(widened(window, Widening(16, 0.5, spread=0)).tokens[:, 0, 0], return_counts=True)
@@ -157,7 +202,7 @@ def test_methods_by_hand() -> None:
     assert forecast(window, Forecast(ForecastMethod.EMA, smoothing=0.5)).tokens.tolist() == [[[5, 25]]]
     assert forecast(window, Forecast(ForecastMethod.STEPS, window_steps=2)).tokens.tolist() == [[[4, 10]], [[8, 40]]]
     scenarios = forecast(window)
-    assert scenarios.tokens.shape == (16, 1, 2)
+    assert scenarios.tokens.shape == (24, 1, 2)
     assert np.array_equal(scenarios.tokens, widened(window).tokens)
 
 

@@ -1,8 +1,10 @@
 """From the window of past steps to the demand that a layout should suit. Whoever plans comes here.
 
 Planning for the few observed steps overfits them. So by default each scenario is a recent step, newer ones more often,
-perturbed by the changes seen between steps: each expert by itself, and all jointly so that correlated experts stay
-correlated. The changes can be taken wider than they were.
+perturbed as steps are. Sources route different tokens in every step, so where there are several, a step is one draw of
+many: its sources are drawn anew (two-stage balanced bootstrap: Davison, Hinkley and Schechtman, Efficient bootstrap
+simulation, Biometrika 73, 1986). Where there are not, the changes seen between steps perturb it: each expert by itself,
+and all jointly so that correlated experts stay correlated.
 """
 
 from __future__ import annotations
@@ -23,6 +25,13 @@ OUTLIER = 2.5
 
 NORMAL_MEDIAN = 0.6745
 """Median of the absolute value of a standard normal variable."""
+
+FEW_SOURCES = 8
+"""Sources below which their differences say too little of how a step may turn out."""
+
+AS_DRAWN = float(np.sqrt(2))
+"""Factor of what sources drawn anew change: a layout in balance for scenarios that lie further out is in balance for
+all between them, and few scenarios leave many directions out."""
 
 
 DRIFTS = 4
@@ -67,12 +76,13 @@ class Widening:
     Attributes:
         scenarios: How many, even.
         newest: Weight of the newest step; each older one has this part of what the newer ones leave.
-        spread: How much wider than the changes seen; 0 keeps the steps as they were.
-        together: Part of the variance that experts share, along the changes seen; the rest is each expert's own.
+        spread: How much wider than what was seen; 0 keeps the steps as they were.
+        together: Part of the variance that experts share, along the changes seen; the rest is each expert's own. It
+            counts where there are fewer than `FEW_SOURCES` sources.
         seed: Seed of the draws.
     """
 
-    scenarios: int = 16
+    scenarios: int = 24
     newest: float = 0.5
     spread: float = 1.0
     together: float = 0.5
@@ -94,7 +104,8 @@ class Widening:
 def widened(window: Int64, widening: Widening = Widening()) -> Demand:
     """Scenarios for the steps that follow a window.
 
-    Each comes with its mirror image (the opposite changes), so their average stays near that of the steps.
+    Their average is that of the steps by age: exactly but for rounding where sources are drawn, nearly otherwise, where
+    each scenario comes with its mirror image (the opposite changes).
 
     Args:
         window: int64[steps, sources, experts], oldest step first, at least one.
@@ -111,19 +122,51 @@ def widened(window: Int64, widening: Widening = Widening()) -> Demand:
     steps = Demand.of(window)
     if steps.scenarios == 1:
         return steps
-    base = steps.tokens[_by_age(steps.scenarios, widening)]
+    start = _by_age(steps.scenarios, widening)
+    base = steps.tokens[start]
     if not widening.spread:
         return Demand.of(base)
+    by_sources = steps.sources >= FEW_SOURCES
+    factor = _redrawn(steps.tokens, start, widening) if by_sources else _changed(steps.loads(), widening)
+    return Demand.of(np.rint(base * factor[:, np.newaxis]).astype(np.int64))
+
+
+def _redrawn(steps: Int64, start: Int64, widening: Widening) -> Float64:
+    """float64[scenarios, experts]: factors of the loads of the steps int64[scenarios], their sources drawn anew.
+
+    What a source always does, `steps` int64[steps, sources, experts] on average, is not drawn: it will do so again.
+    """
     random = np.random.Generator(np.random.PCG64(widening.seed))
-    change = np.diff(np.log(np.maximum(steps.loads(), 1)), axis=0)
+    count, sources, _ = steps.shape
+    usual = steps.sum(axis=0, dtype=np.float64)
+    factor = np.ones((len(start), steps.shape[2]))
+    for step in np.unique(start):
+        of_step = np.flatnonzero(start == step)
+        # Balanced: over the scenarios of a step each of its sources is drawn equally often.
+        drawn = random.permutation(np.tile(np.arange(sources), len(of_step))).reshape(len(of_step), sources)
+        times = np.stack([np.bincount(row, minlength=sources) for row in drawn])
+        # An average over the window holds the step itself, so that deviations from it are smaller than they were.
+        wider = widening.spread * AS_DRAWN * np.sqrt(count / (count - 1))
+        # Whole numbers, whose sums are the same in any order, and so on any machine.
+        change = (times - 1.0) @ (steps[step] * float(count) - usual)
+        redrawn = np.maximum(steps[step].sum(axis=0) + wider / count * change, 0)
+        total = redrawn.sum(axis=0)  # above that of the step where draws below none were left out
+        np.divide(redrawn * len(of_step), total, out=redrawn, where=total > 0)
+        factor[of_step] = redrawn
+    return factor
+
+
+def _changed(loads: Int64, widening: Widening) -> Float64:
+    """float64[scenarios, experts]: factors as int64[steps, experts] changed from step to step."""
+    random = np.random.Generator(np.random.PCG64(widening.seed))
+    change = np.diff(np.log(np.maximum(loads, 1)), axis=0)
     usual = np.median(np.abs(change), axis=0) / NORMAL_MEDIAN
     usual = np.maximum(usual, np.median(usual) / 2)
     seen = np.clip(change, -OUTLIER * usual, OUTLIER * usual) / np.sqrt(len(change))
     # A change is the difference of two steps, so each expert's own part has half of its variance.
     own = _mirrored(random, widening.scenarios, len(usual)) * usual / np.sqrt(2)
     shared = _mirrored(random, widening.scenarios, len(seen)) @ seen / np.sqrt(2)
-    factor = np.exp(widening.spread * (np.sqrt(1 - widening.together) * own + np.sqrt(widening.together) * shared))
-    return Demand.of(np.rint(base * factor[:, np.newaxis]).astype(np.int64))
+    return np.exp(widening.spread * (np.sqrt(1 - widening.together) * own + np.sqrt(widening.together) * shared))
 
 
 def drifted(demand: Demand) -> Demand:

@@ -24,7 +24,7 @@ class ForecastMethod(StrEnum):
     STEPS = "steps"
     """Every step as a scenario."""
     SCENARIOS = "scenarios"
-    """Recent steps, perturbed as the window says that experts move; see `widened`."""
+    """Recent steps, perturbed as the window says that steps differ; see `widened`."""
 
 
 @dataclass(frozen=True, slots=True)
