@@ -12,7 +12,7 @@ import numpy as np
 
 from moeplan.solvers.plan.parameters import SolveParameters
 from moeplan.solvers.policies.registry import policy
-from moeplan.solvers.problem.arrays import Int32, Int64
+from moeplan.solvers.problem.arrays import Float64, Int32, Int64
 from moeplan.solvers.problem.layout import EMPTY, Layout
 from moeplan.solvers.problem.problem import Problem
 from moeplan.solvers.problem.split_rules import SplitRule
@@ -20,8 +20,11 @@ from moeplan.solvers.problem.split_rules import SplitRule
 
 @policy("symi", source="SYMI / SwiftMoE, arXiv 2504.19925", split=SplitRule.EVEN)
 def symi(problem: Problem, parameters: SolveParameters) -> Layout:
-    """Replicas proportional to the newest scenario's popularity, in expert order over consecutive devices."""
-    replicas = proportional(problem.loads[-1], int(problem.capacity.sum()), problem.devices)
+    """Replicas proportional to the popularity of experts, in their order over consecutive devices.
+
+    The paper has that of the last iteration. Scenarios of a forecast are drawn around recent ones: their mean counts.
+    """
+    replicas = proportional(problem.mean_load, int(problem.capacity.sum()), problem.devices)
     slots = np.full((problem.devices, problem.cluster.max_slots), EMPTY, np.int32)
     used = np.zeros(problem.devices, np.int32)
     device = 0
@@ -38,11 +41,11 @@ def symi(problem: Problem, parameters: SolveParameters) -> Layout:
     return Layout(slots, problem.experts)
 
 
-def proportional(popularity: Int64, slots: int, most: int) -> Int32:
+def proportional(popularity: Float64 | Int64, slots: int, most: int) -> Int32:
     """Algorithm 1: round ``popularity / sum * slots`` to whole replicas, at least 1 and at most `most` each.
 
     Args:
-        popularity: int64[experts]; without any load all experts count the same.
+        popularity: [experts]; without any load all experts count the same.
         slots: Replicas to hand out, at least one per expert.
         most: Number of devices.
 
