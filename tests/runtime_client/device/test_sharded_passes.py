@@ -144,7 +144,12 @@ def trains(folder: Path, dtype: torch.dtype, reshard: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    ("size", "dtype", "reshard"), [(2, torch.float32, True), (3, torch.float64, False), (2, torch.float32, False)]
+    ("size", "dtype", "reshard"),
+    [
+        (2, torch.float32, True),
+        (3, torch.float64, False),
+        pytest.param(2, torch.float32, False, marks=pytest.mark.slow),
+    ],
 )
 def test_passes_equal_those_on_collectives(
     ranks: Launch, tmp_path: Path, size: int, dtype: torch.dtype, reshard: bool
@@ -196,7 +201,7 @@ def unusual(folder: Path, kind: str) -> None:
     exchange.mailbox.close()
 
 
-@pytest.mark.parametrize("kind", ["frozen", "copied", "idle"])
+@pytest.mark.parametrize("kind", [pytest.param("frozen", marks=pytest.mark.slow), "copied", "idle"])
 def test_experts_may_be_frozen_or_copied_and_have_no_tokens(ranks: Launch, tmp_path: Path, kind: str) -> None:
     for name in ("shards", "tokens"):
         (tmp_path / name).mkdir()
