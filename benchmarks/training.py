@@ -56,7 +56,9 @@ ROOTS = ("solvers", "planner", "runtime_client", "proto")
 MODES = ("quota", "llep", "sharded")
 LENDING = "sharded-quota"
 DEVICE_MODES = ("static-device", "quota-device", "sharded-device")
-COPIED = "sharded-copies"
+COPIES = "sharded-copies"
+PLANNED = ("sharded-device", COPIES, "sharded")
+"""Modes in which a daemon may plan layouts; of those asked for it does so in the first."""
 SAMPLED = ("ms", "forward", "backward", "optimizer", "memory", "imbalance")
 SIZES = ("tiny", "small", "large", "wide", "fine", "gpt-oss")
 ROUTINGS = ("text", "trace", "skewed")
@@ -78,7 +80,7 @@ Result = dict[str, Any]
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--size", nargs="+", choices=SIZES, default=["tiny"])
-    modes = (*MODES, LENDING, COPIED, *DEVICE_MODES)
+    modes = (*MODES, LENDING, COPIES, *DEVICE_MODES)
     parser.add_argument("--mode", nargs="+", choices=modes, default=MODES, help="beside static")
     parser.add_argument("--routing", nargs="+", choices=ROUTINGS, default=["text", "trace"])
     parser.add_argument("--batch", type=int, help="pieces of text of a rank in a step, if not the size's own")
@@ -92,9 +94,9 @@ def main() -> None:
     parser.add_argument("--show", type=Path, metavar="FILE", help="only print the table of these results")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if {*DEVICE_MODES, COPIED} & set(arguments.mode) and not torch.cuda.is_available():
-        parser.error(f"--mode {' '.join((COPIED, *DEVICE_MODES))}: need GPUs")
-    if arguments.planner and not {"sharded", COPIED, "sharded-device"} & set(arguments.mode):
+    if {*DEVICE_MODES, COPIES} & set(arguments.mode) and not torch.cuda.is_available():
+        parser.error(f"--mode {' '.join((COPIES, *DEVICE_MODES))}: need GPUs")
+    if arguments.planner and not set(PLANNED) & set(arguments.mode):
         parser.error("--planner: plans layouts of sharded experts; add sharded or sharded-device to --mode")
     if arguments.show:
         print(table(json.loads(arguments.show.read_text())))
@@ -223,7 +225,7 @@ def measure_size(
         for routing, mode in cases:
             # No checkout is always the first.
             for name in list(ranks)[:: 1 if nth % 2 else -1]:
-                if (mode in (LENDING, COPIED) or mode.endswith("-device")) and name != next(iter(ranks)):
+                if (mode in (LENDING, COPIES) or mode.endswith("-device")) and name != next(iter(ranks)):
                     continue  # other checkouts may not have it
                 planned = layouts.get((name, routing)) if mode.startswith("sharded") else None
                 sample = ranks[name].call("sample", mode=mode, routing=routing, nth=nth, layouts=planned)
@@ -257,7 +259,7 @@ def beside_planner(arguments: argparse.Namespace, rank: Rank, size: str, is_firs
     from planner_beside import daemon, plan_steps, summary  # not above, as for plan_layouts
 
     shift, found = arguments.planner, {}
-    mode = next(mode for mode in ("sharded-device", COPIED, "sharded") if mode in arguments.mode)
+    mode = next(mode for mode in PLANNED if mode in arguments.mode)
     with ExitStack() as stack:
         planner = stack.enter_context(daemon([HERE.parents[1] / root for root in ROOTS])) if is_first else None
         told = [planner and planner.address]

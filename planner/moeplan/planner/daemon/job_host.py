@@ -173,7 +173,7 @@ class JobHost:
         """
         plan = self.job.plan
         if self._update is None or self._update[0] is not plan or self._update[1] != version:
-            update = planner_pb2.PlanUpdate(plan=wire.write_job_plan(self.name, plan, version))
+            update = planner_pb2.PlanUpdate(plan=self.plan_after(version))
             self._update = plan, version, planner_pb2.StreamRankResponse(plan_update=update).SerializeToString()
         return self._update[2]
 

@@ -178,7 +178,7 @@ class DeviceExchange:
         self.max_tokens, self.pairs = max_tokens, pairs
         self.limit_ns = int((time_limit or group.timeout).total_seconds() * 1e9)
         self._turns: dict[int, Turn] = {}
-        self._zeros = torch.zeros(TOLD // 2, dtype=torch.int64, device=device)
+        self._nothing_told = torch.zeros(TOLD // 2, dtype=torch.int64, device=device)
         self.planner = planner
 
         self.mailbox = self._open_mailbox(self._planning(planner))
@@ -327,10 +327,9 @@ class DeviceExchange:
         pairs = index.numel()
         chunks, columns = -(-pairs // _kernels().CHUNK), shape.experts + 2
         self._turns[turn.layer] = turn
-        told = self._zeros
-        if turn.checks or turn.layout is not None:
-            none = self._zeros[0]
-            told = torch.stack([*(turn.checks or [none] * 3), none if turn.layout is None else turn.layout])
+        told = self._nothing_told if turn.layout is None else turn.layout
+        if turn.checks:
+            told = torch.stack([*turn.checks, told[-1]])
         order = torch.empty(pairs, dtype=torch.int32, device=self.device)
         tallies = torch.empty(chunks, columns, dtype=torch.int32, device=self.device)
         answer = torch.empty(shape.words, dtype=torch.int32, device=self.device)

@@ -102,7 +102,7 @@ class LayoutPlans:
             )
 
     def key(self, layout: Layout, speed: Float64, rule: SplitRule, key: int) -> Tensor:
-        """int64, on the device: what a pass tells to have its tokens divided so.
+        """`Turn.layout` of a pass whose tokens are to be divided so.
 
         Args:
             layout: The layout.
@@ -126,7 +126,7 @@ class LayoutPlans:
         self._tables.speed[row] = speed
         self._tables.even[row] = rule == SplitRule.EVEN
         self._tables.key[row] = key
-        told = self._keys[key] = torch.tensor(key, dtype=torch.int64, device=self.device)
+        told = self._keys[key] = torch.tensor([0, 0, 0, key], device=self.device)
         return told
 
     def serve(self, desk: Desk) -> None:

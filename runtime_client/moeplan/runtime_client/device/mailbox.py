@@ -55,7 +55,8 @@ class Turn:
         title: What errors call the layer.
         checks: int64 each, on the device: sum of this rank's experts, whether they are not what was loaded, and the sum
             of weights that all ranks share; empty in most passes.
-        layout: int64, on the device, where tokens are divided by layouts: see `LayoutPlans.key`.
+        layout: int64[4], on the device, where tokens are divided by layouts: three zeros in place of checks, and the
+            layout's key. See `LayoutPlans.key`.
         gathered: How often experts have been gathered; ranks that differ have other weights.
     """
 

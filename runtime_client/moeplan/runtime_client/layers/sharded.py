@@ -323,11 +323,9 @@ class FullyShardedExperts(ExpertLayer):
         if self.planner is not None:
             means ^= planner_fingerprint(self.planner)
         told = means ^ (follower._placement.fingerprint << 1 if follower else 0)
-        returning = None
         if self.memory is not None:
             self.memory.check()
             told ^= self.memory.meetings << 32
-            returning = self.memory.returning
         counts = self._gather_counts(index, weight, told & (2**62 - 1))
         made = self._made.repeated(self.title, counts)
         if made is not None:
@@ -341,19 +339,14 @@ class FullyShardedExperts(ExpertLayer):
             gatherings.append(self._start(lent, dtype, "weights.forward", *behind))
             placement = Placement(Layout(slots, self.experts), group, placement.device)
         this = _Pass(self, placement, dtype)
-        # Its backward runs on the stream of its forward, so that no other waits for the gradients.
-        with nullcontext() if returning is None else torch.cuda.stream(returning):
-            landed: Tensor = _Land.apply(self.shard, this)  # type: ignore[no-untyped-call]
+        landed = this.land()
         route = find_route(slots, made.send, made.receive, index)
         (arrived,) = dispatch(group, route, rows, self.traffic, [sum(route.receive)])
         if follower is not None:
             follower.prefetch()
         flat: Tensor = _Gather.apply(landed, gatherings, this)  # type: ignore[no-untyped-call]
         results = feed_forward(self.shape, flat, arrived, [route.rows[slot] for slot in placement.slots])
-        if torch.is_grad_enabled() and results.requires_grad:
-            results = this.guard(results, flat)
-            if self.reshard and not in_backward():
-                this.free(flat)
+        results = this.guard(results, flat)
         # The weights set out before the gradients of tokens do, to arrive beside them.
         output = combine(group, route, [results], weight, self.traffic, self.finish, announce=this.start)
         if output.requires_grad:
@@ -372,25 +365,17 @@ class FullyShardedExperts(ExpertLayer):
         assert self.memory is not None, "`_divided_by` wants one"
         placement, division = self._placed(), self._division
         self.memory.check()
-        key = dividing.key(
-            placement.layout, division.cluster.speed, division.rule, 1 + placement.fingerprint ^ division.fingerprint
-        )
+        means = placement.fingerprint ^ division.fingerprint
+        key = dividing.key(placement.layout, division.cluster.speed, division.rule, means or 1)
         turn = self._turn(key, self.memory.meetings)
         gathering = self._take_ahead(placement, dtype) or self._start(placement, dtype, "weights.forward")
         this = _Pass(self, placement, dtype)
-        returning = self.memory.returning
-        with nullcontext() if returning is None else torch.cuda.stream(returning):
-            landed: Tensor = _Land.apply(self.shard, this)  # type: ignore[no-untyped-call]
+        landed = this.land()
         follower = self._follower()
         if follower is not None:
             follower.prefetch()
         flat: Tensor = _Gather.apply(landed, [gathering], this)  # type: ignore[no-untyped-call]
-        output = run_pass(exchange, turn, flat, rows, index, weight, dtype)
-        if output.requires_grad:
-            output = this.guard(output, flat)
-            if self.reshard and not in_backward():
-                this.free(flat)
-        return output
+        return this.guard(run_pass(exchange, turn, flat, rows, index, weight, dtype), flat)
 
     def prefetch(self) -> None:
         """Start gathering the weights of the next forward pass. Every rank calls it at the same point, or none."""
@@ -508,15 +493,24 @@ class _Pass:
         self.before = layer._order[place - 1]._latest if place else None
         layer._latest = self
 
-    def guard(self, results: Tensor, flat: Tensor) -> Tensor:
-        """`results`, before whose backward `flat` is brought back."""
-        guarded: Tensor = _Restore.apply(results, flat, self)  # type: ignore[no-untyped-call]
-        return guarded
+    def land(self) -> Tensor:
+        """The shard, the gradients of whose slots come back to it; see `_Land`."""
+        memory = self.layer.memory
+        returning = None if memory is None else memory.returning
+        # Its backward runs on the stream of its forward, so that no other waits for the gradients.
+        with nullcontext() if returning is None else torch.cuda.stream(returning):
+            landed: Tensor = _Land.apply(self.layer.shard, self)  # type: ignore[no-untyped-call]
+        return landed
 
-    def free(self, flat: Tensor) -> None:
-        """Give up the memory of the weights, though autograd still refers to them."""
-        flat.untyped_storage().resize_(0)
-        self.freed = True
+    def guard(self, results: Tensor, flat: Tensor) -> Tensor:
+        """`results`, before whose backward `flat` is brought back; its memory is given up until then (`reshard`)."""
+        if not (torch.is_grad_enabled() and results.requires_grad):
+            return results
+        guarded: Tensor = _Restore.apply(results, flat, self)  # type: ignore[no-untyped-call]
+        if self.layer.reshard and not in_backward():
+            flat.untyped_storage().resize_(0)  # though autograd still refers to it
+            self.freed = True
+        return guarded
 
     def start(self) -> None:
         """Begin to gather the weights again, if they have been freed and are still wanted."""
