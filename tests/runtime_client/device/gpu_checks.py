@@ -74,17 +74,23 @@ class Ranks:
         return layers
 
     def sharded(
-        self, *, dtype: torch.dtype = torch.float32, reshard: bool = True, count: int = 3, **limits: object
+        self,
+        *,
+        dtype: torch.dtype = torch.float32,
+        reshard: bool = True,
+        count: int = 3,
+        exchange: DeviceExchange | None = None,
+        **limits: object,
     ) -> tuple[list[FullyShardedExperts], list[FullyShardedExperts], ShardMemory]:
-        """Layers on NCCL, and by copy engines, with equal weights."""
+        """Layers on NCCL, and by copy engines, whose passes may run by an exchange, with equal weights."""
         group = self.group
         arguments = {"slots": EXPERTS, "device": self.device} | limits
         memory = ShardMemory(group, SHAPE.elements, EXPERTS, **arguments)  # type: ignore[arg-type]
 
         def layer(own: ShardMemory | None) -> FullyShardedExperts:
             return FullyShardedExperts(
-                SHAPE, EXPERTS, group, memory=own, reshard=reshard, compute_dtype=torch.bfloat16, dtype=dtype,
-                device=self.device,
+                SHAPE, EXPERTS, group, memory=own, exchange=exchange if own else None, reshard=reshard,
+                compute_dtype=torch.bfloat16, dtype=dtype, device=self.device,
             )  # fmt: skip
 
         nccl, own = (self.load([layer(shared) for _ in range(count)]) for shared in (None, memory))
@@ -96,20 +102,10 @@ class Ranks:
         self, *, reshard: bool = True, count: int = 3
     ) -> tuple[list[FullyShardedExperts], list[FullyShardedExperts], DeviceExchange]:
         """Layers on NCCL, and by copy engines without the host, with equal weights."""
-        nccl, own, memory = self.sharded(reshard=reshard, count=count)
         exchange = DeviceExchange(
             self.group, SlotsOfLayouts(EXPERTS, EXPERTS), SHAPE, max_tokens=TOKENS, choices=CHOICES, device=self.device
         )  # fmt: skip
-        own = self.load(
-            [
-                FullyShardedExperts(
-                    SHAPE, EXPERTS, self.group, memory=memory, exchange=exchange, reshard=reshard,
-                    compute_dtype=torch.bfloat16, device=self.device,
-                )
-                for _ in own
-            ]
-        )  # fmt: skip
-        chain(own)
+        nccl, own, _ = self.sharded(reshard=reshard, count=count, exchange=exchange)
         return nccl, own, exchange
 
     def place(self, layers: list[FullyShardedExperts], seed: int) -> None:

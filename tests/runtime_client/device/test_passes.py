@@ -15,6 +15,16 @@ import pytest
 import torch
 import torch.distributed as dist
 from tests.runtime_client.device.shared_memory import shared_memory
+from tests.runtime_client.device.small_passes import (
+    CHOICES,
+    CPU,
+    EXPERTS,
+    SHAPE,
+    TOKENS,
+    assert_close,
+    batch,
+    uneven_batch,
+)
 from tests.support.expert_groups import make_group
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -33,9 +43,6 @@ pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="Triton has 
 
 Launch = Callable[..., list[Any]]
 SLOW = pytest.mark.slow
-SHAPE, EXPERTS, CHOICES, TOKENS = ExpertShape(16, 24), 6, 2, 20
-CPU = torch.device("cpu")
-TOLERANCE = 1e-5
 
 
 def make_layers(
@@ -68,13 +75,6 @@ def make_layers(
     return layers[0], layers[1], exchange
 
 
-def batch(seed: int, tokens: int = TOKENS, skew: float = 3.0) -> list[Tensor]:
-    random = torch.Generator().manual_seed(100 * seed + dist.get_rank())
-    hidden, gradient = torch.randn(2, tokens, SHAPE.hidden, generator=random)
-    weight, place = torch.rand(2, tokens, CHOICES, generator=random)
-    return [hidden, (place**skew * EXPERTS).long().clamp(max=EXPERTS - 1), weight, gradient]
-
-
 def answers(layer: ResidentExperts, parts: Sequence[Tensor], *, recompute: bool = False) -> list[Tensor]:
     hidden, index, weight, gradient = parts
     hidden, weight = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
@@ -86,17 +86,11 @@ def answers(layer: ResidentExperts, parts: Sequence[Tensor], *, recompute: bool 
     return [part.clone() for part in found if part is not None]
 
 
-def assert_close(expected: Sequence[Tensor], found: Sequence[Tensor]) -> None:
-    for one, other in zip(expected, found, strict=True):
-        if one.numel():
-            assert float((one - other).abs().max()) <= TOLERANCE * max(1.0, float(one.abs().max()))
-
-
 def equals_gloo(folder: Path, dtype: torch.dtype, spare: int, shape: ExpertShape) -> list[int]:
     gloo, own, exchange = make_layers(folder, dtype=dtype, spare=spare, shape=shape)
     lent = []
     for seed, skew in enumerate((1.0, 4.0, 1000.0)):  # even, uneven, all on one expert
-        parts = batch(seed, (TOKENS, 0, 13)[(seed + dist.get_rank()) % 3], skew)
+        parts = uneven_batch(seed, skew)
         assert_close(answers(gloo, parts), answers(own, parts))
         lent.append(int(exchange.mailbox.answer[2]))
     with torch.no_grad():

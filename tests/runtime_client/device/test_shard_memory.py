@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from tests.runtime_client.device.shared_memory import shared_memory
+from tests.runtime_client.device.small_passes import CPU, load_alike
 from tests.support.expert_groups import make_group
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -32,7 +33,6 @@ pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="Triton has 
 Launch = Callable[..., list[Any]]
 Layers = list[FullyShardedExperts]
 SHAPE, EXPERTS, CHOICES, TOKENS = ExpertShape(6, 5), 5, 2, 12  # 90 elements: parts of three ranks are padded
-CPU = torch.device("cpu")
 
 
 def make_layers(
@@ -60,9 +60,7 @@ def make_layers(
             )
             for _ in range(count)
         ]  # fmt: skip
-        for number, layer in enumerate(layers):
-            random = torch.Generator().manual_seed(number)
-            layer.load_experts(0, torch.randn(EXPERTS, SHAPE.elements, generator=random, dtype=torch.float64) / 4)
+        load_alike(layers)
         chain(layers)
         kinds.append(layers)
     return kinds[0], kinds[1], memory

@@ -14,6 +14,17 @@ import pytest
 import torch
 import torch.distributed as dist
 from tests.runtime_client.device.shared_memory import shared_memory
+from tests.runtime_client.device.small_passes import (
+    CHOICES,
+    CPU,
+    EXPERTS,
+    SHAPE,
+    TOKENS,
+    assert_close,
+    draw_plan,
+    load_alike,
+    uneven_batch,
+)
 from tests.support.expert_groups import make_group
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -30,9 +41,6 @@ pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="Triton has 
 
 Launch = Callable[..., list[Any]]
 Layers = Sequence[FullyShardedExperts]
-SHAPE, EXPERTS, CHOICES, TOKENS = ExpertShape(16, 24), 6, 2, 20
-CPU = torch.device("cpu")
-TOLERANCE = 1e-5
 
 
 def make_layers(
@@ -46,6 +54,8 @@ def make_layers(
 ) -> tuple[Layers, Layers, DeviceExchange]:
     """Layers on gloo and without the host, with equal weights of this type, computing in float32."""
     group, limit = make_group(), timedelta(hours=1)
+    for name in ("shards", "tokens"):
+        (folder / name).mkdir(exist_ok=True)
     memory = ShardMemory(
         group, SHAPE.elements, EXPERTS, slots=EXPERTS, device=CPU, dtype=torch.float32, time_limit=limit,
         memory=shared_memory(folder / "shards"),
@@ -64,43 +74,16 @@ def make_layers(
             )
             for _ in range(count)
         ]  # fmt: skip
-        for number, layer in enumerate(layers):
-            random = torch.Generator().manual_seed(number)
-            layer.load_experts(0, torch.randn(EXPERTS, SHAPE.elements, generator=random, dtype=torch.float64) / 4)
+        load_alike(layers)
         chain(layers)
         kinds.append(layers)
     return kinds[0], kinds[1], exchange
 
 
-def plans(seed: int, count: int) -> list[PlannedLayer]:
-    """Any number of replicas, in any slots, some of them empty, of any speeds, by either rule."""
-    rng, devices = np.random.default_rng(seed), dist.get_world_size()
-    made = []
-    for _ in range(count):
-        placed = rng.random((devices, EXPERTS)) < rng.choice([0.0, 0.4, 0.9])
-        owners = rng.permutation(np.append(np.arange(devices), rng.integers(devices, size=EXPERTS - devices)))
-        placed[owners, np.arange(EXPERTS)] = True
-        slots = np.full((devices, EXPERTS + 1), -1, np.int32)
-        for device in range(devices):
-            held = rng.permutation(np.flatnonzero(placed[device]))
-            slots[device, rng.permutation(EXPERTS + 1)[: len(held)]] = held
-        cluster = Cluster.uniform(devices, 1, speed=rng.choice([1.0, 0.5], devices))
-        division = Division(cluster, ExpertSpec(), rng.choice([SplitRule.OPTIMAL, SplitRule.EVEN]))
-        made.append(PlannedLayer(Layout(slots, EXPERTS), division))
-    return made
-
-
 def use(layers: Layers, seed: int) -> None:
-    for layer, planned in zip(layers, plans(seed, len(layers)), strict=True):
-        layer.plan = planned
-
-
-def batch(seed: int, skew: float = 3.0) -> list[Tensor]:
-    random = torch.Generator().manual_seed(100 * seed + dist.get_rank())
-    tokens = (TOKENS, 0, 13)[(seed + dist.get_rank()) % 3]
-    hidden, gradient = torch.randn(2, tokens, SHAPE.hidden, generator=random)
-    weight, place = torch.rand(2, tokens, CHOICES, generator=random)
-    return [hidden, (place**skew * EXPERTS).long().clamp(max=EXPERTS - 1), weight, gradient]
+    rng = np.random.default_rng(seed)
+    for layer in layers:
+        layer.plan = draw_plan(rng, dist.get_world_size(), EXPERTS)
 
 
 def answers(layers: Layers, parts: Sequence[Tensor], *, recompute: bool = False) -> list[Tensor]:
@@ -118,20 +101,12 @@ def answers(layers: Layers, parts: Sequence[Tensor], *, recompute: bool = False)
     return [part.clone() for part in found if part is not None]
 
 
-def assert_close(expected: Sequence[Tensor], found: Sequence[Tensor]) -> None:
-    assert len(expected) == len(found)
-    for one, other in zip(expected, found, strict=True):
-        assert one.dtype == other.dtype
-        if one.numel():
-            assert float((one - other).abs().max()) <= TOLERANCE * max(1.0, float(one.abs().max()))
-
-
 def trains(folder: Path, dtype: torch.dtype, reshard: bool) -> None:
     gloo, own, exchange = make_layers(folder, dtype=dtype, reshard=reshard)
     for seed, skew in enumerate((1.0, 4.0, 1000.0)):  # even, uneven, all on one expert
         for layers in (gloo, own):
             use(layers, seed)
-        parts = batch(seed, skew)
+        parts = uneven_batch(seed, skew)
         found = answers(own, parts, recompute=seed == 1)
         assert_close(answers(gloo, parts), found)
         with torch.no_grad():
@@ -154,8 +129,6 @@ def trains(folder: Path, dtype: torch.dtype, reshard: bool) -> None:
 def test_passes_equal_those_on_collectives(
     ranks: Launch, tmp_path: Path, size: int, dtype: torch.dtype, reshard: bool
 ) -> None:
-    for name in ("shards", "tokens"):
-        (tmp_path / name).mkdir()
     ranks(size, trains, tmp_path, dtype, reshard, timeout_s=200)
 
 
@@ -166,12 +139,12 @@ def overlaps(folder: Path) -> None:
         outputs = []
         for seed in range(3):
             use(layers, seed)
-            hidden, index, weight, _ = batch(seed)
+            hidden, index, weight, _ = uneven_batch(seed)
             for layer in layers:
                 hidden = hidden + layer(hidden, index, weight)
             outputs.append(hidden)
         for seed in (1, 0, 2):
-            outputs[seed].backward(batch(seed)[3])
+            outputs[seed].backward(uneven_batch(seed)[3])
         found.append([layer.shard.grad for layer in layers if layer.shard.grad is not None])
     assert_close(*found)
     exchange.check()
@@ -179,8 +152,6 @@ def overlaps(folder: Path) -> None:
 
 
 def test_layouts_may_change_while_passes_are_under_way(ranks: Launch, tmp_path: Path) -> None:
-    for name in ("shards", "tokens"):
-        (tmp_path / name).mkdir()
     ranks(2, overlaps, tmp_path, timeout_s=200)
 
 
@@ -195,7 +166,7 @@ def unusual(folder: Path, kind: str) -> None:
     for seed in range(2):
         for layers in (gloo, own):
             use(layers, seed)
-        parts = [part[:0] for part in batch(seed)] if kind == "idle" else batch(seed)
+        parts = [part[:0] for part in uneven_batch(seed)] if kind == "idle" else uneven_batch(seed)
         assert_close(answers(gloo, parts), answers(own, parts))
     exchange.check()
     exchange.mailbox.close()
@@ -203,8 +174,6 @@ def unusual(folder: Path, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", [pytest.param("frozen", marks=pytest.mark.slow), "copied", "idle"])
 def test_experts_may_be_frozen_or_copied_and_have_no_tokens(ranks: Launch, tmp_path: Path, kind: str) -> None:
-    for name in ("shards", "tokens"):
-        (tmp_path / name).mkdir()
     ranks(2, unusual, tmp_path, kind, timeout_s=200)
 
 
@@ -237,8 +206,6 @@ def failure(folder: Path, kind: str) -> tuple[str, str]:
     ],
 )
 def test_all_ranks_fail_alike(ranks: Launch, tmp_path: Path, kind: str, error: type[Exception], message: str) -> None:
-    for name in ("shards", "tokens"):
-        (tmp_path / name).mkdir()
     for name, said in ranks(2, failure, tmp_path, kind, timeout_s=200):
         assert name == error.__name__
         assert message in said
@@ -281,8 +248,6 @@ def refusals(folder: Path) -> list[str]:
 
 
 def test_what_cannot_run_without_the_host_is_refused_by_name(ranks: Launch, tmp_path: Path) -> None:
-    for name in ("shards", "tokens"):
-        (tmp_path / name).mkdir()
     said, _ = ranks(2, refusals, tmp_path)
     expected = (
         "write memory=ShardMemory(...)",
