@@ -358,6 +358,8 @@ def _options(message_bytes: int) -> list[tuple[str, Any]]:
         ("grpc.max_send_message_length", message_bytes),
         # Room for a whole request or burst before the first answer: HTTP/2's own 64 KiB cost larger ones a round trip.
         ("grpc.http2.lookahead_bytes", WINDOW_BYTES),
+        # That room and no more, also where answers take long: otherwise a call that nobody reads may fill any memory.
+        ("grpc.http2.bdp_probe", 0),
         ("grpc.so_reuseport", 0),  # otherwise a second daemon would silently share the port
         # Ranks are idle between steps: let them ping, and find out about those that are gone.
         ("grpc.keepalive_time_ms", 30_000),
