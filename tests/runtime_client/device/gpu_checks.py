@@ -395,7 +395,8 @@ def loan_has_a_price(ranks: Ranks) -> str:
     price = measure_transfer(exchange)
     prices = torch.zeros(ranks.group.size, dtype=torch.float64, device=ranks.device)
     dist.all_gather_into_tensor(prices, torch.tensor([price], dtype=torch.float64, device=ranks.device))
-    assert price > 0
+    assert price >= 0
+    assert price > 0 or torch.cuda.device_count() < ranks.group.size  # ranks that share a GPU wait for each other
     assert bool((prices == price).all())
     batch = ranks.batch(0, skew=1)  # nearly even
     lent = []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import torch
@@ -62,9 +62,8 @@ def measure_transfer(exchange: DeviceExchange) -> float:
     def compute() -> None:
         _products(exchange.shape, weights, rows, ends)
 
-    loan = _median_ms(lambda: lend(one), compute) - _median_ms(lambda: lend(none), compute)
-    products = _median_ms(compute, compute)
-    times = torch.tensor([loan, products], dtype=torch.float64, device=device)
+    with_loan, without, products = _medians_ms((lambda: lend(one), lambda: lend(none), compute), compute)
+    times = torch.tensor([with_loan - without, products], dtype=torch.float64, device=device)
     dist.all_reduce(times, dist.ReduceOp.MAX, group=exchange.group.tokens)
     loan, products = times.tolist()
     return max(loan, 0.0) * _ROWS / products
@@ -82,17 +81,22 @@ def _products(shape: Expert, weights: Tensor, rows: Tensor, ends: Tensor) -> Non
     functional.grouped_mm(first, inner, offs=ends)
 
 
-def _median_ms(work: Callable[[], None], before: Callable[[], None], times: int = 9) -> float:
-    """Time of the device for `work`, which the host launches while the device is busy with what is `before`."""
-    for _ in range(3):
-        work()
-    marks = [torch.cuda.Event(enable_timing=True) for _ in range(times + 1)]
+def _medians_ms(works: Sequence[Callable[[], None]], before: Callable[[], None], times: int = 9) -> list[float]:
+    """Time of the device for each of `works`, which the host launches while the device is busy with what is `before`.
+
+    They take turns, so that clocks that change and other work on the device are the same for all.
+    """
+    for work in works:
+        for _ in range(3):
+            work()
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(times * len(works) + 1)]
     torch.cuda.synchronize()
     for _ in range(_AHEAD):
         before()
     marks[0].record()
-    for mark in marks[1:]:
-        work()
+    for turn, mark in enumerate(marks[1:]):
+        works[turn % len(works)]()
         mark.record()
     torch.cuda.synchronize()
-    return statistics.median(start.elapsed_time(end) for start, end in pairwise(marks))
+    took = [start.elapsed_time(end) for start, end in pairwise(marks)]
+    return [statistics.median(took[turn :: len(works)]) for turn in range(len(works))]
