@@ -11,6 +11,7 @@ reach. `static` is plain expert parallelism; `quota` and `llep` lend experts in 
 layout that is perfect for the step before, `sharded-quota` ones lend beyond it, and `sharded-copies` ones travel by
 copy engines. `static-device`, `quota-device` and `sharded-device`, which travel by copy engines, too, run passes
 without the host, and beside them `force-balanced-device`; shares are of the faster of both force-balanced ones.
+Sharded experts are measured under that router, too, each where a static one would be: what sharding alone costs.
 Routing: `text` is what the routers choose, which have been trained for some steps on the example's text; `trace` deals
 tokens out by the last steps of the recorded trace in `examples/traces`, with the busiest experts on the first ranks;
 `skewed` has the squares of its loads.
@@ -217,9 +218,13 @@ def measure_size(
     even = ["force-balanced"]
     if set(DEVICE_MODES) & set(modes):
         even.append("force-balanced-device")
+    even += [mode for mode in modes if mode.startswith("sharded")]
     cases = [*(("even", mode) for mode in even), *((routing, mode) for routing in arguments.routing for mode in modes)]
     rows: dict[tuple[str, str, str], Result] = {}
-    layouts: dict[tuple[str, str], Any] = {}
+    in_order = np.arange(described[0]["size"]["experts"]).reshape(int(described[0]["machine"]["ranks"]), -1)
+    layouts: dict[tuple[str, str], Any] = {
+        (name, "even"): [in_order.tolist()] * int(described[0]["size"]["blocks"]) for name in ranks
+    }
     expected: dict[tuple[str, str], float] = {}
     for nth in range(arguments.rounds):
         for routing, mode in cases:
@@ -343,7 +348,11 @@ def spread(values: Sequence[float]) -> str:
 
 def share(rows: dict[tuple[str, str, str], Result], commit: str, row: Result) -> str:
     """Part of the force-balanced throughput of the same checkout, with the faster way to run it."""
-    balanced = [statistics.median(each["ms"]) for key, each in rows.items() if key[:2] == (commit, "even")]
+    balanced = [
+        statistics.median(each["ms"])
+        for (name, _, mode), each in rows.items()
+        if name == commit and mode.startswith("force-balanced")
+    ]
     return percent(min(balanced) / statistics.median(row["ms"]))
 
 
