@@ -12,7 +12,7 @@ from moeplan.solvers.problem.cluster import Cluster
 from moeplan.solvers.problem.constraints import Constraints
 from moeplan.solvers.problem.contradictions import check_contradictions
 from moeplan.solvers.problem.errors import ProblemError
-from moeplan.solvers.problem.layout import Layout
+from moeplan.solvers.problem.layout import EMPTY, Layout
 from moeplan.solvers.problem.limits import NO_LIMIT, Limits
 
 __all__ = ["compile_limits"]
@@ -50,7 +50,7 @@ def compile_limits(
     if current is not None:
         held = current.placed
         most = NO_LIMIT if max_moves is None else max_moves
-        limits = replace(limits, held=held, far=_far(held, cluster), max_arrivals=most)
+        limits = replace(limits, held=held, far=_far(current, cluster), max_arrivals=most)
     if constraints.names:
         limits = _constrained(limits, cluster, constraints, mean_load)
         unit, region = _units(cluster, constraints, experts, groups)
@@ -88,10 +88,11 @@ def _unlimited(cluster: Cluster, experts: int, room: bytes) -> Limits:
     )
 
 
-def _far(held: Bool, cluster: Cluster) -> Bool:
+def _far(current: Layout, cluster: Cluster) -> Bool:
     """bool[devices, experts]: pairs whose node does not hold the expert now."""
-    by_node = np.zeros((cluster.nodes, held.shape[1]), np.bool_)
-    np.logical_or.at(by_node, cluster.node, held)
+    by_node = np.zeros((cluster.nodes, current.experts), np.bool_)
+    device, slot = np.nonzero(current.slots != EMPTY)
+    by_node[cluster.node[device], current.slots[device, slot]] = True
     far: Bool = ~by_node[cluster.node]
     return far
 

@@ -102,8 +102,9 @@ def _check_room(limits: Limits, capacity: Int32) -> None:
 
 
 def _check_lost(limits: Limits) -> None:
-    lost = int((~limits.held.any(axis=0)).sum())
-    pins = int((limits.must & ~limits.held).any(axis=0).sum())
+    lost = int((~np.logical_or.reduce(limits.held)).sum())
+    device, expert = np.nonzero(limits.must)
+    pins = len(np.unique(expert[~limits.held[device, expert]]))
     needed = max(lost, pins)
     if needed > limits.max_arrivals:
         raise InfeasibleError(

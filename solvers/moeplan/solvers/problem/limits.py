@@ -153,11 +153,9 @@ def broken(limits: Limits, placed: Bool) -> ProblemError | None:
         reason = f"may receive {limits.node_arrivals[n]} (constraints.node_move_bytes)"
         return ProblemError("layout", f"{far[n]:.0f} replicas from other nodes to load on node {n}", reason)
     if limits.regions > 1:
-        in_region = np.zeros((limits.regions, placed.shape[1]), np.bool_)
-        np.logical_or.at(in_region, limits.region, placed)
         of_unit = np.zeros((limits.regions, int(limits.unit.max()) + 1), np.bool_)
         for r in range(limits.regions):
-            np.logical_or.at(of_unit[r], limits.unit, in_region[r])
+            of_unit[r, limits.unit[placed[limits.region == r].any(axis=0)]] = True
         if (of_unit.sum(axis=0) > 1).any():
             u = int(np.argmax(of_unit.sum(axis=0) > 1))
             members = np.flatnonzero(limits.unit == u).tolist()
