@@ -49,10 +49,9 @@ def add_replicas(
     first = tl.load(start + expert)
     for nth in range(first, tl.load(start + expert + 1)):
         row = tl.load(order + nth)
-        here = tl.where((row >= begin) & (row < end), WIDTH, 0)  # elements of it that were not sent
-        own = gradient + ((row - begin) * RANKS + rank) * WIDTH + at
-        part = tl.load(own, mask=at < here, other=0.0).to(sums.dtype)
-        part += tl.load(arrived + row * WIDTH + at, mask=inside & (at >= here), other=0.0).to(sums.dtype)
-        sums += part
+        part = arrived + row * WIDTH
+        if (row >= begin) & (row < end):  # it was not sent
+            part = gradient + ((row - begin) * RANKS + rank) * WIDTH
+        sums += tl.load(part + at, mask=inside, other=0.0).to(sums.dtype)
     sums = tl.where(tl.load(abort, volatile=True) != 0, float("nan"), sums)
     tl.store(total + expert * WIDTH + at, sums.to(total.dtype.element_ty), mask=inside)
