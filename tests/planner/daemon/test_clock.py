@@ -57,7 +57,7 @@ def made(client: Client, name: str) -> float:
     return created.timestamp()
 
 
-@pytest.mark.parametrize("jump_s", [DAY_S, -DAY_S])
+@pytest.mark.parametrize("jump_s", [pytest.param(DAY_S, marks=pytest.mark.slow), -DAY_S])
 def test_a_jump_of_a_day_is_not_noticed(start: Start, clock: WallClock, jump_s: int) -> None:
     daemon = start(environment={**clock.environment, "MOEPLAN_LEASE_S": "1"}).serving()
     with daemon.client() as client:

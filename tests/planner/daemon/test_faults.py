@@ -156,7 +156,7 @@ def test_a_damaged_store_is_refused_and_left_alone(start: Start, tmp_path: Path)
     [
         "middle",
         pytest.param("head", marks=pytest.mark.slow),
-        "empty",
+        pytest.param("empty", marks=pytest.mark.slow),
         pytest.param("one byte", marks=pytest.mark.slow),
         "gone",
     ],
