@@ -17,6 +17,8 @@ MAX_DEVICES = 65_536
 MAX_SLOTS = 65_536
 MIN_SPEED, MAX_SPEED = 1e-30, 1e30
 """Beyond them sums of speeds, or times of 2^53 tokens, may be no doubles."""
+MIN_BYTES_PER_S, MAX_LATENCY_S = 1e-30, 1e30
+"""Beyond them times of messages may be no doubles."""
 MAX_SPEED_RATIO = 1e6
 """Of the fastest device to the slowest: exact solvers count in whole numbers, in which the share of a device that is
 slower by much more is lost."""
@@ -27,18 +29,20 @@ class Link:
     """One class of links, in the alpha-beta model: a message of n bytes takes ``latency_s + n / bytes_per_s``.
 
     Attributes:
-        bytes_per_s: Bandwidth in one direction; infinity makes the link free.
-        latency_s: Time of an empty message.
+        bytes_per_s: Bandwidth in one direction, at least 1e-30; infinity makes the link free.
+        latency_s: Time of an empty message, at most 1e30.
     """
 
     bytes_per_s: float
     latency_s: float = 0.0
 
     def __post_init__(self) -> None:
-        if not number("link.bytes_per_s", self.bytes_per_s) > 0:
-            raise ProblemError("link.bytes_per_s", self.bytes_per_s, "must be above 0 (infinity is allowed)")
-        if not 0 <= number("link.latency_s", self.latency_s) < float("inf"):
-            raise ProblemError("link.latency_s", self.latency_s, "must be finite and at least 0")
+        if not number("link.bytes_per_s", self.bytes_per_s) >= MIN_BYTES_PER_S:
+            raise ProblemError(
+                "link.bytes_per_s", self.bytes_per_s, f"must be at least {MIN_BYTES_PER_S:g} (infinity is allowed)"
+            )
+        if not 0 <= number("link.latency_s", self.latency_s) <= MAX_LATENCY_S:
+            raise ProblemError("link.latency_s", self.latency_s, f"must be 0 to {MAX_LATENCY_S:g}; give seconds")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
