@@ -177,7 +177,7 @@ def local(
         tokens: int64[scenarios, sources, experts].
         tolerance: See above.
         end: Time on the clock of kernels after which no flow is begun: what scenarios are left are divided as `home`
-            does, which takes microseconds, keeps the load as near to the optimum, and sends a little more.
+            does, as late, which keeps the load as near to the optimum and sends more.
 
     Raises:
         ProblemError: the demand does not tell sources apart.
@@ -191,18 +191,21 @@ def local(
     for s, (asked, cap) in enumerate(zip(tokens, caps, strict=True)):
         start = time_now()
         if start + took > end:
-            quota[s:] = home(fabric, layout, tokens[s:], tolerance).quota
+            quota[s:] = home(fabric, layout, tokens[s:], tolerance, end=end).quota
             break
         quota[s, layout.hosts.device, layout.hosts.slot] = _least_traffic(fabric, layout, network, asked, cap)
         took = max(took if s else 0.0, time_now() - start)
     return Split(SplitRule.LOCAL, quota)
 
 
-def home(fabric: Fabric, layout: Layout, tokens: Int64, tolerance: float = LOCAL_TOLERANCE) -> Split:
+def home(
+    fabric: Fabric, layout: Layout, tokens: Int64, tolerance: float = LOCAL_TOLERANCE, *, end: float = NEVER
+) -> Split:
     """Tokens stay on a node that holds their expert; the rest is divided for the least largest load.
 
     No split of the layout sends less between nodes. Where the load would exceed the optimum by more than `tolerance`,
-    only so large a part of every expert's tokens stays that it does not, found by bisection.
+    only so large a part of every expert's tokens stays that it does not, found by bisection. That ends at `end`, a time
+    on the clock of kernels, with the largest part found by then; where there is none, with the optimal split.
 
     Raises:
         ProblemError: the demand does not tell sources apart.
@@ -212,21 +215,24 @@ def home(fabric: Fabric, layout: Layout, tokens: Int64, tolerance: float = LOCAL
     by_domain = tokens_by_domain(cluster, tokens, fabric.known_sources)
     stay = np.full(len(tokens), WHOLE)
     quota = covered_split(layout.slots, by_domain, speed, domain, stay)
-    best = (optimal(fabric, layout, tokens).device_loads() / speed).max(axis=1)
+    balanced = optimal(fabric, layout, tokens)
+    best = (balanced.device_loads() / speed).max(axis=1)
     # Whole tokens: what the tolerance allows is rounded up.
     most = np.ceil(best * (1 + tolerance) * speed.max()) / speed.max()
     over = np.flatnonzero((quota.sum(axis=2) / speed).max(axis=1) > most)
     low, high = np.zeros(len(over), np.int64), np.full(len(over), WHOLE)
-    while (high - low > 1).any():  # by powers of two, so in all of these scenarios as often
+    while (high - low > 1).any() and time_now() < end:  # by powers of two, so in all of these scenarios as often
         middle = (low + high) // 2
         trial = covered_split(layout.slots, by_domain[over], speed, domain, middle)
         fits = (trial.sum(axis=2) / speed).max(axis=1) <= most[over]
         quota[over[fits]] = trial[fits]
         low, high = np.where(fits, middle, low), np.where(fits, high, middle)
     leaving = over[low == 0]
-    if len(leaving):
+    if len(leaving) and time_now() < end:
         none = np.zeros(len(leaving), np.int64)
         quota[leaving] = covered_split(layout.slots, by_domain[leaving], speed, domain, none)
+    else:
+        quota[leaving] = balanced.quota[leaving]
     return Split(SplitRule.HOME, quota)
 
 
@@ -363,7 +369,7 @@ def split(problem: Problem, layout: Layout, rule: SplitRule, end: float = NEVER)
         problem: The problem.
         layout: The layout.
         rule: The rule.
-        end: Time on the clock of kernels that `local`, which takes long, keeps; see there.
+        end: Time on the clock of kernels that `local` and `home`, which may take long, keep; see there.
 
     Raises:
         ProblemError: the rule needs the demand by source.
@@ -371,6 +377,8 @@ def split(problem: Problem, layout: Layout, rule: SplitRule, end: float = NEVER)
     fabric, tokens = fabric_of(problem), problem.demand.tokens
     if rule is SplitRule.LOCAL:
         return local(fabric, layout, tokens, end=end)
+    if rule is SplitRule.HOME:
+        return home(fabric, layout, tokens, end=end)
     return divide(fabric, layout, tokens, rule)
 
 
