@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from tests.support.instances import all_layouts, optimum, random_layout, small_problems
+from tests.support.instances import all_layouts, optimum, problems, random_layout, small_problems
 
 from moeplan.solvers import (
     Cluster,
@@ -211,6 +211,29 @@ def test_what_cannot_fit_into_memory_is_refused_at_once() -> None:
     problem = Problem(cluster, Demand.of([[50] * 8]), ExpertSpec(weight_bytes=10, activation_bytes=1))
     with pytest.raises(InfeasibleError, match="one replica of each expert and the activations of 400 tokens need 480"):
         solve(problem, parameters=SolveParameters(deadline_s=0.01))
+
+
+@settings(max_examples=100, deadline=None)
+@given(problems(), st.sampled_from(SplitRule), st.integers(0, 2**32 - 1), st.sampled_from([None, 0, 2]), st.booleans())
+def test_a_deadline_that_is_over_at_once_still_gives_a_valid_plan(
+    problem: Problem, rule: SplitRule, seed: int, moves: int | None, regions: bool
+) -> None:
+    assume(problem.demand.sources > 1 or problem.devices == 1 or not rule.needs_sources)
+    asked = replace(problem, split_rule=rule)
+    if moves is not None:
+        asked = replace(asked, current=random_layout(problem, seed), max_moves=moves)
+    elif regions:
+        try:
+            asked = replace(asked, constraints=Constraints(domain=problem.cluster.node))
+        except InfeasibleError:
+            assume(False)
+    plan = solve(asked, parameters=SolveParameters(deadline_s=1e-9, target_gap=0.0))
+    assert plan.split.rule is rule
+    assert broken(asked.limits, plan.layout.placed) is None
+    assert not plan.split.quota[:, plan.layout.slots < 0].any()
+    for expert in range(problem.experts):
+        of_expert = plan.split.quota[:, plan.layout.slots == expert].sum(axis=1)
+        assert (of_expert == problem.loads[:, expert]).all()
 
 
 @settings(max_examples=15, deadline=None)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from ortools.graph.python import max_flow
+from scipy.optimize import linprog
 from tests.support.instances import best_split_by_linear_program, problems, random_layout
 
 from moeplan.solvers import Cluster, Demand, ExpertSpec, Layout, Link, Problem, ProblemError, evaluate
@@ -109,6 +112,44 @@ def test_local_is_never_slower_than_allowed_nor_farther_than_optimal(problem: Pr
     price = np.where(node[:, None] == node, 125, 1000) * (1 - np.eye(problem.devices, dtype=int))
     spent = [(traffic(problem, layout, choice) * price).sum() for choice in (near, best)]
     assert spent[0] <= spent[1]
+
+
+@settings(max_examples=100, deadline=None)
+@given(problems(max_devices=5, max_experts=6), st.integers(0, 2**32 - 1), st.sampled_from([10.0, 100.0, np.inf]))
+def test_local_sends_as_little_as_a_linear_program(problem: Problem, seed: int, inside: float) -> None:
+    assume(problem.demand.sources > 1 or problem.devices == 1)
+    problem = replace(problem, cluster=replace(problem.cluster, intra_node=Link(inside), inter_node=Link(10.0)))
+    layout, speed = random_layout(problem, seed), problem.cluster.speed
+    best = split(problem, layout, SplitRule.OPTIMAL).device_loads() / speed
+    caps = np.floor(best.max(axis=1, keepdims=True) * 1.1 * speed * (1 + 1e-12))
+    near = local(fabric_of(problem), layout, problem.demand.tokens, 0.1)
+    assert (near.device_loads() <= caps).all()
+    hosts, node = layout.hosts, problem.cluster.node
+    source, device = problem.source_device[:, None], hosts.device
+    price = np.where(node[source] == node[device], 10.0 / inside, 1.0) * (source != device)
+    expert = np.repeat(np.arange(problem.experts), layout.replicas)
+    sends = np.stack([expert == e for e in range(problem.experts)]).astype(float)
+    of_each = np.kron(np.eye(problem.demand.sources), sends)
+    on_each = np.tile((device == np.arange(problem.devices)[:, None]).astype(float), problem.demand.sources)
+    for s, sent in enumerate(routes(problem, layout, near)):
+        tokens = problem.demand.tokens[s].reshape(-1)
+        least = linprog(price.reshape(-1), A_ub=on_each, b_ub=caps[s], A_eq=of_each, b_eq=tokens)
+        assert least.fun is not None
+        assert (sent * price).sum() <= least.fun * (1 + 1e-6) + 1e-6
+
+
+@settings(max_examples=60, deadline=None)
+@given(problems(), st.integers(0, 2**32 - 1))
+def test_local_that_is_late_is_a_split_within_its_tolerance(problem: Problem, seed: int) -> None:
+    assume(problem.demand.sources > 1 or problem.devices == 1)
+    layout, speed = random_layout(problem, seed), problem.cluster.speed
+    late = split(problem, layout, SplitRule.LOCAL, end=0.0)
+    assert late.rule is SplitRule.LOCAL
+    for expert in range(problem.experts):
+        assert (late.quota[:, layout.slots == expert].sum(axis=1) == problem.loads[:, expert]).all()
+    best = (split(problem, layout, SplitRule.OPTIMAL).device_loads() / speed).max(axis=1)
+    most = np.ceil(best * 1.01 * speed.max()) / speed.max()
+    assert ((late.device_loads() / speed).max(axis=1) <= most * (1 + 1e-12)).all()
 
 
 def test_cost_by_hand() -> None:

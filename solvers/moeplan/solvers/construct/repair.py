@@ -35,16 +35,16 @@ def repair(problem: Problem, limits: Limits, slots: Int32, *, stay: bool) -> Int
     Returns:
         int32[devices, width]; None if this way finds none.
     """
-    from scipy.optimize import linear_sum_assignment  # takes half a second to import
-
     wanted = placed_in(slots, problem.experts)
     first, second = (limits.held, wanted) if stay else (wanted, limits.held)
-    placed = limits.must.copy()
+    placed = first.copy() if _valid(limits, first, problem.capacity) else limits.must.copy()
     loose = np.flatnonzero(~placed.any(axis=0))
     column = np.repeat(np.arange(problem.devices), problem.capacity - placed.sum(axis=1))
     if len(loose) > len(column):
         return None
     if len(loose):
+        from scipy.optimize import linear_sum_assignment  # takes half a second to import
+
         rank = 2.0 * ~first + ~second + NEVER * ~limits.may
         rows, columns = linear_sum_assignment(rank[column][:, loose].T)
         placed[column[columns], loose[rows]] = True
@@ -54,6 +54,12 @@ def repair(problem: Problem, limits: Limits, slots: Int32, *, stay: bool) -> Int
     if broken(limits, placed) is not None:
         return None
     return table(problem, placed)
+
+
+def _valid(limits: Limits, placed: Bool, capacity: Int32) -> bool:
+    """True if a layout, bool[devices, experts], may be as it is."""
+    whole = bool(placed.any(axis=0).all() and (placed.sum(axis=1) <= capacity).all())
+    return whole and broken(limits, placed) is None
 
 
 def table(problem: Problem, placed: Bool) -> Int32:

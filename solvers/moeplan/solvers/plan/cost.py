@@ -12,8 +12,9 @@ from enum import StrEnum
 import numpy as np
 
 from moeplan.solvers.objective.score import levels
-from moeplan.solvers.problem.arrays import Float64, Int64
+from moeplan.solvers.problem.arrays import Float64, Int32, Int64
 from moeplan.solvers.problem.errors import InfeasibleError
+from moeplan.solvers.problem.kernel import kernel
 from moeplan.solvers.problem.layout import Layout
 from moeplan.solvers.problem.problem import Problem
 from moeplan.solvers.split.rules import Split, routes
@@ -105,15 +106,19 @@ def traffic(problem: Problem, layout: Layout, split: Split) -> Int64:
         ProblemError: the demand does not tell sources apart.
     """
     sent = routes(problem, layout, split)
-    scenarios, sources, _ = sent.shape
-    by_source = np.zeros((scenarios, sources, problem.devices), np.int64)
-    device = layout.hosts.device
-    for target in np.unique(device):
-        by_source[:, :, target] = sent[:, :, device == target].sum(axis=2)
-    between = np.zeros((scenarios, problem.devices, problem.devices), np.int64)
-    for source, origin in enumerate(problem.source_device):
-        between[:, origin] += by_source[:, source]
+    between = np.zeros((len(sent), problem.devices, problem.devices), np.int64)
+    _add_up(sent, problem.source_device, layout.hosts.device, between)
     return between
+
+
+@kernel
+def _add_up(sent: Int64, source_device: Int32, device: Int32, between: Int64) -> None:
+    """Add int64[scenarios, sources, replicas] to int64[scenarios, devices, devices], by the devices of both."""
+    scenarios, sources, replicas = sent.shape
+    for s in range(scenarios):
+        for i in range(sources):
+            for j in range(replicas):
+                between[s, source_device[i], device[j]] += sent[s, i, j]
 
 
 def between_nodes(problem: Problem, layout: Layout, split: Split) -> Float64:

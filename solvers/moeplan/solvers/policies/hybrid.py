@@ -81,8 +81,11 @@ TIERS = (2, 4, 8)
 MOST_FOR_BASE = 1_024
 """Slots up to which BASE's layout is tried: its linear assignment takes their cube, minutes for ten thousand."""
 
+BASE_S, BASE_FROM_SOURCES_S = 1.2e-9, 6e-9
+"""Seconds that it takes for each slot, device and expert, and where it looks at where tokens come from."""
+
 PUBLISHED_TAKE = 2
-"""Time that the slowest published policies take over that of longest-first packing with swaps; `base` has a limit."""
+"""Time that the slowest published policies take over that of longest-first packing with swaps; but for `base`."""
 
 ROUNDS = 1_000
 """Most exchanges of a construction's own descent, or the number of experts where there are more."""
@@ -213,7 +216,8 @@ class _Search:
         self.score = np.inf
         self.before = np.inf  # the first layout's objective: that of the one in force, if there is one
         self._shown: Layout | None = None
-        self._divided: Split | None = None  # of the best layout, where it would take long to divide tokens once more
+        self._divided: tuple[Int32, Split] | None = None  # a layout and its split, where to divide anew would take long
+        self._shown_split: Split | None = None
         self.work = 0
         self.judging = 0.0  # seconds that judging a layout takes: the plan will be judged once more
 
@@ -267,10 +271,10 @@ class _Search:
             slots = self.best.copy()
             if self.problem.current is not None:
                 keep_slots(self.problem.current.slots, slots)
-            self._shown = Layout(slots, self.problem.experts)
-            if not np.array_equal(slots, self.best):
-                self._divided = None
-        return Progress(self._shown, self.bound, self.ended, self._divided)
+            self._shown, self._shown_split = Layout(slots, self.problem.experts), None
+            if self._divided is not None and self._divided[0] is self.best:
+                self._shown_split = _reordered(self._divided[1], self.best, slots)
+        return Progress(self._shown, self.bound, self.ended, self._shown_split)
 
     @property
     def ended(self) -> Termination:
@@ -282,13 +286,15 @@ class _Search:
     def take(self, slots: Int32) -> bool:
         """Keep a layout if it is better."""
         start = time.perf_counter()
-        score, divided = judged(self.problem, slots)
+        score, divided = judged(self.problem, slots, end_of(self.deadline))
         took = time.perf_counter() - start
-        self.judging = min(self.judging or took, took)
+        # Layouts that are nearly balanced take longer than the first ones, and with little memory some far longer.
+        self.judging = max(self.judging, took) if _memory_limited(self.problem) else took
         self.before = min(self.before, score) if self.best is None else self.before
         if score >= self.score:
             return False
-        self.best, self.score, self._shown, self._divided = slots, score, None, divided
+        self.best, self.score, self._shown = slots, score, None
+        self._divided = None if divided is None else (slots, divided)
         return True
 
     def run(self) -> Iterator[Progress]:
@@ -396,10 +402,12 @@ class _Search:
         # Balancing each construction anew takes longer than searching, and is worth it where time does not matter.
         divided = self.best is not None and self.parameters.paced_by_clock
         current = [] if problem.current is None else [problem.current.slots]
+        # Where none may fit the memory, the search for what does needs some of the time.
+        balance_by = self._after(TO_CONSTRUCT) if _memory_limited(problem) else self.deadline
         for slots, limits in (
             repaired
             for wanted in chain(current, _constructions(problem, self.parameters, self.deadline))
-            for repaired in _repairs(problem, wanted, self.deadline, near=divided)
+            for repaired in _repairs(problem, wanted, balance_by, near=divided)
         ):
             if self.take(slots):
                 self.limits = limits
@@ -432,6 +440,8 @@ class _Search:
 
     def _try(self, slots: Int32, measure: Scenarios, limits: Limits) -> None:
         """A short search from a layout, which is changed in place, before it is judged."""
+        if self.late:
+            return
         left = self.parameters.candidates - self.work
         steps = min(_burst(self.problem), IN_ROOM, left // IN_ROOMS)
         self._improve(slots, measure, limits, self._effort(steps, 0.0))
@@ -745,8 +755,8 @@ def _of_regions(problem: Problem, region: Int32, parameters: SolveParameters, de
         experts = np.flatnonzero(region[problem.limits.unit] == r)
         if len(experts):
             part = _of_block(problem, devices, experts)
-            found = islice(_constructions(part, parameters, deadline), BLOCK_STARTS)
-            best = min(found, key=lambda slots: score_of(part, slots))
+            found = list(islice(_constructions(part, parameters, deadline), BLOCK_STARTS))
+            best = found[0] if len(found) == 1 else min(found, key=lambda slots: score_of(part, slots))
             slots[devices, : best.shape[1]] = np.where(best == EMPTY, EMPTY, experts[best])
     return slots
 
@@ -788,7 +798,7 @@ def _constructions(problem: Problem, parameters: SolveParameters, deadline: floa
     took = time_now() - start
     yield _widen(slots, problem)
     for published in (eplb, flexmoe, laer, symi, static, base):
-        if published is base and capacity.sum() > MOST_FOR_BASE:
+        if published is base and (capacity.sum() > MOST_FOR_BASE or time_now() + _base_s(problem) >= end):
             continue
         if time_now() + PUBLISHED_TAKE * took >= end:
             return
@@ -806,6 +816,12 @@ def _constructions(problem: Problem, parameters: SolveParameters, deadline: floa
             replicas = np.maximum(np.bincount(slots[slots != EMPTY], minlength=problem.experts), 1)
             swap(slots, loads / replicas, speed, ROUNDS, end)
             yield _widen(slots, problem)
+
+
+def _base_s(problem: Problem) -> float:
+    """Seconds that BASE's layout takes: an assignment of a few experts a device for each of its slots."""
+    each = BASE_S if problem.demand.sources == 1 else BASE_FROM_SOURCES_S
+    return each * int(problem.capacity.sum()) * problem.devices * problem.experts
 
 
 def _with_groups(problem: Problem) -> Problem:
@@ -874,16 +890,25 @@ def score_of(problem: Problem, slots: Int32) -> float:
     return judged(problem, slots)[0]
 
 
-def judged(problem: Problem, slots: Int32) -> tuple[float, Split | None]:
-    """`score_of`, and how the tokens are divided where the rule is more than a matter of quotas."""
+def judged(problem: Problem, slots: Int32, end: float = NEVER) -> tuple[float, Split | None]:
+    """`score_of`, and how the tokens are divided, if that took long; for `end` see `split`."""
     rule = _rule(problem)
     if rule is SplitRule.OPTIMAL:
         quota, _, fits = best_quota(problem, slots)
-        return scores.score(problem, quota) if fits else np.inf, None
-    divided = split(problem, Layout.trusted(slots, problem.experts), rule)
+        return scores.score(problem, quota) if fits else np.inf, Split(rule, quota)
+    divided = split(problem, Layout.trusted(slots, problem.experts), rule, end)
     caps = token_caps(problem.cluster, problem.expert, (slots != EMPTY).sum(axis=1))
     fits = caps is None or bool((divided.quota.sum(axis=2) <= caps).all())
-    return scores.score(problem, divided.quota) if fits else np.inf, None if rule in SEARCHED else divided
+    return scores.score(problem, divided.quota) if fits else np.inf, None if rule is SplitRule.EVEN else divided
+
+
+def _reordered(divided: Split, slots: Int32, to: Int32) -> Split:
+    """The split of a layout, int32[devices, width], for one with the same replicas on each device in other slots."""
+    quota = np.empty_like(divided.quota)
+    device = np.arange(len(slots))[:, np.newaxis]
+    before, after = np.argsort(slots, axis=1), np.argsort(to, axis=1)
+    quota[:, device, after] = divided.quota[:, device, before]
+    return replace(divided, quota=quota)
 
 
 def _arrivals(current: Layout, slots: Int32) -> int:

@@ -13,7 +13,8 @@ import numpy as np
 from moeplan.solvers.plan.parameters import SolveParameters
 from moeplan.solvers.policies.registry import policy
 from moeplan.solvers.problem.arrays import Float64, Int32, Int64
-from moeplan.solvers.problem.layout import EMPTY, Layout
+from moeplan.solvers.problem.kernel import kernel
+from moeplan.solvers.problem.layout import Layout
 from moeplan.solvers.problem.problem import Problem
 from moeplan.solvers.problem.split_rules import SplitRule
 
@@ -25,20 +26,27 @@ def symi(problem: Problem, parameters: SolveParameters) -> Layout:
     The paper has that of the last iteration. Scenarios of a forecast are drawn around recent ones: their mean counts.
     """
     replicas = proportional(problem.mean_load, int(problem.capacity.sum()), problem.devices)
-    slots = np.full((problem.devices, problem.cluster.max_slots), EMPTY, np.int32)
-    used = np.zeros(problem.devices, np.int32)
+    return Layout(_in_order(replicas, problem.capacity, problem.cluster.max_slots), problem.experts)
+
+
+@kernel
+def _in_order(replicas: Int32, capacity: Int32, width: int) -> Int32:
+    """int32[devices, width]: replicas in the order of their experts over consecutive devices with room for them."""
+    devices = len(capacity)
+    slots = np.full((devices, width), -1, np.int32)
+    used = np.zeros(devices, np.int32)
     device = 0
-    for expert, count in enumerate(replicas):
-        for _ in range(count):
+    for expert in range(len(replicas)):
+        for _ in range(replicas[expert]):
             # The next device in turn that has room and does not hold the expert.
-            for step in range(problem.devices):
-                d = (device + step) % problem.devices
-                if used[d] < problem.capacity[d] and expert not in slots[d, : used[d]]:
+            for step in range(devices):
+                d = (device + step) % devices
+                if used[d] < capacity[d] and not (slots[d] == expert).any():
                     slots[d, used[d]] = expert
                     used[d] += 1
                     device = d + 1
                     break
-    return Layout(slots, problem.experts)
+    return slots
 
 
 def proportional(popularity: Float64 | Int64, slots: int, most: int) -> Int32:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moeplan.solvers.problem.arrays import Float64, Int32, Int64
+from moeplan.solvers.problem.arrays import Bool, Float64, Int32, Int64
 from moeplan.solvers.problem.cluster import Cluster
 from moeplan.solvers.problem.kernel import kernel
 from moeplan.solvers.problem.layout import EMPTY, Layout
@@ -75,11 +75,19 @@ def relabel(current: Layout, slots: Int32, capacity: Int32, cluster: Cluster) ->
     Returns:
         int32[devices, width]: the rows of `slots`, permuted.
     """
-    experts = current.experts
-    placed = np.zeros((cluster.devices, experts + 1), np.float32)
-    placed[np.arange(cluster.devices)[:, None], slots] = 1  # column -1 collects the empty slots
-    kept: Float64 = (placed[:, :experts] @ current.placed.T.astype(np.float32)).astype(np.float64)
-    return rename(slots, kept, capacity, cluster)
+    return rename(slots, _shared(slots, current.placed), capacity, cluster)
+
+
+@kernel
+def _shared(slots: Int32, placed: Bool) -> Float64:
+    """float64[devices, devices]: replicas that rows of `slots` share with devices of bool[devices, experts]."""
+    shared = np.zeros((len(slots), len(placed)))
+    for d in range(len(slots)):
+        for e in slots[d]:
+            if e >= 0:
+                for held in range(len(placed)):
+                    shared[d, held] += placed[held, e]
+    return shared
 
 
 def rename(slots: Int32, gain: Float64, capacity: Int32, cluster: Cluster) -> Int32:
@@ -99,12 +107,15 @@ def rename(slots: Int32, gain: Float64, capacity: Int32, cluster: Cluster) -> In
     impossible = -1e9 * (1 + np.abs(gain).max())
     kind = _kinds(capacity, cluster)
     nodes = [np.flatnonzero(cluster.node == n) for n in range(cluster.nodes)]
+    kinds = [np.sort(kind[devices]).tobytes() for devices in nodes]
+    allowed = np.where(kind[:, None] == kind, gain, impossible)
     total = np.full((len(nodes), len(nodes)), impossible)
     inner: dict[tuple[int, int], Int64] = {}
     for a, new in enumerate(nodes):
+        of_new = allowed[new]
         for b, old in enumerate(nodes):
-            if np.array_equal(np.sort(kind[new]), np.sort(kind[old])):
-                block = np.where(kind[new][:, None] == kind[old], gain[np.ix_(new, old)], impossible)
+            if kinds[a] == kinds[b]:
+                block = of_new[:, old]
                 rows, columns = linear_sum_assignment(block, maximize=True)
                 total[a, b] = block[rows, columns].sum()
                 inner[a, b] = old[columns]

@@ -31,6 +31,8 @@ def warm_up() -> None:
     solve(Problem(Cluster.uniform(32, 3), Demand.of(np.random.default_rng(0).poisson(9, (2, 1, 60)))), parameters=short)
     solve(few, policy="ilp", parameters=short)
     solve(replace(few, constraints=Constraints(domain=few.cluster.node)), parameters=short)
+    for rule in (SplitRule.HOME, SplitRule.LOCAL):
+        solve(replace(few, split_rule=rule), parameters=short)
     tight = Problem(Cluster.uniform(12, 2), Demand.of((1_000 / np.arange(1, 21)).astype(np.int64)))
     for rule in (SplitRule.OPTIMAL, SplitRule.EVEN):  # with a step of the stronger bound
         solve(replace(tight, split_rule=rule), parameters=SolveParameters(work_limit=5_000, target_gap=0.0))

@@ -18,7 +18,7 @@ import numpy as np
 from moeplan.solvers.problem.arrays import Float64, Int32, Int64, read_only
 from moeplan.solvers.problem.cluster import Cluster
 from moeplan.solvers.problem.kernel import kernel
-from moeplan.solvers.split.flow import augment, waterfill
+from moeplan.solvers.split.flow import augment, host_table, waterfill
 
 __all__ = ["WHOLE", "coverable", "covered_split", "demand_of", "domains", "items_of", "tokens_by_domain"]
 
@@ -38,9 +38,17 @@ def tokens_by_domain(cluster: Cluster, tokens: Int64, source_device: Int32) -> I
     """
     domain = domains(cluster)
     summed = np.zeros((len(tokens), int(domain.max()) + 1, tokens.shape[2]), np.int64)
-    for source, home in enumerate(domain[source_device]):
-        summed[:, home] += tokens[:, source]
+    _add_by_domain(tokens, domain[source_device], summed)
     return summed
+
+
+@kernel
+def _add_by_domain(tokens: Int64, domain: Int32, summed: Int64) -> None:
+    """Add int64[scenarios, sources, experts] to int64[scenarios, domains, experts]; int32[sources] is that of each."""
+    for s in range(tokens.shape[0]):
+        for i in range(tokens.shape[1]):
+            for e in range(tokens.shape[2]):
+                summed[s, domain[i], e] += tokens[s, i, e]
 
 
 @kernel
@@ -101,21 +109,20 @@ def covered_split(slots: Int32, tokens: Int64, speed: Float64, node: Int32, stay
     """
     devices, width = slots.shape
     scenarios, nodes, experts = tokens.shape
-    items = experts * (1 + nodes)
     layout = slots.copy().reshape(-1)
-    replicas = np.full((experts, devices), -1, np.int32)
-    held = np.zeros(experts, np.int32)
-    for position in range(len(layout)):
-        e = layout[position]
-        if e >= 0:
-            replicas[e, held[e]] = position
-            held[e] += 1
-    host = np.full((items, devices), -1, np.int32)
-    count = np.zeros(items, np.int32)
+    item, pairs = _covered_items(layout, width, node, experts, nodes)
     flat = np.full(2 * len(layout), -1, np.int32)
-    for e in range(experts):
-        items_of(e, replicas, held[e], node, width, host, count, flat)
-    demand = np.zeros(items, np.int64)
+    for position in range(len(layout)):
+        if layout[position] >= 0:
+            flat[2 * position] = item[position]
+            flat[2 * position + 1] = layout[position]
+    items = experts + len(pairs)
+    most = np.zeros(items, np.int32)
+    for position in range(len(flat)):
+        if flat[position] >= 0:
+            most[flat[position]] += 1
+    host, count = host_table(flat, items, most.max())
+    demand = np.empty(items, np.int64)
     quota = np.empty(2 * len(layout), np.int64)
     load = np.empty(devices, np.int64)
     tight = np.empty(devices, np.bool_)
@@ -123,17 +130,41 @@ def covered_split(slots: Int32, tokens: Int64, speed: Float64, node: Int32, stay
     parent = np.empty((3, devices), np.int32)
     split = np.empty((scenarios, devices, width), np.int64)
     for s in range(scenarios):
-        for e in range(experts):
-            demand_of(e, tokens[s], count, demand)
-            for n in range(nodes):
-                item = experts * (1 + n) + e
-                leaving = demand[item] - demand[item] * stay[s] // WHOLE
-                demand[item] -= leaving
-                demand[e] += leaving
+        demand[:experts] = 0
+        for n in range(nodes):
+            for e in range(experts):
+                demand[e] += tokens[s, n, e]
+        for i in range(len(pairs)):
+            n, e = divmod(pairs[i], experts)
+            demand[experts + i] = tokens[s, n, e] * stay[s] // WHOLE
+            demand[e] -= demand[experts + i]
         waterfill(demand, host, count, 2 * width, speed, quota, load, order)
         augment(flat, host, count, 2 * width, speed, quota, load, parent, tight)
         split[s] = (quota[::2] + quota[1::2]).reshape(devices, width)
     return split
+
+
+@kernel
+def _covered_items(layout: Int32, width: int, node: Int32, experts: int, nodes: int) -> tuple[Int32, Int64]:
+    """Number the items of covered tokens that there are, from `experts` on, by node and expert.
+
+    A split is made of them many times, and most pairs of node and expert are not covered.
+
+    Returns:
+        int32[positions], the item of each slot's covered tokens, and int64[pairs], ``node * experts + expert`` of each.
+    """
+    number = np.full(nodes * experts, -1, np.int32)
+    for position in range(len(layout)):
+        if layout[position] >= 0:
+            number[node[position // width] * experts + layout[position]] = 0
+    pairs = np.flatnonzero(number == 0)
+    for i in range(len(pairs)):
+        number[pairs[i]] = experts + i
+    item = np.full(len(layout), -1, np.int32)
+    for position in range(len(layout)):
+        if layout[position] >= 0:
+            item[position] = number[node[position // width] * experts + layout[position]]
+    return item, pairs
 
 
 def coverable(tokens: Float64, slots: int) -> float:

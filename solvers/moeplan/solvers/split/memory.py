@@ -19,6 +19,9 @@ __all__ = ["best_quota", "planning_speed", "quota_in_memory", "token_caps"]
 
 HALVINGS = 40
 
+FIRST_STEP = 1 / 64
+"""Part of the least level without the limit that bisection first goes beyond it: as a rule memory costs little."""
+
 
 def _limited(cluster: Cluster, expert: ExpertSpec) -> bool:
     return cluster.memory_bytes is not None and expert.activation_bytes > 0
@@ -56,17 +59,17 @@ def quota_in_memory(cluster: Cluster, expert: ExpertSpec, slots: Int32, loads: I
     for s in np.flatnonzero((quota.sum(axis=2) > caps).any(axis=1)):
         low = float((quota[s].sum(axis=1) / speed).max())
         found = None
-        high = float(loads[s].sum() / speed.min())
-        for turn in range(HALVINGS):
-            level = high if turn == 0 else (low + high) / 2
+        high, step = float(loads[s].sum() / speed.min()), low * FIRST_STEP
+        for _ in range(HALVINGS):
+            level = high if found is None else min((low + high) / 2, low + step)
             slower = np.maximum(np.minimum(speed, caps / level), 1e-9 / level)
             trial, cut = optimal_quota(slots, loads[s : s + 1], slower)
             if (trial[0].sum(axis=1) <= np.minimum(caps, level * speed * (1 + 1e-12))).all():
                 found, high = (trial[0], cut[0]), level
-            elif turn == 0:
+            elif found is None:
                 break
             else:
-                low = level
+                low, step = level, 2 * step
             if high - low < 0.5 / speed.max():
                 break
         if found is None:

@@ -1,8 +1,8 @@
 """The rules that divide an expert's tokens among its replicas: `even`, `lite`, `optimal`, `home` and `local`.
 
-A rule decides each replica's integer quota. Rules that look at the origin of tokens (`lite`, `local`) also decide which
-source sends how many tokens to which replica; for the others `sources` derives it, nearest replica first, which moves
-the fewest tokens for given quotas. Plans are costed by these functions, and ranks execute them.
+A rule decides each replica's integer quota. `lite` also decides which source sends how many tokens to which replica;
+for the others `sources` derives it, nearest replica first, which moves the fewest tokens for given quotas. Plans are
+costed by these functions, and ranks execute them.
 """
 
 from __future__ import annotations
@@ -10,14 +10,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 
 from moeplan.solvers.problem.arrays import Int32, Int64
+from moeplan.solvers.problem.clock import NEVER, time_now
 from moeplan.solvers.problem.cluster import Cluster
 from moeplan.solvers.problem.errors import ProblemError
 from moeplan.solvers.problem.kernel import kernel
-from moeplan.solvers.problem.layout import Hosts, Layout
+from moeplan.solvers.problem.layout import Layout
 from moeplan.solvers.problem.problem import ExpertSpec, Problem
 from moeplan.solvers.problem.split_rules import SplitRule
 from moeplan.solvers.split.coverage import WHOLE, covered_split, domains, tokens_by_domain
@@ -137,6 +139,9 @@ def _lite(tokens: Int64, start: Int32, device: Int32, node: Int32, source_device
         for i in range(tokens.shape[1]):
             home = node[source_device[i]]
             for e in range(tokens.shape[2]):
+                if start[e + 1] - start[e] == 1:
+                    sent[s, i, start[e]] = tokens[s, i, e]
+                    continue
                 near = 0
                 for j in range(start[e], start[e + 1]):
                     near += node[device[j]] == home
@@ -153,10 +158,26 @@ LOCAL_TOLERANCE = 0.01
 """Fraction by which `local` and `home` let the largest load exceed the optimum."""
 
 
-def local(fabric: Fabric, layout: Layout, tokens: Int64, tolerance: float = LOCAL_TOLERANCE) -> Split:
+FLOW_S = 5e-6
+"""Seconds that a flow takes for each of its arcs."""
+
+
+def local(
+    fabric: Fabric, layout: Layout, tokens: Int64, tolerance: float = LOCAL_TOLERANCE, *, end: float = NEVER
+) -> Split:
     """The least traffic with every load per speed within (1 + `tolerance`) of the optimum: a min-cost flow.
 
-    A token costs nothing on its own device, and the time of its bytes on the link class that it takes otherwise.
+    A token costs nothing on its own device, and the time of its bytes on the link class that it takes otherwise, where
+    a link within a node counts as no slower than one between nodes. Which source sends to which replica is left open:
+    for the quotas of that flow, nearest first is the least traffic.
+
+    Args:
+        fabric: Where tokens come from, and where they are computed.
+        layout: The layout.
+        tokens: int64[scenarios, sources, experts].
+        tolerance: See above.
+        end: Time on the clock of kernels after which no flow is begun: what scenarios are left are divided as `home`
+            does, as late, which keeps the load as near to the optimum and sends more.
 
     Raises:
         ProblemError: the demand does not tell sources apart.
@@ -164,15 +185,27 @@ def local(fabric: Fabric, layout: Layout, tokens: Int64, tolerance: float = LOCA
     speed = fabric.cluster.speed
     best = (optimal(fabric, layout, tokens).device_loads() / speed).max(axis=1, keepdims=True)
     caps = np.floor(best * (1 + tolerance) * speed * (1 + 1e-12)).astype(np.int64)
-    sent = [_least_traffic(fabric, layout.hosts, asked, cap) for asked, cap in zip(tokens, caps, strict=True)]
-    return _from_routes(SplitRule.LOCAL, layout, np.stack(sent))
+    network = _network(fabric, layout)
+    quota = np.zeros((len(tokens), *layout.slots.shape), np.int64)
+    took = FLOW_S * len(network.tail)
+    for s, (asked, cap) in enumerate(zip(tokens, caps, strict=True)):
+        start = time_now()
+        if start + took > end:
+            quota[s:] = home(fabric, layout, tokens[s:], tolerance, end=end).quota
+            break
+        quota[s, layout.hosts.device, layout.hosts.slot] = _least_traffic(fabric, layout, network, asked, cap)
+        took = max(took if s else 0.0, time_now() - start)
+    return Split(SplitRule.LOCAL, quota)
 
 
-def home(fabric: Fabric, layout: Layout, tokens: Int64) -> Split:
+def home(
+    fabric: Fabric, layout: Layout, tokens: Int64, tolerance: float = LOCAL_TOLERANCE, *, end: float = NEVER
+) -> Split:
     """Tokens stay on a node that holds their expert; the rest is divided for the least largest load.
 
-    No split of the layout sends less between nodes. Where the load would exceed the optimum by more than
-    `LOCAL_TOLERANCE`, only so large a part of every expert's tokens stays that it does not, found by bisection.
+    No split of the layout sends less between nodes. Where the load would exceed the optimum by more than `tolerance`,
+    only so large a part of every expert's tokens stays that it does not, found by bisection. That ends at `end`, a time
+    on the clock of kernels, with the largest part found by then; where there is none, with the optimal split.
 
     Raises:
         ProblemError: the demand does not tell sources apart.
@@ -182,19 +215,24 @@ def home(fabric: Fabric, layout: Layout, tokens: Int64) -> Split:
     by_domain = tokens_by_domain(cluster, tokens, fabric.known_sources)
     stay = np.full(len(tokens), WHOLE)
     quota = covered_split(layout.slots, by_domain, speed, domain, stay)
-    best = (optimal(fabric, layout, tokens).device_loads() / speed).max(axis=1)
+    balanced = optimal(fabric, layout, tokens)
+    best = (balanced.device_loads() / speed).max(axis=1)
     # Whole tokens: what the tolerance allows is rounded up.
-    most = np.ceil(best * (1 + LOCAL_TOLERANCE) * speed.max()) / speed.max()
+    most = np.ceil(best * (1 + tolerance) * speed.max()) / speed.max()
     over = np.flatnonzero((quota.sum(axis=2) / speed).max(axis=1) > most)
     low, high = np.zeros(len(over), np.int64), np.full(len(over), WHOLE)
-    if len(over):
-        quota[over] = covered_split(layout.slots, by_domain[over], speed, domain, low)
-    while (high - low > 1).any():  # by powers of two, so in all of these scenarios as often
+    while (high - low > 1).any() and time_now() < end:  # by powers of two, so in all of these scenarios as often
         middle = (low + high) // 2
         trial = covered_split(layout.slots, by_domain[over], speed, domain, middle)
         fits = (trial.sum(axis=2) / speed).max(axis=1) <= most[over]
         quota[over[fits]] = trial[fits]
         low, high = np.where(fits, middle, low), np.where(fits, high, middle)
+    leaving = over[low == 0]
+    if len(leaving) and time_now() < end:
+        none = np.zeros(len(leaving), np.int64)
+        quota[leaving] = covered_split(layout.slots, by_domain[leaving], speed, domain, none)
+    else:
+        quota[leaving] = balanced.quota[leaving]
     return Split(SplitRule.HOME, quota)
 
 
@@ -202,40 +240,100 @@ COST_SCALE = 1_000
 """Integer cost of a token on the slowest link; other links in proportion."""
 
 
-def _least_traffic(fabric: Fabric, hosts: Hosts, tokens: Int64, cap: Int64) -> Int64:
-    """int64[sources, replicas] for one scenario's ``tokens[sources, experts]`` and ``cap[devices]``."""
+class _Network(NamedTuple):
+    """The flow of a layout. Only experts with several replicas leave a choice, so only these are in it.
+
+    Tokens of one expert and node that do not come from one of its hosts are alike, and so are all of an expert's that
+    come from nodes without a replica. So its nodes are the devices and a sink; each replica, with the tokens that its
+    own device has; each covered pair of node and expert, with the others of that node; and each expert, with the rest.
+    A token goes from its own to its device or on to its pair, from there to a replica of the node, or on to the expert,
+    and from there to any replica.
+
+    Attributes:
+        replica: int64[choices], index of each replica in the order of `Layout.hosts`.
+        expert: int64[choices], its expert.
+        device: int64[choices], its device.
+        pair: int64[choices], index of its pair.
+        pair_node: int64[pairs], the node of each.
+        pair_expert: int64[pairs], its expert.
+        tail: int64[arcs], where each arc begins: three of each replica, one of each pair, expert, replica, and device.
+        head: int64[arcs], where it ends.
+        price: int64[arcs], cost of a token on it.
+    """
+
+    replica: Int64
+    expert: Int64
+    device: Int64
+    pair: Int64
+    pair_node: Int64
+    pair_expert: Int64
+    tail: Int64
+    head: Int64
+    price: Int64
+
+
+def _network(fabric: Fabric, layout: Layout) -> _Network:
+    cluster, hosts = fabric.cluster, layout.hosts
+    experts, devices = layout.experts, cluster.devices
+    expert_of = np.repeat(np.arange(experts), layout.replicas)
+    replica = np.flatnonzero(layout.replicas[expert_of] > 1)
+    expert, device = expert_of[replica], hosts.device[replica].astype(np.int64)
+    pairs, pair = np.unique(cluster.node[device] * experts + expert, return_inverse=True)
+    pair_node, pair_expert = np.divmod(pairs, experts)
+    seconds = np.array([1 / cluster.intra_node.bytes_per_s, 1 / cluster.inter_node.bytes_per_s])
+    far = round(COST_SCALE * seconds[1] / max(seconds.max(), 1e-300))
+    near = min(far, round(COST_SCALE * seconds[0] / max(seconds.max(), 1e-300)))
+    sink = devices
+    own = sink + 1 + np.arange(len(replica))
+    of_pair = sink + 1 + len(replica) + np.arange(len(pairs))
+    of_expert = sink + 1 + len(replica) + len(pairs) + np.arange(experts)
+    arcs = [
+        (own, device, 0),
+        (of_pair[pair], device, near),
+        (of_expert[expert], device, 0),
+        (own, of_pair[pair], 0),
+        (of_pair, of_expert[pair_expert], far),
+        (np.arange(devices), np.full(devices, sink), 0),
+    ]
+    tail, head = (np.concatenate([arc[i] for arc in arcs]) for i in (0, 1))
+    price = np.repeat([price for _, _, price in arcs], [len(begin) for begin, _, _ in arcs])
+    return _Network(replica, expert, device, pair, pair_node, pair_expert, tail, head, price)
+
+
+def _least_traffic(fabric: Fabric, layout: Layout, network: _Network, tokens: Int64, cap: Int64) -> Int64:
+    """int64[replicas] as in `Layout.hosts`: quotas of a scenario's ``tokens[sources, experts]`` in ``cap[devices]``."""
     from ortools.graph.python import min_cost_flow  # ranks, which never use this rule, may lack it
 
-    cluster, source_device = fabric.cluster, fabric.known_sources
-    sources, experts = tokens.shape
-    expert = np.repeat(np.arange(experts), np.diff(hosts.start))
-    seconds = np.array([0.0, 1 / cluster.intra_node.bytes_per_s, 1 / cluster.inter_node.bytes_per_s])
-    price = np.round(seconds / max(seconds.max(), 1e-300) * COST_SCALE).astype(np.int64)
-    near = cluster.node[source_device][:, None] == cluster.node[hosts.device]
-    same = source_device[:, None] == hosts.device
-    cost = np.where(same, price[0], np.where(near, price[1], price[2]))
-    # Nodes: one per (source, expert) with tokens, one per replica's device, and a sink.
-    source, replica = np.nonzero(tokens[:, expert])
+    cluster, hosts = fabric.cluster, layout.hosts
+    expert_of = np.repeat(np.arange(layout.experts), layout.replicas)
+    by_device = np.zeros((cluster.devices, layout.experts), np.int64)
+    np.add.at(by_device, fabric.known_sources, tokens)
+    by_node = np.zeros((cluster.nodes, layout.experts), np.int64)
+    np.add.at(by_node, cluster.node[fabric.known_sources], tokens)
+    total = tokens.sum(axis=0)
+    quota: Int64 = total[expert_of]
+    quota[network.replica] = 0
+    whole = np.zeros(cluster.devices, np.int64)
+    np.add.at(whole, hosts.device, quota)
+
+    own = by_device[network.device, network.expert]
+    of_pair = by_node[network.pair_node, network.pair_expert]
+    others, rest = of_pair.copy(), total.copy()
+    np.add.at(others, network.pair, -own)
+    np.add.at(rest, network.pair_expert, -of_pair)
+    rest[layout.replicas == 1] = 0
+    supply = np.concatenate([np.zeros(cluster.devices + 1, np.int64), own, others, rest])
+    supply[cluster.devices] = -supply.sum()
+    most = np.concatenate([own, of_pair[network.pair], total[network.expert], own, of_pair, cap - whole])
     flow = min_cost_flow.SimpleMinCostFlow()
-    supply = source * experts + expert[replica]
-    first_device = sources * experts
-    sink = first_device + cluster.devices
-    amount = tokens[source, expert[replica]]
-    arcs = flow.add_arcs_with_capacity_and_unit_cost(
-        supply, first_device + hosts.device[replica], amount, cost[source, replica]
-    )
-    devices = np.arange(cluster.devices)
-    flow.add_arcs_with_capacity_and_unit_cost(
-        first_device + devices, np.full(cluster.devices, sink), cap, np.zeros(cluster.devices, np.int64)
-    )
-    flow.set_nodes_supplies(np.arange(first_device), tokens.reshape(-1))
-    flow.set_nodes_supplies(np.array([sink]), np.array([-tokens.sum()]))
+    arcs = flow.add_arcs_with_capacity_and_unit_cost(network.tail, network.head, most, network.price)
+    flow.set_nodes_supplies(np.arange(len(supply)), supply)
     status = flow.solve()
     if status != flow.OPTIMAL:
         raise RuntimeError(f"min-cost flow ended with {status}; the optimal split is a feasible flow")
-    sent = np.zeros((sources, len(hosts.device)), np.int64)
-    sent[source, replica] = flow.flows(arcs)
-    return sent
+    choices = len(network.replica)
+    quota[network.replica] = flow.flows(arcs[: 3 * choices]).reshape(3, choices).sum(axis=0)
+    return quota
 
 
 def _from_routes(rule: SplitRule, layout: Layout, sent: Int64) -> Split:
@@ -264,13 +362,24 @@ def divide(fabric: Fabric, layout: Layout, tokens: Int64, rule: SplitRule) -> Sp
     return RULES[rule](fabric, layout, tokens)
 
 
-def split(problem: Problem, layout: Layout, rule: SplitRule) -> Split:
+def split(problem: Problem, layout: Layout, rule: SplitRule, end: float = NEVER) -> Split:
     """Divide the tokens of each scenario of a problem by a rule.
+
+    Args:
+        problem: The problem.
+        layout: The layout.
+        rule: The rule.
+        end: Time on the clock of kernels that `local` and `home`, which may take long, keep; see there.
 
     Raises:
         ProblemError: the rule needs the demand by source.
     """
-    return divide(fabric_of(problem), layout, problem.demand.tokens, rule)
+    fabric, tokens = fabric_of(problem), problem.demand.tokens
+    if rule is SplitRule.LOCAL:
+        return local(fabric, layout, tokens, end=end)
+    if rule is SplitRule.HOME:
+        return home(fabric, layout, tokens, end=end)
+    return divide(fabric, layout, tokens, rule)
 
 
 def route(fabric: Fabric, layout: Layout, tokens: Int64, split: Split) -> Int64:
