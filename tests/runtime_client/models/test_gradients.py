@@ -21,6 +21,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 from torch.distributed.tensor import DTensor
+from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
 
 from moeplan.runtime_client.errors import RanksDifferError
@@ -199,6 +200,34 @@ def make_gradients_twice() -> None:
 
 def test_gradients_made_again_are_scaled_once(ranks: Launch) -> None:
     ranks(2, make_gradients_twice)
+
+
+def call_with_parameters(kind: str) -> str:
+    """Gradients of a model's own parameters, of others put in their place for a pass, and of its own again."""
+    group = make_group()
+    model = make_ours(kind, group)
+    ExpertGradients(model)
+    words = words_of(0, group.rank, group.size)
+    found = []
+    for others in (False, True, False):
+        model.zero_grad()
+        given = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
+        loss = functional_call(model, given, (words,)) if others else model(words)
+        loss.backward()
+        source = given if others else dict(model.named_parameters())
+        found.append([source[name].grad for name in expert_parameters(model)])
+    for gradients in found[1:]:
+        torch.testing.assert_close(gradients, found[0], rtol=1e-14, atol=0)
+    half = {name: p / 2 for name, p in model.named_parameters()}
+    with pytest.raises(RuntimeError) as refused:
+        functional_call(model, half, (words,))
+    return str(refused.value)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_parameters_put_in_their_place_are_scaled_once(ranks: Launch, kind: str) -> None:
+    for told in ranks(2, call_with_parameters, kind):
+        assert told.startswith("blocks.0.experts: its weights are computed from others")
 
 
 def test_an_optimizer_made_before_the_experts_were_replaced_is_refused() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -12,6 +11,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.utils.hooks import RemovableHandle
+from torch.utils.weak import WeakIdKeyDictionary
 
 from moeplan.runtime_client.group import ExpertGroup
 from moeplan.runtime_client.layers.expert_layer import ExpertLayer
@@ -91,7 +91,7 @@ class ExpertGradients:
             for layer in members:
                 if isinstance(layer.prepare, _Reduction):
                     layer.prepare.detach()
-                layer.prepare = _Reduction(group.size, replicas, mean)
+                layer.prepare = _Reduction(layer.title, group.size, replicas, mean)
 
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> Tensor:
@@ -196,12 +196,13 @@ class _Reduction:
     Averages of what replicas hold already are what they hold, so it may run after each of several backward passes.
     """
 
-    def __init__(self, size: int, replicas: dist.ProcessGroup | None, mean: bool) -> None:
+    def __init__(self, title: str, size: int, replicas: dist.ProcessGroup | None, mean: bool) -> None:
+        self.title = title
         self.replicas = replicas
         self.times = 1 if replicas is None else dist.get_world_size(replicas)
         self.scale = 1 / size if mean else self.times
-        self.attached: weakref.ref[nn.Parameter] | None = None
-        self.hooks: list[RemovableHandle] = []
+        # Of each parameter that the layer has had: ``torch.func.functional_call`` puts others there, and back again.
+        self.hooks: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
     def __call__(self, parameter: nn.Parameter, averaged: bool) -> None:
         """Attach to a parameter, unless it is.
@@ -210,18 +211,25 @@ class _Reduction:
             parameter: The parameter of a layer.
             averaged: Whether something else averages its gradients over replicas.
         """
-        if self.attached is not None and self.attached() is parameter:
+        if parameter in self.hooks:
             return
-        self.attached = weakref.ref(parameter)
+        if not parameter.is_leaf:
+            raise RuntimeError(
+                f"{self.title}: its weights are computed from others, whose gradients would be scaled twice. Give "
+                "functional_call parameters, and do not parametrize the experts"
+            )
+        hooks: list[RemovableHandle] = []
         if self.scale != 1:
-            self.hooks.append(parameter.register_hook(lambda gradient: gradient * self.scale))
+            hooks.append(parameter.register_hook(lambda gradient: gradient * self.scale))
         if self.replicas is not None and not averaged:
-            self.hooks.append(parameter.register_post_accumulate_grad_hook(self._average))
+            hooks.append(parameter.register_post_accumulate_grad_hook(self._average))
+        self.hooks[parameter] = hooks
 
     def detach(self) -> None:
-        """Leave the parameter to another."""
-        for hook in self.hooks:
-            hook.remove()
+        """Leave the parameters to another."""
+        for hooks in self.hooks.values():
+            for hook in hooks:
+                hook.remove()
 
     def _average(self, parameter: Tensor) -> None:
         gradient = parameter.grad
