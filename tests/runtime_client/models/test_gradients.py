@@ -202,6 +202,52 @@ def test_gradients_made_again_are_scaled_once(ranks: Launch) -> None:
     ranks(2, make_gradients_twice)
 
 
+def train_replicas(kind: str, line: str) -> str:
+    """The first error of steps on two expert groups of two ranks, with an ordinary line that parts them."""
+    group = make_group(2)
+    model = make_ours(kind, group)
+    if line == "a seed of each group":
+        torch.manual_seed(dist.get_rank() // 2)
+        layer = model.blocks[1].get_submodule("experts")
+        assert isinstance(layer, FullyShardedExperts | ResidentExperts)
+        layer.load_experts(0, torch.randn(EXPERTS, layer.shape.elements, dtype=torch.float64))
+    ExpertGradients(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    wrapped = DistributedDataParallel(model)
+    for step in range(4):
+        if line == "a step in the backward" and step == 1:
+            for parameter in expert_parameters(model).values():
+                parameter.register_post_accumulate_grad_hook(lambda p: p.sub_(p.grad))
+        try:
+            wrapped(words_of(step, dist.get_rank(), 4)).backward()
+        except RuntimeError as error:
+            return f"{step}: {error}"
+        if line != "a step that one group leaves out" or dist.get_rank() < 2:
+            optimizer.step()
+        else:
+            for name, parameter in model.named_parameters():
+                if "experts" not in name and parameter.grad is not None:
+                    parameter.data.sub_(parameter.grad, alpha=0.1)
+        optimizer.zero_grad()
+    return "nothing"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("none", ["nothing"]),
+        ("a seed of each group", ["0: blocks.1.experts: ranks", "Draw experts from one seed on all ranks"]),
+        ("a step that one group leaves out", ["1: blocks.1.experts: ranks", "only some of them have made a step"]),
+        ("a step in the backward", ["1: blocks.1.experts: ", "Step optimizers once loss.backward() is over"]),
+    ],
+)
+def test_replicas_that_would_part_are_refused(ranks: Launch, kind: str, line: str, words: list[str]) -> None:
+    for told in ranks(4, train_replicas, kind, line):
+        for each in words:
+            assert each in told
+
+
 def call_with_parameters(kind: str) -> str:
     """Gradients of a model's own parameters, of others put in their place for a pass, and of its own again."""
     group = make_group()

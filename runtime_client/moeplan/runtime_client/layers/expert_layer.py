@@ -71,6 +71,7 @@ class ExpertLayer(nn.Module, ABC):
             last that was told to other ranks.
         prepare: Called with the parameter before a pass that will have gradients, and with whether FSDP2 averages them
             over replicas; `ExpertGradients` sets it.
+        replicated: Whether ranks of other expert groups hold the same experts; `ExpertGradients` sets it.
     """
 
     own: ClassVar[str]
@@ -87,6 +88,7 @@ class ExpertLayer(nn.Module, ABC):
         self.identities = 0
         self._finish = ""
         self.prepare: Callable[[nn.Parameter, bool], None] | None = None
+        self.replicated = False
         self._cut = False
         self._number = next(group.numbers)
         self._passes = 0
@@ -106,7 +108,7 @@ class ExpertLayer(nn.Module, ABC):
     def __setattr__(self, name: str, value: Any) -> None:
         if name == self.own and isinstance(value, DTensor):  # as fully_shard puts it there
             self._require_cut_over_replicas(value)
-            self._cut = True
+            self._cut = self.replicated = True
         super().__setattr__(name, value)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -398,6 +400,7 @@ class ExpertLayer(nn.Module, ABC):
         return self.__dict__ | {
             "traffic": Traffic(),
             "prepare": None,
+            "replicated": self._cut,
             "steps": None,
             "trained_by": None,
             "forgets": self.forgets or bool(self._shared_by),
