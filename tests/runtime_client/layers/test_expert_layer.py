@@ -214,6 +214,15 @@ def test_index_may_be_of_any_integers_and_of_nothing_else() -> None:
         layer(hidden[1:], index, weight)
 
 
+def test_a_plan_is_not_put_where_nothing_reads_it() -> None:
+    layer, sharded = (make_layer(kind, ExpertGroup()) for kind in ("resident", "sharded"))
+    assert isinstance(sharded, FullyShardedExperts)
+    for name in ("plan", "layout", "split_rule"):
+        with pytest.raises(AttributeError, match=rf"layer 0: {name} = ") as refused:
+            setattr(layer, name, getattr(sharded, name))
+        assert "PlannerSession(address, job_id, moves.layouts, moves.take, slots=..., spill_slots=" in str(refused.value)
+
+
 def add_in_place(kind: str) -> None:
     layer = make_layer(kind, make_group())
     flat = make_flat()
