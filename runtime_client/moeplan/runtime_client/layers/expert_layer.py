@@ -180,8 +180,16 @@ class ExpertLayer(nn.Module, ABC):
         Args:
             first: The first expert given.
             flat: [n, elements], experts ``first`` to ``first + n - 1`` in flat form.
+
+        Raises:
+            ValueError: they are not in flat form, or the layer has no such experts.
         """
         self._require_memory()
+        if flat.shape[1:] != (self.shape.elements,) or not 0 <= first <= self.experts - len(flat):
+            raise ValueError(
+                f"{self.title}: load_experts({first}, {tuple(flat.shape)}): must be [n, {self.shape.elements}], of "
+                f"experts within 0..{self.experts - 1}"
+            )
         self._remember(self._take(first, flat))
 
     def _remember(self, rows: list[int]) -> None:
@@ -384,9 +392,13 @@ class ExpertLayer(nn.Module, ABC):
             self.loaded = None if self._cut else row_sums(self.weights)
             return
         shapes = {prefix + name: (self.experts, *shape) for name, shape in self.shape.parts.items()}
-        unexpected_keys += [key for key in state_dict if strict and key.startswith(prefix) and key not in shapes]
-        missing_keys += [name for name in shapes if strict and name not in state_dict]
-        if not all(name in state_dict for name in shapes):
+        others = [key for key in state_dict if strict and key.startswith(prefix) and key not in shapes]
+        unexpected_keys += [key for key in others if key[len(prefix) :].partition(".")[0] not in self._modules]
+        missing = [name for name in shapes if name not in state_dict]
+        missing_keys += missing if strict else []
+        if 0 < len(missing) < len(shapes):
+            error_msgs.append(f"experts are loaded whole, and {', '.join(missing)} is not there for the rest of them")
+        if missing:
             return
         for name, shape in shapes.items():
             if tuple(state_dict[name].shape) != shape:
