@@ -275,7 +275,7 @@ def test_a_plan_is_not_put_where_nothing_reads_it() -> None:
     for name in ("plan", "layout", "split_rule"):
         with pytest.raises(AttributeError, match=rf"layer 0: {name} = ") as refused:
             setattr(layer, name, getattr(sharded, name))
-        assert "PlannerSession(address, job_id, moves.layouts, moves.take, slots=..., spill_slots=" in str(refused.value)
+        assert "PlannerSession(address, job_id, moves.layouts, moves.take, " in str(refused.value)
 
 
 def add_in_place(kind: str) -> None:

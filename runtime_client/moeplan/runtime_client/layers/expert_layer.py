@@ -131,8 +131,8 @@ class ExpertLayer(nn.Module, ABC):
             MissedPassError: the ranks are not in the same pass.
             RanksDifferError: ranks hold the same part of the experts, or the block's other weights differ between them.
             InfeasibleError: no plan keeps every rank within its token cap; raised on all ranks.
-            ValueError: `hidden` has another width than the experts, `index` is not of integers, or its shape is not that
-                of `weight` and of the tokens.
+            ValueError: `hidden` has another width than the experts, `index` is not of integers, or its shape is not
+                that of `weight` and of the tokens.
             RuntimeError: the weights are on the meta device, or DistributedDataParallel would average their gradients.
         """
         self._require_memory()
@@ -147,7 +147,7 @@ class ExpertLayer(nn.Module, ABC):
             raise ValueError(f"{self.title}: hidden {tuple(hidden.shape)}: must be [tokens, {self.shape.hidden}]")
         rows = hidden.reshape(-1, self.shape.hidden)
         if torch.is_grad_enabled() and weights.requires_grad and not rows.requires_grad:
-            # As those of other ranks, with which this one would not go back otherwise: a rank without tokens makes none.
+            # As those of other ranks, which would wait in the backward otherwise: where there are no tokens, say.
             rows = rows.detach().clone().requires_grad_()
         if index.dtype.is_floating_point or index.shape != weight.shape or index.shape[:-1].numel() != len(rows):
             raise ValueError(
