@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -197,6 +197,15 @@ class ExpertLayer(nn.Module, ABC):
                 f"experts within 0..{self.experts - 1}"
             )
         self._remember(self._take(first, flat))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """As `to` calls it: the weights are those that were loaded still, if they were before."""
+        known = self.loaded is not None and not self._cut and not self.weights.is_meta
+        as_loaded = known and torch.equal(row_sums(self.weights).cpu(), self.loaded.cpu())
+        super()._apply(fn, recurse)
+        if as_loaded and not self.weights.is_meta:
+            self.loaded = row_sums(self.weights)
+        return self
 
     def _remember(self, rows: list[int]) -> None:
         """Note what these rows of the parameter are now."""
