@@ -383,6 +383,29 @@ def test_lines_that_would_train_wrongly_are_refused_with_what_to_write(
         assert words in told
 
 
+def flatten_experts(kind: str, ignore: bool) -> str:
+    """FSDP1, which makes one tensor of all parameters that it is not told to ignore."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    group = make_group()
+    model = make_ours(kind, group)
+    ExpertGradients(model)
+    ignored = list(expert_parameters(model).values()) if ignore else None
+    wrapped = FullyShardedDataParallel(model, ignored_states=ignored, device_id=torch.device("cpu"))
+    try:
+        wrapped(words_of(0, group.rank, group.size)).backward()
+    except RuntimeError as error:
+        return str(error)
+    return "nothing"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_experts_that_fsdp1_would_flatten_are_refused(ranks: Launch, kind: str) -> None:
+    for told in ranks(2, flatten_experts, kind, False):
+        assert "FullyShardedDataParallel(model, ignored_states=list(expert_parameters(model).values()))" in told
+    assert ranks(2, flatten_experts, kind, True) == ["nothing"] * 2
+
+
 def train_unalike(kind: str, line: str) -> str:
     """The first error of up to six steps, each with an ordinary line after the backward pass."""
     group = make_group()
@@ -487,6 +510,8 @@ def train_equal_experts() -> None:
     expected = plain(words_of(0, group.rank, group.size))
     replace_experts(plain, partial(ResidentExperts, group=group))
     torch.testing.assert_close(plain(words_of(0, group.rank, group.size)), expected, rtol=1e-12, atol=0)
+    plain.to(torch.bfloat16)
+    torch.testing.assert_close(plain(words_of(0, group.rank, group.size)).double(), expected, rtol=0.05, atol=0)
 
 
 def test_experts_that_are_copies_of_each_other_are_no_mistake(ranks: Launch) -> None:

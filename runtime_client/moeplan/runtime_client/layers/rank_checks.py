@@ -101,7 +101,8 @@ def compare_ranks(name: str, told: Int64) -> None:
                 "A wrapper has broadcast them, they were drawn from one seed, or training has made all of them not a "
                 "number. Against the first two write\n"
                 "    ExpertGradients(model)  # before DistributedDataParallel(model)\n"
-                "    fully_shard(model, ignored_params=set(expert_parameters(model).values()))"
+                "    fully_shard(model, ignored_params=set(expert_parameters(model).values()))\n"
+                "    FullyShardedDataParallel(model, ignored_states=list(expert_parameters(model).values()))"
             )
     known = steps[steps > 0]
     if (known != known[:1]).any():

@@ -220,7 +220,8 @@ class _Reduction:
         if not parameter.is_leaf:
             raise RuntimeError(
                 f"{self.title}: its weights are computed from others, whose gradients would be scaled twice. Give "
-                "functional_call parameters, and do not parametrize the experts"
+                "functional_call parameters, do not parametrize experts, and write\n"
+                "    FullyShardedDataParallel(model, ignored_states=list(expert_parameters(model).values()))"
             )
         hooks: list[RemovableHandle] = []
         if self.scale != 1:
