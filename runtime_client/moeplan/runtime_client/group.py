@@ -47,16 +47,29 @@ class Transfer:
     Attributes:
         sent: Rows being read; held until the transfer is over.
         received: Rows being written; valid after `wait`.
+        purpose: What for, as in `Traffic`.
     """
 
     sent: Tensor
     received: Tensor
     work: dist.Work | None
+    purpose: str
 
     def wait(self) -> Tensor:
-        """The received rows. On CUDA only the current stream waits, not the host."""
-        if self.work is not None:
+        """The received rows. On CUDA only the current stream waits, not the host.
+
+        Raises:
+            MissedPassError: a rank has not come within the time limit, or is gone.
+        """
+        if self.work is None:
+            return self.received
+        try:
             self.work.wait()
+        except RuntimeError as error:
+            raise MissedPassError(
+                f"{self.purpose}: some rank has not come to it in time, or is gone ({error}). Every rank calls "
+                "backward() as often as the others do, also with no tokens; experts are frozen on all ranks or on none"
+            ) from error
         return self.received
 
 
@@ -227,11 +240,11 @@ class ExpertGroup:
         traffic[purpose] += row_bytes * (sum(send) - send[self.rank])
         process_group = self.weights if weights else self.tokens
         if process_group is None:
-            return Transfer(rows, rows, None)
+            return Transfer(rows, rows, None, purpose)
         rows = rows.contiguous()
         received = rows.new_empty(sum(receive), *rows.shape[1:]) if into is None else into
         work = dist.all_to_all_single(received, rows, list(receive), list(send), group=process_group, async_op=True)
-        return Transfer(rows, received, work)
+        return Transfer(rows, received, work, purpose)
 
 
 def ascending(ranks: Sequence[int]) -> list[int]:

@@ -373,6 +373,28 @@ def test_a_rank_that_does_not_come_is_told_with_layer_and_pass(ranks: Launch) ->
         assert told.startswith("pass 2 of blocks.3.experts: ranks [2] have not come to it within 4 s")
 
 
+def go_back_alone(kind: str) -> str:
+    """Rank 1 makes the pass, but does not go back as rank 0 does."""
+    group = make_group(timeout=timedelta(seconds=2))
+    layer = make_layer(kind, group)
+    layer.load_experts(0, make_flat())
+    hidden, index, weight = make_batch(group.rank)
+    loss = layer(hidden.requires_grad_(), index, weight).square().sum()
+    if group.rank == 1:
+        time.sleep(6)
+        return ""
+    with pytest.raises(MissedPassError) as told:
+        loss.backward()
+    return str(told.value)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_rank_that_does_not_go_back_is_told_with_what_was_waited_for(ranks: Launch, kind: str) -> None:
+    told, _ = ranks(2, go_back_alone, kind)
+    assert "backward: some rank has not come to it in time" in told
+    assert "Every rank calls backward() as often as the others" in told
+
+
 DIES = """
 import os, sys, torch, torch.distributed as dist
 from moeplan.runtime_client import ExpertGroup, ExpertShape, FullyShardedExperts

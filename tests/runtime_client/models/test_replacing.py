@@ -163,7 +163,7 @@ def test_experts_that_blocks_share_stay_shared(ranks: Launch, kind: str) -> None
 
 def test_refuses_what_would_be_lost_with_the_experts() -> None:
     model = fused_model()
-    model.blocks[1].experts.down_proj = model.blocks[0].experts.down_proj
+    model.blocks[1].get_submodule("experts").down_proj = model.get_parameter("blocks.0.experts.down_proj")
     with pytest.raises(ValueError, match=r"blocks\.1\.experts: has weights of blocks\.0\.experts"):
         replace_experts(model, partial(FullyShardedExperts, group=ExpertGroup()))
     model = fused_model()

@@ -56,6 +56,8 @@ def state_without_experts() -> Iterator[None]:
 class ExpertLayer(nn.Module, ABC):
     """The experts of one MoE layer on the ranks of a group; `FullyShardedExperts` and `ResidentExperts` are its kinds.
 
+    They are zeros, which no training changes, until `load_experts` or a checkpoint gives them values.
+
     Attributes:
         shape: Dimensions of an expert.
         experts: Number of experts.
@@ -200,9 +202,9 @@ class ExpertLayer(nn.Module, ABC):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """As `to` calls it: the weights are those that were loaded still, if they were before."""
-        known = self.loaded is not None and not self._cut and not self.weights.is_meta
-        as_loaded = known and torch.equal(row_sums(self.weights).cpu(), self.loaded.cpu())
-        super()._apply(fn, recurse)
+        loaded = None if self._cut or self.weights.is_meta else self.loaded
+        as_loaded = loaded is not None and torch.equal(row_sums(self.weights).cpu(), loaded.cpu())
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if as_loaded and not self.weights.is_meta:
             self.loaded = row_sums(self.weights)
         return self

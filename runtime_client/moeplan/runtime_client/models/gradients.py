@@ -237,7 +237,7 @@ class _Reduction:
                 hook.remove()
 
     def _average(self, parameter: Tensor) -> None:
-        if len(parameter._post_accumulate_grad_hooks) > 1:  # type: ignore[attr-defined]
+        if len(parameter._post_accumulate_grad_hooks) > 1:
             raise RuntimeError(
                 f"{self.title}: register_post_accumulate_grad_hook of its weights sees gradients that are not averaged "
                 "over replicas yet. Step optimizers once loss.backward() is over"
