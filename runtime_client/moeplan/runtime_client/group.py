@@ -68,7 +68,7 @@ class Transfer:
         except RuntimeError as error:
             raise MissedPassError(
                 f"{self.purpose}: some rank has not come to it in time, or is gone ({error}). Every rank calls "
-                "backward() as often as the others do, also with no tokens; experts are frozen on all ranks or on none"
+                "backward() as often as the others do, also with no tokens"
             ) from error
         return self.received
 

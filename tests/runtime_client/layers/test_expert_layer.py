@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim.swa_utils import AveragedModel
 
-from moeplan.runtime_client.errors import MissedPassError
+from moeplan.runtime_client.errors import LayoutMismatchError, MissedPassError
 from moeplan.runtime_client.group import ExpertGroup
 from moeplan.runtime_client.layers.feed_forward import ExpertShape, split_weights
 from moeplan.runtime_client.layers.resident import ResidentExperts
@@ -371,6 +371,29 @@ def test_a_pass_that_a_rank_leaves_out_is_told_at_once_if_it_comes_to_another(ra
 def test_a_rank_that_does_not_come_is_told_with_layer_and_pass(ranks: Launch) -> None:
     for told in ranks(3, leave_out, "sharded", "comes to none"):
         assert told.startswith("pass 2 of blocks.3.experts: ranks [2] have not come to it within 4 s")
+
+
+def compute_unalike(kind: str, how: str) -> str:
+    group = make_group()
+    layer = make_layer(kind, group, torch.float32)
+    layer.load_experts(0, make_flat(torch.float32))
+    hidden, index, weight = make_batch(group.rank)
+    alone = group.rank == 1
+    layer.weights.requires_grad_(not (alone and how == "frozen"))
+    with (
+        torch.autocast("cpu", torch.bfloat16, enabled=alone and how == "autocast"),
+        torch.set_grad_enabled(not (alone and how == "no_grad")),
+        pytest.raises(LayoutMismatchError) as told,
+    ):
+        layer(hidden.float(), index, weight)
+    return str(told.value)
+
+
+@pytest.mark.parametrize(("kind", "how"), [("sharded", "autocast"), ("resident", "frozen"), ("resident", "no_grad")])
+def test_ranks_that_compute_unalike_are_told(ranks: Launch, kind: str, how: str) -> None:
+    for told in ranks(2, compute_unalike, kind, how):
+        assert "ranks [1]" in told
+        assert how in told
 
 
 def go_back_alone(kind: str) -> str:

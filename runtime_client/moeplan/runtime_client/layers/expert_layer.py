@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from moeplan.runtime_client.device.mailbox import Turn
 from moeplan.runtime_client.group import ExpertGroup, Traffic
 from moeplan.runtime_client.layers.feed_forward import ExpertShape, join_weights, split_weights
+from moeplan.runtime_client.layers.fingerprints import fingerprint
 from moeplan.runtime_client.layers.identities import with_identities
 from moeplan.runtime_client.layers.rank_checks import compare_ranks, row_sums, tell, tells_training
 from moeplan.runtime_client.layers.repeating import unseen
@@ -129,7 +130,7 @@ class ExpertLayer(nn.Module, ABC):
 
         Raises:
             RouterError: a choice is out of range or a weight not finite, on any rank.
-            LayoutMismatchError: the ranks hold different layouts.
+            LayoutMismatchError: the ranks hold different layouts, compute in other types, or some without gradients.
             MissedPassError: the ranks are not in the same pass.
             RanksDifferError: ranks hold the same part of the experts, or the block's other weights differ between them.
             InfeasibleError: no plan keeps every rank within its token cap; raised on all ranks.
@@ -301,8 +302,11 @@ class ExpertLayer(nn.Module, ABC):
         """Tokens of each expert from each rank, int64[size, experts], once what ranks tell goes together."""
         steps = 0 if self.steps is None or not self.weights.numel() else 1 + self.steps
         what = f"pass {self._passes} of {self.title}"
+        way = self._dtype(), self.weights.requires_grad and torch.is_grad_enabled()
         with unseen():
-            told = tell(self._number, self._passes, layout, *self._checks(), steps=steps)
+            told = tell(
+                self._number, self._passes, layout ^ fingerprint(repr(way).encode()), *self._checks(), steps=steps
+            )
             compare = partial(compare_ranks, self.title)
             return gather_counts(self.group, index, weight, self.experts, what, told, compare)
 
