@@ -1,4 +1,4 @@
-"""Waiting for a collective, which may end at any moment."""
+"""Groups of ranks, and waiting for a collective, which may end at any moment."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 
-from moeplan.runtime_client.group import _Awaited
+from moeplan.runtime_client.group import ExpertGroup, _Awaited
+from moeplan.solvers.problem.errors import ProblemError
 
 Launch = Callable[..., list[Any]]
 
@@ -38,3 +40,13 @@ def add() -> tuple[bool, float]:
 
 def test_a_collective_that_ends_as_the_time_is_up_has_not_failed(ranks: Launch) -> None:
     assert ranks(2, add) == [(True, 3.0)] * 2
+
+
+def reverse() -> str:
+    with pytest.raises(ProblemError) as refused:
+        ExpertGroup.create([1, 0])
+    return str(refused.value)
+
+
+def test_ranks_in_another_order_than_that_of_process_groups_are_refused(ranks: Launch) -> None:
+    assert ranks(2, reverse) == ["ranks = [1, 0]: must ascend, as those of process groups do; write [0, 1]"] * 2

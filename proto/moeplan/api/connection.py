@@ -12,7 +12,7 @@ import grpc
 from moeplan.solvers.problem.errors import ProblemError
 from moeplan.solvers.problem.scalars import short
 
-__all__ = ["Security", "open_aio_channel", "open_channel"]
+__all__ = ["Security", "check_address", "open_aio_channel", "open_channel"]
 
 LARGEST_MESSAGE = 2**31 - 1
 LONGEST_DELAY_S = 15.0
@@ -101,10 +101,10 @@ def open_channel(address: str, security: Security, *, retries: bool = True) -> g
         retries: Whether calls that found no daemon are tried again; every method may be called twice.
 
     Raises:
-        ProblemError: the address names no port.
+        ProblemError: the address is not of that form.
         OSError: a certificate cannot be read.
     """
-    _check(address)
+    check_address(address)
     credentials, options = security.credentials(), _options(retries)
     if credentials is None:
         return grpc.insecure_channel(address, options)
@@ -113,16 +113,20 @@ def open_channel(address: str, security: Security, *, retries: bool = True) -> g
 
 def open_aio_channel(address: str, security: Security) -> grpc.aio.Channel:
     """The same for asyncio, with retries."""
-    _check(address)
+    check_address(address)
     credentials, options = security.credentials(), _options(retries=True)
     if credentials is None:
         return grpc.aio.insecure_channel(address, options)
     return grpc.aio.secure_channel(address, credentials, options)
 
 
-def _check(address: str) -> None:
-    """Refuse what gRPC would take for port 443."""
-    if not isinstance(address, str) or ":" not in address:
+def check_address(address: str) -> None:
+    """Refuse what gRPC would take for port 443, and addresses of web pages, which it would look for for ever.
+
+    Raises:
+        ProblemError: it is such.
+    """
+    if not isinstance(address, str) or ":" not in address or address.startswith(("http:", "https:")):
         raise ProblemError("address", short(address), "must be 'host:port' or 'unix:path'")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from datetime import datetime
 
@@ -40,6 +41,9 @@ MAX_PLACES = 2**24
 MAX_PAIRS = 2**28
 """Pairs of device and expert: one byte each, when the layouts of a layer are compared."""
 REPORT_BYTES, COUNT_BYTES, PLACE_BYTES = 1, 8, 4
+
+JOB_ID = re.compile(r"[a-z]([a-z0-9-]{0,61}[a-z0-9])?")
+JOB_ID_RULE = "must be 1 to 63 of a-z, 0-9 and -, beginning with a letter"
 
 
 def check_incarnation(field_name: str, value: int) -> None:

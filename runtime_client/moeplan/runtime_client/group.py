@@ -18,8 +18,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moeplan.runtime_client.errors import MissedPassError
+from moeplan.solvers.problem.errors import ProblemError
 
-__all__ = ["ExpertGroup", "Traffic", "Transfer", "beside", "join"]
+__all__ = ["ExpertGroup", "Traffic", "Transfer", "ascending", "beside", "join"]
 
 _SLOW_S = 1.0
 """A rank that has waited for others so long says so, for those that will ask who came."""
@@ -46,16 +47,29 @@ class Transfer:
     Attributes:
         sent: Rows being read; held until the transfer is over.
         received: Rows being written; valid after `wait`.
+        purpose: What for, as in `Traffic`.
     """
 
     sent: Tensor
     received: Tensor
     work: dist.Work | None
+    purpose: str
 
     def wait(self) -> Tensor:
-        """The received rows. On CUDA only the current stream waits, not the host."""
-        if self.work is not None:
+        """The received rows. On CUDA only the current stream waits, not the host.
+
+        Raises:
+            MissedPassError: a rank has not come within the time limit, or is gone.
+        """
+        if self.work is None:
+            return self.received
+        try:
             self.work.wait()
+        except RuntimeError as error:
+            raise MissedPassError(
+                f"{self.purpose}: some rank has not come to it in time, or is gone ({error}). Every rank calls "
+                "backward() as often as the others do, also with no tokens"
+            ) from error
         return self.received
 
 
@@ -96,14 +110,17 @@ class ExpertGroup:
         """Make the process groups. As with ``torch.distributed.new_group``, *every* rank of the world calls it.
 
         Args:
-            ranks: Global ranks of the group; all by default.
+            ranks: Global ranks of the group, ascending; all by default.
             timeout: How long a rank waits for the others to come to the same pass, before it raises `MissedPassError`;
                 longer where one rank is busy for longer between passes, for instance with what it logs or evaluates.
 
         Returns:
             The group, or None on a rank outside of it.
+
+        Raises:
+            ProblemError: the ranks do not ascend.
         """
-        members = list(range(dist.get_world_size())) if ranks is None else list(ranks)
+        members = list(range(dist.get_world_size())) if ranks is None else ascending(ranks)
         tokens = dist.new_group(members, timeout=_limit(timeout))
         weights = dist.new_group(members, timeout=_limit(timeout))
         if dist.get_rank() not in members:
@@ -223,11 +240,23 @@ class ExpertGroup:
         traffic[purpose] += row_bytes * (sum(send) - send[self.rank])
         process_group = self.weights if weights else self.tokens
         if process_group is None:
-            return Transfer(rows, rows, None)
+            return Transfer(rows, rows, None, purpose)
         rows = rows.contiguous()
         received = rows.new_empty(sum(receive), *rows.shape[1:]) if into is None else into
         work = dist.all_to_all_single(received, rows, list(receive), list(send), group=process_group, async_op=True)
-        return Transfer(rows, received, work)
+        return Transfer(rows, received, work, purpose)
+
+
+def ascending(ranks: Sequence[int]) -> list[int]:
+    """Ranks of a group, in the only order that process groups have.
+
+    Raises:
+        ProblemError: they are in another.
+    """
+    members = list(ranks)
+    if members != sorted(members):
+        raise ProblemError("ranks", members, f"must ascend, as those of process groups do; write {sorted(members)}")
+    return members
 
 
 def _limit(timeout: timedelta) -> timedelta:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim.swa_utils import AveragedModel
 
-from moeplan.runtime_client.errors import MissedPassError
+from moeplan.runtime_client.errors import LayoutMismatchError, MissedPassError
 from moeplan.runtime_client.group import ExpertGroup
 from moeplan.runtime_client.layers.feed_forward import ExpertShape, split_weights
 from moeplan.runtime_client.layers.resident import ResidentExperts
@@ -131,6 +131,10 @@ def keep_state(kind: str) -> list[str]:
     other = model[0].state_dict(prefix="0.") | {f"1.{name}": part for name, part in whole(flat).items()}
     with pytest.raises(RuntimeError, match=rf'Unexpected key.*"1\.{layer.own}"'):
         model.load_state_dict(other | {f"1.{layer.own}": flat})
+    with pytest.raises(RuntimeError, match=r"experts are loaded whole, and 1\.down_proj is not there"):
+        model.load_state_dict({"1.gate_up_proj": 2 * whole(flat)["gate_up_proj"]}, strict=False)
+    assert model.load_state_dict({}, strict=False).missing_keys[-2:] == ["1.gate_up_proj", "1.down_proj"]
+    check_exact(layer, flat)
     with pytest.raises(RuntimeError, match=r"size mismatch for 1\.down_proj"):
         model.load_state_dict({"1.gate_up_proj": whole(flat)["gate_up_proj"], "1.down_proj": flat}, strict=False)
     if layer.group.size > 1:
@@ -154,6 +158,55 @@ def test_state_is_of_whole_experts_or_refused(ranks: Launch, kind: str) -> None:
         assert "each of 3 ranks" in told[0]
         assert '    dcp.save({"training": TrainingState(model, optimizer)}, checkpoint_id=folder)' in told
         assert "    moeplan.runtime_client.save_pretrained(model, folder)" in told
+
+
+def test_a_norm_of_results_is_part_of_the_state() -> None:
+    layer = make_layer("resident", ExpertGroup())
+    layer.finish_by("norm", nn.LayerNorm(SHAPE.hidden))
+    model = nn.Sequential(layer)
+    state = {name: part + 1 for name, part in model.state_dict().items()}
+    model.load_state_dict(state)
+    torch.testing.assert_close(model.state_dict(), state, rtol=0, atol=0)
+
+
+def load_what_is_none(kind: str) -> None:
+    layer = make_layer(kind, make_group())
+    flat = make_flat()
+    layer.load_experts(0, flat)
+    for first, wrong in [(0, flat[:, :-1]), (0, flat[:, :1]), (0, flat[:, None]), (1, flat), (-1, flat[:1])]:
+        with pytest.raises(ValueError, match=rf"layer 0: load_experts\({first}, .*\[n, {SHAPE.elements}\]"):
+            layer.load_experts(first, wrong)
+    check_exact(layer, flat)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_experts_that_are_none_are_not_loaded(ranks: Launch, kind: str) -> None:
+    ranks(2, load_what_is_none, kind)
+
+
+def go_back_without_gradients(kind: str) -> None:
+    """Tokens of some ranks need a gradient, those of others do not, as where a rank without tokens makes empty ones."""
+    layer = make_layer(kind, make_group())
+    flat = make_flat()
+    layer.load_experts(0, flat)
+    flat.requires_grad_()
+    for rank in range(layer.group.size):
+        dense(flat, *make_batch(rank)).square().sum().backward()
+    hidden, index, weight = make_batch(layer.group.rank)
+    if layer.group.rank == 1:
+        hidden.requires_grad_()
+    layer(hidden, index, weight).square().sum().backward()
+    assert hidden.requires_grad == (layer.group.rank == 1)
+    assert flat.grad is not None
+    torch.testing.assert_close(layer.weights.grad, own_part(layer, flat.grad), rtol=1e-12, atol=1e-12)
+    with torch.inference_mode():
+        features = hidden * 1
+    torch.testing.assert_close(layer(features, index, weight), layer(hidden, index, weight), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_tokens_that_need_no_gradient_go_back_with_those_of_other_ranks(ranks: Launch, kind: str) -> None:
+    ranks(3, go_back_without_gradients, kind)
 
 
 def run_under_autocast(kind: str) -> tuple[dict[str, int], dict[str, int]]:
@@ -210,8 +263,19 @@ def test_index_may_be_of_any_integers_and_of_nothing_else() -> None:
         layer(hidden, weight, weight)
     with pytest.raises(ValueError, match=r"weight \(7, 1\) of 7 tokens: must be integers \[tokens, k\]"):
         layer(hidden, index, weight[:, :1])
+    with pytest.raises(ValueError, match=rf"layer 0: hidden \(7, 1\): must be \[tokens, {SHAPE.hidden}\]"):
+        layer(hidden[:, :1], index, weight)
     with pytest.raises(ValueError, match="of 6 tokens"):
         layer(hidden[1:], index, weight)
+
+
+def test_a_plan_is_not_put_where_nothing_reads_it() -> None:
+    layer, sharded = (make_layer(kind, ExpertGroup()) for kind in ("resident", "sharded"))
+    assert isinstance(sharded, FullyShardedExperts)
+    for name in ("plan", "layout", "split_rule"):
+        with pytest.raises(AttributeError, match=rf"layer 0: {name} = ") as refused:
+            setattr(layer, name, getattr(sharded, name))
+        assert "PlannerSession(address, job_id, moves.layouts, moves.take, " in str(refused.value)
 
 
 def add_in_place(kind: str) -> None:
@@ -307,6 +371,51 @@ def test_a_pass_that_a_rank_leaves_out_is_told_at_once_if_it_comes_to_another(ra
 def test_a_rank_that_does_not_come_is_told_with_layer_and_pass(ranks: Launch) -> None:
     for told in ranks(3, leave_out, "sharded", "comes to none"):
         assert told.startswith("pass 2 of blocks.3.experts: ranks [2] have not come to it within 4 s")
+
+
+def compute_unalike(kind: str, how: str) -> str:
+    group = make_group()
+    layer = make_layer(kind, group, torch.float32)
+    layer.load_experts(0, make_flat(torch.float32))
+    hidden, index, weight = make_batch(group.rank)
+    alone = group.rank == 1
+    layer.weights.requires_grad_(not (alone and how == "frozen"))
+    with (
+        torch.autocast("cpu", torch.bfloat16, enabled=alone and how == "autocast"),
+        torch.set_grad_enabled(not (alone and how == "no_grad")),
+        pytest.raises(LayoutMismatchError) as told,
+    ):
+        layer(hidden.float(), index, weight)
+    return str(told.value)
+
+
+@pytest.mark.parametrize(("kind", "how"), [("sharded", "autocast"), ("resident", "frozen"), ("resident", "no_grad")])
+def test_ranks_that_compute_unalike_are_told(ranks: Launch, kind: str, how: str) -> None:
+    for told in ranks(2, compute_unalike, kind, how):
+        assert "ranks [1]" in told
+        assert how in told
+
+
+def go_back_alone(kind: str) -> str:
+    """Rank 1 makes the pass, but does not go back as rank 0 does."""
+    group = make_group(timeout=timedelta(seconds=2))
+    layer = make_layer(kind, group)
+    layer.load_experts(0, make_flat())
+    hidden, index, weight = make_batch(group.rank)
+    loss = layer(hidden.requires_grad_(), index, weight).square().sum()
+    if group.rank == 1:
+        time.sleep(6)
+        return ""
+    with pytest.raises(MissedPassError) as told:
+        loss.backward()
+    return str(told.value)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_rank_that_does_not_go_back_is_told_with_what_was_waited_for(ranks: Launch, kind: str) -> None:
+    told, _ = ranks(2, go_back_alone, kind)
+    assert "backward: some rank has not come to it in time" in told
+    assert "Every rank calls backward() as often as the others" in told
 
 
 DIES = """

@@ -14,6 +14,8 @@ from tests.support.expert_groups import make_group
 from tests.support.resident_training import EXPERTS, LAYERS, RANKS, SHAPE, Model, batch, planned, train_step
 from torch.distributed.checkpoint.state_dict_loader import load as load_checkpoint
 from torch.distributed.checkpoint.state_dict_saver import save as save_checkpoint
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint
 
@@ -23,6 +25,7 @@ from moeplan.runtime_client.layers.dividing import PlannedLayer
 from moeplan.runtime_client.layers.home_moves import HomeMoves
 from moeplan.runtime_client.layers.resident import ResidentExperts
 from moeplan.runtime_client.models.checkpoint import TrainingState
+from moeplan.runtime_client.models.gradients import ExpertGradients
 from moeplan.solvers import Layout, QuotaPlanner, SpillOptions
 
 Launch = Callable[..., list[Any]]
@@ -239,6 +242,32 @@ def test_homes_may_move_before_a_checkpoint_runs_all_of_a_pass_again(ranks: Laun
     for told, (expected, actual) in ranks(RANKS, move_before_backward, 2, True):
         assert not told
         np.testing.assert_allclose(actual, expected, rtol=1e-4)
+
+
+def move_replicas(cut: bool) -> str:
+    """Two expert groups hold the same experts, and each would have homes of its own."""
+    group = make_group(2)
+    model = Model(group)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    moves = HomeMoves(model.experts, optimizer)
+    moves.take(planned(1, group.size))  # nobody knows yet
+    ExpertGradients(model)
+    if cut:
+        replicas = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicas", "experts"))["replicas"]
+        for layer in model.experts:
+            fully_shard(layer, mesh=replicas)
+    with pytest.raises(ValueError) as refused:
+        moves.take(planned(dist.get_rank() // 2, group.size))
+    with pytest.raises(ValueError, match="other expert groups"):
+        moves.step()
+    return str(refused.value)
+
+
+@pytest.mark.parametrize("cut", [False, True])
+def test_homes_of_replicas_do_not_move_apart(ranks: Launch, cut: bool) -> None:
+    for told in ranks(RANKS, move_replicas, cut):
+        assert "layer 0: other expert groups hold the same experts" in told
+        assert "Make one group of all ranks, ExpertGroup.create()" in told
 
 
 def test_what_cannot_move_is_refused(ranks: Launch) -> None:

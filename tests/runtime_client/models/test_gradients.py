@@ -21,6 +21,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 from torch.distributed.tensor import DTensor
+from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
 
 from moeplan.runtime_client.errors import RanksDifferError
@@ -201,6 +202,80 @@ def test_gradients_made_again_are_scaled_once(ranks: Launch) -> None:
     ranks(2, make_gradients_twice)
 
 
+def train_replicas(kind: str, line: str) -> str:
+    """The first error of steps on two expert groups of two ranks, with an ordinary line that parts them."""
+    group = make_group(2)
+    model = make_ours(kind, group)
+    if line == "a seed of each group":
+        torch.manual_seed(dist.get_rank() // 2)
+        layer = model.blocks[1].get_submodule("experts")
+        assert isinstance(layer, FullyShardedExperts | ResidentExperts)
+        layer.load_experts(0, torch.randn(EXPERTS, layer.shape.elements, dtype=torch.float64))
+    ExpertGradients(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    wrapped = DistributedDataParallel(model)
+    for step in range(4):
+        if line == "a step in the backward" and step == 1:
+            for parameter in expert_parameters(model).values():
+                parameter.register_post_accumulate_grad_hook(lambda p: p.sub_(p.grad))
+        try:
+            wrapped(words_of(step, dist.get_rank(), 4)).backward()
+        except RuntimeError as error:
+            return f"{step}: {error}"
+        if line != "a step that one group leaves out" or dist.get_rank() < 2:
+            optimizer.step()
+        else:
+            for name, parameter in model.named_parameters():
+                if "experts" not in name and parameter.grad is not None:
+                    parameter.data.sub_(parameter.grad, alpha=0.1)
+        optimizer.zero_grad()
+    return "nothing"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("none", ["nothing"]),
+        ("a seed of each group", ["0: blocks.1.experts: ranks", "Draw experts from one seed on all ranks"]),
+        ("a step that one group leaves out", ["1: blocks.1.experts: ranks", "only some of them have made a step"]),
+        ("a step in the backward", ["1: blocks.1.experts: ", "Step optimizers once loss.backward() is over"]),
+    ],
+)
+def test_replicas_that_would_part_are_refused(ranks: Launch, kind: str, line: str, words: list[str]) -> None:
+    for told in ranks(4, train_replicas, kind, line):
+        for each in words:
+            assert each in told
+
+
+def call_with_parameters(kind: str) -> str:
+    """Gradients of a model's own parameters, of others put in their place for a pass, and of its own again."""
+    group = make_group()
+    model = make_ours(kind, group)
+    ExpertGradients(model)
+    words = words_of(0, group.rank, group.size)
+    found = []
+    for others in (False, True, False):
+        model.zero_grad()
+        given = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
+        loss = functional_call(model, given, (words,)) if others else model(words)
+        loss.backward()
+        source = given if others else dict(model.named_parameters())
+        found.append([source[name].grad for name in expert_parameters(model)])
+    for gradients in found[1:]:
+        torch.testing.assert_close(gradients, found[0], rtol=1e-14, atol=0)
+    half = {name: p / 2 for name, p in model.named_parameters()}
+    with pytest.raises(RuntimeError) as refused:
+        functional_call(model, half, (words,))
+    return str(refused.value)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_parameters_put_in_their_place_are_scaled_once(ranks: Launch, kind: str) -> None:
+    for told in ranks(2, call_with_parameters, kind):
+        assert told.startswith("blocks.0.experts: its weights are computed from others")
+
+
 def test_an_optimizer_made_before_the_experts_were_replaced_is_refused() -> None:
     model = fused_model()
     before = torch.optim.AdamW(model.parameters())
@@ -308,6 +383,29 @@ def test_lines_that_would_train_wrongly_are_refused_with_what_to_write(
         assert words in told
 
 
+def flatten_experts(kind: str, ignore: bool) -> str:
+    """FSDP1, which makes one tensor of all parameters that it is not told to ignore."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    group = make_group()
+    model = make_ours(kind, group)
+    ExpertGradients(model)
+    ignored = list(expert_parameters(model).values()) if ignore else None
+    wrapped = FullyShardedDataParallel(model, ignored_states=ignored, device_id=torch.device("cpu"))
+    try:
+        wrapped(words_of(0, group.rank, group.size)).backward()
+    except RuntimeError as error:
+        return str(error)
+    return "nothing"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_experts_that_fsdp1_would_flatten_are_refused(ranks: Launch, kind: str) -> None:
+    for told in ranks(2, flatten_experts, kind, False):
+        assert "FullyShardedDataParallel(model, ignored_states=list(expert_parameters(model).values()))" in told
+    assert ranks(2, flatten_experts, kind, True) == ["nothing"] * 2
+
+
 def train_unalike(kind: str, line: str) -> str:
     """The first error of up to six steps, each with an ordinary line after the backward pass."""
     group = make_group()
@@ -412,6 +510,8 @@ def train_equal_experts() -> None:
     expected = plain(words_of(0, group.rank, group.size))
     replace_experts(plain, partial(ResidentExperts, group=group))
     torch.testing.assert_close(plain(words_of(0, group.rank, group.size)), expected, rtol=1e-12, atol=0)
+    plain.to(torch.bfloat16)
+    torch.testing.assert_close(plain(words_of(0, group.rank, group.size)).double(), expected, rtol=0.05, atol=0)
 
 
 def test_experts_that_are_copies_of_each_other_are_no_mistake(ranks: Launch) -> None:

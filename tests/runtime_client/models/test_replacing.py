@@ -131,6 +131,47 @@ def test_shared_experts_stay_where_they_are() -> None:
     assert type(model.blocks[0].shared_experts) is SharedExperts
 
 
+def share_experts(kind: str) -> None:
+    """Two blocks with routers of their own and the same experts, as in recurrent models, against one process."""
+    group = make_group()
+    plain, ours = fused_model(), fused_model()
+    for model in (plain, ours):
+        model.blocks[1].experts = model.blocks[0].experts
+    make_ours(kind, group, ours)
+    assert ours.blocks[1].experts is ours.blocks[0].experts
+    ExpertGradients(ours)
+    for step in range(3):
+        plain(words_of(step, 0, 1)).backward()
+        loss = ours(words_of(step, group.rank, group.size))
+        loss.backward()
+        for name, parameter in ours.named_parameters():
+            if name not in expert_parameters(ours):
+                assert parameter.grad is not None
+                dist.all_reduce(parameter.grad)
+                parameter.grad /= group.size
+        for model in (plain, ours):
+            torch.optim.SGD(model.parameters(), lr=0.5).step()
+            model.zero_grad()
+    whole = plain(words_of(9, 0, 1)).detach()
+    torch.testing.assert_close(ours(words_of(9, 0, 1)).detach(), whole, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["sharded", "resident"])
+def test_experts_that_blocks_share_stay_shared(ranks: Launch, kind: str) -> None:
+    ranks(2, share_experts, kind)
+
+
+def test_refuses_what_would_be_lost_with_the_experts() -> None:
+    model = fused_model()
+    model.blocks[1].get_submodule("experts").down_proj = model.get_parameter("blocks.0.experts.down_proj")
+    with pytest.raises(ValueError, match=r"blocks\.1\.experts: has weights of blocks\.0\.experts"):
+        replace_experts(model, partial(FullyShardedExperts, group=ExpertGroup()))
+    model = fused_model()
+    with record(model), pytest.raises(ValueError, match=r"blocks\.0\.experts: has hooks.*call record\(model\)"):
+        replace_experts(model, partial(FullyShardedExperts, group=ExpertGroup()))
+    replace_experts(model, partial(FullyShardedExperts, group=ExpertGroup()))
+
+
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.uint8])
 def test_refuses_quantized_experts(dtype: torch.dtype) -> None:
     model = fused_model()

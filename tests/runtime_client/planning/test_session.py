@@ -236,6 +236,40 @@ def test_a_job_is_described_by_the_arguments_of_its_session(ranks: Any, daemon: 
 
 
 @pytest.mark.parametrize(
+    ("argument", "value", "words"),
+    [
+        ("address", "planner", "address = 'planner': must be 'host:port'"),
+        ("address", "http://planner:7433", "address = 'http://planner:7433': must be 'host:port'"),
+        ("job_id", "My run", "job_id = 'My run': must be 1 to 63 of a-z, 0-9 and -, beginning with a letter"),
+        ("layouts", [], r"layouts = none: must be one per MoE layer; write \[layer.layout for layer in layers\]"),
+        ("layouts", [np.zeros((1, 8), np.int32)], r"layouts\[0\] = array.*: must be Layout; write \[layer.layout"),
+        ("reporting", "nodes", "reporting = nodes: must be rank, node or group"),
+    ],
+)
+def test_a_session_that_could_never_be_is_refused_at_once(argument: str, value: Any, words: str) -> None:
+    given: dict[str, Any] = {"address": "127.0.0.1:1", "job_id": "odd", "layouts": [contiguous(1)] * LAYERS}
+    with pytest.raises(ProblemError, match=words):
+        PlannerSession(**given | {argument: value}, apply=lambda plan: None, slots=EXPERTS)
+
+
+def sessions_of_others() -> list[str]:
+    told = []
+    for members in ([1, 0], [1 - dist.get_rank()]):
+        with pytest.raises(ProblemError) as refused:
+            PlannerSession("127.0.0.1:1", "odd", [contiguous(2)], lambda plan: None, slots=SLOTS, ranks=members)
+        told.append(str(refused.value))
+    return told
+
+
+def test_a_session_has_the_ranks_of_its_own_group_in_their_order(ranks: Any) -> None:
+    first, _ = ranks(2, sessions_of_others)
+    assert first == [
+        "ranks = [1, 0]: must ascend, as those of process groups do; write [0, 1]",
+        "ranks = [1]: must be those of the group that this rank, 0, is in",
+    ]
+
+
+@pytest.mark.parametrize(
     ("counts", "words"),
     [
         (np.ones((LAYERS + 1, EXPERTS), np.int64), rf"array of shape \(3, 8\): must be \[{LAYERS}, {EXPERTS}\]"),

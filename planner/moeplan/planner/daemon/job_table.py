@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import heapq
 import math
-import re
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
@@ -15,7 +14,7 @@ from datetime import UTC, datetime
 import structlog
 
 from moeplan.api import wire
-from moeplan.api.jobs import JobSpec
+from moeplan.api.jobs import JOB_ID, JOB_ID_RULE, JobSpec
 from moeplan.planner.daemon.database import StoreError
 from moeplan.planner.daemon.job_host import MOST_WRITTEN, JobHost
 from moeplan.planner.daemon.metrics import Metrics
@@ -48,8 +47,6 @@ MOVED = 32
 
 LAYER_BYTES = 1_024
 """A layer of a plan in a message, beside its layout."""
-
-JOB_ID = re.compile(r"[a-z]([a-z0-9-]{0,61}[a-z0-9])?")
 
 log = structlog.get_logger()
 
@@ -109,7 +106,7 @@ class JobTable:
             StoreError: it could not be kept.
         """
         if not JOB_ID.fullmatch(identity):
-            raise invalid("job_id", identity, "must be 1 to 63 of a-z, 0-9 and -, beginning with a letter")
+            raise invalid("job_id", identity, JOB_ID_RULE)
         spec = await asyncio.to_thread(self._read, job)  # the first time, it loads every policy
         message = described(job)
         async with self._creating:

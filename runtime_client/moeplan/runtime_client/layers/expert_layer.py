@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from moeplan.runtime_client.device.mailbox import Turn
 from moeplan.runtime_client.group import ExpertGroup, Traffic
 from moeplan.runtime_client.layers.feed_forward import ExpertShape, join_weights, split_weights
+from moeplan.runtime_client.layers.fingerprints import fingerprint
 from moeplan.runtime_client.layers.identities import with_identities
 from moeplan.runtime_client.layers.rank_checks import compare_ranks, row_sums, tell, tells_training
 from moeplan.runtime_client.layers.repeating import unseen
@@ -56,6 +57,8 @@ def state_without_experts() -> Iterator[None]:
 class ExpertLayer(nn.Module, ABC):
     """The experts of one MoE layer on the ranks of a group; `FullyShardedExperts` and `ResidentExperts` are its kinds.
 
+    They are zeros, which no training changes, until `load_experts` or a checkpoint gives them values.
+
     Attributes:
         shape: Dimensions of an expert.
         experts: Number of experts.
@@ -71,6 +74,7 @@ class ExpertLayer(nn.Module, ABC):
             last that was told to other ranks.
         prepare: Called with the parameter before a pass that will have gradients, and with whether FSDP2 averages them
             over replicas; `ExpertGradients` sets it.
+        replicated: Whether ranks of other expert groups hold the same experts; `ExpertGradients` sets it.
     """
 
     own: ClassVar[str]
@@ -87,6 +91,7 @@ class ExpertLayer(nn.Module, ABC):
         self.identities = 0
         self._finish = ""
         self.prepare: Callable[[nn.Parameter, bool], None] | None = None
+        self.replicated = False
         self._cut = False
         self._number = next(group.numbers)
         self._passes = 0
@@ -106,7 +111,7 @@ class ExpertLayer(nn.Module, ABC):
     def __setattr__(self, name: str, value: Any) -> None:
         if name == self.own and isinstance(value, DTensor):  # as fully_shard puts it there
             self._require_cut_over_replicas(value)
-            self._cut = True
+            self._cut = self.replicated = True
         super().__setattr__(name, value)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -125,11 +130,12 @@ class ExpertLayer(nn.Module, ABC):
 
         Raises:
             RouterError: a choice is out of range or a weight not finite, on any rank.
-            LayoutMismatchError: the ranks hold different layouts.
+            LayoutMismatchError: the ranks hold different layouts, compute in other types, or some without gradients.
             MissedPassError: the ranks are not in the same pass.
             RanksDifferError: ranks hold the same part of the experts, or the block's other weights differ between them.
             InfeasibleError: no plan keeps every rank within its token cap; raised on all ranks.
-            ValueError: `index` is not of integers, or its shape is not that of `weight` and of the tokens.
+            ValueError: `hidden` has another width than the experts, `index` is not of integers, or its shape is not
+                that of `weight` and of the tokens.
             RuntimeError: the weights are on the meta device, or DistributedDataParallel would average their gradients.
         """
         self._require_memory()
@@ -140,7 +146,12 @@ class ExpertLayer(nn.Module, ABC):
                 self.prepare(weights, self._cut)
             if self._compares:
                 self._require_own_gradients(weights)
-        rows = hidden.reshape(-1, hidden.shape[-1])
+        if hidden.shape[-1:] != (self.shape.hidden,):
+            raise ValueError(f"{self.title}: hidden {tuple(hidden.shape)}: must be [tokens, {self.shape.hidden}]")
+        rows = hidden.reshape(-1, self.shape.hidden)
+        if torch.is_grad_enabled() and weights.requires_grad and not rows.requires_grad:
+            # As those of other ranks, which would wait in the backward otherwise: where there are no tokens, say.
+            rows = rows.detach().clone().requires_grad_()
         if index.dtype.is_floating_point or index.shape != weight.shape or index.shape[:-1].numel() != len(rows):
             raise ValueError(
                 f"{self.title}: index {index.dtype} {tuple(index.shape)} and weight {tuple(weight.shape)} of "
@@ -178,9 +189,26 @@ class ExpertLayer(nn.Module, ABC):
         Args:
             first: The first expert given.
             flat: [n, elements], experts ``first`` to ``first + n - 1`` in flat form.
+
+        Raises:
+            ValueError: they are not in flat form, or the layer has no such experts.
         """
         self._require_memory()
+        if flat.shape[1:] != (self.shape.elements,) or not 0 <= first <= self.experts - len(flat):
+            raise ValueError(
+                f"{self.title}: load_experts({first}, {tuple(flat.shape)}): must be [n, {self.shape.elements}], of "
+                f"experts within 0..{self.experts - 1}"
+            )
         self._remember(self._take(first, flat))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """As `to` calls it: the weights are those that were loaded still, if they were before."""
+        loaded = None if self._cut or self.weights.is_meta else self.loaded
+        as_loaded = loaded is not None and torch.equal(row_sums(self.weights).cpu(), loaded.cpu())
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if as_loaded and not self.weights.is_meta:
+            self.loaded = row_sums(self.weights)
+        return self
 
     def _remember(self, rows: list[int]) -> None:
         """Note what these rows of the parameter are now."""
@@ -274,8 +302,11 @@ class ExpertLayer(nn.Module, ABC):
         """Tokens of each expert from each rank, int64[size, experts], once what ranks tell goes together."""
         steps = 0 if self.steps is None or not self.weights.numel() else 1 + self.steps
         what = f"pass {self._passes} of {self.title}"
+        way = self._dtype(), self.weights.requires_grad and torch.is_grad_enabled()
         with unseen():
-            told = tell(self._number, self._passes, layout, *self._checks(), steps=steps)
+            told = tell(
+                self._number, self._passes, layout ^ fingerprint(repr(way).encode()), *self._checks(), steps=steps
+            )
             compare = partial(compare_ranks, self.title)
             return gather_counts(self.group, index, weight, self.experts, what, told, compare)
 
@@ -382,9 +413,13 @@ class ExpertLayer(nn.Module, ABC):
             self.loaded = None if self._cut else row_sums(self.weights)
             return
         shapes = {prefix + name: (self.experts, *shape) for name, shape in self.shape.parts.items()}
-        unexpected_keys += [key for key in state_dict if strict and key.startswith(prefix) and key not in shapes]
-        missing_keys += [name for name in shapes if strict and name not in state_dict]
-        if not all(name in state_dict for name in shapes):
+        others = [key for key in state_dict if strict and key.startswith(prefix) and key not in shapes]
+        unexpected_keys += [key for key in others if key[len(prefix) :].partition(".")[0] not in self._modules]
+        missing = [name for name in shapes if name not in state_dict]
+        missing_keys += missing if strict else []
+        if 0 < len(missing) < len(shapes):
+            error_msgs.append(f"experts are loaded whole, and {', '.join(missing)} is not there for the rest of them")
+        if missing:
             return
         for name, shape in shapes.items():
             if tuple(state_dict[name].shape) != shape:
@@ -398,6 +433,7 @@ class ExpertLayer(nn.Module, ABC):
         return self.__dict__ | {
             "traffic": Traffic(),
             "prepare": None,
+            "replicated": self._cut,
             "steps": None,
             "trained_by": None,
             "forgets": self.forgets or bool(self._shared_by),

@@ -95,11 +95,13 @@ class HomeMoves(Stateful):
             plan: A layout of one replica per expert for each layer, as a session brings them.
 
         Raises:
-            ValueError: an expert has several replicas, a rank would own another number of experts than it does, or the
-                plan is for other speeds than those by which the layer's planner lends.
+            ValueError: an expert has several replicas, a rank would own another number of experts than it does, the
+                plan is for other speeds than those by which the layer's planner lends, or other expert groups hold the
+                same experts.
         """
         goal = []
         for layer, planned in zip(self._layers, plan, strict=True):
+            _require_one_group(layer)
             hosts = planned.layout.hosts
             if len(hosts.device) != layer.experts:
                 raise ValueError(
@@ -228,6 +230,7 @@ class HomeMoves(Stateful):
 
     @torch.no_grad()
     def _exchange(self, layer: ResidentExperts, pairs: Sequence[Pair]) -> None:
+        _require_one_group(layer)
         homes, rank = layer.homes, self._group.rank
         # By rank, then by pair: the same order on both ends.
         leaving = sorted(
@@ -264,6 +267,19 @@ class HomeMoves(Stateful):
                 yield value
         if layer.loaded is not None:
             yield layer.loaded
+
+
+def _require_one_group(layer: ResidentExperts) -> None:
+    """Refuse experts of which other expert groups hold the same, row by row, and with homes of their own.
+
+    Raises:
+        ValueError: there are other groups.
+    """
+    if layer.replicated:
+        raise ValueError(
+            f"{layer.title}: other expert groups hold the same experts, and homes of each group would move apart from "
+            "theirs. Make one group of all ranks, ExpertGroup.create(), or leave the homes where they are"
+        )
 
 
 def _plain(layer: ResidentExperts, key: str, value: object) -> object:

@@ -36,7 +36,7 @@ def tell(
     Args:
         layer: Number of the layer in the group.
         number: Number of its pass.
-        layout: Number that differs between layouts, and between means of a planner.
+        layout: Number that differs between layouts, means of a planner, types, and with and without gradients.
         own: int64, sum of `row_sums` of this rank's part of the experts; in passes that `tells_training`, of what an
             optimizer trains them by. None in most passes, as it reads all of them.
         rewritten: int64, 1 if no other rank may hold the same: it is not what the layer has loaded.
@@ -63,7 +63,7 @@ def compare_ranks(name: str, told: Int64) -> None:
 
     Raises:
         MissedPassError: the ranks are in different passes, or in different layers.
-        LayoutMismatchError: their layouts differ, or what they lend by.
+        LayoutMismatchError: their layouts differ, what they lend by, or how they compute.
         RanksDifferError: two ranks hold the same part of the experts or train theirs by the same gradients, one has
             left out a step, or weights that all share differ.
     """
@@ -80,8 +80,9 @@ def compare_ranks(name: str, told: Int64) -> None:
         )
     if ranks := _differing(layout):
         raise LayoutMismatchError(
-            f"{name}: layout of ranks {ranks}, or the planner that lends there or its options, differ from rank 0's; "
-            "set the same on all ranks"
+            f"{name}: layout of ranks {ranks}, or the planner that lends there or its options, the type that they "
+            "compute in (autocast), or whether experts are trained (frozen, no_grad), differ from rank 0's; set the "
+            "same on all ranks"
         )
     training = tells_training(int(place[0]) & (1 << _PASS_BITS) - 1)
     for rank in np.flatnonzero(rewritten).tolist():
@@ -101,7 +102,8 @@ def compare_ranks(name: str, told: Int64) -> None:
                 "A wrapper has broadcast them, they were drawn from one seed, or training has made all of them not a "
                 "number. Against the first two write\n"
                 "    ExpertGradients(model)  # before DistributedDataParallel(model)\n"
-                "    fully_shard(model, ignored_params=set(expert_parameters(model).values()))"
+                "    fully_shard(model, ignored_params=set(expert_parameters(model).values()))\n"
+                "    FullyShardedDataParallel(model, ignored_states=list(expert_parameters(model).values()))"
             )
     known = steps[steps > 0]
     if (known != known[:1]).any():

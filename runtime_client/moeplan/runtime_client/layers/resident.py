@@ -87,6 +87,16 @@ class ResidentExperts(ExpertLayer):
             exchange.require_homes(shape, planner.options.home, dtype or torch.get_default_dtype())
         self.flat = nn.Parameter(torch.zeros(len(self.homes.owned), shape.elements, dtype=dtype, device=device))
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("layout", "plan", "split_rule"):  # as of sharded experts; torch would keep it, and nothing read it
+            raise AttributeError(
+                f"{self.title}: {name} = ...: resident experts stay at their homes, whatever a plan says. Write\n"
+                "    moves = HomeMoves(layers, optimizer)\n"
+                "    PlannerSession(address, job_id, moves.layouts, moves.take, slots=..., spill_slots=...)\n"
+                "or make FullyShardedExperts"
+            )
+        super().__setattr__(name, value)
+
     @property
     def planner(self) -> SpillPlanner:
         """What lends in the passes that start from now on; not in those of an `exchange`."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -12,9 +11,12 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.utils.hooks import RemovableHandle
+from torch.utils.weak import WeakIdKeyDictionary
 
+from moeplan.runtime_client.errors import RanksDifferError
 from moeplan.runtime_client.group import ExpertGroup
 from moeplan.runtime_client.layers.expert_layer import ExpertLayer
+from moeplan.runtime_client.layers.rank_checks import row_sums
 from moeplan.runtime_client.models.optimizers import watch_optimizers
 
 __all__ = ["ExpertGradients", "expert_parameters", "groups_of", "ignore_experts"]
@@ -89,9 +91,10 @@ class ExpertGradients:
         for group, members in self.layers.items():
             replicas = _replicas_of(group.members, ranks)
             for layer in members:
+                layer.replicated = replicas is not None
                 if isinstance(layer.prepare, _Reduction):
                     layer.prepare.detach()
-                layer.prepare = _Reduction(group.size, replicas, mean)
+                layer.prepare = _Reduction(layer.title, group.size, replicas, mean)
 
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> Tensor:
@@ -196,12 +199,14 @@ class _Reduction:
     Averages of what replicas hold already are what they hold, so it may run after each of several backward passes.
     """
 
-    def __init__(self, size: int, replicas: dist.ProcessGroup | None, mean: bool) -> None:
+    def __init__(self, title: str, size: int, replicas: dist.ProcessGroup | None, mean: bool) -> None:
+        self.title = title
         self.replicas = replicas
         self.times = 1 if replicas is None else dist.get_world_size(replicas)
         self.scale = 1 / size if mean else self.times
-        self.attached: weakref.ref[nn.Parameter] | None = None
-        self.hooks: list[RemovableHandle] = []
+        # Of each parameter that the layer has had: ``torch.func.functional_call`` puts others there, and back again.
+        self.hooks: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        self.backwards = 0
 
     def __call__(self, parameter: nn.Parameter, averaged: bool) -> None:
         """Attach to a parameter, unless it is.
@@ -210,23 +215,58 @@ class _Reduction:
             parameter: The parameter of a layer.
             averaged: Whether something else averages its gradients over replicas.
         """
-        if self.attached is not None and self.attached() is parameter:
+        if parameter in self.hooks:
             return
-        self.attached = weakref.ref(parameter)
+        if not parameter.is_leaf:
+            raise RuntimeError(
+                f"{self.title}: its weights are computed from others, whose gradients would be scaled twice. Give "
+                "functional_call parameters, do not parametrize experts, and write\n"
+                "    FullyShardedDataParallel(model, ignored_states=list(expert_parameters(model).values()))"
+            )
+        hooks: list[RemovableHandle] = []
         if self.scale != 1:
-            self.hooks.append(parameter.register_hook(lambda gradient: gradient * self.scale))
+            hooks.append(parameter.register_hook(lambda gradient: gradient * self.scale))
         if self.replicas is not None and not averaged:
-            self.hooks.append(parameter.register_post_accumulate_grad_hook(self._average))
+            hooks.append(parameter.register_post_accumulate_grad_hook(self._average))
+        self.hooks[parameter] = hooks
 
     def detach(self) -> None:
-        """Leave the parameter to another."""
-        for hook in self.hooks:
-            hook.remove()
+        """Leave the parameters to another."""
+        for hooks in self.hooks.values():
+            for hook in hooks:
+                hook.remove()
 
     def _average(self, parameter: Tensor) -> None:
+        if len(parameter._post_accumulate_grad_hooks) > 1:
+            raise RuntimeError(
+                f"{self.title}: register_post_accumulate_grad_hook of its weights sees gradients that are not averaged "
+                "over replicas yet. Step optimizers once loss.backward() is over"
+            )
         gradient = parameter.grad
         assert gradient is not None, "it has been accumulated"
+        self.backwards += 1
+        if self.backwards & (self.backwards - 1) == 0:  # in 1, 2, 4, 8 and so on, as what differs stays different
+            self._require_replicas(parameter)
         if gradient.numel():
             work = dist.all_reduce(gradient.div_(self.times), group=self.replicas, async_op=True)
             # Called when the backward pass is over, which goes on meanwhile.
             torch.autograd.Variable._execution_engine.queue_callback(work.wait)
+
+    def _require_replicas(self, parameter: Tensor) -> None:
+        """Raise, on all replicas alike, if they do not hold the same experts.
+
+        Raises:
+            RanksDifferError: they do not.
+        """
+        mine = row_sums(parameter).sum()
+        sums = [torch.empty_like(mine) for _ in range(self.times)]
+        dist.all_gather(sums, mine, group=self.replicas)
+        if len({int(each) for each in sums}) > 1:
+            assert self.replicas is not None, "there are replicas"
+            raise RanksDifferError(
+                f"{self.title}: ranks {dist.get_process_group_ranks(self.replicas)} hold the same experts, each in "
+                "its own expert group, and their weights differ. They were drawn from other seeds or loaded from other "
+                "files, or only some of them have made a step. Draw experts from one seed on all ranks, or load all of "
+                "a checkpoint:\n"
+                '    dcp.load({"training": TrainingState(model, optimizer)}, checkpoint_id=folder)'
+            )

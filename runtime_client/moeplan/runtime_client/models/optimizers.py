@@ -19,8 +19,8 @@ __all__ = ["watch_optimizers"]
 
 _layers: weakref.WeakSet[ExpertLayer] = weakref.WeakSet()
 _replaced: weakref.WeakValueDictionary[int, nn.Parameter] = weakref.WeakValueDictionary()
-_trained: weakref.WeakKeyDictionary[Optimizer, weakref.WeakSet[ExpertLayer]] = weakref.WeakKeyDictionary()
-"""Layers that optimizers train, of those that have been looked at since experts were last replaced."""
+_trained: weakref.WeakKeyDictionary[Optimizer, tuple[int, weakref.WeakSet[ExpertLayer]]] = weakref.WeakKeyDictionary()
+"""Of optimizers that have been looked at since experts were last replaced: how many parameters, and which layers."""
 
 _OF_WHOLE_TENSORS = ("adafactor", "lamb", "lars", "lbfgs", "muon", "shampoo", "soap")
 """In names of optimizers that treat a tensor, or all of them, as a whole."""
@@ -50,16 +50,17 @@ def _look_at_steps() -> None:
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _before_step(optimizer: Optimizer, *_: Any) -> None:
-    if optimizer not in _trained:
-        _trained[optimizer] = _require_right(optimizer)
-    for layer in _trained[optimizer]:
+    held = sum(len(group["params"]) for group in optimizer.param_groups)  # of which `add_param_group` makes more
+    if optimizer not in _trained or _trained[optimizer][0] != held:
+        _trained[optimizer] = held, _require_right(optimizer)
+    for layer in _trained[optimizer][1]:
         if layer.awaits_step:
             layer.trained_by = _sum_of_training(optimizer, layer)
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _after_step(optimizer: Optimizer, *_: Any) -> None:
-    for layer in _trained.get(optimizer, ()):
+    for layer in _trained[optimizer][1] if optimizer in _trained else ():
         layer.steps = 1 + (layer.steps or 0)
 
 
@@ -67,7 +68,8 @@ def _require_right(optimizer: Optimizer) -> weakref.WeakSet[ExpertLayer]:
     """The layers that an optimizer trains.
 
     Raises:
-        RuntimeError: the optimizer was made before `replace_experts`, or treats tensors as a whole.
+        RuntimeError: the optimizer was made before `replace_experts`, treats tensors as a whole, or spreads them over
+            ranks.
     """
     kind = type(optimizer).__name__
     held = {id(parameter): parameter for group in optimizer.param_groups for parameter in group["params"]}
@@ -77,6 +79,14 @@ def _require_right(optimizer: Optimizer) -> weakref.WeakSet[ExpertLayer]:
             "not train the experts. Make the optimizer after it"
         )
     layers = weakref.WeakSet(layer for layer in _layers if id(layer.weights) in held)
+    if layers and kind == "ZeroRedundancyOptimizer":
+        raise RuntimeError(
+            f"{kind}: would have one rank train {min(layer.title for layer in layers)} and send its part to all, "
+            "and each holds its own. Write\n"
+            "    experts = set(expert_parameters(model).values())\n"
+            "    ZeroRedundancyOptimizer([p for p in model.parameters() if p not in experts], ...)\n"
+            "and give the experts an optimizer on each rank"
+        )
     if layers and any(name in kind.lower() for name in _OF_WHOLE_TENSORS):
         raise RuntimeError(
             f"{kind}: takes the weights of {min(layer.title for layer in layers)} for a tensor of the model, which it "

@@ -55,7 +55,8 @@ def replace_experts(model: nn.Module, make: MakeExperts[L]) -> dict[str, L]:
 
     Raises:
         ValueError: the model has no such module, or one that computes something else, with other parameters or
-            quantized ones, of which only some are frozen, or inside an adapter. Nothing has been replaced then.
+            quantized ones, of which only some are frozen, inside an adapter, with hooks, or with another's weights.
+            Nothing has been replaced then.
     """
     found = {name: module for name, module in model.named_modules() if _is_fused(module)}
     if not found:
@@ -64,6 +65,7 @@ def replace_experts(model: nn.Module, make: MakeExperts[L]) -> dict[str, L]:
             "call FullyShardedExperts or ResidentExperts from the model's own MoE block instead"
         )
     known: dict[str, Recognised] = {}
+    _require_apart(found)
     for name, module in found.items():
         shapes = {other.shape for other in known.values()}
         known[name] = recognise(f"{name} ({type(module).__name__})", module, shapes)
@@ -84,15 +86,36 @@ def replace_experts(model: nn.Module, make: MakeExperts[L]) -> dict[str, L]:
             layer.finish_by(finish, module.get_submodule(finish))
         if called_with_rows(module):
             take_rows_by_expert(layer, experts)
-        owner, _, attribute = name.rpartition(".")
-        block = model.get_submodule(owner)
-        setattr(block, attribute, layer)
-        layer.watch(block, model)
+        places = [place for place, held in model.named_modules(remove_duplicate=False) if held is module]
+        for owner, _, attribute in (place.rpartition(".") for place in places):  # several, if blocks share it
+            setattr(model.get_submodule(owner), attribute, layer)
+        layer.watch(model.get_submodule(name.rpartition(".")[0]), model)
         layers[name] = layer
         watch_optimizers([layer], weights)
     chain([layer for layer in layers.values() if isinstance(layer, FullyShardedExperts)])
     ignore_experts(model)
     return layers
+
+
+def _require_apart(found: dict[str, nn.Module]) -> None:
+    """Refuse experts from which something else hangs that would be lost.
+
+    Raises:
+        ValueError: hooks do, or the weights of another module.
+    """
+    owners: dict[nn.Parameter, str] = {}
+    for name, module in found.items():
+        if any((module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)):
+            raise ValueError(
+                f"{name}: has hooks, which would be lost; call record(model), or whatever has set them, after "
+                "replace_experts"
+            )
+        for parameter in module.parameters(recurse=False):
+            if owners.setdefault(parameter, name) != name:
+                raise ValueError(
+                    f"{name}: has weights of {owners[parameter]}, and either would get its own; to share experts, let "
+                    "both blocks have the same module"
+                )
 
 
 def _is_fused(module: nn.Module) -> bool:

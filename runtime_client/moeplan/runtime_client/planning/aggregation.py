@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from moeplan.runtime_client.errors import AgreementError
 from moeplan.solvers.problem.arrays import Int64
+from moeplan.solvers.problem.errors import ProblemError
 from moeplan.solvers.problem.layout import Layout
 from moeplan.solvers.problem.split_rules import SplitRule
 
@@ -34,6 +35,9 @@ def leaders(reporting: Reporting, nodes: Sequence[int]) -> list[int]:
     Args:
         reporting: How many streams there are.
         nodes: Node of each rank of the group.
+
+    Raises:
+        ProblemError: `reporting` is none of them.
     """
     match reporting:
         case "rank":
@@ -42,6 +46,7 @@ def leaders(reporting: Reporting, nodes: Sequence[int]) -> list[int]:
             return [list(nodes).index(node) for node in nodes]
         case "group":
             return [0] * len(nodes)
+    raise ProblemError("reporting", reporting, "must be rank, node or group")
 
 
 class Aggregation:

@@ -15,8 +15,9 @@ from typing import Self
 import numpy as np
 import torch.distributed as dist
 
-from moeplan.api.connection import Security
-from moeplan.api.jobs import Closing, JobSpec, Replan
+from moeplan.api.connection import Security, check_address
+from moeplan.api.jobs import JOB_ID, JOB_ID_RULE, Closing, JobSpec, Replan
+from moeplan.runtime_client.group import ascending
 from moeplan.runtime_client.layers.dividing import Division, PlannedLayer
 from moeplan.runtime_client.planning.aggregation import Aggregation, Reporting, leaders
 from moeplan.runtime_client.planning.agreement import Agreement
@@ -28,6 +29,7 @@ from moeplan.solvers.problem.errors import ProblemError
 from moeplan.solvers.problem.forecast_spec import Forecast
 from moeplan.solvers.problem.layout import Layout
 from moeplan.solvers.problem.problem import ExpertSpec
+from moeplan.solvers.problem.scalars import instance, short
 from moeplan.solvers.problem.split_rules import SplitRule
 
 __all__ = ["PlannerSession"]
@@ -55,12 +57,12 @@ class PlannerSession:
 
     Args:
         address: The daemon, ``host:port`` or ``unix:path``.
-        job_id: Id of the job, 1 to 63 of a-z, 0-9 and -; one per expert-parallel group.
+        job_id: Id of the job, 1 to 63 of a-z, 0-9 and -, beginning with a letter; one per expert-parallel group.
         layouts: Layouts in force, one per MoE layer.
         apply: Puts a plan into force, ``layer.plan = planned`` for each layer; called between two steps.
         slots: Replicas that a rank can hold, alike on all ranks.
-        ranks: Global ranks of the group; all by default. Every rank of the *world* makes a session where the groups are
-            several, each with the ranks of its own group, as `torch.distributed.new_group` demands it.
+        ranks: Global ranks of the group, ascending; all by default. Every rank of the *world* makes a session where the
+            groups are several, each with the ranks of its own group, as `torch.distributed.new_group` demands it.
         cluster: Speeds, memories and links of the ranks, with `slots` each; by default equal ones, on the nodes where
             they are found.
         expert: Costs of an expert and of a token.
@@ -110,6 +112,14 @@ class PlannerSession:
         security: Security | None = None,
         timeout: timedelta = timedelta(minutes=5),
     ) -> None:
+        check_address(address)
+        if not isinstance(job_id, str) or not JOB_ID.fullmatch(job_id):
+            raise ProblemError("job_id", short(job_id), JOB_ID_RULE)
+        layouts = tuple(layouts)
+        if not layouts:
+            raise ProblemError("layouts", "none", "must be one per MoE layer; write [layer.layout for layer in layers]")
+        for index, layout in enumerate(layouts):
+            instance(f"layouts[{index}]", layout, Layout, "[layer.layout for layer in layers]")
         self._apply = apply
         security = Security.from_files() if security is None else security
         self._group, self._rank, self._size = _side_group(ranks, timeout)
@@ -121,7 +131,7 @@ class PlannerSession:
             layers=len(layouts),
             experts=self._experts,
             ranks=self._size,
-            initial=tuple(layouts),
+            initial=layouts,
             expert=expert,
             policy=policy,
             parameters=parameters,
@@ -228,7 +238,9 @@ def _side_group(ranks: Sequence[int] | None, timeout: timedelta) -> tuple[dist.P
     """A gloo group of the ranks, this rank in it, and their number."""
     if not dist.is_initialized():
         return None, 0, 1
-    members = list(range(dist.get_world_size())) if ranks is None else list(ranks)
+    members = list(range(dist.get_world_size())) if ranks is None else ascending(ranks)
+    if dist.get_rank() not in members:
+        raise ProblemError("ranks", members, f"must be those of the group that this rank, {dist.get_rank()}, is in")
     group = dist.new_group(members, timeout=timeout, backend="gloo", use_local_synchronization=ranks is not None)
     return group, members.index(dist.get_rank()), len(members)
 
