@@ -45,6 +45,12 @@ def test_backends_find_the_optimum(solver: str, problem: Problem, seed: int) -> 
     assert plan.bound <= best * (1 + 1e-9)
 
 
+def test_highs_runs_with_any_number_of_threads_whatever_ran_before() -> None:
+    model = whole(Problem(Cluster.uniform(3, 2), Demand.of([5, 3, 2])), None)
+    for threads in (1, 2, 3):
+        assert run(model, "highs", Effort(threads=threads)).status == "optimal"
+
+
 @pytest.mark.parametrize("solver", SOLVERS)
 @settings(max_examples=8, deadline=None)
 @given(problem=small_problems(3), seed=st.integers(0, 99), limit=st.integers(0, 3))

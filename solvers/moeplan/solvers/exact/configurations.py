@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from moeplan.solvers.exact.highs import silence
+from moeplan.solvers.exact.highs import run_highs, silence
 from moeplan.solvers.problem.arrays import Bool, Float64, Int32, Int64
 from moeplan.solvers.problem.kernel import kernel
 
@@ -196,7 +196,7 @@ class _Pool:
             slowest, begun = max(slowest, now - begun), now
             if deadline is not None and now + slowest > deadline:  # a round is not interrupted
                 return None
-            master.run()
+            run_highs(master)
             if master.getInfo().objective_function_value <= devices:
                 return best
             duals = np.maximum(0.0, np.array(master.getSolution().row_dual))

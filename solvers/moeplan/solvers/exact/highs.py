@@ -1,17 +1,18 @@
-"""HiGHS without its banner, which it prints to the standard output when the first solver of a process is made."""
+"""HiGHS without its banner, and in a process whose other parts use it, too."""
 
 from __future__ import annotations
 
 import os
 import sys
 from functools import cache
+from typing import Any
 
-__all__ = ["silence"]
+__all__ = ["run_highs", "silence"]
 
 
 @cache
 def silence() -> None:
-    """Make the first solver of this process, with the standard output closed to it: ours may be read by a machine."""
+    """Make the first solver of this process, whose banner goes to standard output, which a machine may read."""
     import highspy
 
     sys.stdout.flush()
@@ -23,3 +24,16 @@ def silence() -> None:
         os.dup2(kept, 1)
         os.close(kept)
         os.close(nowhere)
+
+
+def run_highs(solver: Any) -> None:
+    """Run a solver, a `highspy.Highs`.
+
+    A process has one pool of threads for all solvers, as large as the first to run has asked for, and HiGHS refuses to
+    run with any other number: then as many must do as there are.
+    """
+    import highspy
+
+    if solver.run() == highspy.HighsStatus.kError:
+        solver.setOptionValue("threads", 0)
+        solver.run()

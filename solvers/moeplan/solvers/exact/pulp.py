@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pulp
 
-from moeplan.solvers.exact.highs import silence
+from moeplan.solvers.exact.highs import run_highs, silence
 from moeplan.solvers.exact.model import Answer, Effort, Model, Report, check
 from moeplan.solvers.problem.arrays import Bool
 from moeplan.solvers.problem.errors import ProblemError
@@ -117,6 +117,9 @@ def _add_limits(program: Any, y: Any, limits: Limits) -> None:
 class _HiGHS(pulp.HiGHS):  # type: ignore[misc]
     """PuLP's HiGHS, which may stop at a limit of nodes."""
 
+    def callSolver(self, lp: Any) -> None:  # noqa: N802 - PuLP's name
+        run_highs(lp.solverModel)
+
     def findSolutionValues(self, lp: Any) -> tuple[int, int]:  # noqa: N802 - PuLP's name
         # PuLP's own knows no limit of nodes among the reasons to stop.
         import highspy
@@ -139,7 +142,7 @@ class _WarmHiGHS(_HiGHS):
         start = highspy.HighsSolution()
         start.col_value = [v.varValue for v in lp.variables()]
         lp.solverModel.setSolution(start)
-        lp.solverModel.run()
+        super().callSolver(lp)
 
 
 def require(name: str) -> None:
