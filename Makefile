@@ -7,9 +7,8 @@ STAMP := $(VENV)/.installed
 help:  ## show this help
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 14
 
-# torch first and pinned: an unpinned requirement would take a build with gigabytes of CUDA libraries. Python compiles what is
-# imported when it is; to compile all 17,000 files takes a minute and a half.
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
+# torch first and pinned: an unpinned requirement would take a build with gigabytes of CUDA libraries.
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 $(STAMP): pyproject.toml constraints.txt
 	@echo "installing into $(VENV) (about two minutes the first time)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
