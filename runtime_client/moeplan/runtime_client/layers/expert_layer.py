@@ -141,7 +141,8 @@ class ExpertLayer(nn.Module, ABC):
         self._require_memory()
         weights = self.weights
         self._passes += 1
-        if weights.requires_grad and torch.is_grad_enabled():
+        trains = self._trains()
+        if trains:
             if self.prepare is not None:
                 self.prepare(weights, self._cut)
             if self._compares:
@@ -149,7 +150,7 @@ class ExpertLayer(nn.Module, ABC):
         if hidden.shape[-1:] != (self.shape.hidden,):
             raise ValueError(f"{self.title}: hidden {tuple(hidden.shape)}: must be [tokens, {self.shape.hidden}]")
         rows = hidden.reshape(-1, self.shape.hidden)
-        if torch.is_grad_enabled() and weights.requires_grad and not rows.requires_grad:
+        if trains and not rows.requires_grad:
             # As those of other ranks, which would wait in the backward otherwise: where there are no tokens, say.
             rows = rows.detach().clone().requires_grad_()
         if index.dtype.is_floating_point or index.shape != weight.shape or index.shape[:-1].numel() != len(rows):
@@ -166,6 +167,10 @@ class ExpertLayer(nn.Module, ABC):
             run = partial(with_identities, run, range(self.experts, self.experts + self.identities))
         output = run(rows, index.long(), weight).to(hidden.dtype).view_as(hidden)
         return output.clone() if self._cut else output  # FSDP2 hangs a hook on it, which operations on views may lose
+
+    def _trains(self) -> bool:
+        """Whether a pass now will have gradients of the experts."""
+        return self.weights.requires_grad and torch.is_grad_enabled()
 
     def _dtype(self) -> torch.dtype:
         """Type that weights travel and compute in."""
@@ -302,7 +307,7 @@ class ExpertLayer(nn.Module, ABC):
         """Tokens of each expert from each rank, int64[size, experts], once what ranks tell goes together."""
         steps = 0 if self.steps is None or not self.weights.numel() else 1 + self.steps
         what = f"pass {self._passes} of {self.title}"
-        way = self._dtype(), self.weights.requires_grad and torch.is_grad_enabled()
+        way = self._dtype(), self._trains()
         with unseen():
             told = tell(
                 self._number, self._passes, layout ^ fingerprint(repr(way).encode()), *self._checks(), steps=steps

@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterable
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +19,17 @@ __all__ = ["watch_optimizers"]
 
 _layers: weakref.WeakSet[ExpertLayer] = weakref.WeakSet()
 _replaced: weakref.WeakValueDictionary[int, nn.Parameter] = weakref.WeakValueDictionary()
-_trained: weakref.WeakKeyDictionary[Optimizer, tuple[int, weakref.WeakSet[ExpertLayer]]] = weakref.WeakKeyDictionary()
-"""Of optimizers that have been looked at since experts were last replaced: how many parameters, and which layers."""
+
+
+class _Looked(NamedTuple):
+    """What an optimizer trained when it was looked at: how many parameters, and which layers."""
+
+    parameters: int
+    layers: weakref.WeakSet[ExpertLayer]
+
+
+_trained: weakref.WeakKeyDictionary[Optimizer, _Looked] = weakref.WeakKeyDictionary()
+"""Optimizers that have been looked at since experts were last replaced."""
 
 _OF_WHOLE_TENSORS = ("adafactor", "lamb", "lars", "lbfgs", "muon", "shampoo", "soap")
 """In names of optimizers that treat a tensor, or all of them, as a whole."""
@@ -51,16 +60,18 @@ def _look_at_steps() -> None:
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _before_step(optimizer: Optimizer, *_: Any) -> None:
     held = sum(len(group["params"]) for group in optimizer.param_groups)  # of which `add_param_group` makes more
-    if optimizer not in _trained or _trained[optimizer][0] != held:
-        _trained[optimizer] = held, _require_right(optimizer)
-    for layer in _trained[optimizer][1]:
+    looked = _trained.get(optimizer)
+    if looked is None or looked.parameters != held:
+        looked = _trained[optimizer] = _Looked(held, _require_right(optimizer))
+    for layer in looked.layers:
         if layer.awaits_step:
             layer.trained_by = _sum_of_training(optimizer, layer)
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _after_step(optimizer: Optimizer, *_: Any) -> None:
-    for layer in _trained[optimizer][1] if optimizer in _trained else ():
+    looked = _trained.get(optimizer)
+    for layer in looked.layers if looked else ():
         layer.steps = 1 + (layer.steps or 0)
 
 

@@ -66,6 +66,7 @@ def replace_experts(model: nn.Module, make: MakeExperts[L]) -> dict[str, L]:
         )
     known: dict[str, Recognised] = {}
     _require_apart(found)
+    places = _places(model, found)
     for name, module in found.items():
         shapes = {other.shape for other in known.values()}
         known[name] = recognise(f"{name} ({type(module).__name__})", module, shapes)
@@ -86,8 +87,7 @@ def replace_experts(model: nn.Module, make: MakeExperts[L]) -> dict[str, L]:
             layer.finish_by(finish, module.get_submodule(finish))
         if called_with_rows(module):
             take_rows_by_expert(layer, experts)
-        places = [place for place, held in model.named_modules(remove_duplicate=False) if held is module]
-        for owner, _, attribute in (place.rpartition(".") for place in places):  # several, if blocks share it
+        for owner, _, attribute in places[name]:
             setattr(model.get_submodule(owner), attribute, layer)
         layer.watch(model.get_submodule(name.rpartition(".")[0]), model)
         layers[name] = layer
@@ -95,6 +95,16 @@ def replace_experts(model: nn.Module, make: MakeExperts[L]) -> dict[str, L]:
     chain([layer for layer in layers.values() if isinstance(layer, FullyShardedExperts)])
     ignore_experts(model)
     return layers
+
+
+def _places(model: nn.Module, found: dict[str, nn.Module]) -> dict[str, list[tuple[str, str, str]]]:
+    """Owner, dot and attribute of all places of each module: several, if blocks share it."""
+    names = {id(module): name for name, module in found.items()}
+    places: dict[str, list[tuple[str, str, str]]] = {name: [] for name in found}
+    for place, module in model.named_modules(remove_duplicate=False):
+        if id(module) in names:
+            places[names[id(module)]].append(place.rpartition("."))
+    return places
 
 
 def _require_apart(found: dict[str, nn.Module]) -> None:

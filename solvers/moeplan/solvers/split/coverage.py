@@ -8,6 +8,8 @@ every slot gets two positions, and pouring and augmenting paths work unchanged:
     2 * slot      item ``experts * (1 + node) + expert``, covered tokens
     2 * slot + 1  item ``expert``, uncovered tokens
 
+(`covered_split`, whose layout stays, numbers only the covered items that there are.)
+
 Where a cluster has one node, its devices take the part of nodes.
 """
 
@@ -20,7 +22,7 @@ from moeplan.solvers.problem.cluster import Cluster
 from moeplan.solvers.problem.kernel import kernel
 from moeplan.solvers.split.flow import augment, host_table, waterfill
 
-__all__ = ["WHOLE", "coverable", "covered_split", "demand_of", "domains", "items_of", "tokens_by_domain"]
+__all__ = ["WHOLE", "coverable", "covered_split", "demand_of", "domains", "items_of", "tokens_by", "tokens_by_domain"]
 
 
 def domains(cluster: Cluster) -> Int32:
@@ -37,18 +39,18 @@ def tokens_by_domain(cluster: Cluster, tokens: Int64, source_device: Int32) -> I
         source_device: int32[sources], device of each source.
     """
     domain = domains(cluster)
-    summed = np.zeros((len(tokens), int(domain.max()) + 1, tokens.shape[2]), np.int64)
-    _add_by_domain(tokens, domain[source_device], summed)
-    return summed
+    return tokens_by(tokens, domain[source_device], int(domain.max()) + 1)
 
 
 @kernel
-def _add_by_domain(tokens: Int64, domain: Int32, summed: Int64) -> None:
-    """Add int64[scenarios, sources, experts] to int64[scenarios, domains, experts]; int32[sources] is that of each."""
+def tokens_by(tokens: Int64, place: Int32, places: int) -> Int64:
+    """int64[scenarios, places, experts]: int64[scenarios, sources, experts] by the place, int32[sources], of each."""
+    summed = np.zeros((tokens.shape[0], places, tokens.shape[2]), np.int64)
     for s in range(tokens.shape[0]):
         for i in range(tokens.shape[1]):
             for e in range(tokens.shape[2]):
-                summed[s, domain[i], e] += tokens[s, i, e]
+                summed[s, place[i], e] += tokens[s, i, e]
+    return summed
 
 
 @kernel

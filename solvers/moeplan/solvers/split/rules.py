@@ -22,7 +22,7 @@ from moeplan.solvers.problem.kernel import kernel
 from moeplan.solvers.problem.layout import Layout
 from moeplan.solvers.problem.problem import ExpertSpec, Problem
 from moeplan.solvers.problem.split_rules import SplitRule
-from moeplan.solvers.split.coverage import WHOLE, covered_split, domains, tokens_by_domain
+from moeplan.solvers.split.coverage import WHOLE, covered_split, domains, tokens_by, tokens_by_domain
 from moeplan.solvers.split.memory import quota_in_memory
 from moeplan.solvers.split.sources import Sources, sort_sources, source_tokens
 
@@ -183,7 +183,8 @@ def local(
         ProblemError: the demand does not tell sources apart.
     """
     speed = fabric.cluster.speed
-    best = (optimal(fabric, layout, tokens).device_loads() / speed).max(axis=1, keepdims=True)
+    balanced = optimal(fabric, layout, tokens)
+    best = (balanced.device_loads() / speed).max(axis=1, keepdims=True)
     caps = np.floor(best * (1 + tolerance) * speed * (1 + 1e-12)).astype(np.int64)
     network = _network(fabric, layout)
     quota = np.zeros((len(tokens), *layout.slots.shape), np.int64)
@@ -191,7 +192,7 @@ def local(
     for s, (asked, cap) in enumerate(zip(tokens, caps, strict=True)):
         start = time_now()
         if start + took > end:
-            quota[s:] = home(fabric, layout, tokens[s:], tolerance, end=end).quota
+            quota[s:] = _at_home(fabric, layout, tokens[s:], balanced.quota[s:], tolerance, end)
             break
         quota[s, layout.hosts.device, layout.hosts.slot] = _least_traffic(fabric, layout, network, asked, cap)
         took = max(took if s else 0.0, time_now() - start)
@@ -210,13 +211,18 @@ def home(
     Raises:
         ProblemError: the demand does not tell sources apart.
     """
+    balanced = optimal(fabric, layout, tokens).quota
+    return Split(SplitRule.HOME, _at_home(fabric, layout, tokens, balanced, tolerance, end))
+
+
+def _at_home(fabric: Fabric, layout: Layout, tokens: Int64, balanced: Int64, tolerance: float, end: float) -> Int64:
+    """int64[scenarios, devices, width]: the quotas of `home`, where those of `optimal` are `balanced`."""
     cluster = fabric.cluster
     speed, domain = cluster.speed, domains(cluster)
     by_domain = tokens_by_domain(cluster, tokens, fabric.known_sources)
     stay = np.full(len(tokens), WHOLE)
     quota = covered_split(layout.slots, by_domain, speed, domain, stay)
-    balanced = optimal(fabric, layout, tokens)
-    best = (balanced.device_loads() / speed).max(axis=1)
+    best = (balanced.sum(axis=2) / speed).max(axis=1)
     # Whole tokens: what the tolerance allows is rounded up.
     most = np.ceil(best * (1 + tolerance) * speed.max()) / speed.max()
     over = np.flatnonzero((quota.sum(axis=2) / speed).max(axis=1) > most)
@@ -232,8 +238,8 @@ def home(
         none = np.zeros(len(leaving), np.int64)
         quota[leaving] = covered_split(layout.slots, by_domain[leaving], speed, domain, none)
     else:
-        quota[leaving] = balanced.quota[leaving]
-    return Split(SplitRule.HOME, quota)
+        quota[leaving] = balanced[leaving]
+    return quota
 
 
 COST_SCALE = 1_000
@@ -305,13 +311,10 @@ def _least_traffic(fabric: Fabric, layout: Layout, network: _Network, tokens: In
     from ortools.graph.python import min_cost_flow  # ranks, which never use this rule, may lack it
 
     cluster, hosts = fabric.cluster, layout.hosts
-    expert_of = np.repeat(np.arange(layout.experts), layout.replicas)
-    by_device = np.zeros((cluster.devices, layout.experts), np.int64)
-    np.add.at(by_device, fabric.known_sources, tokens)
-    by_node = np.zeros((cluster.nodes, layout.experts), np.int64)
-    np.add.at(by_node, cluster.node[fabric.known_sources], tokens)
+    (by_device,) = tokens_by(tokens[np.newaxis], fabric.known_sources, cluster.devices)
+    (by_node,) = tokens_by(tokens[np.newaxis], cluster.node[fabric.known_sources], cluster.nodes)
     total = tokens.sum(axis=0)
-    quota: Int64 = total[expert_of]
+    quota: Int64 = np.repeat(total, layout.replicas)
     quota[network.replica] = 0
     whole = np.zeros(cluster.devices, np.int64)
     np.add.at(whole, hosts.device, quota)
