@@ -27,30 +27,12 @@ from torch import Tensor
 
 from moeplan.runtime_client import ExpertGroup
 from moeplan.runtime_client.device.memory import UNIT, symmetric_memory
-from moeplan.runtime_client.device.peer_copies import copy_pieces
+from moeplan.runtime_client.device.peer_copies import Copies
 
 SIZES = {"large": (32, 1024, 2048), "wide": (32, 2048, 4096), "fine": (128, 2048, 768)}
 """Experts, hidden, width."""
 
 Gather = Callable[[torch.cuda.Stream], None]
-
-
-class Rectangle(ctypes.Structure):
-    """CUDA_MEMCPY2D of the driver."""
-
-    _fields_ = [
-        (side + name, kind)
-        for side in ("src", "dst")
-        for name, kind in (
-            ("XInBytes", ctypes.c_size_t),
-            ("Y", ctypes.c_size_t),
-            ("MemoryType", ctypes.c_int),
-            ("Host", ctypes.c_void_p),
-            ("Device", ctypes.c_uint64),
-            ("Array", ctypes.c_void_p),
-            ("Pitch", ctypes.c_size_t),
-        )
-    ] + [("WidthInBytes", ctypes.c_size_t), ("Height", ctypes.c_size_t)]
 
 
 class Attributes(ctypes.Structure):
@@ -93,16 +75,13 @@ def ways(group: ExpertGroup, experts: int, elements: int, device: torch.device) 
                     flat[slot, peer].copy_(view[first + slot])
 
     def by_driver(stream: torch.cuda.Stream) -> None:
-        copy_pieces(out.ravel(), source.ravel(), row, stream)
+        for to, origin in zip(out.ravel().tolist(), source.ravel().tolist(), strict=True):
+            if status := driver.cuMemcpyAsync(
+                *map(ctypes.c_uint64, (to, origin, row)), ctypes.c_void_p(stream.cuda_stream)
+            ):
+                raise RuntimeError(f"cuMemcpyAsync: {status}")
 
-    def rectangles(stream: torch.cuda.Stream) -> None:
-        for to, origin in zip(out[:, 0].tolist(), source[:, 0].tolist(), strict=True):
-            shape = Rectangle(
-                srcMemoryType=4, srcDevice=origin, srcPitch=row, dstMemoryType=4, dstDevice=to, dstPitch=size * row,
-                WidthInBytes=row, Height=slots,
-            )  # fmt: skip
-            if status := driver.cuMemcpy2DAsync_v2(ctypes.byref(shape), ctypes.c_void_p(stream.cuda_stream)):
-                raise RuntimeError(f"cuMemcpy2DAsync: {status}")
+    rectangles = Copies.of(row, np.full(size, slots), out[:, 0], size * row, source[:, 0], row)
 
     outs, sources = (np.ascontiguousarray(each.ravel(), np.uint64) for each in (out, source))
     lengths = np.full(len(outs), row, np.uint64)
@@ -139,7 +118,8 @@ def ways(group: ExpertGroup, experts: int, elements: int, device: torch.device) 
 
     found = {}
     for name, gather in (
-        ("torch", by_torch), ("driver", by_driver), ("rectangles", rectangles), ("batch", batch), ("nccl", by_nccl)
+        ("torch", by_torch), ("driver", by_driver), ("rectangles", rectangles.start), ("batch", batch),
+        ("nccl", by_nccl),
     ):  # fmt: skip
         try:
             found[name] = checked(gather)

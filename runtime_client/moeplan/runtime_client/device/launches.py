@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 __all__ = ["Launch"]
@@ -12,9 +14,10 @@ __all__ = ["Launch"]
 class Launch:
     """A kernel with its constants.
 
-    Triton looks at every argument and constant of a launch to find what it has compiled, 20 us or so. Here nothing but
-    the types of tensors may differ from launch to launch, so a look at those is enough. A tensor must be aligned to 16
-    bytes at each launch or at none, unless the kernel does not care.
+    Triton looks at every argument and constant of a launch to find what it has compiled, 20 us or so, and at the device
+    and who wants to know of launches, another 5. Here nothing but the types of tensors may differ from launch to
+    launch, so a look at those is enough. A tensor must be aligned to 16 bytes at each launch or at none, unless the
+    kernel does not care, and all launches are on the device that is current at the first.
 
     Args:
         kernel: Its constants are its last parameters.
@@ -27,14 +30,27 @@ class Launch:
         self._warps = warps
         self._constants = constants
         self._last = tuple(constants.values())
-        self._compiled: dict[tuple[object, ...], Any] = {}
+        self._compiled: dict[tuple[torch.dtype, ...], Callable[..., None]] = {}
 
     def __call__(self, grid: tuple[int, int, int], *arguments: object) -> None:
         """Run the kernel in so many blocks, none of the three numbers 0."""
         types = tuple([part.dtype for part in arguments if isinstance(part, Tensor)])
         compiled = self._compiled.get(types)
-        if compiled is None:
-            # Triton's interpreter gives None, and is asked each time.
-            self._compiled[types] = self._kernel[grid](*arguments, **self._constants, num_warps=self._warps)
-        else:
-            compiled[grid](*arguments, *self._last)
+        if compiled is not None:
+            compiled(grid, arguments)
+            return
+        kernel = self._kernel[grid](*arguments, **self._constants, num_warps=self._warps)
+        if kernel is not None:  # Triton's interpreter gives none, and is asked each time
+            self._compiled[types] = self._bind(kernel)
+
+    def _bind(self, kernel: Any) -> Callable[..., None]:
+        """What runs a kernel that is compiled."""
+        from triton.runtime import driver  # not everywhere, and so not where this module is only imported
+
+        run, function, metadata, last = kernel.run, kernel.function, kernel.packed_metadata, self._last
+        stream_of, device = driver.active.get_current_stream, driver.active.get_current_device()
+
+        def launch(grid: tuple[int, int, int], arguments: tuple[object, ...]) -> None:
+            run(*grid, stream_of(device), function, metadata, None, None, None, *arguments, *last)
+
+        return launch

@@ -96,8 +96,7 @@ class _Pass(torch.autograd.Function):
             scales.append(scale)
         exchange.meet()
         output = _rows(hidden)
-        output[exchange.max_tokens :] = float("nan")
-        exchange.collect(route, output[: len(some)])
+        exchange.collect(route, _beginning(output, len(some)))
         ctx.exchange, ctx.route, ctx.like = exchange, route, (index.shape, weight.dtype)
         if exchange.rounds == 1:
             tokens = tokens.new_empty(0)  # a part of them would keep them all
@@ -148,11 +147,11 @@ class _Pass(torch.autograd.Function):
                 exchange.give_back(route, nth, where, results, to_weight, to_flat if is_last else None)
         exchange.meet()
         to_hidden = _rows(gradient)
-        to_hidden[exchange.max_tokens :] = float("nan")
-        exchange.collect(route, to_hidden[: len(some)])
+        exchange.collect(route, _beginning(to_hidden, len(some)))
         shape, dtype = ctx.like
-        to_choices = torch.zeros(shape, dtype=dtype, device=gradient.device)
-        to_choices[: len(some)] = exchange.returned_weight[: len(some) * exchange.choices].view(-1, exchange.choices)
+        to_choices = torch.empty(shape, dtype=dtype, device=gradient.device)
+        pairs = len(some) * exchange.choices
+        _beginning(to_choices, len(some)).copy_(exchange.returned_weight[:pairs].view(-1, exchange.choices))
         return to_flat.to(flat.dtype), to_hidden, to_choices, None, None, None
 
 
@@ -169,6 +168,14 @@ def _wide(like: Tensor) -> Tensor:
 def _rows(like: Tensor) -> Tensor:
     """Room for rows one after the other, as kernels write them, whatever the layout of those that it is `like`."""
     return torch.empty_like(like, memory_format=torch.contiguous_format)
+
+
+def _beginning(rows: Tensor, count: int) -> Tensor:
+    """The first rows; those behind, for which there was no room, are made not a number."""
+    if count == len(rows):
+        return rows
+    rows[count:] = float("nan")
+    return rows[:count]
 
 
 def _aligned(part: Tensor) -> Tensor:

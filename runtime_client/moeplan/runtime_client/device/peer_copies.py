@@ -1,45 +1,142 @@
-"""Copies between addresses of memory that ranks share, which copy engines do beside the processors."""
+"""Copies between addresses of memory that ranks share, which copy engines do beside the processors.
+
+What a copy costs the host does not depend on how many rows it has, so rows as far apart as each other are one copy.
+"""
 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from functools import cache
+from typing import NamedTuple, Self
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from moeplan.solvers.problem.arrays import Int64
 
-__all__ = ["copy_pieces"]
+__all__ = ["Copies", "Stretch", "stretches"]
+
+_LARGEST_PITCH = 2**31 - 1
+"""Most bytes between two rows of a copy, by the driver."""
+
+_ANY_MEMORY = 4
+"""CU_MEMORYTYPE_UNIFIED: the driver finds out by the address."""
+
+_COPY = np.dtype(
+    [
+        (f"{side}{name}", np.int32 if name == "_type" else np.int64)
+        for side in ("source", "out")
+        for name in ("_x", "_y", "_type", "_host", "", "_array", "_pitch")
+    ]
+    + [("size", np.int64), ("rows", np.int64)],
+    align=True,
+)
+"""CUDA_MEMCPY2D of the driver."""
 
 
-def copy_pieces(out: Int64, source: Int64, size: int, stream: torch.cuda.Stream | None) -> None:
-    """Copy pieces of the same size, each from one address to another.
+class Stretch(NamedTuple):
+    """Numbers in a list that are as far apart as each other: `length` of them from position `place` on.
 
-    PyTorch knows this memory as one tensor for each rank, and takes twice the time of the host to copy parts of it.
+    Attributes:
+        place: Position of the first.
+        first: The first.
+        step: From each to the next, above 0.
+        length: How many.
+    """
+
+    place: int
+    first: int
+    step: int
+    length: int
+
+
+def stretches(numbers: Sequence[int]) -> list[Stretch]:
+    """A list in few stretches, in order; each is taken as long as it can be."""
+    found: list[Stretch] = []
+    for place, number in enumerate(numbers):
+        if found:
+            begin, first, step, length = found[-1]
+            ahead = number - (first + (length - 1) * step)
+            if ahead > 0 and (length == 1 or ahead == step):
+                found[-1] = Stretch(begin, first, ahead, length + 1)
+                continue
+        found.append(Stretch(place, number, 1, 1))
+    return found
+
+
+class Copies:
+    """Copies of rows of the same size, of which each is to addresses as far apart as each other, and from such.
 
     Args:
-        out: int64[pieces], addresses to write.
-        source: int64[pieces], addresses to read.
-        size: Bytes of a piece.
-        stream: Of the GPU whose copies these are, which the caller has made wait for whatever they need; None for
-            memory of CPUs, which is copied at once.
-
-    Raises:
-        RuntimeError: the driver refused a copy.
+        table: Each copy as the driver has it.
     """
-    pairs = zip(out.tolist(), source.tolist(), strict=True)
-    if stream is None:
-        for to, origin in pairs:
-            ctypes.memmove(to, origin, size)
-        return
-    copy, queue = _driver().cuMemcpyAsync, stream.cuda_stream
-    for to, origin in pairs:
-        if status := copy(to, origin, size, queue):
-            raise RuntimeError(f"cuMemcpyAsync of {size} bytes: error {status} of the driver")
+
+    def __init__(self, table: npt.NDArray[np.void]) -> None:
+        self._table = table
+
+    @classmethod
+    def of(
+        cls, size: int, rows: Int64, out: Int64, out_pitch: Int64 | int, source: Int64, source_pitch: Int64 | int
+    ) -> Self:
+        """Copies by their numbers, int64[copies] or one for all.
+
+        Args:
+            size: Bytes of a row.
+            rows: Rows of each copy.
+            out: Address of each copy's first row, or what is to be added to one; see `at`.
+            out_pitch: Bytes from a row to the next there.
+            source: As `out`, of what is copied.
+            source_pitch: Likewise.
+        """
+        table = np.zeros(len(rows), _COPY)
+        table["source_type"] = table["out_type"] = _ANY_MEMORY
+        table["size"], table["rows"] = size, rows
+        table["out"], table["out_pitch"] = out, out_pitch
+        table["source"], table["source_pitch"] = source, source_pitch
+        farthest = np.maximum(table["out_pitch"], table["source_pitch"])
+        if (farthest > _LARGEST_PITCH).any():  # a copy for each row
+            nth = np.concatenate([np.arange(count) for count in table["rows"]])
+            table = np.repeat(table, table["rows"])
+            for side in ("out", "source"):
+                table[side] += nth * table[f"{side}_pitch"]
+                table[f"{side}_pitch"] = size
+            table["rows"] = 1
+        return cls(table)
+
+    def at(self, out: int, source: Int64 | int) -> Copies:
+        """The same copies elsewhere: addresses are added to theirs, int64[copies] or one for all."""
+        table = self._table.copy()
+        table["out"] += out
+        table["source"] += source
+        return Copies(table)
+
+    def start(self, stream: torch.cuda.Stream | None) -> None:
+        """Queue the copies.
+
+        Args:
+            stream: Of the GPU whose copies these are, which the caller has made wait for whatever they need; None for
+                memory of CPUs, which is copied at once.
+
+        Raises:
+            RuntimeError: the driver refused a copy.
+        """
+        table = self._table
+        if stream is None:
+            for copy in table:
+                for nth in range(copy["rows"]):
+                    to, origin = (int(copy[side] + nth * copy[f"{side}_pitch"]) for side in ("out", "source"))
+                    ctypes.memmove(to, origin, int(copy["size"]))
+            return
+        copy_rows, queue, first = _driver().cuMemcpy2DAsync_v2, stream.cuda_stream, table.ctypes.data
+        for place in range(first, first + table.nbytes, _COPY.itemsize):
+            if status := copy_rows(place, queue):
+                raise RuntimeError(f"cuMemcpy2DAsync: error {status} of the driver")
 
 
 @cache
 def _driver() -> ctypes.CDLL:
     driver = ctypes.CDLL("libcuda.so.1")
-    driver.cuMemcpyAsync.argtypes = (ctypes.c_uint64, ctypes.c_uint64, ctypes.c_size_t, ctypes.c_void_p)
+    driver.cuMemcpy2DAsync_v2.argtypes = (ctypes.c_void_p, ctypes.c_void_p)
     return driver

@@ -1,4 +1,4 @@
-"""The Triton kernel that adds up gradients of sharded experts; like all that move data, it never waits."""
+"""The Triton kernels of sharded experts: adding up gradients, and what is left of weights where ranks have not met."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any
 import triton
 import triton.language as tl
 
-__all__ = ["add_replicas"]
+__all__ = ["add_replicas", "spoil"]
 
 
 def program(function: Callable[..., Any]) -> Any:
     """A Triton kernel, compiled once for all numbers."""
-    return triton.jit(function, do_not_specialize=["rank", "begin", "end"])
+    return triton.jit(function, do_not_specialize=["rank", "begin", "end", "rows"])
 
 
 @program
@@ -24,6 +24,7 @@ def add_replicas(
     start: tl.tensor,
     total: tl.tensor,
     abort: tl.tensor,
+    failed: tl.tensor,
     rank: tl.tensor,
     begin: tl.tensor,
     end: tl.tensor,
@@ -40,6 +41,8 @@ def add_replicas(
         order: int64[replicas], replicas by expert.
         start: int64[experts + 1], where those of each expert begin in `order`.
         total: [experts, WIDTH], out; not a number if a meeting has failed.
+        abort: int64, not 0 if one has.
+        failed: int64 in memory of the host, out: the same.
         DOUBLE: Whether to add in float64 rather than in float32.
     """
     expert = tl.program_id(0).to(tl.int64)
@@ -53,5 +56,34 @@ def add_replicas(
         if (row >= begin) & (row < end):  # it was not sent
             part = gradient + ((row - begin) * RANKS + rank) * WIDTH
         sums += tl.load(part + at, mask=inside, other=0.0).to(sums.dtype)
-    sums = tl.where(tl.load(abort, volatile=True) != 0, float("nan"), sums)
+    aborted = tl.load(abort, volatile=True)
+    if (expert == 0) & (tl.program_id(1) == 0):
+        tl.store(failed, aborted)
+    sums = tl.where(aborted != 0, float("nan"), sums)
     tl.store(total + expert * WIDTH + at, sums.to(total.dtype.element_ty), mask=inside)
+
+
+@program
+def spoil(
+    weights: tl.tensor,
+    abort: tl.tensor,
+    failed: tl.tensor,
+    rows: tl.tensor,
+    ROW: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    """Make the first element of each row not a number if a meeting has failed, and tell the host.
+
+    Args:
+        weights: [rows, ROW].
+        abort: int64, not 0 if a meeting has failed.
+        failed: int64 in memory of the host, out: the same.
+        rows: Number of rows.
+    """
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    aborted = tl.load(abort, volatile=True)
+    if tl.program_id(0) == 0:
+        tl.store(failed, aborted)
+    if aborted != 0:
+        nothing = tl.full([BLOCK], float("nan"), tl.float32).to(weights.dtype.element_ty)
+        tl.store(weights + row.to(tl.int64) * ROW, nothing, mask=row < rows)

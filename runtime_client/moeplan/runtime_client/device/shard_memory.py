@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Protocol
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from moeplan.runtime_client.device.launches import Launch
 from moeplan.runtime_client.device.memory import UNIT, SymmetricMemory, places, symmetric_memory
-from moeplan.runtime_client.device.peer_copies import copy_pieces
+from moeplan.runtime_client.device.peer_copies import Copies, stretches
 from moeplan.runtime_client.errors import MissedPassError
 from moeplan.runtime_client.group import ExpertGroup
 from moeplan.solvers.problem.arrays import Int32, Int64
@@ -27,6 +28,9 @@ _ROOMS = 2
 
 _PIECE = 4096
 """Elements that a block of `add_replicas` adds up."""
+
+_SPOILED = 64
+"""Rows that a block of `spoil` looks after."""
 
 
 class Filled(Protocol):
@@ -134,8 +138,10 @@ class ShardMemory:
         self._returns = 0
         self._held: tuple[Tensor, torch.cuda.Event | None] | None = None
         self._add: dict[torch.dtype, Launch] = {}
+        self._spoil: Launch | None = None
         # Other ranks first, each rank beginning with another.
-        self._peers = [(rank + step) % size for step in range(1, size + 1)]
+        self._peers = np.array([(rank + step) % size for step in range(1, size + 1)])
+        self._gathered: WeakKeyDictionary[Filled, tuple[Copies, Int64]] = WeakKeyDictionary()
 
     def __deepcopy__(self, memo: dict[int, object]) -> ShardMemory:
         """Itself: copies of layers share it, as layers do."""
@@ -225,7 +231,6 @@ class ShardMemory:
                     line.meet()
                 published.rows.copy_(shard.detach())
                 line.meet()
-                self._tell()
             # On this stream, so that memory is reused in its order.
             if into is None:
                 flat = torch.empty(slots + room, width, dtype=self.dtype, device=self.device)
@@ -235,13 +240,28 @@ class ShardMemory:
                     storage.resize_((first + slots) * size * row)
                 flat = torch.empty(0, dtype=self.dtype, device=self.device)
                 flat.set_(storage, first * width, (slots, width), (width, 1))
-            out = flat.data_ptr() + row * (size * np.arange(slots) + np.array(self._peers)[:, None])
-            source = published.addresses[self._peers, None] + row * np.array(placed.experts, np.int64)
-            copy_pieces(out.ravel(), source.ravel(), row, line.stream)
+            copies, peers = self._gathering_of(placed)
+            copies.at(flat.data_ptr(), published.addresses[peers]).start(line.stream)
             published.read = line.meetings
             if shard is not None:  # so that ranks which have not met compute nothing that looks right
-                flat[:slots, :1].masked_fill_(self._abort != 0, float("nan"))
+                self._spoiling()((slots // _SPOILED + 1, 1, 1), flat, self._abort, self._failed, slots)
             return flat, line.mark()
+
+    def _gathering_of(self, placed: Filled) -> tuple[Copies, Int64]:
+        """Copies from shards of ranks into weights, from addresses of the ranks and to one of the weights on.
+
+        Returns:
+            The copies, and int64[copies], the rank of each.
+        """
+        found = self._gathered.get(placed)
+        if found is None:
+            size, row = self.group.size, self.width * self.dtype.itemsize
+            parts = np.array(stretches(placed.experts), np.int64).reshape(-1, 4)
+            peers = self._peers.repeat(len(parts))
+            place, first, step, length = np.tile(parts, (size, 1)).T
+            copies = Copies.of(row, length, row * (size * place + peers), size * row, row * first, row * step)
+            found = self._gathered[placed] = copies, peers
+        return found
 
     def give_back(self, gradient: Tensor, placed: Placed, like: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
         """Begin to send gradients of this rank's slots to the owners of the parts, which add up those of an expert.
@@ -263,16 +283,14 @@ class ShardMemory:
         with line.beside():
             total = torch.empty_like(like, requires_grad=False)
             peers = self._peers[:-1]  # what this rank owns itself is read where it is
-            out = addresses[peers, None] + row * (placed.begin + np.arange(slots))
-            source = gradient.data_ptr() + row * (size * np.arange(slots) + np.array(peers)[:, None])
-            copy_pieces(out.ravel(), source.ravel(), row, line.stream)
+            out, source = addresses[peers] + row * placed.begin, gradient.data_ptr() + row * peers
+            Copies.of(row, np.full(len(peers), slots), out, row, source, size * row).start(line.stream)
             # Before it, all ranks have added up what was in the other room, so that they may write there afterwards.
             line.meet()
             self._adding(like.dtype)(
                 (self.experts, -(-self.width // _PIECE), 1), arrived, gradient, placed.order,
-                placed.start, total, self._abort, self.group.rank, placed.begin, placed.begin + slots,
+                placed.start, total, self._abort, self._failed, self.group.rank, placed.begin, placed.begin + slots,
             )  # fmt: skip
-            self._tell()
             arrival = line.mark()
         self._returns += 1
         self._held = gradient, arrival
@@ -290,9 +308,13 @@ class ShardMemory:
         if arrival is not None:
             torch.cuda.current_stream(self.device).wait_event(arrival)
 
-    def _tell(self) -> None:
-        """Tell the host whether meetings have failed, without waiting for it."""
-        self._failed.copy_(self._abort, non_blocking=True)
+    def _spoiling(self) -> Launch:
+        """The kernel that spoils weights gathered without a meeting."""
+        from moeplan.runtime_client.device import shard_kernels
+
+        if self._spoil is None:
+            self._spoil = Launch(shard_kernels.spoil, 1, ROW=self.group.size * self.width, BLOCK=_SPOILED)
+        return self._spoil
 
     def _adding(self, dtype: torch.dtype) -> Launch:
         """The kernel that adds up to gradients of this type."""

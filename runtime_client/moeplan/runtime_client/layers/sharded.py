@@ -504,10 +504,10 @@ class _Pass:
 
     def guard(self, results: Tensor, flat: Tensor) -> Tensor:
         """`results`, before whose backward `flat` is brought back; its memory is given up until then (`reshard`)."""
-        if not (torch.is_grad_enabled() and results.requires_grad):
+        if not (self.layer.reshard and torch.is_grad_enabled() and results.requires_grad):
             return results
         guarded: Tensor = _Restore.apply(results, flat, self)  # type: ignore[no-untyped-call]
-        if self.layer.reshard and not in_backward():
+        if not in_backward():
             flat.untyped_storage().resize_(0)  # though autograd still refers to it
             self.freed = True
         return guarded
