@@ -292,7 +292,7 @@ def spoilt(folder: Path) -> bool:
     flat.requires_grad_()
     flat.register_hook(lambda found: found)
     total: list[Tensor] = []
-    flat.register_hook(lambda _: total.append(memory.give_back(gradient, own[0]._placement, own[0].shard)[0]))
+    flat.register_hook(lambda _: total.append(memory.give_back([gradient], own[0]._placement, own[0].shard)[0]))
     flat.sum().backward()
     return bool(flat[:, 0].isnan().all() and total[0].isnan().all())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -13,13 +14,13 @@ from torch.nn.functional import grouped_mm
 from moeplan.runtime_client.device.exchange import DeviceExchange, Expert
 from moeplan.runtime_client.device.mailbox import Turn
 
-__all__ = ["run_pass"]
+__all__ = ["matrix_sizes", "run_pass", "split"]
 
 
 def run_pass(
     exchange: DeviceExchange,
     turn: Turn,
-    flat: Tensor,
+    experts: Sequence[Tensor],
     hidden: Tensor,
     index: Tensor,
     weight: Tensor,
@@ -30,7 +31,8 @@ def run_pass(
     Args:
         exchange: What the layers share.
         turn: Which pass it is.
-        flat: [replicas, elements], this rank's experts: those at home, or those of a layout's slots.
+        experts: This rank's: those at home, [replicas, elements]; or those of a layout's slots, the two matrices of
+            each apart, as `matrix_sizes` has them, whose gradients are then made apart, too.
         hidden: [tokens, hidden].
         index: int64[tokens, k].
         weight: [tokens, k].
@@ -49,7 +51,7 @@ def run_pass(
             raise ValueError(f"{turn.title}: {name} = {other}: the exchange was made for {own}")
     exchange.check()
     with torch.autocast(hidden.device.type, enabled=False):
-        output: Tensor = _Pass.apply(flat, hidden, weight, index, exchange, turn)  # type: ignore[no-untyped-call]
+        output: Tensor = _Pass.apply(exchange, turn, hidden, index, weight, *experts)  # type: ignore[no-untyped-call]
     return output
 
 
@@ -57,37 +59,42 @@ class _Pass(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        flat: Tensor,
-        hidden: Tensor,
-        weight: Tensor,
-        index: Tensor,
         exchange: DeviceExchange,
         turn: Turn,
+        hidden: Tensor,
+        index: Tensor,
+        weight: Tensor,
+        *parts: Tensor,
     ) -> Tensor:
         # What there is no room for takes no part; the pass fails on all ranks.
         excess = max(len(hidden) - exchange.max_tokens, 0)
         some, chosen, shares = (_aligned(part[: exchange.max_tokens]) for part in (hidden, index, weight))
-        owned, spare = len(flat), exchange.spare
-        if exchange.spare == 0 and flat.dtype == exchange.dtype:
-            experts = own = _aligned(flat)
-            lent = flat[:0]
+        flat, owned, spare = parts[0], len(parts[0]), exchange.spare
+        lent = flat[:0]
+        if len(parts) > 1:
+            own, computed = None, [*parts]
+        elif spare == 0 and flat.dtype == exchange.dtype:
+            own = _aligned(flat)
+            computed = [own]
         elif exchange.joined:
-            experts = flat.new_empty(owned + spare, flat.shape[1], dtype=exchange.dtype)
-            own, lent = experts.split([owned, spare])
+            both = flat.new_empty(owned + spare, flat.shape[1], dtype=exchange.dtype)
+            own, lent = both.split([owned, spare])
             own.copy_(flat)
+            computed = [both]
         else:
             own, lent = _aligned(flat), flat.new_empty(spare, flat.shape[1])
+            computed = [own, lent]
         route = exchange.plan(chosen, shares, excess, owned + spare, turn)
         tokens = some.to(exchange.dtype)
         exchange.hand_out(route, tokens, own)
         where = torch.empty_like(exchange.where)
-        weights = [experts] if exchange.joined else [own, lent]
         scales, kept = [], []
         for nth in range(exchange.rounds):
             rows, scale = exchange.arrange(route, nth, where, lent)
             results = []
-            for (region, ends), matrices in zip(exchange.regions(route, nth), weights, strict=True):
-                inner, outer = split(exchange.shape, matrices)
+            for (region, ends), (inner, outer) in zip(
+                exchange.regions(route, nth), _matrices(exchange, computed), strict=True
+            ):
                 first = grouped_mm(rows[region], inner.transpose(1, 2), offs=ends)
                 results.append(grouped_mm(exchange.activate(first, ends[-1:]), outer.transpose(1, 2), offs=ends))
                 kept += [] if nth else [first]
@@ -98,18 +105,18 @@ class _Pass(torch.autograd.Function):
         output = _rows(hidden)
         exchange.collect(route, _beginning(output, len(some)))
         ctx.exchange, ctx.route, ctx.like = exchange, route, (index.shape, weight.dtype)
+        ctx.parts, ctx.computed = len(parts), len(computed)
         if exchange.rounds == 1:
             tokens = tokens.new_empty(0)  # a part of them would keep them all
-        ctx.save_for_backward(flat, tokens, where, *weights, *scales, *kept)
+        ctx.save_for_backward(*parts, tokens, where, *computed, *scales, *kept)
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         exchange, route = ctx.exchange, ctx.route
-        flat, tokens, where, *rest = ctx.saved_tensors
-        parts = 1 if exchange.joined else 2
-        weights, scales, kept = rest[:parts], rest[parts : parts + exchange.rounds], rest[parts + exchange.rounds :]
+        saved = _cut(ctx.saved_tensors, ctx.parts, 2, ctx.computed, exchange.rounds)
+        parts, (tokens, where), computed, scales, kept = saved
         exchange.meet()  # all ranks are done with what arrived in earlier passes
         rows = [kept.pop()]
         if exchange.rounds > 1:
@@ -118,9 +125,10 @@ class _Pass(torch.autograd.Function):
             exchange.meet()
         some = _aligned(gradient[: exchange.max_tokens].to(exchange.dtype))
         exchange.hand_out(route, some)
-        # Sums over rounds and loans are rounded once. Sums of two are so anyway: the first is exact in its own type.
-        to_flat = _wide(flat) if exchange.rounds + bool(exchange.spare) > 2 else torch.empty_like(flat)
-        lent = _wide(exchange.lent) if exchange.rounds > 2 else exchange.lent
+        apart = len(parts) > 1 and exchange.rounds == 1  # gradients stay as products make them
+        to_flat, lent = None if apart else _room(exchange, parts), exchange.lent
+        if exchange.rounds > 2:
+            lent = _wide(lent)
         with torch.autocast(gradient.device.type, enabled=False):
             for nth in range(exchange.rounds):
                 arrived, to_weight = exchange.arrange_again(route, nth, where), torch.empty_like(scales[nth])
@@ -128,9 +136,10 @@ class _Pass(torch.autograd.Function):
                 to_outer: list[Tensor] = []
                 results = []
                 regions = exchange.regions(route, nth)
-                for part, ((region, ends), matrices) in enumerate(zip(regions, weights, strict=True)):
-                    inner, outer = split(exchange.shape, matrices)
-                    first = grouped_mm(rows[nth][region], inner.transpose(1, 2), offs=ends) if nth else kept[part]
+                for each, ((region, ends), (inner, outer)) in enumerate(
+                    zip(regions, _matrices(exchange, computed), strict=True)
+                ):
+                    first = grouped_mm(rows[nth][region], inner.transpose(1, 2), offs=ends) if nth else kept[each]
                     raw = grouped_mm(arrived[region], outer, offs=ends)
                     to_first, scaled = exchange.activate_backward(
                         raw, first, scales[nth][region], to_weight[region], ends[-1:]
@@ -139,7 +148,8 @@ class _Pass(torch.autograd.Function):
                     to_inner += _replicas(exchange, grouped_mm(to_first.T, rows[nth][region], offs=ends))
                     results.append(grouped_mm(to_first, inner, offs=ends))
                 is_last = nth == exchange.rounds - 1
-                exchange.flatten(route, nth, (to_inner[0], to_outer[0], regions[0][1]), to_flat, lent=False)
+                if to_flat is not None:
+                    exchange.flatten(route, nth, (to_inner[0], to_outer[0], regions[0][1]), to_flat, lent=False)
                 if exchange.spare:
                     exchange.flatten(route, nth, (to_inner[1], to_outer[1], regions[-1][1]), lent, lent=True)
                     if is_last and lent is not exchange.lent:
@@ -152,7 +162,35 @@ class _Pass(torch.autograd.Function):
         to_choices = torch.empty(shape, dtype=dtype, device=gradient.device)
         pairs = len(some) * exchange.choices
         _beginning(to_choices, len(some)).copy_(exchange.returned_weight[:pairs].view(-1, exchange.choices))
-        return to_flat.to(flat.dtype), to_hidden, to_choices, None, None, None
+        if to_flat is None:
+            to_parts = [to_inner[0].flatten(1), to_outer[0].flatten(1)]
+        else:
+            to_parts = [*to_flat.to(parts[0].dtype).split([part.shape[1] for part in parts], dim=1)]
+        return None, None, to_hidden, None, to_choices, *to_parts
+
+
+def _matrices(exchange: DeviceExchange, computed: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """Both matrices of each region's experts: of one or several tensors in flat form, or of two that have one each."""
+    shape = exchange.shape
+    if computed[0].shape[1] == matrix_sizes(shape)[0]:
+        inner, outer = computed
+        return [(inner.unflatten(1, (-1, shape.hidden)), outer.unflatten(1, (shape.hidden, -1)))]
+    return [split(shape, flat) for flat in computed]
+
+
+def _cut(tensors: Sequence[Tensor], *lengths: int) -> list[list[Tensor]]:
+    """So many in front, so many after them, and so on, and the rest."""
+    ends = [0, *accumulate(lengths), len(tensors)]
+    return [[*tensors[start:end]] for start, end in pairwise(ends)]
+
+
+def _room(exchange: DeviceExchange, parts: Sequence[Tensor]) -> Tensor:
+    """[replicas, elements]: room for gradients of all parts.
+
+    Sums over rounds and loans are rounded once. Sums of two are so anyway: the first is exact in its own type.
+    """
+    room = parts[0].new_empty(len(parts[0]), sum(part.shape[1] for part in parts))
+    return _wide(room) if exchange.rounds + bool(exchange.spare) > 2 else room
 
 
 def _replicas(exchange: DeviceExchange, gradients: Tensor) -> Sequence[Tensor]:
@@ -184,8 +222,12 @@ def _aligned(part: Tensor) -> Tensor:
     return part.clone() if part.data_ptr() % 16 else part
 
 
+def matrix_sizes(shape: Expert) -> tuple[int, int]:
+    """Elements of an expert's first and second matrix, which are one after the other in its flat form."""
+    return shape.width * (2 if shape.gated else 1) * shape.hidden, shape.hidden * shape.width
+
+
 def split(shape: Expert, flat: Tensor) -> tuple[Tensor, Tensor]:
     """The matrices [replicas, width or 2 * width, hidden] and [replicas, hidden, width], views of their flat form."""
-    inner_rows = shape.width * (2 if shape.gated else 1)
-    inner, outer = flat.split([inner_rows * shape.hidden, shape.hidden * shape.width], dim=1)
-    return inner.unflatten(1, (inner_rows, shape.hidden)), outer.unflatten(1, (shape.hidden, shape.width))
+    inner, outer = flat.split(matrix_sizes(shape), dim=1)
+    return inner.unflatten(1, (-1, shape.hidden)), outer.unflatten(1, (shape.hidden, -1))

@@ -78,7 +78,13 @@ class Copies:
 
     @classmethod
     def of(
-        cls, size: int, rows: Int64, out: Int64, out_pitch: Int64 | int, source: Int64, source_pitch: Int64 | int
+        cls,
+        size: Int64 | int,
+        rows: Int64,
+        out: Int64,
+        out_pitch: Int64 | int,
+        source: Int64,
+        source_pitch: Int64 | int,
     ) -> Self:
         """Copies by their numbers, int64[copies] or one for all.
 
@@ -101,7 +107,7 @@ class Copies:
             table = np.repeat(table, table["rows"])
             for side in ("out", "source"):
                 table[side] += nth * table[f"{side}_pitch"]
-                table[f"{side}_pitch"] = size
+                table[f"{side}_pitch"] = table["size"]
             table["rows"] = 1
         return cls(table)
 

@@ -13,13 +13,14 @@ __all__ = ["add_replicas", "spoil"]
 
 def program(function: Callable[..., Any]) -> Any:
     """A Triton kernel, compiled once for all numbers."""
-    return triton.jit(function, do_not_specialize=["rank", "begin", "end", "rows"])
+    return triton.jit(function, do_not_specialize=["rank", "begin", "end", "rows", "stride", "stride_after"])
 
 
 @program
 def add_replicas(
     arrived: tl.tensor,
     gradient: tl.tensor,
+    after: tl.tensor,
     order: tl.tensor,
     start: tl.tensor,
     total: tl.tensor,
@@ -28,8 +29,11 @@ def add_replicas(
     rank: tl.tensor,
     begin: tl.tensor,
     end: tl.tensor,
+    stride: tl.tensor,
+    stride_after: tl.tensor,
     RANKS: tl.constexpr,
     WIDTH: tl.constexpr,
+    FIRST: tl.constexpr,
     DOUBLE: tl.constexpr,
     PIECE: tl.constexpr,
 ) -> None:
@@ -37,12 +41,15 @@ def add_replicas(
 
     Args:
         arrived: [replicas, WIDTH], parts that other ranks sent, by replica.
-        gradient: [end - begin, RANKS * WIDTH], gradients of the replicas `begin` to `end - 1`, which are this rank's.
+        gradient: [end - begin, FIRST], gradients of the replicas `begin` to `end - 1`, which are this rank's: the first
+            columns of RANKS * WIDTH, or all of them.
+        after: [end - begin, ...], the other columns.
         order: int64[replicas], replicas by expert.
         start: int64[experts + 1], where those of each expert begin in `order`.
         total: [experts, WIDTH], out; not a number if a meeting has failed.
         abort: int64, not 0 if one has.
         failed: int64 in memory of the host, out: the same.
+        stride: Elements from a row of `gradient` to the next, and of `after`.
         DOUBLE: Whether to add in float64 rather than in float32.
     """
     expert = tl.program_id(0).to(tl.int64)
@@ -52,10 +59,15 @@ def add_replicas(
     first = tl.load(start + expert)
     for nth in range(first, tl.load(start + expert + 1)):
         row = tl.load(order + nth)
-        part = arrived + row * WIDTH
         if (row >= begin) & (row < end):  # it was not sent
-            part = gradient + ((row - begin) * RANKS + rank) * WIDTH
-        sums += tl.load(part + at, mask=inside, other=0.0).to(sums.dtype)
+            column = rank * WIDTH + at
+            part = tl.load(gradient + (row - begin) * stride + column, mask=inside & (column < FIRST), other=0.0)
+            if FIRST < RANKS * WIDTH:
+                place = after + (row - begin) * stride_after + (column - FIRST)
+                part += tl.load(place, mask=inside & (column >= FIRST), other=0.0)
+        else:
+            part = tl.load(arrived + row * WIDTH + at, mask=inside, other=0.0)
+        sums += part.to(sums.dtype)
     aborted = tl.load(abort, volatile=True)
     if (expert == 0) & (tl.program_id(1) == 0):
         tl.store(failed, aborted)

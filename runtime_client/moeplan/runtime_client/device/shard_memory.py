@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -136,8 +136,8 @@ class ShardMemory:
             for name in ("gathering", "returning")
         )
         self._returns = 0
-        self._held: tuple[Tensor, torch.cuda.Event | None] | None = None
-        self._add: dict[torch.dtype, Launch] = {}
+        self._held: tuple[Tensor, Tensor, torch.cuda.Event | None] | None = None
+        self._add: dict[tuple[torch.dtype, int], Launch] = {}
         self._spoil: Launch | None = None
         # Other ranks first, each rank beginning with another.
         self._peers = np.array([(rank + step) % size for step in range(1, size + 1)])
@@ -263,44 +263,60 @@ class ShardMemory:
             found = self._gathered[placed] = copies, peers
         return found
 
-    def give_back(self, gradient: Tensor, placed: Placed, like: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
+    def give_back(
+        self, gradients: Sequence[Tensor], placed: Placed, like: Tensor
+    ) -> tuple[Tensor, torch.cuda.Event | None]:
         """Begin to send gradients of this rank's slots to the owners of the parts, which add up those of an expert.
 
         The sum is taken in float32 (float64 for double parameters) in the order of ranks and slots.
 
         Args:
-            gradient: [slots, N * width].
+            gradients: [slots, columns], the first and the others of N * width columns; or all of them in one.
             placed: The layout that the slots were gathered by.
             like: [experts, width], the shard.
 
         Returns:
             [experts, width] in the dtype of `like`, and when it is whole; see `wait`.
         """
-        line, size, row = self._returning, self.group.size, self.width * self.dtype.itemsize
-        gradient, slots = gradient.contiguous(), len(gradient)
+        line = self._returning
+        first, last = (part if part.stride(1) == 1 else part.contiguous() for part in (gradients[0], gradients[-1]))
         arrived, addresses = self._rooms[self._returns % _ROOMS]
         self.release()
         with line.beside():
             total = torch.empty_like(like, requires_grad=False)
-            peers = self._peers[:-1]  # what this rank owns itself is read where it is
-            out, source = addresses[peers] + row * placed.begin, gradient.data_ptr() + row * peers
-            Copies.of(row, np.full(len(peers), slots), out, row, source, size * row).start(line.stream)
+            self._sending(addresses, placed.begin, [first, last][: len(gradients)]).start(line.stream)
             # Before it, all ranks have added up what was in the other room, so that they may write there afterwards.
             line.meet()
-            self._adding(like.dtype)(
-                (self.experts, -(-self.width // _PIECE), 1), arrived, gradient, placed.order,
-                placed.start, total, self._abort, self._failed, self.group.rank, placed.begin, placed.begin + slots,
+            self._adding(like.dtype, first.shape[1])(
+                (self.experts, -(-self.width // _PIECE), 1), arrived, first, last, placed.order, placed.start, total,
+                self._abort, self._failed, self.group.rank, placed.begin, placed.begin + len(first), first.stride(0),
+                last.stride(0),
             )  # fmt: skip
             arrival = line.mark()
         self._returns += 1
-        self._held = gradient, arrival
+        self._held = first, last, arrival
         torch.autograd.Variable._execution_engine.queue_callback(self.release)
         return total, arrival
+
+    def _sending(self, addresses: Int64, begin: int, gradients: Sequence[Tensor]) -> Copies:
+        """Copies of gradients into a room of the ranks that own them, from replica `begin` on."""
+        width, item = self.width, self.dtype.itemsize
+        sent = []
+        for peer in self._peers[:-1].tolist():  # what this rank owns itself is read where it is
+            left = 0  # column of the first of these gradients
+            for part in gradients:
+                start, end = max(peer * width, left), min((peer + 1) * width, left + part.shape[1])
+                if start < end and len(part):
+                    to = int(addresses[peer]) + item * (begin * width + start - peer * width)
+                    origin = part.data_ptr() + item * (start - left)
+                    sent.append((item * (end - start), len(part), to, item * width, origin, item * part.stride(0)))
+                left += part.shape[1]
+        return Copies.of(*np.array(sent, np.int64).reshape(-1, 6).T)
 
     def release(self) -> None:
         """Let go of the gradients that are sent, once the current stream waits until they are."""
         if self._held is not None:
-            self.wait(self._held[1])
+            self.wait(self._held[2])
             self._held = None
 
     def wait(self, arrival: torch.cuda.Event | None) -> None:
@@ -316,16 +332,16 @@ class ShardMemory:
             self._spoil = Launch(shard_kernels.spoil, 1, ROW=self.group.size * self.width, BLOCK=_SPOILED)
         return self._spoil
 
-    def _adding(self, dtype: torch.dtype) -> Launch:
-        """The kernel that adds up to gradients of this type."""
+    def _adding(self, dtype: torch.dtype, first: int) -> Launch:
+        """The kernel that adds up to gradients of this type, of which so many columns are in the first tensor."""
         from moeplan.runtime_client.device import shard_kernels
 
-        if dtype not in self._add:
-            self._add[dtype] = Launch(
-                shard_kernels.add_replicas, 8, RANKS=self.group.size, WIDTH=self.width, DOUBLE=dtype == torch.float64,
-                PIECE=_PIECE,
+        if (dtype, first) not in self._add:
+            self._add[dtype, first] = Launch(
+                shard_kernels.add_replicas, 8, RANKS=self.group.size, WIDTH=self.width, FIRST=first,
+                DOUBLE=dtype == torch.float64, PIECE=_PIECE,
             )  # fmt: skip
-        return self._add[dtype]
+        return self._add[dtype, first]
 
 
 class _Line:

@@ -158,7 +158,7 @@ class ResidentExperts(ExpertLayer):
             if infers_shapes():
                 weight = torch.zeros_like(weight)  # they were never written
             turn = self._turn()
-            return run_pass(self.exchange, turn, self.flat, rows, index, weight, dtype)
+            return run_pass(self.exchange, turn, [self.flat], rows, index, weight, dtype)
         group = self.group
         homes = self.homes
         means = homes.fingerprint ^ planner_fingerprint(self.planner)

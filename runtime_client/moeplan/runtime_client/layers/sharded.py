@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, ClassVar
 
 import numpy as np
@@ -17,7 +18,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from moeplan.runtime_client.device.exchange import DeviceExchange
 from moeplan.runtime_client.device.layout_plans import LayoutPlans
-from moeplan.runtime_client.device.passes import run_pass
+from moeplan.runtime_client.device.passes import matrix_sizes, run_pass
 from moeplan.runtime_client.device.shard_memory import PublishedShard, ShardMemory
 from moeplan.runtime_client.group import ExpertGroup, Traffic
 from moeplan.runtime_client.layers.dividing import Division, PlannedLayer
@@ -344,7 +345,7 @@ class FullyShardedExperts(ExpertLayer):
         (arrived,) = dispatch(group, route, rows, self.traffic, [sum(route.receive)])
         if follower is not None:
             follower.prefetch()
-        flat: Tensor = _Gather.apply(landed, gatherings, this)  # type: ignore[no-untyped-call]
+        (flat,) = this.gather(landed, gatherings)
         results = feed_forward(self.shape, flat, arrived, [route.rows[slot] for slot in placement.slots])
         results = this.guard(results, flat)
         # The weights set out before the gradients of tokens do, to arrive beside them.
@@ -374,8 +375,8 @@ class FullyShardedExperts(ExpertLayer):
         follower = self._follower()
         if follower is not None:
             follower.prefetch()
-        flat: Tensor = _Gather.apply(landed, [gathering], this)  # type: ignore[no-untyped-call]
-        return this.guard(run_pass(exchange, turn, flat, rows, index, weight, dtype), flat)
+        matrices = this.gather(landed, [gathering], matrix_sizes(self.shape))
+        return this.guard(run_pass(exchange, turn, matrices, rows, index, weight, dtype), matrices[0])
 
     def prefetch(self) -> None:
         """Start gathering the weights of the next forward pass. Every rank calls it at the same point, or none."""
@@ -423,11 +424,12 @@ class FullyShardedExperts(ExpertLayer):
         self.traffic[purpose] += gathering.sent
         return gathering
 
-    def _return(self, gradient: Tensor, placement: Placement) -> Returning | DirectReturning:
-        """Begin to return the gradients of slots."""
+    def _return(self, gradients: Sequence[Tensor], placement: Placement) -> Returning | DirectReturning:
+        """Begin to return the gradients of slots, in parts of their columns."""
         if self.memory is None:
+            (gradient,) = gradients
             return Returning(gradient, placement, self.group, self.traffic)
-        return DirectReturning(gradient, placement, self.memory, self.shard, self.traffic)
+        return DirectReturning(gradients, placement, self.memory, self.shard, self.traffic)
 
     def _take_ahead(self, placement: Placement, dtype: torch.dtype) -> Gathering | DirectGathering | None:
         ahead, self._ahead = self._ahead, None
@@ -489,6 +491,7 @@ class _Pass:
         self.returning: Returning | DirectReturning | None = None
         # Weak, because autograd alone decides how long the weights are wanted.
         self.storage: StorageWeakRef | None = None
+        self.size = 0
         place = layer._order.index(layer) if layer._order else 0
         self.before = layer._order[place - 1]._latest if place else None
         layer._latest = self
@@ -502,8 +505,15 @@ class _Pass:
             landed: Tensor = _Land.apply(self.layer.shard, self)  # type: ignore[no-untyped-call]
         return landed
 
+    def gather(
+        self, landed: Tensor, gatherings: Sequence[Gathering | DirectGathering], columns: Sequence[int] = ()
+    ) -> tuple[Tensor, ...]:
+        """The weights of this rank's slots, [slots, N * width]; or parts of so many columns, on the same memory."""
+        weights: tuple[Tensor, ...] = _Gather.apply(landed, gatherings, self, columns)  # type: ignore[no-untyped-call]
+        return weights
+
     def guard(self, results: Tensor, flat: Tensor) -> Tensor:
-        """`results`, before whose backward `flat` is brought back; its memory is given up until then (`reshard`)."""
+        """`results`, before whose backward weights are brought back; their memory, which `flat` is on, is given up."""
         if not (self.layer.reshard and torch.is_grad_enabled() and results.requires_grad):
             return results
         guarded: Tensor = _Restore.apply(results, flat, self)  # type: ignore[no-untyped-call]
@@ -528,9 +538,8 @@ class _Pass:
             return
         self.start()
         assert self.arriving is not None, "the storage is alive, since `flat` refers to it"
-        size = flat.numel() * flat.element_size()
-        if storage.nbytes() != size:  # or it would be copied, half arrived, to other memory
-            storage.resize_(size)
+        if storage.nbytes() != self.size:  # or it would be copied, half arrived, to other memory
+            storage.resize_(self.size)
         self.arriving.finish(flat)
         self.arriving, self.freed = None, False
 
@@ -562,22 +571,36 @@ class _Gather(torch.autograd.Function):
     """The weights of this rank's slots; its backward sends their gradients to the owners."""
 
     @staticmethod
-    def forward(ctx: Any, shard: Tensor, gatherings: Sequence[Gathering | DirectGathering], this: _Pass) -> Tensor:
+    def forward(
+        ctx: Any,
+        shard: Tensor,
+        gatherings: Sequence[Gathering | DirectGathering],
+        this: _Pass,
+        columns: Sequence[int],
+    ) -> tuple[Tensor, ...]:
         ctx.this, ctx.shape, ctx.dtype = this, shard.shape, shard.dtype
         flat = gatherings[0].memory(len(this.placement.experts))
         parts = flat.split([len(gathering.placement.experts) for gathering in gatherings])
         for gathering, part in zip(gatherings, parts, strict=True):
             gathering.finish(part)
-        this.storage = StorageWeakRef(flat.untyped_storage())
-        return flat
+        storage = flat.untyped_storage()
+        this.storage, this.size = StorageWeakRef(storage), flat.numel() * flat.element_size()
+        if not columns:
+            return (flat,)
+        # No views of each other, which autograd would look after.
+        places = (0, *accumulate(columns[:-1]))
+        return tuple(
+            torch.empty_like(flat[:0]).set_(storage, place, (len(flat), width), flat.stride())
+            for place, width in zip(places, columns, strict=True)
+        )
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         this: _Pass = ctx.this
-        this.returning = this.layer._return(gradient, this.placement)
+        this.returning = this.layer._return(gradients, this.placement)
         # Only tells _Land to run; the true gradient is still travelling. Of another type it would be written out.
-        return gradient.new_zeros((), dtype=ctx.dtype).expand(ctx.shape), None, None
+        return gradients[0].new_zeros((), dtype=ctx.dtype).expand(ctx.shape), None, None, None
 
 
 class _Restore(torch.autograd.Function):

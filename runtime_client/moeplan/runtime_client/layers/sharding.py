@@ -6,6 +6,8 @@ decoupled from optimizer state: SYMI, arXiv 2504.19925). A layout only decides w
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -279,7 +281,7 @@ class DirectReturning:
     """As `Returning`, by copies straight into the memory of the owners.
 
     Args:
-        gradient: [filled slots, N * width].
+        gradients: [filled slots, columns] each, parts of [filled slots, N * width].
         placement: The layout that the slots were gathered by.
         memory: Of the layers.
         shard: [experts, width], for its type.
@@ -287,12 +289,17 @@ class DirectReturning:
     """
 
     def __init__(
-        self, gradient: Tensor, placement: Placement, memory: ShardMemory, shard: Tensor, traffic: Traffic
+        self,
+        gradients: Sequence[Tensor],
+        placement: Placement,
+        memory: ShardMemory,
+        shard: Tensor,
+        traffic: Traffic,
     ) -> None:
         self._memory = memory
-        self._total, self._arrival = memory.give_back(gradient, placement, shard)
-        others = memory.group.size - 1
-        traffic["gradients"] += len(gradient) * others * shard.shape[1] * gradient.element_size()
+        self._total, self._arrival = memory.give_back(gradients, placement, shard)
+        slots, others = len(placement.experts), memory.group.size - 1
+        traffic["gradients"] += slots * others * shard.shape[1] * gradients[0].element_size()
 
     def finish(self, like: Tensor) -> Tensor:
         """As of `Returning`."""
