@@ -13,7 +13,7 @@ __all__ = ["add_replicas", "spoil"]
 
 def program(function: Callable[..., Any]) -> Any:
     """A Triton kernel, compiled once for all numbers."""
-    return triton.jit(function, do_not_specialize=["rank", "begin", "end", "rows", "stride", "stride_after"])
+    return triton.jit(function, do_not_specialize=["rank", "begin", "end", "rows"])
 
 
 @program
@@ -29,11 +29,11 @@ def add_replicas(
     rank: tl.tensor,
     begin: tl.tensor,
     end: tl.tensor,
-    stride: tl.tensor,
-    stride_after: tl.tensor,
     RANKS: tl.constexpr,
     WIDTH: tl.constexpr,
     FIRST: tl.constexpr,
+    STRIDE: tl.constexpr,
+    STRIDE_AFTER: tl.constexpr,
     DOUBLE: tl.constexpr,
     PIECE: tl.constexpr,
 ) -> None:
@@ -49,7 +49,8 @@ def add_replicas(
         total: [experts, WIDTH], out; not a number if a meeting has failed.
         abort: int64, not 0 if one has.
         failed: int64 in memory of the host, out: the same.
-        stride: Elements from a row of `gradient` to the next, and of `after`.
+        STRIDE: Elements from a row of `gradient` to the next, and ``STRIDE_AFTER`` of `after`; constants, so that
+            compilers see what accesses are aligned.
         DOUBLE: Whether to add in float64 rather than in float32.
     """
     expert = tl.program_id(0).to(tl.int64)
@@ -61,9 +62,9 @@ def add_replicas(
         row = tl.load(order + nth)
         if (row >= begin) & (row < end):  # it was not sent
             column = rank * WIDTH + at
-            part = tl.load(gradient + (row - begin) * stride + column, mask=inside & (column < FIRST), other=0.0)
+            part = tl.load(gradient + (row - begin) * STRIDE + column, mask=inside & (column < FIRST), other=0.0)
             if FIRST < RANKS * WIDTH:
-                place = after + (row - begin) * stride_after + (column - FIRST)
+                place = after + (row - begin) * STRIDE_AFTER + (column - FIRST)
                 part += tl.load(place, mask=inside & (column >= FIRST), other=0.0)
         else:
             part = tl.load(arrived + row * WIDTH + at, mask=inside, other=0.0)

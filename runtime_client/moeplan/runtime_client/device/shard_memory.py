@@ -137,7 +137,7 @@ class ShardMemory:
         )
         self._returns = 0
         self._held: tuple[Tensor, Tensor, torch.cuda.Event | None] | None = None
-        self._add: dict[tuple[torch.dtype, int], Launch] = {}
+        self._add: dict[tuple[torch.dtype, int, int, int], Launch] = {}
         self._spoil: Launch | None = None
         # Other ranks first, each rank beginning with another.
         self._peers = np.array([(rank + step) % size for step in range(1, size + 1)])
@@ -287,10 +287,9 @@ class ShardMemory:
             self._sending(addresses, placed.begin, [first, last][: len(gradients)]).start(line.stream)
             # Before it, all ranks have added up what was in the other room, so that they may write there afterwards.
             line.meet()
-            self._adding(like.dtype, first.shape[1])(
+            self._adding(like.dtype, first.shape[1], first.stride(0), last.stride(0))(
                 (self.experts, -(-self.width // _PIECE), 1), arrived, first, last, placed.order, placed.start, total,
-                self._abort, self._failed, self.group.rank, placed.begin, placed.begin + len(first), first.stride(0),
-                last.stride(0),
+                self._abort, self._failed, self.group.rank, placed.begin, placed.begin + len(first),
             )  # fmt: skip
             arrival = line.mark()
         self._returns += 1
@@ -332,16 +331,17 @@ class ShardMemory:
             self._spoil = Launch(shard_kernels.spoil, 1, ROW=self.group.size * self.width, BLOCK=_SPOILED)
         return self._spoil
 
-    def _adding(self, dtype: torch.dtype, first: int) -> Launch:
+    def _adding(self, dtype: torch.dtype, columns: int, stride: int, stride_after: int) -> Launch:
         """The kernel that adds up to gradients of this type, of which so many columns are in the first tensor."""
         from moeplan.runtime_client.device import shard_kernels
 
-        if (dtype, first) not in self._add:
-            self._add[dtype, first] = Launch(
-                shard_kernels.add_replicas, 8, RANKS=self.group.size, WIDTH=self.width, FIRST=first,
-                DOUBLE=dtype == torch.float64, PIECE=_PIECE,
+        key = dtype, columns, stride, stride_after
+        if key not in self._add:
+            self._add[key] = Launch(
+                shard_kernels.add_replicas, 8, RANKS=self.group.size, WIDTH=self.width, FIRST=columns, STRIDE=stride,
+                STRIDE_AFTER=stride_after, DOUBLE=dtype == torch.float64, PIECE=_PIECE,
             )  # fmt: skip
-        return self._add[dtype, first]
+        return self._add[key]
 
 
 class _Line:
