@@ -81,7 +81,7 @@ def ways(group: ExpertGroup, experts: int, elements: int, device: torch.device) 
             ):
                 raise RuntimeError(f"cuMemcpyAsync: {status}")
 
-    rectangles = Copies.of(row, np.full(size, slots), out[:, 0], size * row, source[:, 0], row)
+    rectangles = Copies(row, np.full(size, slots), out[:, 0], size * row, source[:, 0], row)
 
     outs, sources = (np.ascontiguousarray(each.ravel(), np.uint64) for each in (out, source))
     lengths = np.full(len(outs), row, np.uint64)

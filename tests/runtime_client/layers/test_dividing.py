@@ -68,6 +68,7 @@ def tokens_that_arrive(rule: str, limited: bool) -> list[list[list[int]]]:
 
     problem, _ = cases(limited)[0]
     layer = FullyShardedExperts(SHAPE, EXPERTS, group, split_rule=rule, cluster=problem.cluster, expert=problem.expert)
+    torch.nn.init.ones_(layer.shard)
     with patch.object(sharded, "feed_forward", look):
         for _, layout in cases(limited):
             layer.layout = layout
@@ -104,6 +105,7 @@ def differ() -> str:
     group = ExpertGroup.create()
     assert group is not None
     layer = FullyShardedExperts(SHAPE, EXPERTS, group)
+    torch.nn.init.ones_(layer.shard)
     layer.split_rule = SplitRule.EVEN if group.rank == 1 else SplitRule.OPTIMAL
     with pytest.raises(LayoutMismatchError) as caught:
         layer(torch.ones(3, RANKS), torch.zeros(3, 1, dtype=torch.int64), torch.ones(3, 1))

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -269,6 +270,36 @@ def test_index_may_be_of_any_integers_and_of_nothing_else() -> None:
         layer(hidden[1:], index, weight)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_experts_that_nobody_gave_values_are_not_trained(kind: str) -> None:
+    layer = make_layer(kind, ExpertGroup())
+    batch = make_batch(0)
+    with torch.no_grad():
+        assert not layer(*batch).any()
+    with pytest.raises(RuntimeError, match=r"layer 0: its experts are zeros.*layer\.load_experts\(first, flat\)"):
+        layer(*batch)
+    torch.nn.init.normal_(layer.weights)
+    layer(*batch).sum().backward()
+    assert layer.weights.grad is not None
+    assert layer.weights.grad.any()
+
+
+def test_what_a_layer_is_made_of_is_looked_at() -> None:
+    planner = QuotaPlanner(SpillOptions.uniform(EXPERTS, 1, 0), 1)
+    made: list[Callable[..., Layer]] = [
+        partial(FullyShardedExperts, SHAPE, EXPERTS),
+        partial(ResidentExperts, SHAPE, EXPERTS, planner=planner),
+    ]
+    for make in made:
+        with pytest.raises(ValueError, match=r"group = None: must be ExpertGroup; write ExpertGroup\.create\(\)"):
+            make(group=None)
+    with pytest.raises(ValueError, match=r"shape = 6: must be ExpertShape; write ExpertShape\(hidden, width\)"):
+        FullyShardedExperts(6, EXPERTS, ExpertGroup())  # type: ignore[arg-type]
+    slots = np.arange(EXPERTS, dtype=np.int32)[None]
+    with pytest.raises(ValueError, match=r"layout = .*: must be Layout; write Layout\(slots, experts\)"):
+        FullyShardedExperts(SHAPE, EXPERTS, ExpertGroup(), layout=slots)  # type: ignore[arg-type]
+
+
 def test_a_plan_is_not_put_where_nothing_reads_it() -> None:
     layer, sharded = (make_layer(kind, ExpertGroup()) for kind in ("resident", "sharded"))
     assert isinstance(sharded, FullyShardedExperts)
@@ -350,6 +381,8 @@ def leave_out(kind: str, how: str) -> str:
     group = ExpertGroup.create(timeout=timedelta(seconds=4))
     assert group is not None
     first, second = make_layer(kind, group), make_layer(kind, group)
+    for layer in (first, second):
+        layer.load_experts(0, make_flat())
     first.name = "blocks.3.experts"
     first(*make_batch(group.rank))
     if group.rank == 2 and how == "comes to none":
@@ -424,6 +457,7 @@ from moeplan.runtime_client import ExpertGroup, ExpertShape, FullyShardedExperts
 rank = int(sys.argv[1])
 dist.init_process_group("gloo", init_method=f"file://{sys.argv[2]}", rank=rank, world_size=2)
 layer = FullyShardedExperts(ExpertShape(4, 3), 2, ExpertGroup.create())
+torch.nn.init.ones_(layer.shard)
 for _ in range(2):
     layer(torch.ones(3, 4), torch.zeros(3, 1, dtype=torch.int64), torch.ones(3, 1))
     if rank == 1:

@@ -75,6 +75,19 @@ def go_on(folder: str) -> tuple[list[float], list[int]]:
     return train(make_group(), HALF_WAY, STEPS, load=folder)
 
 
+def test_what_moves_homes_is_looked_at() -> None:
+    model = Model(ExpertGroup())
+    optimizer = torch.optim.AdamW(model.parameters())
+    with pytest.raises(
+        ValueError, match=r"optimizers\[0\] = .*: must be Optimizer; write HomeMoves\(layers, optimizer"
+    ):
+        HomeMoves(model.experts, [optimizer])  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"layers\[0\] = 'experts': must be ResidentExperts"):
+        HomeMoves(["experts"], optimizer)  # type: ignore[list-item]
+    with pytest.raises(ValueError, match="layers = none: must be the resident layers of a model"):
+        HomeMoves([], optimizer)
+
+
 def test_losses_are_those_of_a_single_process(ranks: Launch, tmp_path: Path) -> None:
     expected, _ = train(ExpertGroup(), 0, STEPS)
     for answers in ranks(RANKS, follow, str(tmp_path / "checkpoint"), timeout_s=LIMIT_S):

@@ -38,6 +38,18 @@ def test_experts_that_an_optimizer_is_given_later_are_looked_at_too() -> None:
     assert layer.steps == 1
 
 
+class GaLoreAdamW(torch.optim.SGD):
+    """Called as one that projects the gradients of a matrix."""
+
+
+def test_optimizers_that_treat_a_matrix_as_a_whole_are_known_by_name() -> None:
+    model = fused_model()
+    replace_experts(model, partial(ResidentExperts, group=ExpertGroup()))
+    model(words_of(0, 0, 1)).backward()
+    with pytest.raises(RuntimeError, match="GaLoreAdamW: takes the weights of"):
+        GaLoreAdamW(model.parameters(), lr=0.1).step()
+
+
 def spread_states(kind: str) -> str:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # torch's own, as it is imported

@@ -7,7 +7,7 @@ import signal
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
 
@@ -284,6 +284,19 @@ def test_counts_that_are_none_are_refused_at_once(counts: Any, words: str) -> No
         with pytest.raises(ProblemError, match=words):
             session.step(counts)
         assert not session.step(np.ones((LAYERS, EXPERTS), np.int64))
+
+
+@pytest.mark.parametrize("failed", [False, True], ids=["ended", "failed"])
+def test_a_session_that_is_over_takes_no_steps(failed: bool) -> None:
+    layouts = [contiguous(1)] * LAYERS
+    with (
+        suppress(KeyError),
+        PlannerSession("127.0.0.1:1", "over", layouts, apply=lambda plan: None, slots=EXPERTS) as session,
+    ):
+        if failed:
+            raise KeyError("what training ended by")
+    with pytest.raises(RuntimeError, match="step within its `with`, or make another PlannerSession"):
+        session.step(np.ones((LAYERS, EXPERTS), np.int64))
 
 
 def test_a_slow_rank_is_waited_for(ranks: Any, daemon: DaemonProcess) -> None:

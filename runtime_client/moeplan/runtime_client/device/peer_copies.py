@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from copy import copy
 from functools import cache
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -69,54 +70,40 @@ def stretches(numbers: Sequence[int]) -> list[Stretch]:
 class Copies:
     """Copies of rows of the same size, of which each is to addresses as far apart as each other, and from such.
 
+    They are numbered, int64[copies], or have one number for all.
+
     Args:
-        table: Each copy as the driver has it.
+        size: Bytes of each copy's rows.
+        rows: Rows of each copy.
+        out: Address of each copy's first row, or what is to be added to one; see `at`.
+        out_pitch: Bytes from a row to the next there.
+        source: As `out`, of what is copied.
+        source_pitch: Likewise.
     """
 
-    def __init__(self, table: npt.NDArray[np.void]) -> None:
-        self._table = table
-
-    @classmethod
-    def of(
-        cls,
+    def __init__(
+        self,
         size: Int64 | int,
         rows: Int64,
         out: Int64,
         out_pitch: Int64 | int,
         source: Int64,
         source_pitch: Int64 | int,
-    ) -> Self:
-        """Copies by their numbers, int64[copies] or one for all.
-
-        Args:
-            size: Bytes of a row.
-            rows: Rows of each copy.
-            out: Address of each copy's first row, or what is to be added to one; see `at`.
-            out_pitch: Bytes from a row to the next there.
-            source: As `out`, of what is copied.
-            source_pitch: Likewise.
-        """
-        table = np.zeros(len(rows), _COPY)
+    ) -> None:
+        self._table = table = np.zeros(len(rows), _COPY)
         table["source_type"] = table["out_type"] = _ANY_MEMORY
         table["size"], table["rows"] = size, rows
         table["out"], table["out_pitch"] = out, out_pitch
         table["source"], table["source_pitch"] = source, source_pitch
-        farthest = np.maximum(table["out_pitch"], table["source_pitch"])
-        if (farthest > _LARGEST_PITCH).any():  # a copy for each row
-            nth = np.concatenate([np.arange(count) for count in table["rows"]])
-            table = np.repeat(table, table["rows"])
-            for side in ("out", "source"):
-                table[side] += nth * table[f"{side}_pitch"]
-                table[f"{side}_pitch"] = table["size"]
-            table["rows"] = 1
-        return cls(table)
+        self._far = bool((np.maximum(table["out_pitch"], table["source_pitch"]) > _LARGEST_PITCH).any())
 
     def at(self, out: int, source: Int64 | int) -> Copies:
         """The same copies elsewhere: addresses are added to theirs, int64[copies] or one for all."""
-        table = self._table.copy()
-        table["out"] += out
-        table["source"] += source
-        return Copies(table)
+        moved = copy(self)
+        moved._table = self._table.copy()
+        moved._table["out"] += out
+        moved._table["source"] += source
+        return moved
 
     def start(self, stream: torch.cuda.Stream | None) -> None:
         """Queue the copies.
@@ -128,17 +115,26 @@ class Copies:
         Raises:
             RuntimeError: the driver refused a copy.
         """
-        table = self._table
+        table = _row_by_row(self._table) if self._far or stream is None else self._table
         if stream is None:
-            for copy in table:
-                for nth in range(copy["rows"]):
-                    to, origin = (int(copy[side] + nth * copy[f"{side}_pitch"]) for side in ("out", "source"))
-                    ctypes.memmove(to, origin, int(copy["size"]))
+            for each in table:
+                ctypes.memmove(int(each["out"]), int(each["source"]), int(each["size"]))
             return
         copy_rows, queue, first = _driver().cuMemcpy2DAsync_v2, stream.cuda_stream, table.ctypes.data
         for place in range(first, first + table.nbytes, _COPY.itemsize):
             if status := copy_rows(place, queue):
                 raise RuntimeError(f"cuMemcpy2DAsync: error {status} of the driver")
+
+
+def _row_by_row(table: npt.NDArray[np.void]) -> npt.NDArray[np.void]:
+    """A copy for each row."""
+    nth = np.concatenate([np.arange(rows) for rows in table["rows"]]) if len(table) else 0
+    table = table.repeat(table["rows"])
+    for side in ("out", "source"):
+        table[side] += nth * table[f"{side}_pitch"]
+        table[f"{side}_pitch"] = table["size"]
+    table["rows"] = 1
+    return table
 
 
 @cache

@@ -259,7 +259,7 @@ class ShardMemory:
             parts = np.array(stretches(placed.experts), np.int64).reshape(-1, 4)
             peers = self._peers.repeat(len(parts))
             place, first, step, length = np.tile(parts, (size, 1)).T
-            copies = Copies.of(row, length, row * (size * place + peers), size * row, row * first, row * step)
+            copies = Copies(row, length, row * (size * place + peers), size * row, row * first, row * step)
             found = self._gathered[placed] = copies, peers
         return found
 
@@ -310,7 +310,7 @@ class ShardMemory:
                     origin = part.data_ptr() + item * (start - left)
                     sent.append((item * (end - start), len(part), to, item * width, origin, item * part.stride(0)))
                 left += part.shape[1]
-        return Copies.of(*np.array(sent, np.int64).reshape(-1, 6).T)
+        return Copies(*np.array(sent, np.int64).reshape(-1, 6).T)
 
     def release(self) -> None:
         """Let go of the gradients that are sent, once the current stream waits until they are."""

@@ -24,6 +24,7 @@ from moeplan.runtime_client.layers.rank_checks import compare_ranks, row_sums, t
 from moeplan.runtime_client.layers.repeating import unseen
 from moeplan.runtime_client.layers.routing import gather_counts
 from moeplan.solvers.problem.arrays import Int64
+from moeplan.solvers.problem.scalars import instance
 
 __all__ = ["ExpertLayer", "state_in_parts", "state_without_experts"]
 
@@ -57,7 +58,8 @@ def state_without_experts() -> Iterator[None]:
 class ExpertLayer(nn.Module, ABC):
     """The experts of one MoE layer on the ranks of a group; `FullyShardedExperts` and `ResidentExperts` are its kinds.
 
-    They are zeros, which no training changes, until `load_experts` or a checkpoint gives them values.
+    They are zeros until `load_experts` or a checkpoint gives them values. No training changes zeros, so the first pass
+    that would train them refuses.
 
     Attributes:
         shape: Dimensions of an expert.
@@ -82,6 +84,8 @@ class ExpertLayer(nn.Module, ABC):
 
     def __init__(self, shape: ExpertShape, experts: int, group: ExpertGroup, compute_dtype: torch.dtype | None) -> None:
         super().__init__()
+        instance("shape", shape, ExpertShape, "ExpertShape(hidden, width)")
+        instance("group", group, ExpertGroup, "ExpertGroup.create(), on ranks that are in it")
         self.shape = shape
         self.experts = experts
         self.group = group
@@ -95,6 +99,7 @@ class ExpertLayer(nn.Module, ABC):
         self._cut = False
         self._number = next(group.numbers)
         self._passes = 0
+        self._valued = False
         self.loaded: Tensor | None = None
         self.steps: int | None = None
         self.trained_by: Tensor | None = None
@@ -136,13 +141,16 @@ class ExpertLayer(nn.Module, ABC):
             InfeasibleError: no plan keeps every rank within its token cap; raised on all ranks.
             ValueError: `hidden` has another width than the experts, `index` is not of integers, or its shape is not
                 that of `weight` and of the tokens.
-            RuntimeError: the weights are on the meta device, or DistributedDataParallel would average their gradients.
+            RuntimeError: the weights are on the meta device, or zeros in the first pass that would train them, or
+                DistributedDataParallel would average their gradients.
         """
         self._require_memory()
         weights = self.weights
         self._passes += 1
         trains = self._trains()
         if trains:
+            if not self._valued:
+                self._require_values()
             if self.prepare is not None:
                 self.prepare(weights, self._cut)
             if self._compares:
@@ -271,6 +279,21 @@ class ExpertLayer(nn.Module, ABC):
                 f"{self.title}: its weights are on the meta device; call model.to_empty(device=...), "
                 "then load a checkpoint"
             )
+
+    def _require_values(self) -> None:
+        """Refuse to train experts that nobody has given values; asked until they have some.
+
+        Raises:
+            RuntimeError: they are zeros, whose gradients are zeros, too.
+        """
+        weights = self.weights.to_local() if isinstance(self.weights, DTensor) else self.weights
+        capturing = weights.is_cuda and torch.cuda.is_current_stream_capturing()  # a graph: no time to look
+        if self.loaded is None and weights.numel() and not capturing and not weights.any():
+            raise RuntimeError(
+                f"{self.title}: its experts are zeros, which no training changes. Give them values on every rank, "
+                "with layer.load_experts(first, flat) or a checkpoint"
+            )
+        self._valued = True
 
     def _require_cut_over_replicas(self, weights: DTensor) -> None:
         """Refuse a parameter cut up over ranks that do not all hold the same experts.

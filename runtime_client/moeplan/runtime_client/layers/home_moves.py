@@ -22,7 +22,9 @@ from moeplan.runtime_client.layers.fingerprints import fingerprint
 from moeplan.runtime_client.layers.resident import ResidentExperts
 from moeplan.runtime_client.layers.spilling import require_speed
 from moeplan.solvers.problem.arrays import Int64
+from moeplan.solvers.problem.errors import ProblemError
 from moeplan.solvers.problem.layout import Layout
+from moeplan.solvers.problem.scalars import instance
 
 __all__ = ["HomeMoves"]
 
@@ -57,11 +59,18 @@ class HomeMoves(Stateful):
         version: Plans taken, also before a checkpoint that was loaded.
 
     Raises:
-        ValueError: a layer's passes run by a `DeviceExchange`, or the layers are of different groups.
+        ValueError: there are no layers, they are no `ResidentExperts` or of different groups, their passes run by a
+            `DeviceExchange`, or one of `optimizers` is none.
     """
 
     def __init__(self, layers: Sequence[ResidentExperts], *optimizers: Optimizer, share: float = 0.02) -> None:
         self._layers = list(layers)
+        if not self._layers:
+            raise ProblemError("layers", "none", "must be the resident layers of a model")
+        for index, layer in enumerate(self._layers):
+            instance(f"layers[{index}]", layer, ResidentExperts, "HomeMoves(layers, optimizer)")
+        for index, optimizer in enumerate(optimizers):
+            instance(f"optimizers[{index}]", optimizer, Optimizer, "HomeMoves(layers, optimizer, another)")
         self._group = self._layers[0].group
         for layer in self._layers:
             if layer.group is not self._group:

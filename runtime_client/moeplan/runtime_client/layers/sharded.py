@@ -49,6 +49,7 @@ from moeplan.solvers.problem.arrays import Int32, Int64
 from moeplan.solvers.problem.cluster import Cluster
 from moeplan.solvers.problem.layout import Layout
 from moeplan.solvers.problem.problem import ExpertSpec
+from moeplan.solvers.problem.scalars import instance
 from moeplan.solvers.problem.split_rules import SplitRule
 
 __all__ = ["FullyShardedExperts", "chain"]
@@ -151,6 +152,7 @@ class FullyShardedExperts(ExpertLayer):
     def layout(self, layout: Layout) -> None:
         if isinstance(layout, PlannedLayer):
             raise TypeError("layout = a PlannedLayer: it says how to divide tokens too; write `layer.plan = planned`")
+        instance("layout", layout, Layout, "Layout(slots, experts)")
         if layout.experts != self.experts:
             raise ValueError(f"layout.experts = {layout.experts}: the layer has {self.experts}")
         self._require_room(layout, self.planner)

@@ -31,8 +31,12 @@ class _Looked(NamedTuple):
 _trained: weakref.WeakKeyDictionary[Optimizer, _Looked] = weakref.WeakKeyDictionary()
 """Optimizers that have been looked at since experts were last replaced."""
 
-_OF_WHOLE_TENSORS = ("adafactor", "lamb", "lars", "lbfgs", "muon", "shampoo", "soap")
-"""In names of optimizers that treat a tensor, or all of them, as a whole."""
+_OF_WHOLE_TENSORS = (
+    "adafactor", "adamini", "adam_mini", "adammini", "apollo", "came", "dadapt", "galore", "kfac", "lamb", "lars",
+    "lbfgs", "muon", "novograd", "prodigy", "psgd", "shampoo", "sm3", "soap",
+)  # fmt: skip
+"""In names of optimizers that treat a tensor, or all of them, as a whole: by its rows and columns, its singular values
+or its norm, or with one rate for all that is found from all."""
 
 
 def watch_optimizers(layers: Iterable[ExpertLayer], replaced: Iterable[nn.Parameter]) -> None:

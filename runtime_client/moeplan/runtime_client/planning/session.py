@@ -148,6 +148,7 @@ class PlannerSession:
         self._aggregation = Aggregation(leaders(reporting, nodes), self._rank, self._group, timeout=timeout)
         self._agreement = Agreement(self._group, timeout=timeout)
         self._stream = None
+        self._over = False
         self._step = 0
         self.switches = 0
         if self._aggregation.leads:
@@ -179,7 +180,13 @@ class PlannerSession:
         Raises:
             AgreementError: a rank did not come in time.
             ProblemError: counts are not such an array.
+            RuntimeError: the session is over.
         """
+        if self._over:
+            raise RuntimeError(
+                "session.step() after the session was closed: no layouts come any more; step within its `with`, or "
+                "make another PlannerSession"
+            )
         if counts is not None:
             self._report(self._aggregation.exchange(self._step, self._checked(counts)))
         stream = self._stream
@@ -210,6 +217,7 @@ class PlannerSession:
 
     def close(self) -> None:
         """Take leave of the planner and of the other ranks; every rank calls it."""
+        self._over = True
         try:
             self._agreement.finish()
             self._report(self._aggregation.finish())
@@ -219,6 +227,7 @@ class PlannerSession:
 
     def abandon(self) -> None:
         """Leave without the other ranks, who may not come any more; what has not been sent within a second is lost."""
+        self._over = True
         if self._stream is not None:
             self._stream.close(1.0)
 
