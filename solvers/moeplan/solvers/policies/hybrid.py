@@ -18,7 +18,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import chain, count, islice
 
@@ -354,6 +354,11 @@ class _Search:
         """The deadline, or earlier where blocks need the rest of the time, which are better than any construction."""
         return self._after(TO_CONSTRUCT) if self._may_divide else self.deadline
 
+    def _balance_by(self, part: float = 1.0) -> float | None:
+        """When balancing regions is to end, so that the layout is judged before that part of the time is over."""
+        by = self._after(part)
+        return None if by is None else by - self.judging
+
     def in_blocks(self) -> Iterator[Progress]:
         """Where there are many devices, plan blocks of a few apart, in turn, and take what they make together."""
         problem, parameters = self.problem, self.parameters
@@ -412,11 +417,11 @@ class _Search:
         divided = self.best is not None and self.parameters.paced_by_clock
         current = [] if problem.current is None else [problem.current.slots]
         # Where none may fit the memory, the search for what does needs some of the time.
-        balance_by = self._after(TO_CONSTRUCT) if _memory_limited(problem) else self.deadline
+        part = TO_CONSTRUCT if _memory_limited(problem) else 1.0
         for slots, limits in (
             repaired
             for wanted in chain(current, self._constructions(problem, self.deadline))
-            for repaired in _repairs(problem, wanted, balance_by, near=divided)
+            for repaired in _repairs(problem, wanted, lambda: self._balance_by(part), near=divided)
         ):
             if self.take(slots):
                 self.limits = limits
@@ -509,7 +514,7 @@ class _Search:
             for slots, limits in (
                 repaired
                 for wanted in self._constructions(problem, deadline)
-                for repaired in _repairs(problem, wanted, self.deadline)
+                for repaired in _repairs(problem, wanted, self._balance_by)
             ):
                 if self.take(slots):
                     self.limits = limits
@@ -528,7 +533,7 @@ class _Search:
         apart = Problem(cluster, highest, split_rule=problem.split_rule)
         current = [] if problem.current is None else [problem.current.slots]
         for wanted in chain(current, islice(self._constructions(apart, self.deadline), 1)):
-            for narrowed in narrowings(problem, placed_in(wanted, problem.experts), self.deadline):
+            for narrowed in narrowings(problem, placed_in(wanted, problem.experts), self._balance_by):
                 limits = replace(narrowed, capacity=apart.capacity)
                 slots = repair(apart, limits, wanted, stay=limits.moves_limited)
                 if slots is not None:
@@ -741,7 +746,7 @@ def _proofs(problem: Problem, reached: Float64, deadline: float | None) -> Itera
 
 
 def _repairs(
-    problem: Problem, wanted: Int32, deadline: float | None, *, near: bool = False
+    problem: Problem, wanted: Int32, deadline: Callable[[], float | None], *, near: bool = False
 ) -> Iterator[tuple[Int32, Limits]]:
     """A layout, int32[devices, width], repaired under each narrowing of the limits that allows it, or the nearest one.
 
@@ -850,7 +855,7 @@ def _with_groups(problem: Problem) -> Problem:
     except ProblemError:  # groups do not fit, or contradict a domain or a pin
         return problem
     start = problem.current or Layout.contiguous(problem.experts, problem.capacity)
-    return problem if next(_repairs(kept, start.slots, None), None) is None else kept
+    return problem if next(_repairs(kept, start.slots, lambda: None), None) is None else kept
 
 
 def _crowded(problem: Problem) -> bool:

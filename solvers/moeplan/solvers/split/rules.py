@@ -18,7 +18,7 @@ from moeplan.solvers.problem.arrays import Int32, Int64
 from moeplan.solvers.problem.clock import NEVER, time_now
 from moeplan.solvers.problem.cluster import Cluster
 from moeplan.solvers.problem.errors import ProblemError
-from moeplan.solvers.problem.kernel import kernel
+from moeplan.solvers.problem.kernel import inner_kernel, kernel
 from moeplan.solvers.problem.layout import Layout
 from moeplan.solvers.problem.problem import ExpertSpec, Problem
 from moeplan.solvers.problem.split_rules import SplitRule
@@ -150,29 +150,43 @@ def lite(fabric: Fabric, layout: Layout, tokens: Int64) -> Split:
 @kernel
 def _lite(tokens: Int64, start: Int32, device: Int32, node: Int32, source_device: Int32, sent: Int64) -> Int64:
     """Fill ``sent[scenarios, sources, replicas]``, zeros at first; int64[scenarios, replicas], what each gets."""
-    scenarios, sources, experts = tokens.shape
     first, near = _by_node(start, device, node)
-    everywhere = np.arange(len(device))
-    quota = np.zeros((scenarios, len(device)), np.int64)
-    for s in range(scenarios):
-        for i in range(sources):
-            home = node[source_device[i]] * experts
-            for e in range(experts):
-                asked = tokens[s, i, e]
-                if asked == 0:
-                    continue
-                hosts, begin, end = near, first[home + e], first[home + e + 1]
-                if begin == end:
-                    hosts, begin, end = everywhere, start[e], start[e + 1]
-                n = end - begin
-                each, extra = (asked, 0) if n == 1 else divmod(asked, n)
-                turn = (-e - i) % n  # the odd tokens start at another replica for each
-                for j in hosts[begin:end]:
-                    share = each + (turn < extra)
-                    sent[s, i, j] = share
-                    quota[s, j] += share
-                    turn = turn + 1 if turn + 1 < n else 0
+    every, source_node = np.arange(len(device)), node[source_device]
+    quota = np.zeros((len(tokens), len(device)), np.int64)
+    for s in range(len(tokens)):
+        _lite_of(tokens[s], start, every, first, near, source_node, sent[s], quota[s])
     return quota
+
+
+@inner_kernel
+def _lite_of(
+    tokens: Int64, start: Int32, every: Int64, first: Int64, near: Int64, source_node: Int32, sent: Int64, quota: Int64
+) -> None:
+    """`_lite` of one scenario; replicas by expert are `every`, by node and expert `near`."""
+    sources, experts = tokens.shape
+    for i in range(sources):
+        for e in range(experts):
+            asked, pair = tokens[i, e], source_node[i] * experts + e
+            if asked == 0:
+                continue
+            order, begin, end = every, start[e], start[e + 1]
+            if end - begin > 1 and first[pair] < first[pair + 1]:
+                order, begin, end = near, first[pair], first[pair + 1]
+            n = end - begin
+            if n == 1:
+                sent[i, order[begin]] = asked
+                quota[order[begin]] += asked
+                continue
+            # Of whole numbers up to 2^53 these quotients are exact, and quicker than those of integers.
+            each = int(asked / n)
+            extra = asked - each * n
+            turn = e + i - int((e + i) / n) * n
+            turn = n - turn if turn else 0  # the odd tokens start at another replica for each
+            for k in range(begin, end):
+                share = each + (turn < extra)
+                sent[i, order[k]] = share
+                quota[order[k]] += share
+                turn = turn + 1 if turn + 1 < n else 0
 
 
 @kernel
