@@ -89,6 +89,23 @@ def test_units_leave_no_more_regions_than_half_of_the_moves_allow() -> None:
     assert 0 < (near.may != balanced.may).any(axis=0).sum() <= 10
 
 
+def test_balancing_asks_for_its_deadline_when_it_begins_and_keeps_it() -> None:
+    problem = _in_domains(96, 32, 4, 8, 8, 0)
+    wanted = Layout.contiguous(96, problem.capacity).placed
+    asked = []
+
+    def over() -> float:
+        asked.append(True)
+        return 0.0
+
+    assert len(list(narrowings(problem, wanted))) == 2
+    found = narrowings(problem, wanted, over)
+    next(found)
+    assert not asked  # what was made of the first tells how much time must be left
+    assert next(found, None) is None
+    assert asked
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_very_many_tokens_in_domains_are_planned_as_well_under_a_tail(seed: int) -> None:
     problem = replace(_in_domains(10, 4, 4, 2, 3, seed), tail=0.3)

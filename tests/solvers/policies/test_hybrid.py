@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,6 +33,8 @@ from moeplan.solvers import (
 )
 from moeplan.solvers.construct.tiers import tiered
 from moeplan.solvers.exact.of_problem import any_layout
+from moeplan.solvers.policies import hybrid
+from moeplan.solvers.problem.arrays import Int32
 from moeplan.solvers.problem.clock import NEVER
 from moeplan.solvers.problem.limits import broken
 
@@ -234,6 +237,43 @@ def test_a_deadline_that_is_over_at_once_still_gives_a_valid_plan(
     for expert in range(problem.experts):
         of_expert = plan.split.quota[:, plan.layout.slots == expert].sum(axis=1)
         assert (of_expert == problem.loads[:, expert]).all()
+
+
+@pytest.mark.parametrize("rule", [SplitRule.OPTIMAL, SplitRule.EVEN, SplitRule.LITE])
+@pytest.mark.parametrize("regions", [False, True])
+def test_where_nothing_fits_no_layout_is_judged_for_which_there_is_no_time(
+    monkeypatch: pytest.MonkeyPatch, rule: SplitRule, regions: bool
+) -> None:
+    judged = []
+
+    def nothing_fits(problem: Problem, slots: Int32, end: float = NEVER) -> tuple[float, None]:
+        judged.append(slots)
+        time.sleep(2 * hybrid.LAST_RESORT_S)
+        return np.inf, None
+
+    monkeypatch.setattr(hybrid, "judged", nothing_fits)
+    cluster = Cluster.uniform(4, 4, nodes=2, memory_bytes=1_000)
+    demand = Demand.of(np.random.default_rng(0).integers(1, 9, (3, 4, 10)))
+    limits = Constraints(domain=cluster.node) if regions else Constraints()
+    problem = Problem(cluster, demand, ExpertSpec(weight_bytes=1, activation_bytes=1), constraints=limits)
+    with pytest.raises(ProblemError, match="no layout was found in time"):
+        solve(replace(problem, split_rule=rule), parameters=SolveParameters(deadline_s=1e-3))
+    assert len(judged) == 1
+
+
+def test_a_layout_is_cut_to_few_moves_in_one_way_only_where_that_ends_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    judged = []
+
+    def slowly(problem: Problem, slots: Int32, end: float = NEVER) -> tuple[float, None]:
+        judged.append(slots)
+        time.sleep(0.6 if len(judged) > 1 else 0.0)  # all but the layout in force
+        return 2.0 - 0.1 * len(judged), None
+
+    monkeypatch.setattr(hybrid, "judged", slowly)
+    demand = Demand.of(np.random.default_rng(0).zipf(1.5, (2, 1, 24)))
+    problem = Problem(Cluster.uniform(8, 4), demand, current=Layout.contiguous(24, np.full(8, 4)), max_moves=3)
+    solve(problem, parameters=SolveParameters(deadline_s=0.5))
+    assert len(judged) <= 2
 
 
 @settings(max_examples=15, deadline=None)

@@ -11,6 +11,7 @@ from tests.support.instances import all_layouts, problems, random_layout
 from moeplan.solvers import Cluster, Demand, Layout, Problem, ProblemError, SolveParameters, evaluate, solve
 from moeplan.solvers.plan.cost import between_nodes, traffic
 from moeplan.solvers.problem.arrays import Int64
+from moeplan.solvers.problem.clock import NEVER
 from moeplan.solvers.problem.split_rules import SplitRule
 from moeplan.solvers.split.coverage import WHOLE, coverable, covered_split, domains, tokens_by_domain
 from moeplan.solvers.split.rules import fabric_of, local, routes, split
@@ -22,8 +23,8 @@ def by_domain(problem: Problem) -> Int64:
 
 def all_at_home(problem: Problem, layout: Layout) -> Int64:
     """The quota where every covered token stays."""
-    stay = np.full(problem.demand.scenarios, WHOLE)
-    return covered_split(layout.slots, by_domain(problem), problem.cluster.speed, domains(problem.cluster), stay)
+    cluster, stay = problem.cluster, np.full(problem.demand.scenarios, WHOLE)
+    return covered_split(layout.slots, by_domain(problem), cluster.speed, domains(cluster), stay, NEVER)[0]
 
 
 def crossing(problem: Problem, layout: Layout, rule: str) -> int:

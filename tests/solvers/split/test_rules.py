@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,8 +16,11 @@ from tests.support.instances import best_split_by_linear_program, problems, rand
 
 from moeplan.solvers import Cluster, Demand, ExpertSpec, Layout, Link, Problem, ProblemError, evaluate
 from moeplan.solvers.plan.cost import LAER, STEP, cost, traffic
+from moeplan.solvers.problem.arrays import Int32
+from moeplan.solvers.problem.clock import NEVER
 from moeplan.solvers.problem.split_rules import SplitRule
-from moeplan.solvers.split.flow import optimal_quota
+from moeplan.solvers.split.coverage import WHOLE, covered_split, domains, tokens_by_domain
+from moeplan.solvers.split.flow import augment, host_table, optimal_quota
 from moeplan.solvers.split.rules import fabric_of, local, routes, split
 
 
@@ -54,6 +59,38 @@ def test_optimal_split_is_optimal(problem: Problem, seed: int) -> None:
         # The tight set carries every token of the experts hosted only there.
         captive = [e for e in range(problem.experts) if inside[layout.placed[:, e]].all()]
         assert loads[captive].sum() >= shares[inside].sum()
+
+
+class Counted:
+    """A table that counts how often it is read."""
+
+    def __init__(self, table: Int32) -> None:
+        self.table, self.reads = table, 0
+
+    def __getitem__(self, at: tuple[int, int]) -> int:
+        self.reads += 1
+        return int(self.table[at])
+
+
+def test_a_search_for_a_path_looks_at_each_replica_once() -> None:
+    """Where it did so for each device that holds the expert, it took the square of their number."""
+    devices, width = 16, 3
+    slots = np.full((devices + 1, width), -1, np.int32)
+    slots[:devices] = np.arange(width)  # every device holds three experts, but for one that has next to nothing to do
+    slots[devices, 0] = width
+    host, count = host_table(slots.reshape(-1), width + 1, devices)
+    quota = np.where(slots < 0, 0, 50).reshape(-1)
+    quota[0], quota[-width] = 90, 1
+    load = quota.reshape(slots.shape).sum(axis=1)
+    seen = np.zeros(width + 2, np.int64)
+    scratch = np.empty((3, devices + 1), np.int32), seen, np.empty(devices + 1, np.bool_)
+    kernel: Any = augment
+    hosts = Counted(host)
+    level = kernel.py_func(slots.reshape(-1), hosts, count, width, np.ones(devices + 1), quota, load, *scratch)
+    assert level == 153  # 2,440 tokens on 16 devices
+    searches = int(seen[-1])
+    assert searches > 1
+    assert hosts.reads <= searches * (devices * width + devices)
 
 
 @settings(max_examples=100, deadline=None)
@@ -150,6 +187,50 @@ def test_local_that_is_late_is_a_split_within_its_tolerance(problem: Problem, se
     best = (split(problem, layout, SplitRule.OPTIMAL).device_loads() / speed).max(axis=1)
     most = np.ceil(best * 1.01 * speed.max()) / speed.max()
     assert ((late.device_loads() / speed).max(axis=1) <= most * (1 + 1e-12)).all()
+
+
+@settings(max_examples=60, deadline=None)
+@given(problems(), st.integers(0, 2**32 - 1))
+def test_home_divides_no_scenario_when_it_is_late(problem: Problem, seed: int) -> None:
+    assume(problem.demand.sources > 1 or problem.devices == 1)
+    layout, cluster = random_layout(problem, seed), problem.cluster
+    late = split(problem, layout, SplitRule.HOME, end=0.0)
+    assert (late.quota == split(problem, layout, SplitRule.OPTIMAL).quota).all()
+    by_domain = tokens_by_domain(cluster, problem.demand.tokens, problem.source_device)
+    stay = np.full(problem.demand.scenarios, WHOLE)
+    for end, divided in ((0.0, 0), (NEVER, problem.demand.scenarios)):
+        assert covered_split(layout.slots, by_domain, cluster.speed, domains(cluster), stay, end)[1] == divided
+
+
+@settings(max_examples=60, deadline=None)
+@given(problems(), st.integers(0, 2**32 - 1))
+def test_lite_divides_evenly_on_the_node_of_the_source_or_over_all_replicas(problem: Problem, seed: int) -> None:
+    assume(problem.demand.sources > 1 or problem.devices == 1)
+    layout, node = random_layout(problem, seed), problem.cluster.node
+    chosen = split(problem, layout, SplitRule.LITE)
+    assert chosen.routes is not None
+    hosts = layout.hosts
+    assert (chosen.quota[:, hosts.device, hosts.slot] == chosen.routes.sum(axis=1)).all()
+    for source, expert in itertools.product(range(problem.demand.sources), range(problem.experts)):
+        of_expert = slice(hosts.start[expert], hosts.start[expert + 1])
+        near = node[hosts.device[of_expert]] == node[problem.source_device[source]]
+        asked, sent = problem.demand.tokens[:, source, expert], chosen.routes[:, source, of_expert]
+        used = sent[:, near] if near.any() else sent
+        assert (used.sum(axis=1) == asked).all()
+        assert (used.max(axis=1) - used.min(axis=1) <= 1).all()
+
+
+@settings(max_examples=60, deadline=None)
+@given(problems(), st.integers(0, 2**32 - 1), st.sampled_from(SplitRule))
+def test_traffic_is_that_of_the_routes(problem: Problem, seed: int, rule: SplitRule) -> None:
+    assume(problem.demand.sources > 1 or problem.devices == 1)
+    layout = random_layout(problem, seed)
+    chosen = split(problem, layout, rule)
+    between = np.zeros((problem.demand.scenarios, problem.devices, problem.devices), np.int64)
+    pairs = problem.source_device[:, None], layout.hosts.device
+    for s, sent in enumerate(routes(problem, layout, chosen)):
+        np.add.at(between[s], pairs, sent)
+    assert (traffic(problem, layout, chosen) == between).all()
 
 
 def test_cost_by_hand() -> None:

@@ -5,7 +5,7 @@ A split cannot carry load from one region to another, so regions should have tok
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -22,10 +22,11 @@ MOST_STEPS = 4
 """Steps towards balance, for each unit."""
 
 
-def narrowings(problem: Problem, wanted: Bool, deadline: float | None = None) -> Iterator[Limits]:
+def narrowings(problem: Problem, wanted: Bool, deadline: Callable[[], float | None] = lambda: None) -> Iterator[Limits]:
     """The limits with a region for every unit: near a wanted layout, bool[devices, experts], then balanced.
 
-    Balancing ends at the deadline, a time on `time.perf_counter`; where arrivals are limited, it takes half of them.
+    Balancing ends at the deadline, a time on `time.perf_counter` asked for when it begins: how long it takes to judge
+    a layout is known then. Where arrivals are limited, it takes half of them.
     """
     limits = problem.limits
     if limits.regions == 1:
@@ -43,7 +44,7 @@ def narrowings(problem: Problem, wanted: Bool, deadline: float | None = None) ->
         return
     yield limits.narrowed(region.astype(np.int32))
     balanced = region.copy()
-    measure, weights, end = _measure(problem), problem.demand.weights, end_of(deadline)
+    measure, weights, end = _measure(problem), problem.demand.weights, end_of(deadline())
     most_steps = MOST_STEPS * len(able)
     if limits.moves_limited:
         held = able & (_by_unit(_in_regions(limits.held, limits) > 0, limits.unit) == problem.experts // len(able))

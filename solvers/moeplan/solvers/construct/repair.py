@@ -46,7 +46,7 @@ def repair(problem: Problem, limits: Limits, slots: Int32, *, stay: bool) -> Int
         from scipy.optimize import linear_sum_assignment  # takes half a second to import
 
         rank = 2.0 * ~first + ~second + NEVER * ~limits.may
-        rows, columns = linear_sum_assignment(rank[column][:, loose].T)
+        rows, columns = linear_sum_assignment(rank.T[np.ix_(loose, column)])
         placed[column[columns], loose[rows]] = True
     order = np.argsort(-problem.mean_load, kind="stable")
     wanted_in_turn = np.stack([first, second, np.ones_like(first)])
@@ -65,9 +65,8 @@ def _valid(limits: Limits, placed: Bool, capacity: Int32) -> bool:
 def table(problem: Problem, placed: Bool) -> Int32:
     """The slots, int32[devices, width], of a layout bool[devices, experts]."""
     slots = np.full((problem.devices, max(1, problem.cluster.max_slots)), EMPTY, np.int32)
-    for d in range(problem.devices):
-        experts = np.flatnonzero(placed[d])
-        slots[d, : len(experts)] = experts
+    device, expert = np.nonzero(placed)
+    slots[device, np.arange(len(device)) - np.searchsorted(device, device)] = expert
     return slots
 
 

@@ -17,7 +17,8 @@ from moeplan.solvers.problem.errors import InfeasibleError
 from moeplan.solvers.problem.kernel import kernel
 from moeplan.solvers.problem.layout import Layout
 from moeplan.solvers.problem.problem import Problem
-from moeplan.solvers.split.rules import Split, routes
+from moeplan.solvers.split.rules import Split, fabric_of, quota_of_replicas
+from moeplan.solvers.split.sources import add_up, device_tokens
 
 __all__ = ["LAER", "STEP", "Cost", "CostModel", "Over", "between_nodes", "check_memory", "cost", "memory_use"]
 
@@ -82,21 +83,46 @@ def cost(problem: Problem, layout: Layout, split: Split, model: CostModel = STEP
 
 def _communication(problem: Problem, layout: Layout, split: Split, over: Over) -> Float64:
     """float64[scenarios]: seconds of one exchange."""
-    cluster = problem.cluster
-    between = traffic(problem, layout, split)
-    same_node = cluster.node[:, None] == cluster.node
-    times = np.zeros((2, len(between), cluster.devices))
-    for link, on_link in (
-        (cluster.intra_node, same_node & ~np.eye(cluster.devices, dtype=np.bool_)),
-        (cluster.inter_node, ~same_node),
-    ):
-        tokens = np.where(on_link, between, 0)
-        for axis in (1, 2):  # receiving, sending
-            seconds = tokens.sum(axis=axis) * (problem.expert.token_bytes / link.bytes_per_s)
-            times[axis - 1] += seconds + link.latency_s * (tokens > 0).sum(axis=axis)
-    per_device = times.max(axis=0)
+    cluster, token_bytes = problem.cluster, problem.expert.token_bytes
+    links = cluster.intra_node, cluster.inter_node
+    seconds = np.array([token_bytes / link.bytes_per_s for link in links])
+    latency = np.array([link.latency_s for link in links])
+    per_device = _exchange(traffic(problem, layout, split), cluster.node, seconds, latency)
     combined: Float64 = per_device.max(axis=1) if over is Over.MAX else per_device.sum(axis=1)
     return combined
+
+
+@kernel
+def _exchange(between: Int64, node: Int32, seconds: Float64, latency: Float64) -> Float64:
+    """float64[scenarios, devices]: seconds that each device sends or receives, whichever takes longer.
+
+    Args:
+        between: int64[scenarios, devices, devices], as of `traffic`.
+        node: int32[devices].
+        seconds: float64[2], seconds of a token on a link within a node and between nodes.
+        latency: float64[2], seconds of a message there.
+    """
+    scenarios, devices, _ = between.shape
+    times = np.zeros((scenarios, devices))
+    tokens, peers = np.empty((2, 2, devices), np.int64), np.empty((2, 2, devices), np.int64)
+    for s in range(scenarios):
+        tokens[:] = 0
+        peers[:] = 0
+        for i in range(devices):
+            for j in range(devices):
+                sent = between[s, i, j]
+                if sent and i != j:
+                    link = int(node[i] != node[j])
+                    for way, d in ((0, i), (1, j)):
+                        tokens[way, link, d] += sent
+                        peers[way, link, d] += 1
+        for way in range(2):
+            for d in range(devices):
+                time = 0.0
+                for link in range(2):
+                    time += tokens[way, link, d] * seconds[link] + latency[link] * peers[way, link, d]
+                times[s, d] = max(times[s, d], time)
+    return times
 
 
 def traffic(problem: Problem, layout: Layout, split: Split) -> Int64:
@@ -105,20 +131,14 @@ def traffic(problem: Problem, layout: Layout, split: Split) -> Int64:
     Raises:
         ProblemError: the demand does not tell sources apart.
     """
-    sent = routes(problem, layout, split)
-    between = np.zeros((len(sent), problem.devices, problem.devices), np.int64)
-    _add_up(sent, problem.source_device, layout.hosts.device, between)
+    source, hosts = problem.source_device, layout.hosts
+    if split.routes is None:
+        sources, quota = fabric_of(problem).sources, quota_of_replicas(layout, split)
+        return device_tokens(sources, problem.demand.tokens, quota, hosts.start, hosts.device, source)
+    between = np.zeros((len(split.routes), problem.devices, problem.devices), np.int64)
+    for sent, added in zip(split.routes, between, strict=True):
+        add_up(sent.T, source, hosts.device, added)
     return between
-
-
-@kernel
-def _add_up(sent: Int64, source_device: Int32, device: Int32, between: Int64) -> None:
-    """Add int64[scenarios, sources, replicas] to int64[scenarios, devices, devices], by the devices of both."""
-    scenarios, sources, replicas = sent.shape
-    for s in range(scenarios):
-        for i in range(sources):
-            for j in range(replicas):
-                between[s, source_device[i], device[j]] += sent[s, i, j]
 
 
 def between_nodes(problem: Problem, layout: Layout, split: Split) -> Float64:

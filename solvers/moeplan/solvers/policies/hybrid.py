@@ -18,7 +18,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import chain, count, islice
 
@@ -220,6 +220,7 @@ class _Search:
         self._shown_split: Split | None = None
         self.work = 0
         self.judging = 0.0  # seconds that judging a layout takes: the plan will be judged once more
+        self.constructed = False  # whether a construction has been made
 
     @property
     def bound(self) -> float:
@@ -313,12 +314,20 @@ class _Search:
         if not self.limits.simple or _lost(problem) or _crowded(problem):
             yield from self._within_limits()
             return
-        for slots in chain(_starts(problem), _constructions(problem, self.parameters, self._construct_by)):
+        for slots in chain(_starts(problem), self._constructions(problem, self._construct_by)):
             for within in self._within_moves(slots):
                 if self.take(within):
                     yield self.progress()
+                if self.late:
+                    break
             if self._tried_enough:
                 break
+
+    def _constructions(self, problem: Problem, deadline: float | None) -> Iterator[Int32]:
+        """`_constructions` of the problem, or of one like it."""
+        for slots in _constructions(problem, self.parameters, deadline):
+            self.constructed = True
+            yield slots
 
     @property
     def _tried_enough(self) -> bool:
@@ -344,6 +353,11 @@ class _Search:
     def _construct_by(self) -> float | None:
         """The deadline, or earlier where blocks need the rest of the time, which are better than any construction."""
         return self._after(TO_CONSTRUCT) if self._may_divide else self.deadline
+
+    def _balance_by(self, part: float = 1.0) -> float | None:
+        """When balancing regions is to end, so that the layout is judged before that part of the time is over."""
+        by = self._after(part)
+        return None if by is None else by - self.judging
 
     def in_blocks(self) -> Iterator[Progress]:
         """Where there are many devices, plan blocks of a few apart, in turn, and take what they make together."""
@@ -403,11 +417,11 @@ class _Search:
         divided = self.best is not None and self.parameters.paced_by_clock
         current = [] if problem.current is None else [problem.current.slots]
         # Where none may fit the memory, the search for what does needs some of the time.
-        balance_by = self._after(TO_CONSTRUCT) if _memory_limited(problem) else self.deadline
+        part = TO_CONSTRUCT if _memory_limited(problem) else 1.0
         for slots, limits in (
             repaired
-            for wanted in chain(current, _constructions(problem, self.parameters, self.deadline))
-            for repaired in _repairs(problem, wanted, balance_by, near=divided)
+            for wanted in chain(current, self._constructions(problem, self.deadline))
+            for repaired in _repairs(problem, wanted, lambda: self._balance_by(part), near=divided)
         ):
             if self.take(slots):
                 self.limits = limits
@@ -449,12 +463,12 @@ class _Search:
 
     def _in_rooms(self) -> Iterator[Progress]:
         """Where memory is tight, layouts that leave slots empty; where nothing fits yet, a search for what does."""
-        problem = self.problem
+        problem, end = self.problem, self._give_up
         ways = []
         for room in rooms(problem) if _rule(problem) in SEARCHED else ():
             for slots, limits in self._starts_in(room):
                 self._try(slots, room.fast, limits)
-                if self.take(slots):
+                if (not self.late or self._may_judge(end)) and self.take(slots):
                     self.scenarios, self.limits = room.fast, limits
                     yield self.progress()
                 ways.append((room, slots, limits))
@@ -462,17 +476,16 @@ class _Search:
                     break
             if self.late and ways:
                 break
-        end = self._give_up
         # An exact model, which comes after them, may need more time to be written down than there is.
         few = self.deadline is None or self._time_for(building_s(problem.loads, problem.cluster.speed))
         for turn in range(len(ways) * MOST_FITTING) if few else count():
-            if self.best is not None or not ways or time_now() >= end:
+            if self.best is not None or not ways or not self._may_judge(end):
                 break
             room, slots, limits = ways[turn % len(ways)]
-            burst = Burst(_burst(problem), turn, 0.0, room.fits, end)
+            burst = Burst(_burst(problem), turn, 0.0, room.fits, end - self.judging)
             if self._improve(slots, room.full, limits, burst) <= room.fits and self.take(slots):
                 self.scenarios, self.limits = room.fast, limits
-        if self.best is None and self.preferring and time_now() >= end:
+        if self.best is None and self.preferring and not self._may_judge(end):
             return
         if self.best is None:
             self._take_late()
@@ -488,17 +501,26 @@ class _Search:
             return end_of(self._after(TO_CONSTRUCT))
         return max(end_of(self.deadline) + LAST_RESORT_S, time_now() + LAST_RESORT_S / 2)
 
+    def _may_judge(self, end: float) -> bool:
+        """True if a layout can be judged until `end`, on the clock of kernels, or none has been."""
+        return not self.judging or time_now() + self.judging < end
+
     def _take_late(self) -> None:
         """Take the first construction that fits, or else any valid layout: a little late rather than none."""
         problem = self.problem
         deadline = None if self.deadline is None else self.deadline + LAST_RESORT_S
-        for wanted in _constructions(problem, self.parameters, deadline):
-            for slots, limits in _repairs(problem, wanted, self.deadline):
+        end = end_of(deadline)
+        if not self.constructed or self._may_judge(end):
+            for slots, limits in (
+                repaired
+                for wanted in self._constructions(problem, deadline)
+                for repaired in _repairs(problem, wanted, self._balance_by)
+            ):
                 if self.take(slots):
                     self.limits = limits
                     return
-            if deadline is not None and time.perf_counter() >= deadline:
-                break
+                if not self._may_judge(end):
+                    break
         self._take_any(deadline)
 
     def _starts_in(self, room: Room) -> Iterator[tuple[Int32, Limits]]:
@@ -510,8 +532,8 @@ class _Search:
         highest = Demand.of(problem.loads.max(axis=0), spread=0)  # every scenario has to fit
         apart = Problem(cluster, highest, split_rule=problem.split_rule)
         current = [] if problem.current is None else [problem.current.slots]
-        for wanted in chain(current, islice(_constructions(apart, self.parameters, self.deadline), 1)):
-            for narrowed in narrowings(problem, placed_in(wanted, problem.experts), self.deadline):
+        for wanted in chain(current, islice(self._constructions(apart, self.deadline), 1)):
+            for narrowed in narrowings(problem, placed_in(wanted, problem.experts), self._balance_by):
                 limits = replace(narrowed, capacity=apart.capacity)
                 slots = repair(apart, limits, wanted, stay=limits.moves_limited)
                 if slots is not None:
@@ -724,7 +746,7 @@ def _proofs(problem: Problem, reached: Float64, deadline: float | None) -> Itera
 
 
 def _repairs(
-    problem: Problem, wanted: Int32, deadline: float | None, *, near: bool = False
+    problem: Problem, wanted: Int32, deadline: Callable[[], float | None], *, near: bool = False
 ) -> Iterator[tuple[Int32, Limits]]:
     """A layout, int32[devices, width], repaired under each narrowing of the limits that allows it, or the nearest one.
 
@@ -833,7 +855,7 @@ def _with_groups(problem: Problem) -> Problem:
     except ProblemError:  # groups do not fit, or contradict a domain or a pin
         return problem
     start = problem.current or Layout.contiguous(problem.experts, problem.capacity)
-    return problem if next(_repairs(kept, start.slots, None), None) is None else kept
+    return problem if next(_repairs(kept, start.slots, lambda: None), None) is None else kept
 
 
 def _crowded(problem: Problem) -> bool:

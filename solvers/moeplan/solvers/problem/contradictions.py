@@ -73,15 +73,17 @@ def _check_regions(limits: Limits, capacity: Int32) -> None:
 
 def _check_room(limits: Limits, capacity: Int32) -> None:
     """Hall's condition: any set of experts finds as many slots among the devices that it may use."""
+    free = capacity - limits.must.sum(axis=1)
+    loose = np.flatnonzero(~limits.must.any(axis=0))
+    if (free @ limits.may[:, loose] >= len(loose)).all():  # each finds one whatever the others have
+        return
     from scipy.sparse import csr_matrix  # takes a while to import
     from scipy.sparse.csgraph import maximum_bipartite_matching
 
-    free = capacity - limits.must.sum(axis=1)
-    loose = np.flatnonzero(~limits.must.any(axis=0))
     slot_device = np.repeat(np.arange(limits.may.shape[0]), free)
     open_ = limits.may[slot_device][:, loose]  # [slots, experts]
     slot_of = maximum_bipartite_matching(csr_matrix(open_.T), perm_type="column")
-    if len(loose) == 0 or (slot_of >= 0).all():
+    if (slot_of >= 0).all():
         return
     # From an expert without a slot, alternate to the slots that it may use and the experts that have those.
     owner = np.full(len(slot_device), -1)

@@ -85,10 +85,11 @@ class _Splits(NamedTuple):
 
 
 class _Scratch(NamedTuple):
-    """Workspace: `order`, `parent` and `tight` as in `flow`."""
+    """Workspace: `order`, `parent`, `seen` and `tight` as in `flow`."""
 
     order: Int32
     parent: Int32
+    seen: Int64
     tight: Bool
 
 
@@ -116,7 +117,12 @@ def keep_home(
     positions = len(draft.slots)
     arrivals = arrivals_of(draft.on, limits)
     items = _items_of_all(draft, scenarios.domain, scenarios.tokens.shape[1])
-    scratch = _Scratch(np.empty(devices, np.int32), np.empty((3, devices), np.int32), np.empty(devices, np.bool_))
+    scratch = _Scratch(
+        np.empty(devices, np.int32),
+        np.empty((3, devices), np.int32),
+        np.zeros(len(items.replicas) + 1, np.int64),
+        np.empty(devices, np.bool_),
+    )
     now, trial = _no_splits(scenarios, items), _no_splits(scenarios, items)
     remote, excess = _split_all(scenarios, items, now, scratch)
     worth = _worth(scenarios)
@@ -227,13 +233,14 @@ def _split_all(scenarios: SourcedScenarios, items: _Items, splits: _Splits, scra
     demand, quota, load = splits.demand, splits.quota, splits.load
     scenario_count, _, experts = tokens.shape
     wide = len(slots) // len(speed)
+    order, parent, seen, tight = scratch.order, scratch.parent, scratch.seen, scratch.tight
     remote, excess = 0.0, 0.0
     for s in range(scenario_count):
         for e in range(experts):
             covered = demand_of(e, tokens[s], count, demand[s])
             remote += weights[s] * (tokens[s, :, e].sum() - covered)
-        waterfill(demand[s], host, count, wide, speed, quota[s], load[s], scratch.order)
-        level = augment(slots, host, count, wide, speed, quota[s], load[s], scratch.parent, scratch.tight)
+        waterfill(demand[s], host, count, wide, speed, quota[s], load[s], order)
+        level = augment(slots, host, count, wide, speed, quota[s], load[s], parent, seen, tight)
         excess += max(0.0, level / scenarios.caps[s] - 1.0) / scenario_count
     return remote, excess
 
@@ -292,7 +299,7 @@ def _split_within(
     tokens, speed, caps = scenarios.tokens, scenarios.speed, scenarios.caps
     host, count, slots = items.host, items.replicas, items.slots
     demand, quota, load = trial.demand, trial.quota, trial.load
-    order, parent, tight = scratch.order, scratch.parent, scratch.tight
+    order, parent, seen, tight = scratch.order, scratch.parent, scratch.seen, scratch.tight
     scenario_count, domains, experts = tokens.shape
     wide = len(slots) // len(speed)
     excess = 0.0
@@ -303,7 +310,7 @@ def _split_within(
                 item = experts * k + e
                 if count[item]:
                     pour(demand[s, item], host[item], count[item], wide, speed, quota[s], load[s], order)
-        level = augment(slots, host, count, wide, speed, quota[s], load[s], parent, tight)
+        level = augment(slots, host, count, wide, speed, quota[s], load[s], parent, seen, tight)
         excess += max(0.0, level / caps[s] - 1.0) / scenario_count
         if remote + LOAD_PRICE * excess > most:
             break

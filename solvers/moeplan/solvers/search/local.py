@@ -140,10 +140,11 @@ class _Draw(NamedTuple):
 
 
 class _Scratch(NamedTuple):
-    """Workspace: `order` and `parent` as in `flow`; float64[scenarios] `share` as in `tail_shares`."""
+    """Workspace: `order`, `parent` and `seen` as in `flow`; float64[scenarios] `share` as in `tail_shares`."""
 
     order: Int32
     parent: Int32
+    seen: Int64
     share: Float64
 
 
@@ -194,7 +195,9 @@ def improve(slots: Int32, splits: Splits, cuts: Cuts, scenarios: Scenarios, limi
     weigh(draft, cuts)
     whole, level, bound = np.empty((2, *cuts.level.shape), np.bool_), np.empty(cuts.level.shape), np.ones(count)
     draw = _Draw(np.empty(count), np.empty((count, positions), np.int32), np.empty(count, np.int64))
-    scratch = _Scratch(np.empty(devices, np.int32), np.empty((3, devices), np.int32), np.empty(count))
+    scratch = _Scratch(
+        np.empty(devices, np.int32), np.empty((3, devices), np.int32), np.zeros(experts + 1, np.int64), np.empty(count)
+    )
     share = np.empty(count)
     objective = tail_shares(now.imbalance, weights, tail, share)
     ranking = np.argsort(share * (1 - now.imbalance))
@@ -369,7 +372,7 @@ def _split_within(
     slots, host, count, width = draft.slots, draft.host, draft.replicas, draft.width
     quota, load, tight, imbalance = trial.quota, trial.load, trial.tight, trial.imbalance
     quota_before, load_before = now.quota, now.load
-    order, parent, share = scratch.order, scratch.parent, scratch.share
+    order, parent, seen, share = scratch.order, scratch.parent, scratch.seen, scratch.share
     mean = 0.0
     for s in range(len(imbalance)):
         mean += weights[s] * imbalance[s]
@@ -379,7 +382,7 @@ def _split_within(
         for d in range(load.shape[1]):
             load[s, d] = load_before[s, d]
         _pour_again(x, host, count, width, tokens[s], speed, quota[s], load[s], order)
-        level = augment(slots, host, count, width, speed, quota[s], load[s], parent, tight[s])
+        level = augment(slots, host, count, width, speed, quota[s], load[s], parent, seen, tight[s])
         if scale[s] > 0:
             mean += weights[s] * (level * scale[s] - imbalance[s])
             imbalance[s] = level * scale[s]

@@ -18,6 +18,7 @@ from __future__ import annotations
 import numpy as np
 
 from moeplan.solvers.problem.arrays import Float64, Int32, Int64, read_only
+from moeplan.solvers.problem.clock import time_now
 from moeplan.solvers.problem.cluster import Cluster
 from moeplan.solvers.problem.kernel import kernel
 from moeplan.solvers.split.flow import augment, host_table, waterfill
@@ -96,7 +97,9 @@ WHOLE = 64
 
 
 @kernel
-def covered_split(slots: Int32, tokens: Int64, speed: Float64, node: Int32, stay: Int64) -> Int64:
+def covered_split(
+    slots: Int32, tokens: Int64, speed: Float64, node: Int32, stay: Int64, end: float
+) -> tuple[Int64, int]:
     """The split of least largest load per speed in which covered tokens stay on their node, or a part of them does.
 
     Args:
@@ -105,9 +108,11 @@ def covered_split(slots: Int32, tokens: Int64, speed: Float64, node: Int32, stay
         speed: float64[devices].
         node: int32[devices].
         stay: int64[scenarios], how many of `WHOLE` parts of its covered tokens stay; at 0 the split is the optimal one.
+        end: Time on the clock of kernels after which no further scenario is divided.
 
     Returns:
-        int64[scenarios, devices, width], tokens that each slot computes.
+        int64[scenarios, devices, width], tokens that each slot computes, and the number of scenarios that are divided:
+        the first ones.
     """
     devices, width = slots.shape
     scenarios, nodes, experts = tokens.shape
@@ -129,9 +134,11 @@ def covered_split(slots: Int32, tokens: Int64, speed: Float64, node: Int32, stay
     load = np.empty(devices, np.int64)
     tight = np.empty(devices, np.bool_)
     order = np.empty(devices, np.int32)
-    parent = np.empty((3, devices), np.int32)
+    parent, seen = np.empty((3, devices), np.int32), np.zeros(items + 1, np.int64)
     split = np.empty((scenarios, devices, width), np.int64)
     for s in range(scenarios):
+        if time_now() >= end:
+            return split, s
         demand[:experts] = 0
         for n in range(nodes):
             for e in range(experts):
@@ -141,9 +148,9 @@ def covered_split(slots: Int32, tokens: Int64, speed: Float64, node: Int32, stay
             demand[experts + i] = tokens[s, n, e] * stay[s] // WHOLE
             demand[e] -= demand[experts + i]
         waterfill(demand, host, count, 2 * width, speed, quota, load, order)
-        augment(flat, host, count, 2 * width, speed, quota, load, parent, tight)
+        augment(flat, host, count, 2 * width, speed, quota, load, parent, seen, tight)
         split[s] = (quota[::2] + quota[1::2]).reshape(devices, width)
-    return split
+    return split, scenarios
 
 
 @kernel

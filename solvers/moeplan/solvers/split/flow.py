@@ -150,9 +150,11 @@ def pour(
 def most_loaded(load: Int64, speed: Float64) -> int:
     """The device with the largest load per speed; the first of several."""
     best = 0
+    highest = load[0] / speed[0]
     for d in range(1, len(load)):
-        if load[d] / speed[d] > load[best] / speed[best]:
-            best = d
+        level = load[d] / speed[d]
+        if level > highest:
+            best, highest = d, level
     return best
 
 
@@ -201,11 +203,11 @@ def waterfill(
 
 
 @inner_kernel
-def _no_room_below(level: float, load: Int64, speed: Float64) -> bool:
-    """True if all devices together cannot compute the tokens with every load per speed below `level`."""
-    room = 0
-    for d in range(len(load)):
-        room += int(np.ceil(level * speed[d])) - 1 - load[d]
+def _no_room_below(level: float, tokens: int, speed: Float64) -> bool:
+    """True if all devices together cannot compute so many tokens with every load per speed below `level`."""
+    room = -tokens
+    for d in range(len(speed)):
+        room += int(np.ceil(level * speed[d])) - 1
     return room < 0
 
 
@@ -219,13 +221,15 @@ def augment(
     quota: Int64,
     load: Int64,
     parent: Int32,
+    seen: Int64,
     tight: Bool,
 ) -> float:
     """Turn any split into an optimal one, and find its tight set.
 
     From the most loaded device, tokens flow along paths device -> expert -> device to the least loaded device within
     reach, until none is within reach. Then every token on the reached set has all its hosts there, and the set's
-    other devices are within one token of the maximum, so no integral split is better.
+    other devices are within one token of the maximum, so no integral split is better. A search for such a path looks at
+    the hosts of an expert once, so it takes no longer than there are replicas.
 
     Args:
         slots: int32[positions], expert at each position.
@@ -236,19 +240,23 @@ def augment(
         quota: int64[positions], updated.
         load: int64[devices], updated.
         parent: int32[3, devices], scratch: the two positions through which a device was reached, and those to visit.
+        seen: int64[experts + 1], scratch, zeros at first: the last search that saw each expert, and their number.
         tight: bool[devices], overwritten with the tight set.
 
     Returns:
         Largest load per speed.
     """
-    mean = load.sum() / speed.sum()
+    tokens, able = load.sum(), speed.sum()
+    mean = tokens / able
     queue = parent[2]
     while True:
         top = most_loaded(load, speed)
         level = load[top] / speed[top]
-        if _no_room_below(level, load, speed):
+        near = level * able - len(speed) <= tokens  # else each could compute a token less
+        if near and _no_room_below(level, tokens, speed):
             tight[:] = True
             return level
+        seen[-1] += 1
         tight[:] = False
         tight[top] = True
         queue[0] = top
@@ -260,8 +268,9 @@ def augment(
             head += 1
             for position in range(d * width, (d + 1) * width):
                 e = slots[position]
-                if e < 0 or quota[position] == 0 or count[e] < 2:
+                if e < 0 or quota[position] == 0 or count[e] < 2 or seen[e] == seen[-1]:
                     continue
+                seen[e] = seen[-1]
                 for i in range(count[e]):
                     other = host[e, i] // width
                     if tight[other]:
@@ -320,11 +329,11 @@ def split_all(slots: Int32, tokens: Int64, speed: Float64, quota: Int64, load: I
             count[flat[position]] += 1
     host, count = host_table(flat, experts, count.max())
     order = np.empty(host.shape[1], np.int32)
-    parent = np.empty((3, devices), np.int32)
+    parent, seen = np.empty((3, devices), np.int32), np.zeros(experts + 1, np.int64)
     level = np.empty(scenarios)
     for s in range(scenarios):
         waterfill(tokens[s], host, count, width, speed, quota[s], load[s], order)
-        level[s] = augment(flat, host, count, width, speed, quota[s], load[s], parent, tight[s])
+        level[s] = augment(flat, host, count, width, speed, quota[s], load[s], parent, seen, tight[s])
     return level
 
 

@@ -18,7 +18,7 @@ from moeplan.solvers.problem.arrays import Int32, Int64
 from moeplan.solvers.problem.clock import NEVER, time_now
 from moeplan.solvers.problem.cluster import Cluster
 from moeplan.solvers.problem.errors import ProblemError
-from moeplan.solvers.problem.kernel import kernel
+from moeplan.solvers.problem.kernel import inner_kernel, kernel
 from moeplan.solvers.problem.layout import Layout
 from moeplan.solvers.problem.problem import ExpertSpec, Problem
 from moeplan.solvers.problem.split_rules import SplitRule
@@ -26,7 +26,18 @@ from moeplan.solvers.split.coverage import WHOLE, covered_split, domains, tokens
 from moeplan.solvers.split.memory import quota_in_memory
 from moeplan.solvers.split.sources import Sources, sort_sources, source_tokens
 
-__all__ = ["RULES", "Fabric", "Split", "divide", "divide_evenly", "fabric_of", "route", "routes", "split"]
+__all__ = [
+    "RULES",
+    "Fabric",
+    "Split",
+    "divide",
+    "divide_evenly",
+    "fabric_of",
+    "quota_of_replicas",
+    "route",
+    "routes",
+    "split",
+]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -129,29 +140,81 @@ def lite(fabric: Fabric, layout: Layout, tokens: Int64) -> Split:
         return Split(SplitRule.LITE, even(fabric, layout, tokens).quota)
     hosts = layout.hosts
     sent = np.zeros((*tokens.shape[:2], len(hosts.device)), np.int64)
-    _lite(tokens, hosts.start, hosts.device, fabric.cluster.node, fabric.source_device, sent)
-    return _from_routes(SplitRule.LITE, layout, sent)
+    quota = np.zeros((len(tokens), *layout.slots.shape), np.int64)
+    quota[:, hosts.device, hosts.slot] = _lite(
+        tokens, hosts.start, hosts.device, fabric.cluster.node, fabric.source_device, sent
+    )
+    return Split(SplitRule.LITE, quota, sent)
 
 
 @kernel
-def _lite(tokens: Int64, start: Int32, device: Int32, node: Int32, source_device: Int32, sent: Int64) -> None:
-    for s in range(tokens.shape[0]):
-        for i in range(tokens.shape[1]):
-            home = node[source_device[i]]
-            for e in range(tokens.shape[2]):
-                if start[e + 1] - start[e] == 1:
-                    sent[s, i, start[e]] = tokens[s, i, e]
-                    continue
-                near = 0
-                for j in range(start[e], start[e + 1]):
-                    near += node[device[j]] == home
-                n = near if near else start[e + 1] - start[e]
-                each, extra = divmod(tokens[s, i, e], n)
-                rank = 0
-                for j in range(start[e], start[e + 1]):
-                    if near == 0 or node[device[j]] == home:
-                        sent[s, i, j] = each + ((rank - e - i) % n < extra)
-                        rank += 1
+def _lite(tokens: Int64, start: Int32, device: Int32, node: Int32, source_device: Int32, sent: Int64) -> Int64:
+    """Fill ``sent[scenarios, sources, replicas]``, zeros at first; int64[scenarios, replicas], what each gets."""
+    first, near = _by_node(start, device, node)
+    every, source_node = np.arange(len(device)), node[source_device]
+    quota = np.zeros((len(tokens), len(device)), np.int64)
+    for s in range(len(tokens)):
+        _lite_of(tokens[s], start, every, first, near, source_node, sent[s], quota[s])
+    return quota
+
+
+@inner_kernel
+def _lite_of(
+    tokens: Int64, start: Int32, every: Int64, first: Int64, near: Int64, source_node: Int32, sent: Int64, quota: Int64
+) -> None:
+    """`_lite` of one scenario; replicas by expert are `every`, by node and expert `near`."""
+    sources, experts = tokens.shape
+    for i in range(sources):
+        for e in range(experts):
+            asked, pair = tokens[i, e], source_node[i] * experts + e
+            if asked == 0:
+                continue
+            order, begin, end = every, start[e], start[e + 1]
+            if end - begin > 1 and first[pair] < first[pair + 1]:
+                order, begin, end = near, first[pair], first[pair + 1]
+            n = end - begin
+            if n == 1:
+                sent[i, order[begin]] = asked
+                quota[order[begin]] += asked
+                continue
+            # Of whole numbers up to 2^53 these quotients are exact, and quicker than those of integers.
+            each = int(asked / n)
+            extra = asked - each * n
+            turn = e + i - int((e + i) / n) * n
+            turn = n - turn if turn else 0  # the odd tokens start at another replica for each
+            for k in range(begin, end):
+                share = each + (turn < extra)
+                sent[i, order[k]] = share
+                quota[order[k]] += share
+                turn = turn + 1 if turn + 1 < n else 0
+
+
+@kernel
+def _by_node(start: Int32, device: Int32, node: Int32) -> tuple[Int64, Int64]:
+    """Replicas by node and expert: those of a node's expert are ``order[first[pair]:first[pair + 1]]``.
+
+    Args:
+        start: int32[experts + 1], see `Hosts`.
+        device: int32[replicas], see `Hosts`.
+        node: int32[devices].
+
+    Returns:
+        int64[nodes * experts + 1], by ``node * experts + expert``, and int64[replicas].
+    """
+    experts = len(start) - 1
+    first = np.zeros((node.max() + 1) * experts + 1, np.int64)
+    order = np.empty(len(device), np.int64)
+    for e in range(experts):
+        for j in range(start[e], start[e + 1]):
+            first[node[device[j]] * experts + e + 1] += 1
+    first[:] = np.cumsum(first)
+    filled = first.copy()
+    for e in range(experts):
+        for j in range(start[e], start[e + 1]):
+            pair = node[device[j]] * experts + e
+            order[filled[pair]] = j
+            filled[pair] += 1
+    return first, order
 
 
 LOCAL_TOLERANCE = 0.01
@@ -217,28 +280,31 @@ def home(
 
 def _at_home(fabric: Fabric, layout: Layout, tokens: Int64, balanced: Int64, tolerance: float, end: float) -> Int64:
     """int64[scenarios, devices, width]: the quotas of `home`, where those of `optimal` are `balanced`."""
+    if time_now() >= end:
+        return balanced
     cluster = fabric.cluster
     speed, domain = cluster.speed, domains(cluster)
     by_domain = tokens_by_domain(cluster, tokens, fabric.known_sources)
-    stay = np.full(len(tokens), WHOLE)
-    quota = covered_split(layout.slots, by_domain, speed, domain, stay)
+    quota = balanced.copy()
+    whole, done = covered_split(layout.slots, by_domain, speed, domain, np.full(len(tokens), WHOLE), end)
+    quota[:done] = whole[:done]
     best = (balanced.sum(axis=2) / speed).max(axis=1)
     # Whole tokens: what the tolerance allows is rounded up.
     most = np.ceil(best * (1 + tolerance) * speed.max()) / speed.max()
     over = np.flatnonzero((quota.sum(axis=2) / speed).max(axis=1) > most)
+    quota[over] = balanced[over]
     low, high = np.zeros(len(over), np.int64), np.full(len(over), WHOLE)
     while (high - low > 1).any() and time_now() < end:  # by powers of two, so in all of these scenarios as often
         middle = (low + high) // 2
-        trial = covered_split(layout.slots, by_domain[over], speed, domain, middle)
-        fits = (trial.sum(axis=2) / speed).max(axis=1) <= most[over]
+        trial, done = covered_split(layout.slots, by_domain[over], speed, domain, middle, end)
+        fits = (np.arange(len(over)) < done) & ((trial.sum(axis=2) / speed).max(axis=1) <= most[over])
         quota[over[fits]] = trial[fits]
         low, high = np.where(fits, middle, low), np.where(fits, high, middle)
     leaving = over[low == 0]
-    if len(leaving) and time_now() < end:
+    if len(leaving):
         none = np.zeros(len(leaving), np.int64)
-        quota[leaving] = covered_split(layout.slots, by_domain[leaving], speed, domain, none)
-    else:
-        quota[leaving] = balanced[leaving]
+        nearest, done = covered_split(layout.slots, by_domain[leaving], speed, domain, none, end)
+        quota[leaving[:done]] = nearest[:done]
     return quota
 
 
@@ -339,13 +405,6 @@ def _least_traffic(fabric: Fabric, layout: Layout, network: _Network, tokens: In
     return quota
 
 
-def _from_routes(rule: SplitRule, layout: Layout, sent: Int64) -> Split:
-    hosts = layout.hosts
-    quota = np.zeros((len(sent), *layout.slots.shape), np.int64)
-    quota[:, hosts.device, hosts.slot] = sent.sum(axis=1)
-    return Split(rule, quota, sent)
-
-
 RULES: dict[SplitRule, Callable[[Fabric, Layout, Int64], Split]] = {
     SplitRule.EVEN: even,
     SplitRule.LITE: lite,
@@ -401,9 +460,14 @@ def route(fabric: Fabric, layout: Layout, tokens: Int64, split: Split) -> Int64:
     """
     if split.routes is not None:
         return split.routes
-    hosts = layout.hosts
-    quota = np.ascontiguousarray(split.quota[:, hosts.device, hosts.slot])
+    hosts, quota = layout.hosts, quota_of_replicas(layout, split)
     return source_tokens(fabric.sources, tokens, quota, hosts.start, hosts.device).swapaxes(1, 2)
+
+
+def quota_of_replicas(layout: Layout, split: Split) -> Int64:
+    """int64[scenarios, replicas]: tokens that each replica computes, in the order of ``layout.hosts``."""
+    hosts = layout.hosts
+    return np.ascontiguousarray(split.quota[:, hosts.device, hosts.slot])
 
 
 def routes(problem: Problem, layout: Layout, split: Split) -> Int64:

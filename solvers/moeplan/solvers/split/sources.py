@@ -15,7 +15,7 @@ import numpy.typing as npt
 from moeplan.solvers.problem.arrays import Int32, Int64
 from moeplan.solvers.problem.kernel import kernel
 
-__all__ = ["Groups", "Sources", "serve_replicas", "sort_sources", "source_tokens"]
+__all__ = ["Groups", "Sources", "add_up", "device_tokens", "serve_replicas", "sort_sources", "source_tokens"]
 
 
 class Sources(NamedTuple):
@@ -164,12 +164,43 @@ def source_tokens(sources: Sources, tokens: Int64, quota: Int64, start: Int32, d
         start: int32[experts + 1], see `Hosts`.
         device: int32[replicas], see `Hosts`.
     """
-    scenarios, count, experts = tokens.shape
+    scenarios, count, _ = tokens.shape
     sent = np.zeros((scenarios, len(device), count), np.int64)
-    supply = np.empty(count, np.int64)
-    nowhere = np.zeros(experts, np.int64)
-    groups = Groups(np.arange(experts), start.astype(np.int64), np.arange(len(device)))
     for s in range(scenarios):
-        need, left = quota[s].copy(), tokens[s].copy()
-        serve_replicas(sources, groups, device, nowhere, nowhere, tokens[s], supply, need, sent[s], left)
+        _serve_all(sources, tokens[s], quota[s], start, device, sent[s])
     return sent
+
+
+@kernel
+def device_tokens(
+    sources: Sources, tokens: Int64, quota: Int64, start: Int32, device: Int32, source_device: Int32
+) -> Int64:
+    """int64[scenarios, devices, devices]: tokens from each device to each; for the arguments see `source_tokens`.
+
+    What each source sends to each replica is known for one scenario at a time: for all, it is the most memory by far.
+    """
+    scenarios, count, _ = tokens.shape
+    between = np.zeros((scenarios, len(sources.node), len(sources.node)), np.int64)
+    sent = np.empty((len(device), count), np.int64)
+    for s in range(scenarios):
+        sent[:] = 0
+        _serve_all(sources, tokens[s], quota[s], start, device, sent)
+        add_up(sent, source_device, device, between[s])
+    return between
+
+
+@kernel
+def add_up(sent: Int64, source_device: Int32, device: Int32, between: Int64) -> None:
+    """Add int64[replicas, sources] to int64[devices, devices], tokens from each device to each."""
+    for j in range(sent.shape[0]):
+        for i in range(sent.shape[1]):
+            between[source_device[i], device[j]] += sent[j, i]
+
+
+@kernel
+def _serve_all(sources: Sources, tokens: Int64, quota: Int64, start: Int32, device: Int32, sent: Int64) -> None:
+    """`source_tokens` of one scenario, added to `sent`, int64[replicas, sources]."""
+    count, experts = tokens.shape
+    supply, nowhere = np.empty(count, np.int64), np.zeros(experts, np.int64)
+    groups = Groups(np.arange(experts), start.astype(np.int64), np.arange(len(device)))
+    serve_replicas(sources, groups, device, nowhere, nowhere, tokens, supply, quota.copy(), sent, tokens.copy())
