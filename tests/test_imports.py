@@ -134,6 +134,12 @@ def test_the_daemon_waits_for_no_compiler() -> None:
     assert not modules_after("import moeplan.planner.daemon.server") & heavy
 
 
+def test_only_affinity_loads_the_optimizers_of_scipy() -> None:
+    """They take half a second to import; `linear_assignment` is what others need of them."""
+    users = {path.stem for path in ROOTS["solvers"].rglob("*.py") if "scipy.optimize" in set(imports(path))}
+    assert users == {"node_model"}
+
+
 def test_spilling_needs_no_solver() -> None:
     planning = "from moeplan.solvers import QuotaPlanner, solve, evaluate"
     assert not modules_after(planning) & {"ortools", "pulp", "highspy"}

@@ -359,9 +359,9 @@ def test_a_full_queue_says_when_to_come_back(daemon: DaemonProcess, client: Clie
 
 
 def test_too_much_memory_is_refused(client: Client) -> None:
-    cluster = Cluster.uniform(30_000, 1)
-    current = Layout.contiguous(30_000, cluster.slots)
-    problem = Problem(cluster, Demand.of(np.ones(30_000, np.int64)), current=current)
+    cluster = Cluster.uniform(20_000, 1)
+    current = Layout.contiguous(20_000, cluster.slots)
+    problem = Problem(cluster, Demand.of(np.ones(20_000, np.int64)), current=current)
     with pytest.raises(UnavailableError, match="worker") as error:
         client.solve([problem], policy="static")
     assert error.value.reason == "WORKER_MEMORY"

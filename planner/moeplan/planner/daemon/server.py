@@ -335,6 +335,7 @@ async def serve(settings: Settings) -> None:
     gc.collect()
     gc.freeze()  # modules and the like
     gc.set_threshold(YOUNG_OBJECTS)
+    gc.enable()
     collecting = loop.create_task(_collect())
     await asked.wait()
     collecting.cancel()

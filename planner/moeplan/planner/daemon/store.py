@@ -30,7 +30,6 @@ from typing import Any, TypeVar, overload
 import sqlalchemy as sa
 import structlog
 from sqlalchemy import exc
-from sqlalchemy.dialects.postgresql import insert
 
 from moeplan.planner.daemon.database import Database, StoreError, StoreFullError, translate
 from moeplan.planner.daemon.metrics import Metrics
@@ -357,6 +356,8 @@ class Store:
         def write(connection: sa.Connection) -> set[str]:
             if self._sqlite:
                 return set(connection.scalars(sa.select(_jobs.c.name)))
+            from sqlalchemy.dialects.postgresql import insert  # a tenth of the daemon's start
+
             lease = _jobs.update().where(self._owned()).values(leased_until=self._now() + self._lease_s)
             owned = set(connection.scalars(lease.returning(_jobs.c.name)))
             known = {"draining": draining, "alive_until": self._now() + self._lease_s}

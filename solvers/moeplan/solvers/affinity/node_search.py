@@ -12,6 +12,7 @@ import numpy as np
 from moeplan.solvers.affinity.kept import excess_load, tokens_kept
 from moeplan.solvers.problem.arrays import Float64, Int32, Int64
 from moeplan.solvers.problem.kernel import kernel
+from moeplan.solvers.problem.linear_assignment import linear_assignment
 
 __all__ = ["search"]
 
@@ -44,8 +45,6 @@ def _sweep(moves: Int64, node: Int32, seat_node: Int32, *, forward_first: bool) 
         seat_node: int32[experts], node of each seat.
         forward_first: Whether the first sweep looks back only, as the layers after are not placed yet.
     """
-    from scipy.optimize import linear_sum_assignment  # takes half a second to import
-
     layers = len(node)
     member = np.eye(int(seat_node.max()) + 1, dtype=np.float64)
     kept = -1
@@ -61,7 +60,7 @@ def _sweep(moves: Int64, node: Int32, seat_node: Int32, *, forward_first: bool) 
                 gain += moves[layer] @ member[node[layer + 1]]
             if first and not layer:
                 continue
-            _, seat = linear_sum_assignment(gain[:, seat_node], maximize=True)
+            _, seat = linear_assignment(gain[:, seat_node], maximize=True)
             node[layer] = seat_node[seat]
         forward = not forward
         if first:

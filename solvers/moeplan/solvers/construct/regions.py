@@ -14,6 +14,7 @@ from moeplan.solvers.problem.arrays import Bool, Float64, Int32, Int64
 from moeplan.solvers.problem.clock import end_of, time_now
 from moeplan.solvers.problem.kernel import kernel
 from moeplan.solvers.problem.limits import Limits
+from moeplan.solvers.problem.linear_assignment import linear_assignment
 from moeplan.solvers.problem.problem import Problem
 
 __all__ = ["divisions", "narrowings"]
@@ -32,12 +33,10 @@ def narrowings(problem: Problem, wanted: Bool, deadline: Callable[[], float | No
     if limits.regions == 1:
         yield limits
         return
-    from scipy.optimize import linear_sum_assignment  # takes half a second to import
-
     near = _by_unit(_in_regions(wanted, limits), limits.unit)  # replicas of each unit in each region
     able, room = _able(limits), _room(problem)
     column = np.repeat(np.arange(limits.regions), np.minimum(room, len(able)))
-    rows, columns = linear_sum_assignment((NEVER * ~able - near)[:, column])
+    rows, columns = linear_assignment((NEVER * ~able - near)[:, column])
     region = np.empty(len(able), np.int64)
     region[rows] = column[columns]
     if not able[np.arange(len(able)), region].all():

@@ -15,6 +15,7 @@ from moeplan.solvers.problem.kernel import kernel
 from moeplan.solvers.problem.layout import EMPTY, placed_in
 from moeplan.solvers.problem.limit_kernels import LimitArrays, arrivals_of, arrive, limit_arrays, may_arrive
 from moeplan.solvers.problem.limits import Limits, broken
+from moeplan.solvers.problem.linear_assignment import linear_assignment
 from moeplan.solvers.problem.problem import Problem
 
 __all__ = ["NEVER", "repair", "table"]
@@ -43,10 +44,8 @@ def repair(problem: Problem, limits: Limits, slots: Int32, *, stay: bool) -> Int
     if len(loose) > len(column):
         return None
     if len(loose):
-        from scipy.optimize import linear_sum_assignment  # takes half a second to import
-
         rank = 2.0 * ~first + ~second + NEVER * ~limits.may
-        rows, columns = linear_sum_assignment(rank.T[np.ix_(loose, column)])
+        rows, columns = linear_assignment(rank.T[np.ix_(loose, column)])
         placed[column[columns], loose[rows]] = True
     order = np.argsort(-problem.mean_load, kind="stable")
     wanted_in_turn = np.stack([first, second, np.ones_like(first)])

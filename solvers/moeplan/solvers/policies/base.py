@@ -24,6 +24,7 @@ from moeplan.solvers.policies.registry import policy
 from moeplan.solvers.problem.arrays import Bool, Float64, Int64
 from moeplan.solvers.problem.clock import NEVER
 from moeplan.solvers.problem.layout import EMPTY, Layout
+from moeplan.solvers.problem.linear_assignment import linear_assignment
 from moeplan.solvers.problem.problem import Problem
 from moeplan.solvers.problem.split_rules import SplitRule
 
@@ -46,8 +47,6 @@ FORBIDDEN = 1e15
 )
 def base(problem: Problem, parameters: SolveParameters) -> Layout:
     """Replicas to devices in rounds of linear assignment: balance, locality and few moves in one cost matrix."""
-    from scipy.optimize import linear_sum_assignment  # takes half a second to import
-
     loads, capacity, speed = problem.mean_load, problem.capacity, problem.cluster.speed
     limits = problem.limits
     replicas = np.minimum(adams_replicas(loads, int(capacity.sum()), problem.devices), limits.most)
@@ -72,7 +71,7 @@ def base(problem: Problem, parameters: SolveParameters) -> Layout:
         if held is not None:
             cost += MOVE * heavy * ~held[np.ix_(room, experts)]
         cost += FORBIDDEN * (on | ~limits.may)[np.ix_(room, experts)]
-        rows, columns = linear_sum_assignment(cost - heavy)
+        rows, columns = linear_assignment(cost - heavy)
         waiting = np.delete(waiting, columns)
         for row, column in zip(rows, columns, strict=True):
             device, expert = room[row], experts[column]

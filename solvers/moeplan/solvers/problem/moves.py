@@ -15,6 +15,7 @@ from moeplan.solvers.problem.arrays import Bool, Float64, Int32, Int64
 from moeplan.solvers.problem.cluster import Cluster
 from moeplan.solvers.problem.kernel import kernel
 from moeplan.solvers.problem.layout import EMPTY, Layout
+from moeplan.solvers.problem.linear_assignment import linear_assignment
 
 __all__ = ["Moves", "keep_slots", "moves", "relabel", "rename"]
 
@@ -102,8 +103,6 @@ def rename(slots: Int32, gain: Float64, capacity: Int32, cluster: Cluster) -> In
     Returns:
         int32[devices, width]: the rows of `slots`, permuted.
     """
-    from scipy.optimize import linear_sum_assignment  # takes half a second to import
-
     impossible = -1e9 * (1 + np.abs(gain).max())
     kind = _kinds(capacity, cluster)
     nodes = [np.flatnonzero(cluster.node == n) for n in range(cluster.nodes)]
@@ -116,11 +115,11 @@ def rename(slots: Int32, gain: Float64, capacity: Int32, cluster: Cluster) -> In
         for b, old in enumerate(nodes):
             if kinds[a] == kinds[b]:
                 block = of_new[:, old]
-                rows, columns = linear_sum_assignment(block, maximize=True)
+                rows, columns = linear_assignment(block, maximize=True)
                 total[a, b] = block[rows, columns].sum()
                 inner[a, b] = old[columns]
     target = np.empty(cluster.devices, np.int64)
-    for new_node, old_node in zip(*linear_sum_assignment(total, maximize=True), strict=True):
+    for new_node, old_node in zip(*linear_assignment(total, maximize=True), strict=True):
         target[nodes[new_node]] = inner[int(new_node), int(old_node)]
     renamed = np.empty_like(slots)
     renamed[target] = slots

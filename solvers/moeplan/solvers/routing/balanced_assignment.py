@@ -30,6 +30,7 @@ import numpy.typing as npt
 from moeplan.solvers.problem.arrays import Bool, Float64, Int32, Int64
 from moeplan.solvers.problem.errors import ProblemError
 from moeplan.solvers.problem.kernel import kernel
+from moeplan.solvers.problem.linear_assignment import linear_assignment
 
 __all__ = ["Assignment", "balanced_assignment", "optimal_assignment"]
 
@@ -112,7 +113,7 @@ def balanced_assignment(
 def optimal_assignment(scores: npt.ArrayLike) -> Assignment:
     """Assign tokens to experts in equal numbers with the largest sum of scores, exactly.
 
-    LAPJV (scipy's ``linear_sum_assignment``) over one column per seat: seconds for a few thousand tokens.
+    By linear assignment over one column per seat: seconds for a few thousand tokens.
 
     Args:
         scores: float[tokens, experts].
@@ -123,8 +124,6 @@ def optimal_assignment(scores: npt.ArrayLike) -> Assignment:
     Raises:
         ProblemError: a score is not a number within +-1e30.
     """
-    from scipy.optimize import linear_sum_assignment  # takes half a second to import
-
     table = _checked(scores).astype(np.float64)
     tokens, experts = table.shape
     each, extra = divmod(tokens, experts)
@@ -133,7 +132,7 @@ def optimal_assignment(scores: npt.ArrayLike) -> Assignment:
     gain[:tokens] = table[:, seats]
     # Dummies may only sit on the last seat of an expert.
     gain[tokens:, : each * experts] = -1e3 * (1 + np.abs(table).max(initial=0.0)) * len(seats)
-    _, column = linear_sum_assignment(gain, maximize=True)
+    _, column = linear_assignment(gain, maximize=True)
     expert = seats[column[:tokens]].astype(np.int32)
     value = float(table[np.arange(tokens), expert].sum())
     return Assignment(expert, np.zeros(experts), value, value)

@@ -217,8 +217,8 @@ class QuotaPlanner:
             )
         if counts.dtype != self.dtype:
             raise ProblemError("spill.counts", f"array of {counts.dtype}", f"must hold {self.dtype}; cast it first")
-        if not counts.flags.c_contiguous:
-            counts = np.ascontiguousarray(counts)
+        if not counts.flags.carray:  # read-only ones would have all kernels compiled once more
+            counts = counts.copy()
         fault = fill_plans(counts, *self.workspace)
         if fault >= 0:
             raise ProblemError(

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 import socket
 import struct
 from enum import IntEnum
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # workers do without
+    import asyncio
 
 __all__ = ["FORK", "Kind", "read", "receive", "send", "write"]
 

@@ -42,6 +42,7 @@ little: with 10, solves beside a training of the same session waited several tim
 
 def main() -> None:
     """Fork a worker for each message, until the daemon is gone."""
+    _end_with_parent()  # also while it warms up, and does not look whether the daemon is there
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to the whole group; the daemon decides
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel reaps workers
     control = socket.socket(fileno=0)
@@ -53,16 +54,18 @@ def main() -> None:
         message, descriptors, _, _ = socket.recv_fds(control, FORK.size, 1)
         if not message:
             return
-        child = os.fork()
+        zygote, child = os.getpid(), os.fork()
         if child == 0:
             control.close()
+            _end_with_parent()
+            if os.getppid() != zygote:  # it ended before
+                os._exit(0)
             _work(socket.socket(fileno=descriptors[0]), *FORK.unpack(message))
         os.close(descriptors[0])
         control.sendall(FORK.pack(child))
 
 
 def _work(connection: socket.socket, memory_bytes: int) -> None:
-    _end_with_parent()
     with contextlib.suppress(OSError):  # where a sandbox forbids it
         os.nice(NICENESS)
     with contextlib.suppress(ValueError):  # a harder limit is set already
@@ -85,12 +88,9 @@ def _work(connection: socket.socket, memory_bytes: int) -> None:
 
 
 def _end_with_parent() -> None:
-    """Ask the kernel to kill this worker when the zygote ends, which ends when the daemon does; busy or not."""
-    parent = os.getppid()
+    """Ask the kernel to kill this process, busy or not, when its parent ends: the daemon, or of a worker the zygote."""
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent or parent == 1:
-        os._exit(0)
 
 
 def _warm() -> None:
