@@ -5,10 +5,12 @@ from __future__ import annotations
 from datetime import timedelta
 from functools import partial
 
+import torch
 import torch.distributed as dist
 from tests.support.fused_model import EXPERTS, FusedModel, fused_model
 
 from moeplan.runtime_client.group import ExpertGroup
+from moeplan.runtime_client.layers.expert_layer import ExpertLayer
 from moeplan.runtime_client.layers.resident import ResidentExperts
 from moeplan.runtime_client.layers.sharded import FullyShardedExperts
 from moeplan.runtime_client.models.replacing import replace_experts
@@ -34,3 +36,10 @@ def make_ours(kind: str, group: ExpertGroup, model: FusedModel | None = None) ->
         planner = QuotaPlanner(SpillOptions.uniform(EXPERTS, group.size, 2), group.size)
         replace_experts(model, partial(ResidentExperts, group=group, planner=planner))
     return model
+
+
+def load_random(layer: ExpertLayer) -> None:
+    """Give the experts of a layer the same random values on all ranks."""
+    generator = torch.Generator().manual_seed(0)
+    flat = torch.randn(layer.experts, layer.shape.elements, generator=generator, dtype=layer.weights.dtype)
+    layer.load_experts(0, flat)

@@ -321,6 +321,7 @@ def refusals(folder: Path) -> list[str]:
     make: dict[str, Any] = {"slots": 3, "device": CPU, "memory": shared_memory(folder)}
     memory = ShardMemory(group, SHAPE.elements, EXPERTS, **make)
     layer = FullyShardedExperts(SHAPE, EXPERTS, group, memory=memory)
+    load_alike([layer])
 
     def wide() -> None:
         layer.layout = Layout.contiguous(EXPERTS, np.array([4, 1], np.int32))

@@ -457,7 +457,7 @@ from moeplan.runtime_client import ExpertGroup, ExpertShape, FullyShardedExperts
 rank = int(sys.argv[1])
 dist.init_process_group("gloo", init_method=f"file://{sys.argv[2]}", rank=rank, world_size=2)
 layer = FullyShardedExperts(ExpertShape(4, 3), 2, ExpertGroup.create())
-torch.nn.init.ones_(layer.shard)
+layer.load_experts(0, torch.rand(2, layer.shape.elements))
 for _ in range(2):
     layer(torch.ones(3, 4), torch.zeros(3, 1, dtype=torch.int64), torch.ones(3, 1))
     if rank == 1:
