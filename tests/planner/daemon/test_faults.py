@@ -18,7 +18,17 @@ from typing import Any
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from tests.support.daemon import WAIT_S, DaemonProcess, Rank, Start, eventually, small_job, small_problem, tokens
+from tests.support.daemon import (
+    WAIT_S,
+    DaemonProcess,
+    Rank,
+    Start,
+    children,
+    eventually,
+    small_job,
+    small_problem,
+    tokens,
+)
 from tests.support.preloaded import preloaded
 
 from moeplan.api import wire
@@ -37,6 +47,14 @@ def health(daemon: DaemonProcess, service: str = "moeplan.v1.PlannerService") ->
         request = health_pb2.HealthCheckRequest(service=service)
         status: int = health_pb2_grpc.HealthStub(channel).Check(request, timeout=WAIT_S).status
         return status
+
+
+def runs(pid: int) -> bool:
+    """Whether a process is there, and has not ended: what nobody waits for is there for a while."""
+    try:
+        return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return False
 
 
 def _joined(client: Client, name: str) -> Rank | None:
@@ -122,12 +140,13 @@ def test_terminating_drains(start: Start) -> None:
     eventually(lambda: not any(Path(f"/proc/{worker}").exists() for worker in workers))
 
 
-def test_workers_do_not_outlive_a_killed_daemon(start: Start) -> None:
-    daemon = start().serving()
-    workers = daemon.workers()
-    assert workers
+@pytest.mark.parametrize("ready", [False, True])
+def test_workers_do_not_outlive_a_killed_daemon(start: Start, ready: bool) -> None:
+    daemon = start().serving(solver=ready)
+    processes = eventually(lambda: children(daemon.process.pid)) + daemon.workers()
+    assert len(processes) > ready
     daemon.kill()
-    eventually(lambda: not any(Path(f"/proc/{worker}").exists() for worker in workers))
+    eventually(lambda: not any(runs(process) for process in processes))
 
 
 def test_a_damaged_store_is_refused_and_left_alone(start: Start, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import ctypes
 import gc
 import os
 import resource
+import select
 import signal
 import socket
 import sys
@@ -46,6 +47,8 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to the whole group; the daemon decides
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel reaps workers
     control = socket.socket(fileno=0)
+    if select.select([control], [], [], 0)[0]:  # nothing comes before the first answer, but the end
+        return
     _warm()
     gc.collect()
     gc.freeze()  # what workers share is never looked through, so its pages stay shared
