@@ -15,7 +15,7 @@ class Launch:
     """A kernel with its constants.
 
     Triton looks at every argument and constant of a launch to find what it has compiled, 20 us or so, and at the device
-    and who wants to know of launches, another 5. Here nothing but the types of tensors may differ from launch to
+    and who wants to know of launches, another 3. Here nothing but the types of tensors may differ from launch to
     launch, so a look at those is enough. A tensor must be aligned to 16 bytes at each launch or at none, unless the
     kernel does not care, and all launches are on the device that is current at the first.
 

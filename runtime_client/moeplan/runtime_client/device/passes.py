@@ -87,14 +87,12 @@ class _Pass(torch.autograd.Function):
         route = exchange.plan(chosen, shares, excess, owned + spare, turn)
         tokens = some.to(exchange.dtype)
         exchange.hand_out(route, tokens, own)
-        where = torch.empty_like(exchange.where)
+        where, matrices = torch.empty_like(exchange.where), _matrices(exchange, computed)
         scales, kept = [], []
         for nth in range(exchange.rounds):
             rows, scale = exchange.arrange(route, nth, where, lent)
             results = []
-            for (region, ends), (inner, outer) in zip(
-                exchange.regions(route, nth), _matrices(exchange, computed), strict=True
-            ):
+            for (region, ends), (inner, outer) in zip(exchange.regions(route, nth), matrices, strict=True):
                 first = grouped_mm(rows[region], inner.transpose(1, 2), offs=ends)
                 results.append(grouped_mm(exchange.activate(first, ends[-1:]), outer.transpose(1, 2), offs=ends))
                 kept += [] if nth else [first]
@@ -117,6 +115,7 @@ class _Pass(torch.autograd.Function):
         exchange, route = ctx.exchange, ctx.route
         saved = _cut(ctx.saved_tensors, ctx.parts, 2, ctx.computed, exchange.rounds)
         parts, (tokens, where), computed, scales, kept = saved
+        matrices = _matrices(exchange, computed)
         exchange.meet()  # all ranks are done with what arrived in earlier passes
         rows = [kept.pop()]
         if exchange.rounds > 1:
@@ -136,9 +135,7 @@ class _Pass(torch.autograd.Function):
                 to_outer: list[Tensor] = []
                 results = []
                 regions = exchange.regions(route, nth)
-                for each, ((region, ends), (inner, outer)) in enumerate(
-                    zip(regions, _matrices(exchange, computed), strict=True)
-                ):
+                for each, ((region, ends), (inner, outer)) in enumerate(zip(regions, matrices, strict=True)):
                     first = grouped_mm(rows[nth][region], inner.transpose(1, 2), offs=ends) if nth else kept[each]
                     raw = grouped_mm(arrived[region], outer, offs=ends)
                     to_first, scaled = exchange.activate_backward(

@@ -114,6 +114,8 @@ class ShardMemory:
             raise ValueError("group of one rank: nothing travels; leave `memory` out")
         if slots < 1:
             raise ValueError(f"slots = {slots}: must be at least 1")
+        from moeplan.runtime_client.device import shard_kernels  # which need Triton
+
         self.group, self.experts, self.slots, self.dtype = group, experts, slots, dtype
         self.elements, self.width = elements, -(-elements // group.size)
         self._make, self._ranks = memory, group.weights
@@ -136,9 +138,10 @@ class ShardMemory:
             for name in ("gathering", "returning")
         )
         self._returns = 0
-        self._held: tuple[Tensor, Tensor, torch.cuda.Event | None] | None = None
+        self._held: tuple[Sequence[Tensor], torch.cuda.Event | None] | None = None
         self._add: dict[tuple[torch.dtype, int, int, int], Launch] = {}
-        self._spoil: Launch | None = None
+        self._add_replicas = shard_kernels.add_replicas
+        self._spoil = Launch(shard_kernels.spoil, 1, ROW=size * self.width, BLOCK=_SPOILED)
         # Other ranks first, each rank beginning with another.
         self._peers = np.array([(rank + step) % size for step in range(1, size + 1)])
         self._gathered: WeakKeyDictionary[Filled, tuple[Copies, Int64]] = WeakKeyDictionary()
@@ -244,7 +247,7 @@ class ShardMemory:
             copies.at(flat.data_ptr(), published.addresses[peers]).start(line.stream)
             published.read = line.meetings
             if shard is not None:  # so that ranks which have not met compute nothing that looks right
-                self._spoiling()((slots // _SPOILED + 1, 1, 1), flat, self._abort, self._failed, slots)
+                self._spoil((slots // _SPOILED + 1, 1, 1), flat, self._abort, self._failed, slots)
             return flat, line.mark()
 
     def _gathering_of(self, placed: Filled) -> tuple[Copies, Int64]:
@@ -279,12 +282,13 @@ class ShardMemory:
             [experts, width] in the dtype of `like`, and when it is whole; see `wait`.
         """
         line = self._returning
-        first, last = (part if part.stride(1) == 1 else part.contiguous() for part in (gradients[0], gradients[-1]))
+        gradients = [part if part.stride(1) == 1 else part.contiguous() for part in gradients]
+        first, last = gradients[0], gradients[-1]
         arrived, addresses = self._rooms[self._returns % _ROOMS]
         self.release()
         with line.beside():
             total = torch.empty_like(like, requires_grad=False)
-            self._sending(addresses, placed.begin, [first, last][: len(gradients)]).start(line.stream)
+            self._sending(addresses, placed.begin, gradients).start(line.stream)
             # Before it, all ranks have added up what was in the other room, so that they may write there afterwards.
             line.meet()
             self._adding(like.dtype, first.shape[1], first.stride(0), last.stride(0))(
@@ -293,7 +297,7 @@ class ShardMemory:
             )  # fmt: skip
             arrival = line.mark()
         self._returns += 1
-        self._held = first, last, arrival
+        self._held = gradients, arrival
         torch.autograd.Variable._execution_engine.queue_callback(self.release)
         return total, arrival
 
@@ -315,7 +319,7 @@ class ShardMemory:
     def release(self) -> None:
         """Let go of the gradients that are sent, once the current stream waits until they are."""
         if self._held is not None:
-            self.wait(self._held[2])
+            self.wait(self._held[1])
             self._held = None
 
     def wait(self, arrival: torch.cuda.Event | None) -> None:
@@ -323,22 +327,12 @@ class ShardMemory:
         if arrival is not None:
             torch.cuda.current_stream(self.device).wait_event(arrival)
 
-    def _spoiling(self) -> Launch:
-        """The kernel that spoils weights gathered without a meeting."""
-        from moeplan.runtime_client.device import shard_kernels
-
-        if self._spoil is None:
-            self._spoil = Launch(shard_kernels.spoil, 1, ROW=self.group.size * self.width, BLOCK=_SPOILED)
-        return self._spoil
-
     def _adding(self, dtype: torch.dtype, columns: int, stride: int, stride_after: int) -> Launch:
         """The kernel that adds up to gradients of this type, of which so many columns are in the first tensor."""
-        from moeplan.runtime_client.device import shard_kernels
-
         key = dtype, columns, stride, stride_after
         if key not in self._add:
             self._add[key] = Launch(
-                shard_kernels.add_replicas, 8, RANKS=self.group.size, WIDTH=self.width, FIRST=columns, STRIDE=stride,
+                self._add_replicas, 8, RANKS=self.group.size, WIDTH=self.width, FIRST=columns, STRIDE=stride,
                 STRIDE_AFTER=stride_after, DOUBLE=dtype == torch.float64, PIECE=_PIECE,
             )  # fmt: skip
         return self._add[key]
