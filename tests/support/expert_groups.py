@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import timedelta
 from functools import partial
 
@@ -38,8 +39,9 @@ def make_ours(kind: str, group: ExpertGroup, model: FusedModel | None = None) ->
     return model
 
 
-def load_random(layer: ExpertLayer) -> None:
-    """Give the experts of a layer the same random values on all ranks."""
-    generator = torch.Generator().manual_seed(0)
-    flat = torch.randn(layer.experts, layer.shape.elements, generator=generator, dtype=layer.weights.dtype)
-    layer.load_experts(0, flat)
+def load_alike(layers: Sequence[ExpertLayer]) -> None:
+    """The same experts for layers of the same number."""
+    for number, layer in enumerate(layers):
+        random = torch.Generator().manual_seed(number)
+        flat = torch.randn(layer.experts, layer.shape.elements, generator=random, dtype=torch.float64)
+        layer.load_experts(0, flat / 4)

@@ -10,7 +10,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moeplan.runtime_client.layers.dividing import Division, PlannedLayer
-from moeplan.runtime_client.layers.expert_layer import ExpertLayer
 from moeplan.runtime_client.layers.feed_forward import ExpertShape
 from moeplan.solvers import Cluster, ExpertSpec, Layout, SplitRule
 
@@ -39,14 +38,6 @@ def assert_close(expected: Sequence[Tensor], found: Sequence[Tensor]) -> None:
         assert one.dtype == other.dtype
         if one.numel():
             assert float((one - other).abs().max()) <= TOLERANCE * max(1.0, float(one.abs().max()))
-
-
-def load_alike(layers: Sequence[ExpertLayer]) -> None:
-    """The same experts for layers of the same number."""
-    for number, layer in enumerate(layers):
-        random = torch.Generator().manual_seed(number)
-        flat = torch.randn(layer.experts, layer.shape.elements, generator=random, dtype=torch.float64)
-        layer.load_experts(0, flat / 4)
 
 
 def draw_plan(rng: np.random.Generator, devices: int, experts: int) -> PlannedLayer:

@@ -15,8 +15,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from tests.runtime_client.device.shared_memory import shared_memory
-from tests.runtime_client.device.small_passes import CPU, load_alike
-from tests.support.expert_groups import make_group
+from tests.runtime_client.device.small_passes import CPU
+from tests.support.expert_groups import load_alike, make_group
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 

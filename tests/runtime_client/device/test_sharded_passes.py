@@ -22,10 +22,9 @@ from tests.runtime_client.device.small_passes import (
     TOKENS,
     assert_close,
     draw_plan,
-    load_alike,
     uneven_batch,
 )
-from tests.support.expert_groups import make_group
+from tests.support.expert_groups import load_alike, make_group
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 

@@ -10,7 +10,7 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 import torch
-from tests.support.expert_groups import load_random
+from tests.support.expert_groups import load_alike
 from tests.support.instances import random_layout
 from torch import Tensor
 
@@ -69,7 +69,7 @@ def tokens_that_arrive(rule: str, limited: bool) -> list[list[list[int]]]:
 
     problem, _ = cases(limited)[0]
     layer = FullyShardedExperts(SHAPE, EXPERTS, group, split_rule=rule, cluster=problem.cluster, expert=problem.expert)
-    load_random(layer)
+    load_alike([layer])
     with patch.object(sharded, "feed_forward", look):
         for _, layout in cases(limited):
             layer.layout = layout
@@ -106,7 +106,7 @@ def differ() -> str:
     group = ExpertGroup.create()
     assert group is not None
     layer = FullyShardedExperts(SHAPE, EXPERTS, group)
-    load_random(layer)
+    load_alike([layer])
     layer.split_rule = SplitRule.EVEN if group.rank == 1 else SplitRule.OPTIMAL
     with pytest.raises(LayoutMismatchError) as caught:
         layer(torch.ones(3, RANKS), torch.zeros(3, 1, dtype=torch.int64), torch.ones(3, 1))

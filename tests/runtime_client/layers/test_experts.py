@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.support.expert_groups import load_random, make_group
+from tests.support.expert_groups import load_alike, make_group
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -230,7 +230,7 @@ def count_traffic() -> list[dict[str, int]]:
     seen = []
     for reshard in (False, True):
         layer = FullyShardedExperts(shape, experts, group, reshard=reshard, dtype=torch.float64)
-        load_random(layer)
+        load_alike([layer])
         layer.layout = Layout(np.array([[(2 * d + c) % experts for c in range(3)] for d in range(group.size)]), experts)
         batch = random_batch(np.random.default_rng(0), group.size, shape, experts)
         mine = batch.part(group.rank)
@@ -483,7 +483,7 @@ def bad_router(fault: str) -> list[str]:
     """One rank's router breaks; returns what this rank was told, then shows that the group still works."""
     group = make_group()
     layer = FullyShardedExperts(ExpertShape(4, 3), 4, group)
-    load_random(layer)
+    load_alike([layer])
     hidden, index, weight = torch.ones(3, 4), torch.zeros(3, 1, dtype=torch.int64), torch.ones(3, 1)
     if group.rank == 1:
         if fault == "nan":
@@ -552,7 +552,7 @@ def plan_differently(kind: str, what: str) -> str:
         layer = FullyShardedExperts(ExpertShape(4, 3), 4, group, planner=planner)
     else:
         layer = ResidentExperts(ExpertShape(4, 3), 4, group, planner=planner)
-    load_random(layer)
+    load_alike([layer])
     with pytest.raises(LayoutMismatchError) as caught:
         layer(torch.ones(8, 4), torch.zeros(8, 1, dtype=torch.int64), torch.ones(8, 1))
     return str(caught.value)
@@ -570,7 +570,7 @@ def exceed_token_cap() -> str:
     group = make_group()
     planner = QuotaPlanner(SpillOptions.uniform(2, group.size, 1, token_cap=5), group.size)
     layer = ResidentExperts(ExpertShape(4, 3), 2, group, planner=planner)
-    load_random(layer)
+    load_alike([layer])
     with pytest.raises(InfeasibleError) as caught:
         layer(torch.ones(8, 4), torch.zeros(8, 1, dtype=torch.int64), torch.ones(8, 1))
     return str(caught.value)
