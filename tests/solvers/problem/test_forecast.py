@@ -148,7 +148,7 @@ def test_sources_drawn_anew_differ_as_steps_do() -> None:
 def test_what_sources_always_do_is_not_drawn() -> None:
     """Sources that route to experts of their own, the same in every step, leave nothing to chance."""
     step = np.random.default_rng(0).integers(0, 1_000, (8, 16))
-    assert np.array_equal(widened(np.stack([step] * 5)).tokens, np.stack([step] * 24))
+    assert np.array_equal(widened(np.stack([step] * 5)).tokens, np.stack([step] * Widening().scenarios))
 
 
 def test_few_sources_change_as_steps_did() -> None:
@@ -202,7 +202,7 @@ def test_methods_by_hand() -> None:
     assert forecast(window, Forecast(ForecastMethod.EMA, smoothing=0.5)).tokens.tolist() == [[[5, 25]]]
     assert forecast(window, Forecast(ForecastMethod.STEPS, window_steps=2)).tokens.tolist() == [[[4, 10]], [[8, 40]]]
     scenarios = forecast(window)
-    assert scenarios.tokens.shape == (24, 1, 2)
+    assert scenarios.tokens.shape == (Widening().scenarios, 1, 2)
     assert np.array_equal(scenarios.tokens, widened(window).tokens)
 
 

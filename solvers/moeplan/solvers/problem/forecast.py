@@ -82,7 +82,7 @@ class Widening:
         seed: Seed of the draws.
     """
 
-    scenarios: int = 24
+    scenarios: int = 48
     newest: float = 0.5
     spread: float = 1.0
     together: float = 0.5
