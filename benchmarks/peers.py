@@ -42,11 +42,11 @@ def even_imbalance(layout: Int64, tokens: Int64) -> float:
     """Largest load of a device over the mean, where replicas share an expert's tokens evenly, on one device too.
 
     Args:
-        layout: int64[devices, slots], without empty slots.
+        layout: int64[devices, slots], -1 for empty slots.
         tokens: int64[experts].
     """
-    share = tokens / np.bincount(layout.ravel(), minlength=len(tokens))
-    return float(share[layout].sum(axis=1).max() / tokens.sum() * len(layout))
+    share = tokens / np.bincount(layout[layout >= 0], minlength=len(tokens))
+    return float(np.where(layout >= 0, share[layout], 0.0).sum(axis=1).max() / tokens.sum() * len(layout))
 
 
 def load_peers(folder: Path | None, names: Sequence[str] = ()) -> tuple[dict[str, Peer], dict[str, str]]:

@@ -72,7 +72,7 @@ def measure(
                 start = time.perf_counter()
                 layout = planner(history, devices, slots)
                 seconds = time.perf_counter() - start
-                twice = 1 - sum(len(set(row)) for row in layout.tolist()) / layout.size
+                twice = 1 - (sum(len(set(row[row >= 0].tolist())) for row in layout) + (layout < 0).sum()) / layout.size
                 fitted = float(np.mean([even_imbalance(layout, step) for step in history.sum(axis=1)]))
                 found[each].append((fitted, even_imbalance(layout, after), twice, seconds))
     rows = []
