@@ -309,6 +309,16 @@ def test_a_plan_is_not_put_where_nothing_reads_it() -> None:
         assert "PlannerSession(address, job_id, moves.layouts, moves.take, " in str(refused.value)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_transforms_of_functions_are_refused_by_name(kind: str) -> None:
+    layer = make_layer(kind, ExpertGroup())
+    layer.load_experts(0, make_flat())
+    hidden, index, weight = make_batch(0)
+    with pytest.raises(RuntimeError, match=r"layer 0: torch\.func\.grad.* Write torch\.autograd\.grad"):
+        torch.func.grad(lambda given: layer(given, index, weight).sum())(hidden)
+    layer(hidden, index, weight)
+
+
 def add_in_place(kind: str) -> None:
     layer = make_layer(kind, make_group())
     flat = make_flat()

@@ -177,6 +177,63 @@ def test_an_average_whose_homes_move_along_is_of_the_same_experts(ranks: Launch)
     ranks(2, average)
 
 
+def change_a_copy(how: str) -> str:
+    """A copy that stays where it was while homes move, and then is changed, or is not; and whether it runs or moves."""
+    group = make_group()
+    model = Model(group)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    averaged = AveragedModel(model)
+    copied = cast(Model, averaged.module)
+    averaged.update_parameters(model)
+    moves = HomeMoves(model.experts, optimizer)
+    train_step(model, optimizer, 0, group, lambda: 0)
+    moves.take(planned(1, group.size))
+    moves.finish()
+    if "averaged" in how:
+        averaged.update_parameters(model)
+    elif how == "loaded":
+        for layer in copied.experts:
+            layer.load_experts(0, torch.ones(EXPERTS, SHAPE.elements, dtype=layer.flat.dtype))
+    try:
+        if "moved" in how:
+            moves.take(planned(2, group.size))
+            moves.step()
+        else:
+            with torch.no_grad():
+                copied(*batch(1, 0, group))
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("how", ["averaged", "averaged, moved on", "loaded", "left alone", "left alone, moved on"])
+def test_a_copy_that_is_changed_after_homes_have_moved_is_refused(ranks: Launch, how: str) -> None:
+    for told in ranks(2, change_a_copy, how):
+        assert ("Move both alike, and whole" in told) == ("averaged" in how), told
+
+
+def keep_state() -> str:
+    """An optimizer takes back its own state as long as homes are the same."""
+    group = make_group()
+    model = Model(group)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    moves = HomeMoves(model.experts, optimizer)
+    train_step(model, optimizer, 0, group, lambda: 0)
+    kept = optimizer.state_dict()
+    optimizer.load_state_dict(kept)
+    moves.take(planned(1, group.size))
+    moves.finish()
+    optimizer.load_state_dict(optimizer.state_dict())
+    with pytest.raises(ValueError, match="this state of an optimizer was kept while") as refused:
+        optimizer.load_state_dict(kept)
+    return str(refused.value)
+
+
+def test_an_optimizers_state_of_other_homes_is_refused(ranks: Launch) -> None:
+    for told in ranks(2, keep_state):
+        assert "TrainingState(model, optimizer)" in told
+
+
 def leave_behind() -> None:
     """Experts are not moved away from what an optimizer keeps of them."""
     group = make_group()

@@ -248,6 +248,100 @@ def test_replicas_that_would_part_are_refused(ranks: Launch, kind: str, line: st
             assert each in told
 
 
+def train_with_penalty(kind: str, how: str, mean: bool, group_size: int | None) -> None:
+    """Weight decay written as a loss, in one process and on ranks."""
+    models = [fused_model(), make_ours(kind, make_group(group_size))]
+    ExpertGradients(models[1], mean=mean)
+    for model, rank, ranks in zip(models, (0, dist.get_rank()), (1, dist.get_world_size()), strict=True):
+        times = 1.0 if mean else 1 / ranks
+        for step in range(3):
+            model.zero_grad()
+            loss = model(words_of(step, rank, ranks)) * times
+            penalty = torch.stack([parameter.square().sum() for parameter in model.parameters()]).sum() * (0.05 * times)
+            if how == "in the loss":
+                loss = loss + penalty
+            else:
+                penalty.backward()
+            loss.backward()
+            if ranks > 1:
+                average(model)
+            with torch.no_grad():
+                for name, parameter in model.named_parameters():
+                    assert parameter.grad is not None
+                    summed = ranks if ranks > 1 and not mean and "experts" not in name else 1
+                    parameter.sub_(parameter.grad, alpha=summed)
+    torch.testing.assert_close(models[1](words_of(5, 0, 1)), models[0](words_of(5, 0, 1)), rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("how", ["in the loss", "in a pass of its own"])
+@pytest.mark.parametrize("mean", [True, False])
+@pytest.mark.parametrize(("size", "group_size"), [(2, None), (4, 2)])
+def test_a_penalty_on_weights_counts_once(
+    ranks: Launch, kind: str, how: str, mean: bool, size: int, group_size: int | None
+) -> None:
+    ranks(size, train_with_penalty, kind, how, mean, group_size)
+
+
+def take_gradients(kind: str, group_size: int | None) -> str:
+    """Gradients by ``torch.autograd.grad``, which gives them to its caller."""
+    group = make_group(group_size)
+    plain, ours = fused_model(), make_ours(kind, group)
+    ExpertGradients(ours)
+    for _ in range(2):
+        loss = ours(words_of(0, dist.get_rank(), dist.get_world_size()))
+        try:
+            gradients = torch.autograd.grad(loss, list(ours.parameters()))
+        except RuntimeError as error:
+            told = str(error)
+            ours(words_of(0, dist.get_rank(), dist.get_world_size())).backward()  # and goes on
+            continue
+        told = ""
+        for parameter, gradient in zip(ours.parameters(), gradients, strict=True):
+            parameter.grad = gradient
+    if not told:
+        average(ours)
+        plain(words_of(0, 0, 1)).backward()
+        for model in (plain, ours):
+            torch.optim.SGD(model.parameters(), lr=1.0).step()
+        torch.testing.assert_close(ours(words_of(1, 0, 1)), plain(words_of(1, 0, 1)), rtol=1e-11, atol=1e-11)
+    return told
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_that_a_parameter_is_not_given_are_right_or_refused(ranks: Launch, kind: str) -> None:
+    assert ranks(2, take_gradients, kind, None) == ["", ""]
+    for size, group_size in ((4, 2), (2, 1)):
+        for told in ranks(size, take_gradients, kind, group_size):
+            assert "experts: torch.autograd.grad gives gradients" in told
+            assert "Write loss.backward()" in told
+
+
+def train_a_copy(kind: str, prepared: bool) -> str:
+    """A copy, made once training has begun: of a model, or of a block to make it deeper."""
+    group = make_group()
+    model = make_ours(kind, group)
+    ExpertGradients(model)
+    model(words_of(0, group.rank, group.size)).backward()
+    model.blocks.append(copy.deepcopy(model.blocks[0]))
+    if prepared:
+        ExpertGradients(model)
+    loss = model(words_of(1, group.rank, group.size))  # as of a teacher, whose gradients nobody wants
+    try:
+        loss.backward()
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_copies_that_are_trained_have_their_gradients_scaled_too(ranks: Launch, kind: str) -> None:
+    assert ranks(2, train_a_copy, kind, True) == ["", ""]
+    for told in ranks(2, train_a_copy, kind, False):
+        assert told.startswith("blocks.0.experts: is trained as a copy of a layer that has an ExpertGradients")
+    assert ranks(1, train_a_copy, kind, False) == [""]
+
+
 def call_with_parameters(kind: str) -> str:
     """Gradients of a model's own parameters, of others put in their place for a pass, and of its own again."""
     group = make_group()
@@ -336,9 +430,10 @@ def refusal_of(kind: str, line: str) -> str:
         model = DistributedDataParallel(model)
     elif line == "ddp that does not broadcast":
         model = DistributedDataParallel(Outer(model), init_sync=False)
-    elif line == "fsdp":
+    elif line.startswith("fsdp"):
+        ignored = set(expert_parameters(model).values()) if "ignores" in line else None
         try:
-            fully_shard(model, mesh=init_device_mesh("cpu", (group.size,)))
+            fully_shard(model, mesh=init_device_mesh("cpu", (group.size,)), ignored_params=ignored)
         except ValueError as error:  # at once
             return f"{type(error).__name__}: {error}"
     elif line == "broadcast":
@@ -370,6 +465,7 @@ def refusal_of(kind: str, line: str) -> str:
         ("ddp of an outer module", "has broadcast the experts"),
         ("ddp that does not broadcast", "has broadcast the experts"),
         ("fsdp", "fully_shard(model, ignored_params=set(expert_parameters(model).values()))"),
+        ("fsdp that ignores experts", "FSDP2 averages gradients over ranks, and those of experts are sums"),
         ("broadcast", "hold the same part of the experts"),
         ("clip", "gradients.clip_grad_norm_(1.0)"),
         ("gradients of one rank", "differ on ranks [1] from rank 0's"),

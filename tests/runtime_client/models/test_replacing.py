@@ -131,7 +131,7 @@ def test_shared_experts_stay_where_they_are() -> None:
     assert type(model.blocks[0].shared_experts) is SharedExperts
 
 
-def share_experts(kind: str) -> None:
+def share_experts(kind: str, folder: Path) -> None:
     """Two blocks with routers of their own and the same experts, as in recurrent models, against one process."""
     group = make_group()
     plain, ours = fused_model(), fused_model()
@@ -154,11 +154,19 @@ def share_experts(kind: str) -> None:
             model.zero_grad()
     whole = plain(words_of(9, 0, 1)).detach()
     torch.testing.assert_close(ours(words_of(9, 0, 1)).detach(), whole, rtol=1e-12, atol=0)
+    save_checkpoint({"training": TrainingState(ours, make_optimizer(ours))}, checkpoint_id=folder)
+    for other in ("sharded", "resident", "plain"):
+        model = fused_model()
+        model.blocks[1].experts = model.blocks[0].experts
+        if other != "plain":
+            make_ours(other, group, model)
+        load_checkpoint({"training": TrainingState(model, make_optimizer(model))}, checkpoint_id=folder)
+        torch.testing.assert_close(model(words_of(9, 0, 1)).detach(), whole, rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("kind", ["sharded", "resident"])
-def test_experts_that_blocks_share_stay_shared(ranks: Launch, kind: str) -> None:
-    ranks(2, share_experts, kind)
+def test_experts_that_blocks_share_stay_shared(ranks: Launch, kind: str, tmp_path: Path) -> None:
+    ranks(2, share_experts, kind, tmp_path)
 
 
 def test_refuses_what_would_be_lost_with_the_experts() -> None:

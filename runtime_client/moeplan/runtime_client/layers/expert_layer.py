@@ -11,7 +11,10 @@ from functools import partial
 from typing import Any, ClassVar, Self
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -76,6 +79,8 @@ class ExpertLayer(nn.Module, ABC):
             last that was told to other ranks.
         prepare: Called with the parameter before a pass that will have gradients, and with whether FSDP2 averages them
             over replicas; `ExpertGradients` sets it.
+        on_way: Applied to the gradient of each pass on its way to the parameter, and not to gradients that come from
+            elsewhere, as that of a penalty on weights; `ExpertGradients` sets it.
         replicated: Whether ranks of other expert groups hold the same experts; `ExpertGradients` sets it.
     """
 
@@ -95,6 +100,7 @@ class ExpertLayer(nn.Module, ABC):
         self.identities = 0
         self._finish = ""
         self.prepare: Callable[[nn.Parameter, bool], None] | None = None
+        self.on_way: Callable[[Tensor], Tensor] | None = None
         self.replicated = False
         self._cut = False
         self._number = next(group.numbers)
@@ -145,6 +151,11 @@ class ExpertLayer(nn.Module, ABC):
                 DistributedDataParallel would average their gradients.
         """
         self._require_memory()
+        if torch._C._are_functorch_transforms_active():
+            raise RuntimeError(
+                f"{self.title}: torch.func.grad, vmap and the like do not reach other ranks, which have the experts. "
+                "Write torch.autograd.grad(loss, parameters), or loss.backward()"
+            )
         weights = self.weights
         self._passes += 1
         trains = self._trains()
@@ -175,6 +186,13 @@ class ExpertLayer(nn.Module, ABC):
             run = partial(with_identities, run, range(self.experts, self.experts + self.identities))
         output = run(rows, index.long(), weight).to(hidden.dtype).view_as(hidden)
         return output.clone() if self._cut else output  # FSDP2 hangs a hook on it, which operations on views may lose
+
+    def _weights_of_pass(self) -> Tensor:
+        """The weights, whose gradient goes `on_way`."""
+        if self.on_way is None:
+            return self.weights
+        weights: Tensor = _OnWay.apply(self.weights, self.on_way)  # type: ignore[no-untyped-call]
+        return weights
 
     def _trains(self) -> bool:
         """Whether a pass now will have gradients of the experts."""
@@ -311,7 +329,14 @@ class ExpertLayer(nn.Module, ABC):
 
     def _require_own_gradients(self, weights: nn.Parameter) -> None:
         data_parallel = DistributedDataParallel._get_active_ddp_module()
+        unscaled = self.prepare is None and not weights._backward_hooks
         if data_parallel is None:
+            if unscaled and self._beside_fsdp2():
+                raise RuntimeError(
+                    f"{self.title}: FSDP2 averages gradients over ranks, and those of experts are sums over ranks. "
+                    "Write\n"
+                    "    ExpertGradients(model)  # mean=False if set_gradient_divide_factor has FSDP2 sum them"
+                )
             return
         if any(parameter is weights for parameter in data_parallel._module_parameters):
             raise RuntimeError(
@@ -319,12 +344,18 @@ class ExpertLayer(nn.Module, ABC):
                 "part. Write, with the module that it wraps,\n"
                 "    ExpertGradients(model)  # before DistributedDataParallel(model)"
             )
-        if self.prepare is None and not weights._backward_hooks:
+        if unscaled:
             raise RuntimeError(
                 f"{self.title}: DistributedDataParallel averages gradients over ranks, and those of experts are sums "
                 "over ranks. Write\n"
                 "    ExpertGradients(model)  # before DistributedDataParallel(model)"
             )
+
+    def _beside_fsdp2(self) -> bool:
+        """Whether FSDP2 reduces gradients of what is around the layer, over several ranks."""
+        around = [module for shared in self._shared_by if (module := shared()) is not None]
+        several = dist.is_initialized() and dist.get_world_size() > 1
+        return several and any(isinstance(part, FSDPModule) for module in around for part in module.modules())
 
     def _gather_counts(self, index: Tensor, weight: Tensor, layout: int = 0) -> Int64:
         """Tokens of each expert from each rank, int64[size, experts], once what ranks tell goes together."""
@@ -461,6 +492,7 @@ class ExpertLayer(nn.Module, ABC):
         return self.__dict__ | {
             "traffic": Traffic(),
             "prepare": None,
+            "on_way": None if self.on_way is None else partial(_refuse_copied, self.title),
             "replicated": self._cut,
             "steps": None,
             "trained_by": None,
@@ -471,6 +503,29 @@ class ExpertLayer(nn.Module, ABC):
 
     def extra_repr(self) -> str:
         return f"experts={self.experts}, {self.shape}, rank={self.group.rank}/{self.group.size}"
+
+
+class _OnWay(torch.autograd.Function):
+    """Identity on the weights of a pass, that does something to their gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, weights: Tensor, on_way: Callable[[Tensor], Tensor]) -> Tensor:
+        ctx.on_way = on_way
+        return weights.view_as(weights)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return ctx.on_way(gradient), None
+
+
+def _refuse_copied(title: str, _: Tensor) -> Tensor:
+    """In place of what `ExpertGradients` does with gradients of the original."""
+    raise RuntimeError(
+        f"{title}: is trained as a copy of a layer that has an ExpertGradients, and has none, so its gradients would "
+        "be sums over ranks. Write, with the model that the copy is in,\n"
+        "    ExpertGradients(model)"
+    )
 
 
 def _trained(module: nn.Module) -> Iterator[Tensor]:

@@ -80,6 +80,13 @@ class HomeMoves(Stateful):
         stepped = self._stepped = weakref.WeakSet[Optimizer]()
         hook = register_optimizer_step_post_hook(lambda optimizer, *_: stepped.add(optimizer))
         weakref.finalize(self, hook.remove)
+        this = weakref.ref(self)
+        for optimizer in optimizers:
+            for added in (
+                optimizer.register_state_dict_post_hook(lambda _, state: _note_homes(this(), state)),
+                optimizer.register_load_state_dict_pre_hook(lambda _, state: _require_noted(this(), state)),
+            ):
+                weakref.finalize(self, added.remove)
         self._share = share
         self._goal = [layer.homes.device for layer in self._layers]
         # Of the last slice: when it ended, what an exchange took, and what the step before it took; 0 if not known.
@@ -133,6 +140,8 @@ class HomeMoves(Stateful):
             RanksDifferError: optimizers differ between ranks in what is not of single experts.
             ValueError: an optimizer keeps a tensor of the experts that has not the shape of their parameter, or keeps
                 any and is not one of `optimizers`.
+            RuntimeError: a copy of a layer, as an average of weights, was changed after earlier moves, which it has not
+                made.
         """
         if not self.moving:
             self._ended = 0.0
@@ -186,6 +195,8 @@ class HomeMoves(Stateful):
     def _require_alike(self) -> Int64:
         """int64[ranks, 3]: of each rank, nanoseconds of a step and of an exchange, and what moves with the weights."""
         self._require_all_optimizers()
+        for layer in self._layers:
+            layer.require_copies()
         row = [int(self._step_s * 1e9), int(self._exchange_s * 1e9), self._fingerprint()]
         device = self._layers[0].flat.device
         told: Int64 = self._group.gather_rows(torch.tensor(row, device=device), "homes that move").cpu().numpy()
@@ -276,6 +287,30 @@ class HomeMoves(Stateful):
                 yield value
         if layer.loaded is not None:
             yield layer.loaded
+
+
+def _note_homes(moves: HomeMoves | None, state: dict[str, Any]) -> None:
+    """Write the homes of experts into an optimizer's state, which has a row of each expert."""
+    if moves is not None:
+        state["homes"] = state.get("homes", {}) | {layer.title: layer.homes.device.tolist() for layer in moves._layers}
+
+
+def _require_noted(moves: HomeMoves | None, state: dict[str, Any]) -> None:
+    """Refuse an optimizer's state that was kept while experts had other homes, on every rank alike.
+
+    Raises:
+        ValueError: it was.
+    """
+    noted = state.get("homes", {})
+    for layer in () if moves is None else moves._layers:
+        homes = layer.homes.device.tolist()
+        if noted.get(layer.title, homes) != homes:
+            raise ValueError(
+                f"{layer.title}: this state of an optimizer was kept while its experts had other homes, so each row "
+                "would be taken for another expert's. Keep and load\n"
+                '    {"training": TrainingState(model, optimizer), "homes": moves}\n'
+                "by torch.distributed.checkpoint"
+            )
 
 
 def _require_one_group(layer: ResidentExperts) -> None:

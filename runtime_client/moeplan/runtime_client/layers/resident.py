@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from functools import partial
 from typing import Any, ClassVar, cast
@@ -83,6 +84,8 @@ class ResidentExperts(ExpertLayer):
         self.buffer = buffer or LoanBuffer()
         self.exchange = exchange
         self._made: MadePasses[tuple[Homes, Loan]] = MadePasses()
+        self._copies: weakref.WeakSet[ResidentExperts] = weakref.WeakSet()
+        self._left: int | None = None
         if exchange is not None:
             exchange.require_homes(shape, planner.options.home, dtype or torch.get_default_dtype())
         self.flat = nn.Parameter(torch.zeros(len(self.homes.owned), shape.elements, dtype=dtype, device=device))
@@ -132,11 +135,34 @@ class ResidentExperts(ExpertLayer):
         require_movable(self.planner)
         self._planner = cast(MovableSpillPlanner, self.planner).with_home(homes.device.astype(np.int32))
         self.homes = homes
+        self._left = None
+        for copied in self._copies:
+            left = not np.array_equal(copied.homes.device, homes.device)
+            copied._left = copied.flat._version if left else None
+
+    def require_copies(self) -> None:
+        """Refuse copies that were changed since experts of this layer moved away from theirs, on every rank alike.
+
+        Raises:
+            RuntimeError: one was, as an average of weights is.
+        """
+        for copied in self._copies:
+            copied._require_own_rows()
+
+    def _require_own_rows(self) -> None:
+        if self._left not in (None, self.flat._version):
+            raise RuntimeError(
+                f"{self.title}: a copy of it, as an average of weights, was changed after its experts had moved to "
+                "other homes, so each of its rows has become a mixture of experts. Move both alike, and whole:\n"
+                "    for each in (HomeMoves(layers, optimizer), HomeMoves(copied_layers)): each.take(plan); "
+                "each.finish()"
+            )
 
     def _take(self, first: int, flat: Tensor) -> list[int]:
         taken = {row: expert for row, expert in enumerate(self.homes.owned) if first <= expert < first + len(flat)}
         for row, expert in taken.items():
             self.flat[row] = flat[expert - first]
+        self._left = None
         return list(taken)
 
     def read_experts(self, read: Callable[[int], Tensor]) -> None:
@@ -153,12 +179,19 @@ class ResidentExperts(ExpertLayer):
         got = group.exchange(flat.detach(), send, receive, weights=True, traffic=Traffic(), purpose="gathered").wait()
         return got[torch.from_numpy(np.argsort(np.argsort(homes.device, kind="stable")))] if here else None
 
+    def _load_from_state_dict(self, *arguments: Any, **named: Any) -> None:
+        super()._load_from_state_dict(*arguments, **named)
+        self._left = None
+
     def _run(self, rows: Tensor, index: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        if self._trains():
+            self._left = None  # a model of its own from now on
+        self._require_own_rows()
         if self.exchange is not None:
             if infers_shapes():
                 weight = torch.zeros_like(weight)  # they were never written
             turn = self._turn()
-            return run_pass(self.exchange, turn, [self.flat], rows, index, weight, dtype)
+            return run_pass(self.exchange, turn, [self._weights_of_pass()], rows, index, weight, dtype)
         group = self.group
         homes = self.homes
         means = homes.fingerprint ^ planner_fingerprint(self.planner)
@@ -170,7 +203,7 @@ class ResidentExperts(ExpertLayer):
             at, loan = made
             self._require_at_home(at)
         lending = _Lending(self, loan, dtype) if loan.total else None
-        home: Tensor = self.flat
+        home = self._weights_of_pass()
         if lending is not None:
             lending.start(self.flat, "weights.forward")
             home = _Land.apply(home, lending)  # type: ignore[no-untyped-call]
@@ -212,7 +245,17 @@ class ResidentExperts(ExpertLayer):
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies, which have made no passes."""
-        return super().__getstate__() | {"_made": MadePasses()}
+        return super().__getstate__() | {
+            "_made": MadePasses(),
+            "_copies": weakref.WeakSet(),
+            "_left": None,
+            "original": weakref.ref(self),
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        original = state.pop("original")()
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        original._copies.add(self)
 
 
 class _Lending:

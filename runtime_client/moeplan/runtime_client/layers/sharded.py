@@ -504,7 +504,7 @@ class _Pass:
         returning = None if memory is None else memory.returning
         # Its backward runs on the stream of its forward, so that no other waits for the gradients.
         with nullcontext() if returning is None else torch.cuda.stream(returning):
-            landed: Tensor = _Land.apply(self.layer.shard, self)  # type: ignore[no-untyped-call]
+            landed: Tensor = _Land.apply(self.layer._weights_of_pass(), self)  # type: ignore[no-untyped-call]
         return landed
 
     def gather(

@@ -215,12 +215,12 @@ class TrainingState(Stateful):
 
 
 def expert_layers(model: nn.Module) -> dict[str, Layer]:
-    """Our layers by their names in a model, whatever it is wrapped in."""
+    """Our layers by their names in a model, whatever it is wrapped in; by each of them, where blocks share a layer."""
     return {
         _canonical(model, f"{name}.{module.own}" if name else module.own)
         .removesuffix(module.own)
         .removesuffix("."): module
-        for name, module in model.named_modules()
+        for name, module in model.named_modules(remove_duplicate=False)
         if isinstance(module, FullyShardedExperts | ResidentExperts)
     }
 

@@ -94,7 +94,8 @@ class ExpertGradients:
                 layer.replicated = replicas is not None
                 if isinstance(layer.prepare, _Reduction):
                     layer.prepare.detach()
-                layer.prepare = _Reduction(layer.title, group.size, replicas, mean)
+                layer.prepare = reduction = _Reduction(layer.title, group.size, replicas, mean)
+                layer.on_way = reduction.arrived if group.size > 1 or replicas is not None else None
 
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> Tensor:
@@ -194,19 +195,23 @@ def _replicas_of(members: Sequence[int], ranks: dist.ProcessGroup | None) -> dis
 
 
 class _Reduction:
-    """Scales the gradients of a parameter as they arise, and averages them over replicas once they are accumulated.
+    """Scales the gradients of passes on their way to a parameter, and averages it over replicas once it has them.
 
     Averages of what replicas hold already are what they hold, so it may run after each of several backward passes.
+    Gradients of a penalty on weights are not those of tokens of other ranks; where gradients are summed, all ranks add
+    theirs.
     """
 
     def __init__(self, title: str, size: int, replicas: dist.ProcessGroup | None, mean: bool) -> None:
         self.title = title
         self.replicas = replicas
         self.times = 1 if replicas is None else dist.get_world_size(replicas)
-        self.scale = 1 / size if mean else self.times
+        self.scale = 1 / size
+        self.summed = 1 if mean else size * self.times
         # Of each parameter that the layer has had: ``torch.func.functional_call`` puts others there, and back again.
         self.hooks: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self.backwards = 0
+        self.averages = self.waits = False
 
     def __call__(self, parameter: nn.Parameter, averaged: bool) -> None:
         """Attach to a parameter, unless it is.
@@ -219,16 +224,37 @@ class _Reduction:
             return
         if not parameter.is_leaf:
             raise RuntimeError(
-                f"{self.title}: its weights are computed from others, whose gradients would be scaled twice. Give "
+                f"{self.title}: its weights are computed from others, of which ranks may hold other parts. Give "
                 "functional_call parameters, do not parametrize experts, and write\n"
                 "    FullyShardedDataParallel(model, ignored_states=list(expert_parameters(model).values()))"
             )
         hooks: list[RemovableHandle] = []
-        if self.scale != 1:
-            hooks.append(parameter.register_hook(lambda gradient: gradient * self.scale))
-        if self.replicas is not None and not averaged:
+        if self.summed != 1:
+            hooks.append(parameter.register_hook(lambda gradient: gradient * self.summed))
+        self.averages = self.replicas is not None and not averaged
+        if self.averages:
             hooks.append(parameter.register_post_accumulate_grad_hook(self._average))
         self.hooks[parameter] = hooks
+
+    def arrived(self, gradient: Tensor) -> Tensor:
+        """The mean over the ranks of the group, of a pass's gradient that is on its way to the parameter."""
+        if self.averages:
+            self.waits = True
+            torch.autograd.Variable._execution_engine.queue_callback(self._require_averaged)
+        return gradient if self.scale == 1 else gradient * self.scale
+
+    def _require_averaged(self) -> None:
+        """Refuse, on all ranks alike, gradients that the parameter was not given.
+
+        Raises:
+            RuntimeError: the backward pass that is over has left them to its caller.
+        """
+        if self.waits:
+            self.waits = False
+            raise RuntimeError(
+                f"{self.title}: torch.autograd.grad gives gradients of its weights that are not averaged over replicas "
+                "in other expert groups. Write loss.backward(), which accumulates them"
+            )
 
     def detach(self) -> None:
         """Leave the parameters to another."""
@@ -244,6 +270,7 @@ class _Reduction:
             )
         gradient = parameter.grad
         assert gradient is not None, "it has been accumulated"
+        self.waits = False
         self.backwards += 1
         if self.backwards & (self.backwards - 1) == 0:  # in 1, 2, 4, 8 and so on, as what differs stays different
             self._require_replicas(parameter)
