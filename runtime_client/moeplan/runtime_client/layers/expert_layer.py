@@ -353,9 +353,8 @@ class ExpertLayer(nn.Module, ABC):
 
     def _beside_fsdp2(self) -> bool:
         """Whether FSDP2 reduces gradients of what is around the layer, over several ranks."""
-        around = [module for shared in self._shared_by if (module := shared()) is not None]
         several = dist.is_initialized() and dist.get_world_size() > 1
-        return several and any(isinstance(part, FSDPModule) for module in around for part in module.modules())
+        return several and any(isinstance(part, FSDPModule) for module in self._around() for part in module.modules())
 
     def _gather_counts(self, index: Tensor, weight: Tensor, layout: int = 0) -> Int64:
         """Tokens of each expert from each rank, int64[size, experts], once what ranks tell goes together."""
@@ -421,9 +420,13 @@ class ExpertLayer(nn.Module, ABC):
         """True if ranks compare all weights in this pass: in 1, 2, 4, 8 and so on, as what differs stays different."""
         return self.group.size > 1 and self._passes & (self._passes - 1) == 0
 
+    def _around(self) -> list[nn.Module]:
+        """The modules to `watch` that are still there."""
+        return [module for watched in self._shared_by if (module := watched()) is not None]
+
     def _shared(self) -> list[Tensor]:
         """Weights of the block that all ranks hold and train alike, or if there are none, the smallest of the model."""
-        modules = [module for module in (watched() for watched in self._shared_by) if module is not None]
+        modules = self._around()
         for module in modules[:1]:
             if shared := list(_trained(module)):
                 return shared
