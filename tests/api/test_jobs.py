@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tests.support.equality import same
 from tests.support.instances import problems, random_layout
@@ -90,7 +90,6 @@ def specs(draw: st.DrawFn) -> JobSpec:
     )
 
 
-@settings(deadline=None)
 @given(specs(), st.integers(0, MAX_INCARNATION))
 def test_jobs(spec: JobSpec, incarnation: int) -> None:
     message = job_pb2.Job.FromString(wire.write_job_spec(spec, incarnation).SerializeToString())
@@ -138,7 +137,6 @@ def job_plans(draw: st.DrawFn) -> JobPlan:
     return JobPlan(9, draw(COUNTS), layers, draw(DECISIONS), nanos / 10**9, draw(st.none() | TIMES))
 
 
-@settings(deadline=None)
 @given(job_plans())
 def test_plans_of_jobs(plan: JobPlan) -> None:
     message = job_pb2.JobPlan.FromString(wire.write_job_plan("jobs/x", plan).SerializeToString())

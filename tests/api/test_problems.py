@@ -61,7 +61,6 @@ def whole_problems(draw: st.DrawFn) -> Problem:
     )
 
 
-@settings(deadline=None)
 @given(whole_problems())
 def test_problems(problem: Problem) -> None:
     """To the last bit, or the daemon's plan would be the plan of another problem."""
@@ -113,7 +112,7 @@ def _problem() -> Problem:
     return Problem(Cluster.uniform(4, 3), Demand.of(np.arange(1, 9)))
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(problems(), st.sampled_from(["hybrid", "eplb"]))
 def test_plans(problem: Problem, policy: str) -> None:
     plan = solve(problem, policy=policy)

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tests.support.equality import same
 from tests.support.instances import problems, random_layout
@@ -38,7 +38,6 @@ def test_counts(values: list[int]) -> None:
     assert same(wire.read_counts("counts", wire.write_array(counts.astype(np.float64))), counts)
 
 
-@settings(deadline=None)
 @given(problems(), st.integers(0, 1000))
 def test_layouts(problem: Problem, seed: int) -> None:
     layouts = tuple(random_layout(problem, seed + layer) for layer in range(3))

@@ -18,9 +18,7 @@ SIZES = st.sampled_from([1, 2, 64, 1_024, 4_095, 4_096, 65_535, 65_536])
 REPEATS = st.sampled_from([1, 2, 64, 4_095, 65_535, 65_536])
 
 
-PROPERTY = settings(
-    max_examples=40, deadline=None, database=None, suppress_health_check=list(HealthCheck), derandomize=True
-)
+PROPERTY = settings(max_examples=40, database=None, suppress_health_check=list(HealthCheck), derandomize=True)
 
 
 @st.composite

@@ -134,7 +134,7 @@ def _fuzz(
     }[kind.name]
     client.create_job("fuzz", small_job(), incarnation=2**40)
 
-    @settings(max_examples=40, deadline=None, database=None, suppress_health_check=list(HealthCheck), derandomize=True)
+    @settings(max_examples=40, database=None, suppress_health_check=list(HealthCheck), derandomize=True)
     @given(st.data())
     def fuzz(data: st.DataObject) -> None:
         base = good(kind.name) if data.draw(st.booleans()) else None

@@ -42,7 +42,7 @@ def report(tokens: Int64, step: int, ranks: list[int], layers: list[int] | None 
     return Report(step, Cells.of(chosen, np.array(ranks)), tokens[step][np.ix_(chosen, np.array(ranks))])
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.randoms(use_true_random=False), st.booleans())
 def test_order_and_repetition_do_not_matter(random: object, merge: bool) -> None:
     """Reports of one step, split by layer and rank, shuffled and repeated, leave the same window."""
@@ -62,7 +62,7 @@ def test_order_and_repetition_do_not_matter(random: object, merge: bool) -> None
         np.testing.assert_array_equal(window.layer(layer), expected)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(st.permutations(range(LAYERS)), st.permutations(range(RANKS)), st.integers(1, RANKS), st.booleans())
 def test_layers_and_ranks_may_come_in_any_order(layers: list[int], ranks: list[int], first: int, merge: bool) -> None:
     """A step in two reports, whose ids follow each other or not, the second with one rank again."""
@@ -174,7 +174,7 @@ def test_ranks_that_all_go_elsewhere_take_the_window_along() -> None:
     assert window.closed_step == 50_009
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.lists(st.tuples(st.integers(0, 40), st.integers(0, RANKS - 1)), max_size=200))
 def test_memory_is_bounded_and_steps_close_in_order(reports: list[tuple[int, int]]) -> None:
     tokens = counts(steps=1)[0]
@@ -209,7 +209,7 @@ def run(job: PlanningJob, reports: list[Report]) -> list[JobPlan]:
     return plans
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.randoms(use_true_random=False))
 def test_same_statistics_same_plans(random: object) -> None:
     """The order in which ranks report a step changes neither the plans nor their versions."""

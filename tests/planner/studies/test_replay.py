@@ -139,7 +139,7 @@ def test_caution_moves_less() -> None:
     assert moves[0] > moves[1] >= moves[2] == 0
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     before=st.floats(1e-6, 1e-2),
     after=st.floats(1e-6, 1e-2),

@@ -56,7 +56,7 @@ def test_small_models_are_placed_optimally(seed: int) -> None:
         assert searched.bound <= best <= searched.crossing <= best * 1.1
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(2, 4), st.integers(3, 9), st.integers(1, 5), st.data())
 def test_the_bound_holds_and_layouts_are_valid(layers: int, experts: int, devices: int, data: st.DataObject) -> None:
     nodes = data.draw(st.integers(1, devices))

@@ -26,7 +26,7 @@ def _in_domains(
     return Problem(cluster, Demand.of(loads.astype(np.int64)), constraints=Constraints(domain=domain))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(2, 8), st.integers(1, 4), st.integers(0, 999), st.sampled_from([0.5, 1.0]))
 def test_regions_have_tokens_by_their_speed(domains: int, scenarios: int, seed: int, sigma: float) -> None:
     problem = _in_domains(160, 16, 13, domains, scenarios, seed, sigma=sigma)

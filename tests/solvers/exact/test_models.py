@@ -34,7 +34,7 @@ SOLVERS = ("cpsat", "highs", "cbc")
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(problem=small_problems(3), seed=st.integers(0, 99))
 def test_backends_find_the_optimum(solver: str, problem: Problem, seed: int) -> None:
     plan = solve(problem, policy="ilp", parameters=SolveParameters(solver=solver, target_gap=0, seed=seed))
@@ -52,7 +52,7 @@ def test_highs_runs_with_any_number_of_threads_whatever_ran_before() -> None:
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(problem=small_problems(3), seed=st.integers(0, 99), limit=st.integers(0, 3))
 def test_backends_keep_the_limit_of_moves(solver: str, problem: Problem, seed: int, limit: int) -> None:
     current = random_layout(problem, seed)
@@ -78,7 +78,7 @@ def test_very_many_tokens_are_counted_in_larger_units(total: int, tail: float) -
     assert few.bound * (1 - 1e-3) <= many.bound <= many.objective
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.sampled_from([(4, 2, 7), (4, 2, 6), (4, 3, 12), (3, 3, 8), (4, 2, 8)]), st.integers(0, 10**6))
 def test_the_partition_is_the_placement_problem(shape: tuple[int, int, int], seed: int) -> None:
     devices, slots, experts = shape
@@ -104,7 +104,7 @@ def test_the_partition_is_the_placement_problem(shape: tuple[int, int, int], see
     assert answer.bound <= levels[0] / (loads.sum() / devices) * (1 + 1e-9)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.sampled_from([(3, 2, 5), (3, 2, 6), (3, 3, 8), (4, 2, 6), (4, 2, 7)]), st.data())
 def test_configurations_never_exceed_the_optimum(shape: tuple[int, int, int], data: st.DataObject) -> None:
     devices, slots, experts = shape
@@ -129,7 +129,7 @@ def test_configurations_close_a_gap() -> None:
     assert proved.bound <= proved.mean_imbalance <= plain.mean_imbalance
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(problems(max_devices=5, max_experts=9), st.integers(0, 5), st.integers(0, 99), st.booleans())
 def test_the_stream_never_gets_worse(problem: Problem, limit: int, seed: int, limited: bool) -> None:
     if limited:

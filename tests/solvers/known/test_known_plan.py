@@ -54,7 +54,7 @@ def lengths(routes: KnownRoutes, order: Int64) -> Int64:
     return found
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(steps(), st.sampled_from([None, 0, 1, 2, 4]), st.sampled_from([0.0, 0.2]), st.booleans())
 def test_a_plan_loses_nothing_and_is_never_worse(
     step: tuple[KnownRoutes, SpillOptions], max_moves: int | None, price: float, reordered: bool

@@ -41,7 +41,7 @@ from moeplan.solvers.problem.limits import broken
 TRACE = Path(__file__).parents[3] / "examples" / "traces" / "moe-e64-cut.npz"
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(small_problems(scenarios=3), st.integers(0, 2**32 - 1), st.integers(0, 4), st.booleans())
 def test_small_problems_are_solved_exactly_with_any_limit_of_moves(
     problem: Problem, seed: int, moves: int, full: bool
@@ -56,7 +56,7 @@ def test_small_problems_are_solved_exactly_with_any_limit_of_moves(
     assert plan.objective <= optimum(limited) * (1 + 2e-4)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(small_problems(scenarios=3), st.booleans())
 def test_a_plan_for_one_load_vector_is_as_good_on_it_as_one_that_knows_no_other(
     problem: Problem, several: bool
@@ -137,7 +137,7 @@ def test_time_alone_ends_a_search_with_a_deadline_and_no_work_limit() -> None:
     assert solve(hard, parameters=guarded).layout == solve(hard).layout
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.data())
 def test_a_failed_device_is_planned_around_whatever_else_is_limited(data: st.DataObject) -> None:
     problem = data.draw(small_problems(scenarios=2))
@@ -216,7 +216,7 @@ def test_what_cannot_fit_into_memory_is_refused_at_once() -> None:
         solve(problem, parameters=SolveParameters(deadline_s=0.01))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(problems(), st.sampled_from(SplitRule), st.integers(0, 2**32 - 1), st.sampled_from([None, 0, 2]), st.booleans())
 def test_a_deadline_that_is_over_at_once_still_gives_a_valid_plan(
     problem: Problem, rule: SplitRule, seed: int, moves: int | None, regions: bool
@@ -276,7 +276,7 @@ def test_a_layout_is_cut_to_few_moves_in_one_way_only_where_that_ends_late(monke
     assert len(judged) <= 2
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(small_problems(scenarios=2), st.integers(0, 999), st.sampled_from([None, 1, 3]), st.sampled_from([1.0, 0.5]))
 def test_even_splits_are_planned_for_as_well_as_by_brute_force(
     problem: Problem, seed: int, moves: int | None, tail: float
@@ -374,7 +374,7 @@ def test_an_even_split_may_be_perfect_where_a_replica_is_left_out() -> None:
     assert solve(problem).objective == pytest.approx(1)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(
     st.sampled_from([(8, 4, 3), (16, 4, 5), (32, 8, 5), (64, 16, 5), (48, 32, 2)]),
     st.sampled_from([0.3, 1.0, 2.0]),

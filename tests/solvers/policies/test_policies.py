@@ -36,7 +36,7 @@ POLICIES = sorted(available_policies())
 BASELINES = [name for name in POLICIES if name not in ("hybrid", "ilp", "traffic")]  # ilp may be exact
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(problems(), st.sampled_from(POLICIES), st.integers(0, 2**32 - 1))
 def test_every_policy_makes_valid_plans(problem: Problem, policy: str, seed: int) -> None:
     assume(policy != "traffic" or problem.demand.sources > 1 or problem.devices == 1)
@@ -53,7 +53,7 @@ def test_every_policy_makes_valid_plans(problem: Problem, policy: str, seed: int
     assert all(current.placed[s, e] for s, e in zip(second.moves.source, second.moves.expert, strict=True))
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(problems(), st.integers(0, 6), st.integers(0, 2**32 - 1))
 def test_a_move_limit_is_hard(problem: Problem, limit: int, seed: int) -> None:
     current = random_layout(problem, seed)
@@ -65,7 +65,7 @@ def test_a_move_limit_is_hard(problem: Problem, limit: int, seed: int) -> None:
     assert plan.mean_imbalance <= before.mean_imbalance * (1 + 1e-12)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(problems(max_devices=5, max_experts=8), st.sampled_from(SplitRule))
 def test_hybrid_is_no_worse_than_any_baseline_under_any_split_rule(problem: Problem, rule: SplitRule) -> None:
     assume(problem.demand.sources > 1 or problem.devices == 1 or not rule.needs_sources)
@@ -225,7 +225,7 @@ def test_adams_is_the_greedy_it_replaces(loads: list[int], extra: int, most: int
     assert ours.tolist() == replicas.tolist()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(problems(), st.integers(0, 2**32 - 1), st.integers(0, 2**32 - 1))
 def test_renaming_devices_keeps_most_replicas(problem: Problem, one: int, two: int) -> None:
     current, new = random_layout(problem, one), random_layout(problem, two)

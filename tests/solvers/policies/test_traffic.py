@@ -33,7 +33,7 @@ def crossing(problem: Problem, layout: Layout, rule: str) -> int:
     return int(between[:, problem.cluster.node[:, None] != problem.cluster.node].sum())
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(problems(), st.integers(0, 2**32 - 1))
 def test_covered_tokens_stay_home_and_no_split_sends_less(problem: Problem, seed: int) -> None:
     assume(problem.demand.sources > 1 or problem.devices == 1)
@@ -63,7 +63,7 @@ def test_covered_tokens_stay_home_and_no_split_sends_less(problem: Problem, seed
         )  # fmt: skip
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(problems(), st.integers(0, 2**32 - 1))
 def test_home_keeps_the_load_within_a_percent(problem: Problem, seed: int) -> None:
     assume(problem.demand.sources > 1 or problem.devices == 1)
@@ -73,7 +73,7 @@ def test_home_keeps_the_load_within_a_percent(problem: Problem, seed: int) -> No
     assert (level <= best * 1.01 + 1 / problem.cluster.speed.min()).all()
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(problems(max_devices=4, max_experts=4, speeds=False), st.integers(0, 3))
 def test_no_layout_covers_more_than_the_bound(problem: Problem, seed: int) -> None:
     assume(problem.demand.sources > 1 or problem.devices == 1)

@@ -20,7 +20,7 @@ from moeplan.solvers.problem.even_bounds import places_bound
 from moeplan.solvers.split.flow import optimal_quota
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)  # the last assertion is no theorem
+@settings(max_examples=40, derandomize=True)  # the last assertion is no theorem
 @given(small_problems())
 def test_bounds_and_hybrid_against_brute_force(problem: Problem) -> None:
     best = optimum(problem) * problem.mean_level[0]
@@ -59,7 +59,7 @@ def test_bounds_known_values() -> None:
     assert adams(hot, np.arange(1.0, 33), 256) / mean == pytest.approx(1.52098, abs=1e-5)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.integers(1, 9), st.integers(2, 6), st.data())
 def test_sliding_window_is_perfect(devices: int, slots: int, data: st.DataObject) -> None:
     experts = data.draw(st.integers(1, devices * (slots - 1) + 1))
@@ -72,7 +72,7 @@ def test_sliding_window_is_perfect(devices: int, slots: int, data: st.DataObject
     assert (layout.slots >= 0).sum() <= experts + devices - 1
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.integers(2, 9), st.integers(1, 4), st.data())
 def test_grouping_places_every_expert(devices: int, slots: int, data: st.DataObject) -> None:
     experts = data.draw(st.integers(devices * (slots - 1) + 2, devices * slots))
@@ -108,7 +108,7 @@ def test_few_spare_slots_are_near_the_bound() -> None:
     assert plan.gap < 1e-5
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(limited_problems(), st.sampled_from([None, SplitRule.EVEN]))
 def test_bounds_within_limits_against_brute_force(problem: Problem, rule: SplitRule | None) -> None:
     problem = replace(problem, split_rule=rule)
@@ -143,7 +143,7 @@ def test_an_even_split_of_few_spare_slots_is_near_its_bound() -> None:
     assert plan.objective - plan.bound < 0.5 * (plan.objective - quick)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(problems())
 def test_plans_carry_their_proof(problem: Problem) -> None:
     plan = solve(problem, parameters=SolveParameters(work_limit=50))

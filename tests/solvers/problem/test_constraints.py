@@ -85,7 +85,7 @@ def constrained(draw: st.DrawFn, kind: str) -> Problem:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("policy", ["hybrid", "ilp"])
-@settings(max_examples=8, deadline=None, derandomize=True)
+@settings(max_examples=8, derandomize=True)
 @given(data=st.data())
 def test_small_problems_are_solved_to_the_optimum(kind: str, policy: str, data: st.DataObject) -> None:
     try:
@@ -103,7 +103,7 @@ def test_small_problems_are_solved_to_the_optimum(kind: str, policy: str, data: 
     assert plan.bound <= best * (1 + 1e-9)
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=25, derandomize=True)
 @given(st.integers(0, 10**6), st.data())
 def test_large_problems_respect_every_limit(seed: int, data: st.DataObject) -> None:
     """E 32 on 8 devices in 2 nodes, with any mix of limits: the plan holds all, and a search only improves it."""

@@ -16,7 +16,6 @@ from moeplan.solvers.problem.forecast_spec import Forecast, ForecastMethod
 VALUES = st.lists(st.tuples(st.floats(1, 10), st.floats(0.01, 1)), min_size=1, max_size=8)
 
 
-@settings(deadline=None)
 @given(VALUES, st.floats(0.01, 1))
 def test_the_tail_mean_is_conditional_value_at_risk(pairs: list[tuple[float, float]], tail: float) -> None:
     value = np.array([value for value, _ in pairs])
@@ -103,7 +102,7 @@ WINDOWS = st.integers(0, 2**32 - 1).map(
 )
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(WINDOWS, st.floats(0, 3), st.floats(0, 1))
 def test_widened_scenarios_are_a_demand_of_the_same_shape(
     window: np.ndarray[tuple[int, ...], np.dtype[np.int64]], spread: float, together: float
@@ -115,7 +114,7 @@ def test_widened_scenarios_are_a_demand_of_the_same_shape(
     assert (demand.tokens[:, window.sum(axis=0) == 0] == 0).all()
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.integers(0, 2**32 - 1), st.floats(0.1, 4), st.floats(0.1, 1))
 def test_the_mean_of_sources_drawn_anew_is_that_of_the_steps(seed: int, spread: float, newest: float) -> None:
     rng = np.random.default_rng(seed)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment
 
@@ -13,7 +13,6 @@ from moeplan.solvers.problem.linear_assignment import linear_assignment
 sizes = st.integers(1, 12)
 
 
-@settings(deadline=None)
 @given(rows=sizes, columns=sizes, values=st.sampled_from((1, 2, 5, 10**9)), seed=st.integers(0, 2**32 - 1))
 @pytest.mark.parametrize("maximize", [False, True])
 def test_it_chooses_as_scipy_does(rows: int, columns: int, values: int, seed: int, maximize: bool) -> None:

@@ -42,7 +42,7 @@ def by_enumeration(scores: npt.NDArray[np.float64]) -> float:
     return float(best)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     hnp.arrays(np.float64, st.tuples(st.integers(1, 6), st.integers(1, 3)), elements=VALUES),
 )
@@ -53,7 +53,7 @@ def test_the_reference_is_optimal(scores: npt.NDArray[np.float64]) -> None:
     assert answer.gap == 0
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(SCORES, st.sampled_from([1e-1, 1e-3, 1e-6]), st.data())
 def test_the_auction_is_as_near_as_it_says(
     scores: npt.NDArray[np.float64], epsilon: float, data: st.DataObject

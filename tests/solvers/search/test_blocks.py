@@ -22,7 +22,7 @@ def drifting(experts: int, scenarios: int) -> Int64:
     return loads
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(0, 2**32 - 1))
 def test_blocks_divide_devices_and_experts_with_spare_slots_for_each(seed: int) -> None:
     rng = np.random.default_rng(seed)

@@ -15,7 +15,7 @@ from moeplan.solvers.search.local import Scenarios, optimal_splits, scale_of
 from moeplan.solvers.search.random import next_random, seeded
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(problems(), st.integers(0, 2**31))
 def test_no_split_is_better_than_the_cuts_promise(problem: Problem, seed: int) -> None:
     devices, speed = problem.devices, problem.cluster.speed

@@ -22,7 +22,7 @@ def pairs(where: Bool) -> Int32:
     return np.argwhere(where)[:, ::-1].astype(np.int32)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(problems(), st.integers(0, 2**31), st.integers(0, 4), st.integers(0, 3), st.integers(0, 3))
 def test_a_walk_of_allowed_exchanges_keeps_every_limit(
     problem: Problem, seed: int, moves: int, per_device: int, per_node: int

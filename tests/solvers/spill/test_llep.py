@@ -12,7 +12,7 @@ from moeplan.solvers import LlepPlanner, SpillOptions
 from moeplan.solvers.problem.errors import ProblemError
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     seed=st.integers(0, 10_000),
     devices=st.integers(1, 9),

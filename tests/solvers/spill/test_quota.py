@@ -56,13 +56,13 @@ def instances(draw: st.DrawFn) -> tuple[Counts, SpillOptions]:
     return counts.reshape(sources, experts), options
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=300, suppress_health_check=[HealthCheck.too_slow])
 @given(instances())
 def test_every_plan_keeps_the_rules(instance: tuple[Counts, SpillOptions]) -> None:
     plan_of(*instance)
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=200, suppress_health_check=[HealthCheck.too_slow])
 @given(instances())
 def test_a_quick_plan_keeps_them_and_the_caps_wherever_another_does(instance: tuple[Counts, SpillOptions]) -> None:
     counts, options = instance

@@ -38,7 +38,7 @@ def fits(layout: Layout, loads: np.ndarray, caps: np.ndarray) -> bool:
     return bool(flow.optimal_flow() == loads.sum())
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(problems(), st.integers(0, 2**32 - 1))
 def test_optimal_split_is_optimal(problem: Problem, seed: int) -> None:
     layout = random_layout(problem, seed)
@@ -93,7 +93,7 @@ def test_a_search_for_a_path_looks_at_each_replica_once() -> None:
     assert hosts.reads <= searches * (devices * width + devices)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(problems(), st.integers(0, 2**32 - 1), st.sampled_from(SplitRule))
 def test_every_rule_conserves_tokens(problem: Problem, seed: int, rule: SplitRule) -> None:
     layout = random_layout(problem, seed)
@@ -135,7 +135,7 @@ def test_lite_stays_in_the_source_s_node() -> None:
     assert sent.tolist() == [[4, 4, 0, 4], [4, 4, 0, 0], [0, 0, 6, 0], [0, 0, 2, 2]]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(problems(max_devices=5, max_experts=6), st.integers(0, 2**32 - 1))
 def test_local_is_never_slower_than_allowed_nor_farther_than_optimal(problem: Problem, seed: int) -> None:
     assume(problem.demand.sources > 1 or problem.devices == 1)
@@ -151,7 +151,7 @@ def test_local_is_never_slower_than_allowed_nor_farther_than_optimal(problem: Pr
     assert spent[0] <= spent[1]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(problems(max_devices=5, max_experts=6), st.integers(0, 2**32 - 1), st.sampled_from([10.0, 100.0, np.inf]))
 def test_local_sends_as_little_as_a_linear_program(problem: Problem, seed: int, inside: float) -> None:
     assume(problem.demand.sources > 1 or problem.devices == 1)
@@ -175,7 +175,7 @@ def test_local_sends_as_little_as_a_linear_program(problem: Problem, seed: int, 
         assert (sent * price).sum() <= least.fun * (1 + 1e-6) + 1e-6
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(problems(), st.integers(0, 2**32 - 1))
 def test_local_that_is_late_is_a_split_within_its_tolerance(problem: Problem, seed: int) -> None:
     assume(problem.demand.sources > 1 or problem.devices == 1)
@@ -189,7 +189,7 @@ def test_local_that_is_late_is_a_split_within_its_tolerance(problem: Problem, se
     assert ((late.device_loads() / speed).max(axis=1) <= most * (1 + 1e-12)).all()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(problems(), st.integers(0, 2**32 - 1))
 def test_home_divides_no_scenario_when_it_is_late(problem: Problem, seed: int) -> None:
     assume(problem.demand.sources > 1 or problem.devices == 1)
@@ -202,7 +202,7 @@ def test_home_divides_no_scenario_when_it_is_late(problem: Problem, seed: int) -
         assert covered_split(layout.slots, by_domain, cluster.speed, domains(cluster), stay, end)[1] == divided
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(problems(), st.integers(0, 2**32 - 1))
 def test_lite_divides_evenly_on_the_node_of_the_source_or_over_all_replicas(problem: Problem, seed: int) -> None:
     assume(problem.demand.sources > 1 or problem.devices == 1)
@@ -220,7 +220,7 @@ def test_lite_divides_evenly_on_the_node_of_the_source_or_over_all_replicas(prob
         assert (used.max(axis=1) - used.min(axis=1) <= 1).all()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(problems(), st.integers(0, 2**32 - 1), st.sampled_from(SplitRule))
 def test_traffic_is_that_of_the_routes(problem: Problem, seed: int, rule: SplitRule) -> None:
     assume(problem.demand.sources > 1 or problem.devices == 1)
