@@ -22,16 +22,7 @@ import numpy as np
 from rich.progress import track
 
 from moeplan.planner.commands.terminal import show_table
-from moeplan.solvers import (
-    Cluster,
-    Demand,
-    Problem,
-    ProblemError,
-    SolveParameters,
-    SplitRule,
-    solve,
-    warm_up,
-)
+from moeplan.solvers import Cluster, Demand, Problem, ProblemError, SolveParameters, SplitRule, solve, warm_up
 from result_file import write_result
 from small_problems import KINDS, Limit
 
@@ -51,7 +42,7 @@ def speeds(problem: Problem, rng: np.random.Generator) -> Problem:
     return replace(problem, cluster=replace(problem.cluster, speed=rng.choice([0.5, 1.0, 1.5], problem.devices)))
 
 
-RULES = {rule.value: partial(by_rule, rule) for rule in SplitRule}
+RULES = {rule.value: partial(by_rule, rule) for rule in SplitRule if rule is not SplitRule.OPTIMAL}
 LIMITS: dict[str, Sequence[Limit]] = {
     **{kind: (limit,) for kind, limit in KINDS.items() if kind not in ("moves", "even")},
     "moves": (few_moves,),
@@ -59,9 +50,9 @@ LIMITS: dict[str, Sequence[Limit]] = {
     "domains and moves": (few_moves, KINDS["domains"]),
     "domains and memory": (KINDS["memory"], KINDS["domains"]),
     "moves and memory": (few_moves, KINDS["memory"]),
-    **{rule: (limit,) for rule, limit in RULES.items() if rule != "optimal"},
-    **{f"{rule} and domains": (KINDS["domains"], limit) for rule, limit in RULES.items() if rule != "optimal"},
-    **{f"{rule} and memory": (KINDS["memory"], limit) for rule, limit in RULES.items() if rule != "optimal"},
+    **{rule: (limit,) for rule, limit in RULES.items()},
+    **{f"{rule} and domains": (KINDS["domains"], limit) for rule, limit in RULES.items()},
+    **{f"{rule} and memory": (KINDS["memory"], limit) for rule, limit in RULES.items()},
 }
 
 
