@@ -161,7 +161,12 @@ def trains(folder: Path, dtype: torch.dtype, compute: torch.dtype, reshard: bool
     [
         (2, torch.float32, torch.float32, True),
         (2, torch.float64, torch.float64, False),
-        (3, torch.float32, torch.bfloat16, True),
+        (
+            3,
+            torch.float32,
+            torch.float16,
+            True,
+        ),  # not bfloat16, which Triton's interpreter cuts off instead of rounding
         pytest.param(3, torch.float16, torch.float16, False, marks=pytest.mark.slow),
     ],
 )
@@ -288,7 +293,8 @@ def spoilt(folder: Path) -> bool:
     _, own, memory = make_layers(folder, count=1)
     memory._abort.fill_(1)
     gradient = torch.ones(len(own[0]._placement.experts), memory.group.size * memory.width)
-    flat, _ = memory.gather(memory.open(), own[0]._placement, own[0].shard)
+    published, placement = memory.open(), own[0]._placement
+    flat, _ = memory.gather(published, placement, memory.show(published, placement, own[0].shard))
     flat.requires_grad_()
     flat.register_hook(lambda found: found)
     total: list[Tensor] = []

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -14,7 +15,22 @@ from torch.nn.functional import grouped_mm
 from moeplan.runtime_client.device.exchange import DeviceExchange, Expert
 from moeplan.runtime_client.device.mailbox import Turn
 
-__all__ = ["matrix_sizes", "run_pass", "split"]
+__all__ = ["Arrivals", "matrix_sizes", "run_pass", "split"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Arrivals:
+    """What brings experts that are on their way, called between sending tokens and computing with them.
+
+    Not before, as weights that set out then would hold up the tokens on the links.
+
+    Attributes:
+        forward: Makes the current stream wait for the experts.
+        backward: Likewise in the backward pass, for the first tensor of experts and those on its memory.
+    """
+
+    forward: Callable[[], None]
+    backward: Callable[[Tensor], None]
 
 
 def run_pass(
@@ -25,6 +41,7 @@ def run_pass(
     index: Tensor,
     weight: Tensor,
     dtype: torch.dtype,
+    arrivals: Arrivals | None = None,
 ) -> Tensor:
     """Apply to each token its experts, weighted and summed, without waiting for the device.
 
@@ -37,6 +54,7 @@ def run_pass(
         index: int64[tokens, k].
         weight: [tokens, k].
         dtype: What to compute in, which must be that of the exchange.
+        arrivals: Of a layout's experts, which need not have arrived.
 
     Returns:
         As `hidden`; not a number if the pass fails on any rank.
@@ -51,7 +69,9 @@ def run_pass(
             raise ValueError(f"{turn.title}: {name} = {other}: the exchange was made for {own}")
     exchange.check()
     with torch.autocast(hidden.device.type, enabled=False):
-        output: Tensor = _Pass.apply(exchange, turn, hidden, index, weight, *experts)  # type: ignore[no-untyped-call]
+        output: Tensor = _Pass.apply(  # type: ignore[no-untyped-call]
+            exchange, turn, arrivals, hidden, index, weight, *experts
+        )
     return output
 
 
@@ -61,6 +81,7 @@ class _Pass(torch.autograd.Function):
         ctx: Any,
         exchange: DeviceExchange,
         turn: Turn,
+        arrivals: Arrivals | None,
         hidden: Tensor,
         index: Tensor,
         weight: Tensor,
@@ -87,6 +108,8 @@ class _Pass(torch.autograd.Function):
         route = exchange.plan(chosen, shares, excess, owned + spare, turn)
         tokens = some.to(exchange.dtype)
         exchange.hand_out(route, tokens, own)
+        if arrivals is not None:
+            arrivals.forward()
         where, matrices = torch.empty_like(exchange.where), _matrices(exchange, computed)
         scales, kept = [], []
         for nth in range(exchange.rounds):
@@ -103,6 +126,7 @@ class _Pass(torch.autograd.Function):
         output = _rows(hidden)
         exchange.collect(route, _beginning(output, len(some)))
         ctx.exchange, ctx.route, ctx.like = exchange, route, (index.shape, weight.dtype)
+        ctx.arrive = None if arrivals is None else arrivals.backward
         ctx.parts, ctx.computed = len(parts), len(computed)
         if exchange.rounds == 1:
             tokens = tokens.new_empty(0)  # a part of them would keep them all
@@ -124,6 +148,8 @@ class _Pass(torch.autograd.Function):
             exchange.meet()
         some = _aligned(gradient[: exchange.max_tokens].to(exchange.dtype))
         exchange.hand_out(route, some)
+        if ctx.arrive is not None:
+            ctx.arrive(parts[0])
         apart = len(parts) > 1 and exchange.rounds == 1  # gradients stay as products make them
         to_flat, lent = None if apart else _room(exchange, parts), exchange.lent
         if exchange.rounds > 2:
@@ -163,7 +189,7 @@ class _Pass(torch.autograd.Function):
             to_parts = [to_inner[0].flatten(1), to_outer[0].flatten(1)]
         else:
             to_parts = [*to_flat.to(parts[0].dtype).split([part.shape[1] for part in parts], dim=1)]
-        return None, None, to_hidden, None, to_choices, *to_parts
+        return None, None, None, to_hidden, None, to_choices, *to_parts
 
 
 def _matrices(exchange: DeviceExchange, computed: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:

@@ -1,4 +1,4 @@
-"""The Triton kernels of sharded experts: adding up gradients, and what is left of weights where ranks have not met."""
+"""The Triton kernels of sharded experts: showing parts, adding up gradients, and what is left if ranks do not meet."""
 
 from __future__ import annotations
 
@@ -8,12 +8,44 @@ from typing import Any
 import triton
 import triton.language as tl
 
-__all__ = ["add_replicas", "spoil"]
+__all__ = ["add_replicas", "show", "spoil"]
 
 
 def program(function: Callable[..., Any]) -> Any:
     """A Triton kernel, compiled once for all numbers."""
     return triton.jit(function, do_not_specialize=["rank", "begin", "end", "rows"])
+
+
+@program
+def show(
+    shard: tl.tensor,
+    shown: tl.tensor,
+    weights: tl.tensor,
+    slots: tl.tensor,
+    rank: tl.tensor,
+    RANKS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PIECE: tl.constexpr,
+) -> None:
+    """Convert this rank's part of each expert, for others and for its own slots; a block for each expert and piece.
+
+    Args:
+        shard: [experts, WIDTH].
+        shown: [experts, WIDTH], out.
+        weights: [slots, RANKS * WIDTH], out in the columns that this rank owns.
+        slots: int32[experts], the slot of each on this rank, -1 if it has none.
+    """
+    expert = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * PIECE + tl.arange(0, PIECE)
+    inside = at < WIDTH
+    part = tl.load(shard + expert * WIDTH + at, mask=inside)
+    if shown.dtype.element_ty != tl.float64:
+        part = part.to(tl.float32)  # as torch does on the way from float64 to 16 bits
+    part = part.to(shown.dtype.element_ty)
+    tl.store(shown + expert * WIDTH + at, part, mask=inside)
+    slot = tl.load(slots + expert).to(tl.int64)
+    if slot >= 0:
+        tl.store(weights + (slot * RANKS + rank) * WIDTH + at, part, mask=inside)
 
 
 @program

@@ -27,7 +27,7 @@ _ROOMS = 2
 """Rooms for gradients, in turn: one is filled while the other is added up."""
 
 _PIECE = 4096
-"""Elements that a block of `add_replicas` adds up."""
+"""Elements that a block of `show` converts, or of `add_replicas` adds up."""
 
 _SPOILED = 64
 """Rows that a block of `spoil` looks after."""
@@ -43,6 +43,8 @@ class Filled(Protocol):
 class Placed(Filled, Protocol):
     """A layout on one rank, as `Placement` has it: the filled slots of all ranks are numbered in their order."""
 
+    @property
+    def slot(self) -> Tensor: ...
     @property
     def begin(self) -> int: ...
     @property
@@ -141,10 +143,12 @@ class ShardMemory:
         self._held: tuple[Sequence[Tensor], torch.cuda.Event | None] | None = None
         self._add: dict[tuple[torch.dtype, int, int, int], Launch] = {}
         self._add_replicas = shard_kernels.add_replicas
+        self._pieces = -(-self.width // _PIECE)
+        self._show = Launch(shard_kernels.show, 8, RANKS=size, WIDTH=self.width, PIECE=_PIECE)
         self._spoil = Launch(shard_kernels.spoil, 1, ROW=size * self.width, BLOCK=_SPOILED)
         # Other ranks first, each rank beginning with another.
         self._peers = np.array([(rank + step) % size for step in range(1, size + 1)])
-        self._gathered: WeakKeyDictionary[Filled, tuple[Copies, Int64]] = WeakKeyDictionary()
+        self._gathered: WeakKeyDictionary[Filled, dict[bool, tuple[Copies, Int64]]] = WeakKeyDictionary()
 
     def __deepcopy__(self, memo: dict[int, object]) -> ShardMemory:
         """Itself: copies of layers share it, as layers do."""
@@ -204,67 +208,91 @@ class ShardMemory:
         memory = self._make(self._ranks, self.experts * self.width * self.dtype.itemsize, self.device)
         return PublishedShard(memory.view(0, shape, self.dtype), _addresses(memory), memory)
 
+    def show(self, published: PublishedShard, placed: Placed, shard: Tensor, *, room: int = 0) -> Tensor:
+        """Show all ranks a shard as it is now, and begin with the weights of this rank's slots. All ranks call it.
+
+        Args:
+            published: Of the layer.
+            placed: Whose experts will be gathered.
+            shard: [experts, width], this rank's part of every expert.
+            room: Rows behind the weights, for what is gathered later.
+
+        Returns:
+            [slots + room, N * width], new memory in which what this rank owns itself is written; see `gather`.
+        """
+        line = self._gathering
+        with line.beside():
+            # On this stream, so that memory is reused in its order.
+            flat = self._weights(len(placed.experts) + room)
+            part = shard.detach().contiguous()
+            if part.data_ptr() % 16:  # another layer's may not be
+                part = part.clone()
+            if published.read == line.meetings:  # others may be reading what was there before
+                line.meet()
+            self._show((self.experts, self._pieces, 1), part, published.rows, flat, placed.slot, self.group.rank)
+            line.meet()
+        return flat
+
     def gather(
         self,
         published: PublishedShard,
         placed: Filled,
-        shard: Tensor | None = None,
+        flat: Tensor | None = None,
         *,
         into: tuple[torch.UntypedStorage, int] | None = None,
         room: int = 0,
     ) -> tuple[Tensor, torch.cuda.Event | None]:
-        """Begin to copy the experts of this rank's slots. All ranks call it, and all of them with a shard or none.
+        """Begin to copy the experts of this rank's slots. All ranks call it, and all of them with `flat` or without.
 
         Args:
             published: Of the layer.
             placed: Whose experts.
-            shard: [experts, width], this rank's part of every expert as it is now; by default as it was in the call
-                before that gave one.
-            into: Memory to write, of any size, and the first row there; by default new memory.
+            flat: What `show` has just returned; by default shards are copied as they were shown last, this rank's too.
+            into: Without it: memory to write, of any size, and the first row there; by default new memory.
             room: Rows of new memory behind what is copied.
 
         Returns:
             [slots + room, N * width], and when the slots are whole; see `wait`.
         """
-        line, size, row = self._gathering, self.group.size, self.width * self.dtype.itemsize
-        slots, width = len(placed.experts), size * self.width
+        line, slots = self._gathering, len(placed.experts)
         with line.beside():
-            if shard is not None:
-                if published.read == line.meetings:  # others may be reading what was there before
-                    line.meet()
-                published.rows.copy_(shard.detach())
-                line.meet()
-            # On this stream, so that memory is reused in its order.
-            if into is None:
-                flat = torch.empty(slots + room, width, dtype=self.dtype, device=self.device)
-            else:
-                storage, first = into
-                if storage.nbytes() < (first + slots) * size * row:
-                    storage.resize_((first + slots) * size * row)
-                flat = torch.empty(0, dtype=self.dtype, device=self.device)
-                flat.set_(storage, first * width, (slots, width), (width, 1))
-            copies, peers = self._gathering_of(placed)
+            shown = flat is not None
+            if flat is None:
+                flat = self._weights(slots + room) if into is None else self._weights(slots, *into)
+            copies, peers = self._gathering_of(placed, others=shown)
             copies.at(flat.data_ptr(), published.addresses[peers]).start(line.stream)
             published.read = line.meetings
-            if shard is not None:  # so that ranks which have not met compute nothing that looks right
+            if shown:  # so that ranks which have not met compute nothing that looks right
                 self._spoil((slots // _SPOILED + 1, 1, 1), flat, self._abort, self._failed, slots)
             return flat, line.mark()
 
-    def _gathering_of(self, placed: Filled) -> tuple[Copies, Int64]:
+    def _weights(self, rows: int, storage: torch.UntypedStorage | None = None, first: int = 0) -> Tensor:
+        """Memory [rows, N * width] for weights, new or from a row of a storage on."""
+        width = self.group.size * self.width
+        if storage is None:
+            return torch.empty(rows, width, dtype=self.dtype, device=self.device)
+        size = (first + rows) * width * self.dtype.itemsize
+        if storage.nbytes() < size:
+            storage.resize_(size)
+        flat = torch.empty(0, dtype=self.dtype, device=self.device)
+        return flat.set_(storage, first * width, (rows, width), (width, 1))
+
+    def _gathering_of(self, placed: Filled, *, others: bool) -> tuple[Copies, Int64]:
         """Copies from shards of ranks into weights, from addresses of the ranks and to one of the weights on.
 
         Returns:
-            The copies, and int64[copies], the rank of each.
+            The copies, without this rank's of `others`, and int64[copies], the rank of each.
         """
-        found = self._gathered.get(placed)
-        if found is None:
+        known = self._gathered.setdefault(placed, {})
+        if others not in known:
             size, row = self.group.size, self.width * self.dtype.itemsize
             parts = np.array(stretches(placed.experts), np.int64).reshape(-1, 4)
-            peers = self._peers.repeat(len(parts))
-            place, first, step, length = np.tile(parts, (size, 1)).T
+            ranks = self._peers[: size - others]
+            peers = ranks.repeat(len(parts))
+            place, first, step, length = np.tile(parts, (len(ranks), 1)).T
             copies = Copies(row, length, row * (size * place + peers), size * row, row * first, row * step)
-            found = self._gathered[placed] = copies, peers
-        return found
+            known[others] = copies, peers
+        return known[others]
 
     def give_back(
         self, gradients: Sequence[Tensor], placed: Placed, like: Tensor
@@ -292,7 +320,7 @@ class ShardMemory:
             # Before it, all ranks have added up what was in the other room, so that they may write there afterwards.
             line.meet()
             self._adding(like.dtype, first.shape[1], first.stride(0), last.stride(0))(
-                (self.experts, -(-self.width // _PIECE), 1), arrived, first, last, placed.order, placed.start, total,
+                (self.experts, self._pieces, 1), arrived, first, last, placed.order, placed.start, total,
                 self._abort, self._failed, self.group.rank, placed.begin, placed.begin + len(first),
             )  # fmt: skip
             arrival = line.mark()

@@ -18,7 +18,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from moeplan.runtime_client.device.exchange import DeviceExchange
 from moeplan.runtime_client.device.layout_plans import LayoutPlans
-from moeplan.runtime_client.device.passes import matrix_sizes, run_pass
+from moeplan.runtime_client.device.passes import Arrivals, matrix_sizes, run_pass
 from moeplan.runtime_client.device.shard_memory import PublishedShard, ShardMemory
 from moeplan.runtime_client.group import ExpertGroup, Traffic
 from moeplan.runtime_client.layers.dividing import Division, PlannedLayer
@@ -373,18 +373,29 @@ class FullyShardedExperts(ExpertLayer):
         turn = self._turn(key, self.memory.meetings)
         gathering = self._take_ahead(placement, dtype) or self._start(placement, dtype, "weights.forward")
         this = _Pass(self, placement, dtype)
-        landed = this.land()
+        matrices = this.gather(this.land(), [gathering], matrix_sizes(self.shape))
         follower = self._follower()
-        if follower is not None:
-            follower.prefetch()
-        matrices = this.gather(landed, [gathering], matrix_sizes(self.shape))
-        return this.guard(run_pass(exchange, turn, matrices, rows, index, weight, dtype), matrices[0])
+        # Shown while the device waits for the plan, and under way once tokens are, beside the products.
+        after = None if follower is None else follower._prefetch(later=True)
+
+        def arrive() -> None:
+            gathering.finish(matrices[0])
+            if isinstance(after, DirectGathering):
+                after.set_out()
+
+        output = run_pass(exchange, turn, matrices, rows, index, weight, dtype, Arrivals(arrive, this.bring_back))
+        this.free(output, matrices[0])
+        return output
 
     def prefetch(self) -> None:
         """Start gathering the weights of the next forward pass. Every rank calls it at the same point, or none."""
+        self._prefetch()
+
+    def _prefetch(self, *, later: bool = False) -> Gathering | DirectGathering:
         if self._ahead is not None:
             self._ahead.drop()
-        self._ahead = self._start(self._placed(), self._dtype(), "weights.forward")
+        self._ahead = self._start(self._placed(), self._dtype(), "weights.forward", later=later)
+        return self._ahead
 
     def _placed(self) -> Placement:
         """The layout, with its tables where the weights are now."""
@@ -399,8 +410,13 @@ class FullyShardedExperts(ExpertLayer):
         purpose: str,
         storage: torch.UntypedStorage | None = None,
         first: int = 0,
+        *,
+        later: bool = False,
     ) -> Gathering | DirectGathering:
-        """Begin to gather weights; copy engines write them into a storage from row `first` on, or into new memory."""
+        """Begin to gather weights; copy engines write them into a storage from row `first` on, or into new memory.
+
+        They may set out `later`, which `DirectGathering` describes.
+        """
         memory = self.memory
         if memory is None:
             with unseen():
@@ -422,6 +438,7 @@ class FullyShardedExperts(ExpertLayer):
                 shown=shown,
                 into=None if storage is None else (storage, first),
                 room=0 if self.planner is None else int(self._lent(self.planner)[self.group.rank]),
+                later=later,
             )
         self.traffic[purpose] += gathering.sent
         return gathering
@@ -510,19 +527,29 @@ class _Pass:
     def gather(
         self, landed: Tensor, gatherings: Sequence[Gathering | DirectGathering], columns: Sequence[int] = ()
     ) -> tuple[Tensor, ...]:
-        """The weights of this rank's slots, [slots, N * width]; or parts of so many columns, on the same memory."""
+        """The weights of this rank's slots, [slots, N * width].
+
+        Or parts of so many columns, on the same memory, for which the caller waits.
+        """
         weights: tuple[Tensor, ...] = _Gather.apply(landed, gatherings, self, columns)  # type: ignore[no-untyped-call]
         return weights
 
     def guard(self, results: Tensor, flat: Tensor) -> Tensor:
         """`results`, before whose backward weights are brought back; their memory, which `flat` is on, is given up."""
-        if not (self.layer.reshard and torch.is_grad_enabled() and results.requires_grad):
+        if not self._will_free(results):
             return results
         guarded: Tensor = _Restore.apply(results, flat, self)  # type: ignore[no-untyped-call]
-        if not in_backward():
+        self.free(results, flat)
+        return guarded
+
+    def free(self, results: Tensor, flat: Tensor) -> None:
+        """Give up the memory of weights that `results` were made with, if the backward will bring them back."""
+        if self._will_free(results) and not in_backward():
             flat.untyped_storage().resize_(0)  # though autograd still refers to it
             self.freed = True
-        return guarded
+
+    def _will_free(self, results: Tensor) -> bool:
+        return self.layer.reshard and torch.is_grad_enabled() and results.requires_grad
 
     def start(self) -> None:
         """Begin to gather the weights again, if they have been freed and are still wanted."""
@@ -544,6 +571,12 @@ class _Pass:
             storage.resize_(self.size)
         self.arriving.finish(flat)
         self.arriving, self.freed = None, False
+
+    def bring_back(self, flat: Tensor) -> None:
+        """`restore`, and begin with the weights of the layer before, whose backward comes next."""
+        self.restore(flat)
+        if self.before is not None:
+            self.before.start()
 
 
 class _Land(torch.autograd.Function):
@@ -582,12 +615,12 @@ class _Gather(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         ctx.this, ctx.shape, ctx.dtype = this, shard.shape, shard.dtype
         flat = gatherings[0].memory(len(this.placement.experts))
-        parts = flat.split([len(gathering.placement.experts) for gathering in gatherings])
-        for gathering, part in zip(gatherings, parts, strict=True):
-            gathering.finish(part)
         storage = flat.untyped_storage()
         this.storage, this.size = StorageWeakRef(storage), flat.numel() * flat.element_size()
         if not columns:
+            parts = flat.split([len(gathering.placement.experts) for gathering in gatherings])
+            for gathering, part in zip(gatherings, parts, strict=True):
+                gathering.finish(part)
             return (flat,)
         # No views of each other, which autograd would look after.
         places = (0, *accumulate(columns[:-1]))
@@ -620,7 +653,5 @@ class _Restore(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         this: _Pass = ctx.this
         (flat,) = ctx.saved_tensors
-        this.restore(flat)
-        if this.before is not None:
-            this.before.start()
+        this.bring_back(flat)
         return gradient, None, None

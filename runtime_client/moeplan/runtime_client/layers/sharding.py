@@ -72,6 +72,7 @@ class Placement(Slots):
     Attributes:
         layout: The layout.
         fingerprint: Number that differs between layouts (up to collisions of 62 bits).
+        slot: int32[experts], which of this rank's filled slots has each expert, -1 if none.
         begin: Number of replicas on the ranks before this one.
         order: int64[replicas], positions in `replicas` by expert, ascending for each.
         start: int64[experts + 1], where those of each expert begin in `order`.
@@ -90,8 +91,10 @@ class Placement(Slots):
         self.layout = layout
         self.fingerprint = fingerprint(layout.slots.tobytes(), str(layout.slots.shape).encode())
         self.begin = sum(self.filled[: group.rank])
-        tables = (torch.from_numpy(table).to(device) for table in _by_expert(layout))
-        self.order, self.start, self.first, self.several, *self.rounds = tables
+        slot = np.full(layout.experts, -1, np.int32)
+        slot[self.experts] = np.arange(len(self.experts))
+        tables = (torch.from_numpy(table).to(device) for table in (slot, *_by_expert(layout)))
+        self.slot, self.order, self.start, self.first, self.several, *self.rounds = tables
 
 
 def _by_expert(layout: Layout) -> list[Int64]:
@@ -170,7 +173,7 @@ class Gathering:
 
 
 class DirectGathering:
-    """As `Gathering`, by copies straight from the ranks' memory into the weights' own, which set out at once.
+    """As `Gathering`, by copies straight from the ranks' memory into the weights' own; see `set_out`.
 
     Args:
         shard: [experts, width], this rank's part of every expert.
@@ -180,6 +183,7 @@ class DirectGathering:
         shown: Whether other ranks know these weights already, from a gathering before.
         into: Memory that the weights go to, of any size, and the first row there; by default new memory.
         room: Rows of new memory behind the weights, for what is gathered later.
+        later: Whether to leave it to the caller when the weights set out; by default they do at once.
 
     Attributes:
         storage: Memory that the weights go to.
@@ -189,21 +193,37 @@ class DirectGathering:
     def __init__(
         self,
         shard: Tensor,
-        placement: Slots,
+        placement: Placement | Slots,
         memory: ShardMemory,
         published: PublishedShard,
         *,
         shown: bool,
         into: tuple[torch.UntypedStorage, int] | None = None,
         room: int = 0,
+        later: bool = False,
     ) -> None:
         self.placement = placement
         self.version = version_of(shard)
         self.dtype = memory.dtype
         self._memory = memory
-        self._flat, self._arrival = memory.gather(published, placement, None if shown else shard, into=into, room=room)
+        self._published = published
+        self._arrival: torch.cuda.Event | None = None
+        self._is_out = shown
+        if shown:
+            self._flat, self._arrival = memory.gather(published, placement, into=into, room=room)
+        else:
+            assert isinstance(placement, Placement), "what is lent has been shown with the layout"
+            self._flat = memory.show(published, placement, shard, room=room)
+            if not later:
+                self.set_out()
         to_others = sum(placement.filled) - len(placement.experts)
         self.sent = to_others * shard.shape[1] * memory.dtype.itemsize
+
+    def set_out(self) -> None:
+        """Begin to copy what other ranks own, if that has not begun."""
+        if not self._is_out:
+            self._is_out = True
+            _, self._arrival = self._memory.gather(self._published, self.placement, self._flat)
 
     @property
     def storage(self) -> torch.UntypedStorage:
@@ -216,6 +236,7 @@ class DirectGathering:
 
     def finish(self, flat: Tensor) -> None:
         """Wait until the weights are in `flat`, the rows that they were sent to; as of `Gathering`."""
+        self.set_out()
         self._memory.wait(self._arrival)
 
     def drop(self) -> None:
