@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from types import ModuleType, SimpleNamespace
@@ -31,6 +32,9 @@ _LENDERS = 128
 
 _ELEMENTS = 8192
 """Elements that a block moves at a time."""
+
+_CONVERTED = 4096
+"""Elements that a block converts at a time."""
 
 
 class Expert(Protocol):
@@ -210,7 +214,8 @@ class DeviceExchange:
         self.state = torch.zeros(1, dtype=torch.int64, device=device)
         self._signals = (self.state, self.flags, self.abort, self.peers, group.rank, self.limit_ns)
         self._lenders = (_LENDERS if device.type == "cuda" else 1) if self.spare else 0
-        self._blocks = _kernels().processors(device)
+        self._blocks, self._few = _kernels().processors(device), _kernels().beside(device)
+        self._aside = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._wide, self._narrow = _tile(hidden, _ELEMENTS), _tile(hidden, _ELEMENTS // 2)
         self._inner = _tile(shape.width, _ELEMENTS // 4)  # of several tensors at once
         self._piece = min(_ELEMENTS, _kernels().power_of_2(shape.elements))
@@ -359,13 +364,28 @@ class DeviceExchange:
         owned = self.mailbox.shape.owned
         return [(slice(0, self.capacity), ends[:owned]), (slice(self.capacity, self.room), ends[owned:])]
 
+    def convert(self, experts: Tensor, out: Tensor) -> None:
+        """Begin to convert experts at home, beside what follows; `converted` waits.
+
+        Args:
+            experts: [owned, elements].
+            out: [owned, elements].
+        """
+        with nullcontext() if self._aside is None else _after_current(self._aside):
+            self._launches.convert((self._few, 1, 1), experts, out, experts.numel())
+
+    def converted(self) -> None:
+        """Make the current stream wait for what `convert` has begun."""
+        if self._aside is not None:
+            torch.cuda.current_stream(self.device).wait_stream(self._aside)
+
     def hand_out(self, route: Route, source: Tensor, experts: Tensor | None = None, *, again: bool = False) -> None:
         """Send tokens or their gradients to the ranks that compute them, and lent experts.
 
         Args:
             route: Of the pass.
             source: [tokens, hidden].
-            experts: [owned, elements], from which those that are lent are sent.
+            experts: [owned, elements], from which those that are lent are sent, converted on the way.
             again: Only if a rank has rows in later rounds.
         """
         lenders = 0 if experts is None else self._lenders
@@ -533,6 +553,7 @@ class DeviceExchange:
                 kernels.place, 4, RANKS=size, PAIRS=self.pairs, ROWS=self.rows, EXPERTS=experts, COLUMNS=columns,
                 FIRST=answer.first, BEGIN=answer.begin, TARGET=answer.target, BLOCK=512,
             ),
+            convert=Launch(kernels.convert, 8, BLOCKS=self._few, PIECE=_CONVERTED),
             hand_out={lenders: hand_out(lenders) for lenders in (0, self._lenders)},
             hand_again=hand_out(0, again=True),
             arrange={lenders: arrange(lenders) for lenders in (0, self._lenders)},
@@ -547,6 +568,14 @@ class DeviceExchange:
             activate_backward=Launch(kernels.activate_backward, 4, **network),
             flatten={(lent, more): flatten(lent, more) for lent in (False, True) for more in (False, True)},
         )  # fmt: skip
+
+
+@contextmanager
+def _after_current(stream: torch.cuda.Stream) -> Iterator[None]:
+    """Within it, work goes to a stream, after that on the current one."""
+    stream.wait_stream(torch.cuda.current_stream(stream.device))
+    with torch.cuda.stream(stream):
+        yield
 
 
 def _require_homes(options: SpillOptions, ranks: int) -> None:

@@ -27,7 +27,9 @@ __all__ = [
     "activate",
     "activate_backward",
     "arrange",
+    "beside",
     "collect",
+    "convert",
     "count",
     "flatten",
     "give_back",
@@ -53,7 +55,7 @@ _UNFILLED = tl.constexpr(2**31 - 1)
 
 def program(function: Callable[..., Any]) -> Any:
     """A Triton kernel, or a part of one, compiled once for all numbers and for all places of single words."""
-    numbers = ["rank", "layer", "tokens", "pairs", "chunks", "excess", "limit", "number", "gathered", "low"]
+    numbers = ["rank", "layer", "tokens", "pairs", "chunks", "excess", "limit", "number", "gathered", "low", "size"]
     return triton.jit(function, do_not_specialize=[*numbers, "end", "used"])
 
 
@@ -437,6 +439,14 @@ def hand_out(
                 units = tl.load(peers + goal // ROWS, mask=leads, other=0)
                 to = arrived + units[:, None] * EACH + row[:, None] * WIDTH + column[None, :]
                 tl.store(to, values, mask=leads[:, None] & inside)
+
+
+@program
+def convert(source: tl.tensor, out: tl.tensor, size: tl.tensor, BLOCKS: tl.constexpr, PIECE: tl.constexpr) -> None:
+    """Numbers [size] in another type, by so many blocks, which leave room for kernels that run beside them."""
+    for nth in range(tl.program_id(0).to(tl.int64), tl.cdiv(size, PIECE), BLOCKS):
+        at = nth * PIECE + tl.arange(0, PIECE)
+        tl.store(out + at, tl.load(source + at, mask=at < size).to(out.dtype.element_ty), mask=at < size)
 
 
 @program
@@ -891,5 +901,10 @@ def power_of_2(size: int) -> int:
 
 
 def processors(device: torch.device) -> int:
-    """Blocks that fill the device when each does many rows; one on CPUs."""
+    """Blocks that fill the device when each does many rows; two on CPUs."""
     return 8 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
+def beside(device: torch.device) -> int:
+    """Blocks that fill the links to the device's memory, and leave room for others on its processors."""
+    return max(processors(device) // 4, 1)

@@ -99,8 +99,9 @@ class _Pass(torch.autograd.Function):
             computed = [own]
         elif exchange.joined:
             both = flat.new_empty(owned + spare, flat.shape[1], dtype=exchange.dtype)
-            own, lent = both.split([owned, spare])
-            own.copy_(flat)
+            converted, lent = both.split([owned, spare])
+            own = _aligned(flat)
+            exchange.convert(own, converted)
             computed = [both]
         else:
             own, lent = _aligned(flat), flat.new_empty(spare, flat.shape[1])
@@ -114,6 +115,8 @@ class _Pass(torch.autograd.Function):
         scales, kept = [], []
         for nth in range(exchange.rounds):
             rows, scale = exchange.arrange(route, nth, where, lent)
+            if exchange.joined and nth == 0:
+                exchange.converted()
             results = []
             for (region, ends), (inner, outer) in zip(exchange.regions(route, nth), matrices, strict=True):
                 first = grouped_mm(rows[region], inner.transpose(1, 2), offs=ends)

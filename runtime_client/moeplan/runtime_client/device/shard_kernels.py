@@ -23,29 +23,34 @@ def show(
     weights: tl.tensor,
     slots: tl.tensor,
     rank: tl.tensor,
+    EXPERTS: tl.constexpr,
     RANKS: tl.constexpr,
     WIDTH: tl.constexpr,
+    BLOCKS: tl.constexpr,
     PIECE: tl.constexpr,
 ) -> None:
-    """Convert this rank's part of each expert, for others and for its own slots; a block for each expert and piece.
+    """Convert this rank's part of each expert, for others and for its own slots.
+
+    By so many blocks, which leave room for kernels that run beside them.
 
     Args:
-        shard: [experts, WIDTH].
-        shown: [experts, WIDTH], out.
+        shard: [EXPERTS, WIDTH].
+        shown: [EXPERTS, WIDTH], out.
         weights: [slots, RANKS * WIDTH], out in the columns that this rank owns.
-        slots: int32[experts], the slot of each on this rank, -1 if it has none.
+        slots: int32[EXPERTS], the slot of each on this rank, -1 if it has none.
     """
-    expert = tl.program_id(0).to(tl.int64)
-    at = tl.program_id(1) * PIECE + tl.arange(0, PIECE)
-    inside = at < WIDTH
-    part = tl.load(shard + expert * WIDTH + at, mask=inside)
-    if shown.dtype.element_ty != tl.float64:
-        part = part.to(tl.float32)  # as torch does on the way from float64 to 16 bits
-    part = part.to(shown.dtype.element_ty)
-    tl.store(shown + expert * WIDTH + at, part, mask=inside)
-    slot = tl.load(slots + expert).to(tl.int64)
-    if slot >= 0:
-        tl.store(weights + (slot * RANKS + rank) * WIDTH + at, part, mask=inside)
+    pieces: tl.constexpr = (WIDTH + PIECE - 1) // PIECE
+    for nth in range(tl.program_id(0).to(tl.int64), EXPERTS * pieces, BLOCKS):
+        expert = nth // pieces
+        at = nth % pieces * PIECE + tl.arange(0, PIECE)
+        part = tl.load(shard + expert * WIDTH + at, mask=at < WIDTH)
+        if shown.dtype.element_ty != tl.float64:
+            part = part.to(tl.float32)  # as torch does on the way from float64 to 16 bits
+        part = part.to(shown.dtype.element_ty)
+        tl.store(shown + expert * WIDTH + at, part, mask=at < WIDTH)
+        slot = tl.load(slots + expert).to(tl.int64)
+        if slot >= 0:
+            tl.store(weights + (slot * RANKS + rank) * WIDTH + at, part, mask=at < WIDTH)
 
 
 @program

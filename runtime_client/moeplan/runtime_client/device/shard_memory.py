@@ -27,7 +27,7 @@ _ROOMS = 2
 """Rooms for gradients, in turn: one is filled while the other is added up."""
 
 _PIECE = 4096
-"""Elements that a block of `show` converts, or of `add_replicas` adds up."""
+"""Elements that a block converts or adds up at a time."""
 
 _SPOILED = 64
 """Rows that a block of `spoil` looks after."""
@@ -116,7 +116,7 @@ class ShardMemory:
             raise ValueError("group of one rank: nothing travels; leave `memory` out")
         if slots < 1:
             raise ValueError(f"slots = {slots}: must be at least 1")
-        from moeplan.runtime_client.device import shard_kernels  # which need Triton
+        from moeplan.runtime_client.device import kernels, shard_kernels  # which need Triton
 
         self.group, self.experts, self.slots, self.dtype = group, experts, slots, dtype
         self.elements, self.width = elements, -(-elements // group.size)
@@ -143,8 +143,10 @@ class ShardMemory:
         self._held: tuple[Sequence[Tensor], torch.cuda.Event | None] | None = None
         self._add: dict[tuple[torch.dtype, int, int, int], Launch] = {}
         self._add_replicas = shard_kernels.add_replicas
-        self._pieces = -(-self.width // _PIECE)
-        self._show = Launch(shard_kernels.show, 8, RANKS=size, WIDTH=self.width, PIECE=_PIECE)
+        self._blocks = kernels.beside(self.device)
+        self._show = Launch(
+            shard_kernels.show, 8, EXPERTS=experts, RANKS=size, WIDTH=self.width, BLOCKS=self._blocks, PIECE=_PIECE
+        )
         self._spoil = Launch(shard_kernels.spoil, 1, ROW=size * self.width, BLOCK=_SPOILED)
         # Other ranks first, each rank beginning with another.
         self._peers = np.array([(rank + step) % size for step in range(1, size + 1)])
@@ -229,7 +231,7 @@ class ShardMemory:
                 part = part.clone()
             if published.read == line.meetings:  # others may be reading what was there before
                 line.meet()
-            self._show((self.experts, self._pieces, 1), part, published.rows, flat, placed.slot, self.group.rank)
+            self._show((self._blocks, 1, 1), part, published.rows, flat, placed.slot, self.group.rank)
             line.meet()
         return flat
 
@@ -320,7 +322,7 @@ class ShardMemory:
             # Before it, all ranks have added up what was in the other room, so that they may write there afterwards.
             line.meet()
             self._adding(like.dtype, first.shape[1], first.stride(0), last.stride(0))(
-                (self.experts, self._pieces, 1), arrived, first, last, placed.order, placed.start, total,
+                (self.experts, -(-self.width // _PIECE), 1), arrived, first, last, placed.order, placed.start, total,
                 self._abort, self._failed, self.group.rank, placed.begin, placed.begin + len(first),
             )  # fmt: skip
             arrival = line.mark()
