@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from types import ModuleType, SimpleNamespace
@@ -365,17 +365,27 @@ class DeviceExchange:
         return [(slice(0, self.capacity), ends[:owned]), (slice(self.capacity, self.room), ends[owned:])]
 
     def convert(self, experts: Tensor, out: Tensor) -> None:
-        """Begin to convert experts at home, beside what follows; `converted` waits.
+        """Begin to convert experts at home, beside what follows; `join` waits.
 
         Args:
             experts: [owned, elements].
             out: [owned, elements].
         """
-        with nullcontext() if self._aside is None else _after_current(self._aside):
-            self._launches.convert((self._few, 1, 1), experts, out, experts.numel())
+        with self._beside():
+            self._launches.convert((self._few, 1, 1), experts, out)
 
-    def converted(self) -> None:
-        """Make the current stream wait for what `convert` has begun."""
+    @contextmanager
+    def _beside(self) -> Iterator[None]:
+        """Have what is launched within it run beside what follows."""
+        if self._aside is None:
+            yield
+            return
+        self._aside.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self._aside):
+            yield
+
+    def join(self) -> None:
+        """Make the current stream wait for what has begun beside it."""
         if self._aside is not None:
             torch.cuda.current_stream(self.device).wait_stream(self._aside)
 
@@ -480,22 +490,34 @@ class DeviceExchange:
         self._launches.activate_backward((self._blocks, 1, 1), gradient, first, scale, to_first, scaled, to_weight, end)
         return to_first, scaled
 
-    def flatten(
-        self, route: Route, nth: int, gradients: tuple[Tensor, Tensor, Tensor], out: Tensor, *, lent: bool
-    ) -> None:
-        """Gradients of a round into ``out`` [replicas, elements]; of `lent` experts, only those that there are.
+    def flatten(self, route: Route, nth: int, gradients: tuple[Tensor, Tensor, Tensor], out: Tensor) -> None:
+        """Gradients of experts at home in a round into ``out`` [owned, elements], where later rounds are added.
+
+        Those of experts that were lent, to which `give_back` adds, are there for what follows; the others come beside
+        it, and `join` waits for them.
 
         Args:
             route: Of the pass.
-            nth: The round, from 0; later ones are added.
-            gradients: Of the matrices, [replicas, rows, columns] each, and int32[replicas], the ends of their rows.
-            out: [replicas, elements].
-            lent: Whether they are those of lent experts.
+            nth: The round, from 0.
+            gradients: Of the matrices, [owned, rows, columns] each, and int32[owned], the ends of their rows.
+            out: [owned, elements].
         """
+        kernels = _kernels()
+        with self._beside():
+            self._flatten(kernels.KEPT, route, nth, gradients, out)
+        if self.spare:
+            self._flatten(kernels.SENT, route, nth, gradients, out)
+
+    def flatten_lent(self, route: Route, nth: int, gradients: tuple[Tensor, Tensor, Tensor], out: Tensor) -> None:
+        """As `flatten`, at once, of experts that this rank was lent: of spare slots, those that there are."""
+        self._flatten(_kernels().BORROWED_HERE, route, nth, gradients, out)
+
+    def _flatten(
+        self, which: int, route: Route, nth: int, gradients: tuple[Tensor, Tensor, Tensor], out: Tensor
+    ) -> None:
         inner, outer, ends = gradients
-        launch = self._launches.flatten[lent, nth > 0]
-        grid = (len(out), -(-self.shape.elements // self._piece), 1)
-        launch(grid, inner, outer, out, route.answer[BORROWED:], ends[-1:])
+        blocks, launch = self._launches.flatten[which, nth > 0]
+        launch((blocks, 1, 1), inner, outer, out, route.answer, ends[-1:])
 
     def _make_launches(self) -> SimpleNamespace:
         """Every kernel with its constants."""
@@ -532,10 +554,13 @@ class DeviceExchange:
                 PIECE=self._piece,
             )  # fmt: skip
 
-        def flatten(lent: bool, more: bool) -> Launch:
+        def flatten(which: int, more: bool) -> tuple[int, Launch]:
             inner = shape.elements - shape.hidden * shape.width
-            return Launch(
-                kernels.flatten, 8, BOUNDED=lent, MORE=more, INNER=inner, OUTER=shape.elements - inner,
+            blocks = self._few if which == kernels.KEPT else self._blocks
+            return blocks, Launch(
+                kernels.flatten, 8, WHICH=which, MORE=more,
+                EXPERTS=self.spare if which == kernels.BORROWED_HERE else answer.owned, INNER=inner,
+                OUTER=shape.elements - inner, BORROWED=BORROWED, LENT=LENT, LOANS=answer.loans, BLOCKS=blocks,
                 PIECE=self._piece,
             )  # fmt: skip
 
@@ -553,7 +578,7 @@ class DeviceExchange:
                 kernels.place, 4, RANKS=size, PAIRS=self.pairs, ROWS=self.rows, EXPERTS=experts, COLUMNS=columns,
                 FIRST=answer.first, BEGIN=answer.begin, TARGET=answer.target, BLOCK=512,
             ),
-            convert=Launch(kernels.convert, 8, BLOCKS=self._few, PIECE=_CONVERTED),
+            convert=Launch(kernels.convert, 8, SIZE=answer.owned * shape.elements, BLOCKS=self._few, PIECE=_CONVERTED),
             hand_out={lenders: hand_out(lenders) for lenders in (0, self._lenders)},
             hand_again=hand_out(0, again=True),
             arrange={lenders: arrange(lenders) for lenders in (0, self._lenders)},
@@ -566,16 +591,12 @@ class DeviceExchange:
             ),
             activate=Launch(kernels.activate, 4, **network),
             activate_backward=Launch(kernels.activate_backward, 4, **network),
-            flatten={(lent, more): flatten(lent, more) for lent in (False, True) for more in (False, True)},
+            flatten={
+                (which, more): flatten(which, more)
+                for which in (kernels.KEPT, kernels.SENT, kernels.BORROWED_HERE)
+                for more in (False, True)
+            },
         )  # fmt: skip
-
-
-@contextmanager
-def _after_current(stream: torch.cuda.Stream) -> Iterator[None]:
-    """Within it, work goes to a stream, after that on the current one."""
-    stream.wait_stream(torch.cuda.current_stream(stream.device))
-    with torch.cuda.stream(stream):
-        yield
 
 
 def _require_homes(options: SpillOptions, ranks: int) -> None:

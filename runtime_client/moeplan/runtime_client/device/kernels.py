@@ -22,8 +22,11 @@ import triton.language as tl
 from moeplan.runtime_client.device.routes import LOAN
 
 __all__ = [
+    "BORROWED_HERE",
     "CHUNK",
+    "KEPT",
     "ON_GPU",
+    "SENT",
     "activate",
     "activate_backward",
     "arrange",
@@ -46,17 +49,21 @@ __all__ = [
 CHUNK = 128
 """Pairs whose order a block of `count` finds by comparing all with all."""
 
+KEPT, SENT, BORROWED_HERE = range(3)
+"""Experts that `flatten` does."""
+
 ON_GPU = not triton.knobs.runtime.interpret
 _GPU = tl.constexpr(ON_GPU)
 _CHUNK = tl.constexpr(CHUNK)
 _LOAN = tl.constexpr(LOAN)
+_SENT, _BORROWED_HERE = tl.constexpr(SENT), tl.constexpr(BORROWED_HERE)
 _UNFILLED = tl.constexpr(2**31 - 1)
 
 
 def program(function: Callable[..., Any]) -> Any:
     """A Triton kernel, or a part of one, compiled once for all numbers and for all places of single words."""
-    numbers = ["rank", "layer", "tokens", "pairs", "chunks", "excess", "limit", "number", "gathered", "low", "size"]
-    return triton.jit(function, do_not_specialize=[*numbers, "end", "used"])
+    numbers = ["rank", "layer", "tokens", "pairs", "chunks", "excess", "limit", "number", "gathered", "low"]
+    return triton.jit(function, do_not_specialize=[*numbers, "end"])
 
 
 # Signals
@@ -442,11 +449,11 @@ def hand_out(
 
 
 @program
-def convert(source: tl.tensor, out: tl.tensor, size: tl.tensor, BLOCKS: tl.constexpr, PIECE: tl.constexpr) -> None:
-    """Numbers [size] in another type, by so many blocks, which leave room for kernels that run beside them."""
-    for nth in range(tl.program_id(0).to(tl.int64), tl.cdiv(size, PIECE), BLOCKS):
+def convert(source: tl.tensor, out: tl.tensor, SIZE: tl.constexpr, BLOCKS: tl.constexpr, PIECE: tl.constexpr) -> None:
+    """Numbers [SIZE] in another type, by so many blocks, which leave room for kernels that run beside them."""
+    for nth in range(tl.program_id(0).to(tl.int64), (SIZE + PIECE - 1) // PIECE, BLOCKS):
         at = nth * PIECE + tl.arange(0, PIECE)
-        tl.store(out + at, tl.load(source + at, mask=at < size).to(out.dtype.element_ty), mask=at < size)
+        tl.store(out + at, tl.load(source + at, mask=at < SIZE).to(out.dtype.element_ty), mask=at < SIZE)
 
 
 @program
@@ -859,35 +866,50 @@ def flatten(
     inner: tl.tensor,
     outer: tl.tensor,
     out: tl.tensor,
-    used: tl.tensor,
+    answer: tl.tensor,
     end: tl.tensor,
-    BOUNDED: tl.constexpr,
+    WHICH: tl.constexpr,
     MORE: tl.constexpr,
+    EXPERTS: tl.constexpr,
     INNER: tl.constexpr,
     OUTER: tl.constexpr,
+    BORROWED: tl.constexpr,
+    LENT: tl.constexpr,
+    LOANS: tl.constexpr,
+    BLOCKS: tl.constexpr,
     PIECE: tl.constexpr,
 ) -> None:
-    """Gradients of both matrices of each expert into their flat form, in its type.
+    """Gradients of both matrices of each expert into their flat form, in its type, by so many blocks.
 
     Args:
-        inner: [experts, INNER].
-        outer: [experts, OUTER].
-        out: [experts, INNER + OUTER], out.
-        used: int32, number of experts to do if `BOUNDED`.
+        inner: [EXPERTS, INNER].
+        outer: [EXPERTS, OUTER].
+        out: [EXPERTS, INNER + OUTER], out.
+        answer: The plan.
         end: int32, number of rows of this round: if there is `MORE`, they are added to what is there.
+        WHICH: Of experts at home those that were lent (`SENT`) or the others (`KEPT`); or `BORROWED_HERE`, the first of
+            spare slots.
     """
-    expert = tl.program_id(0).to(tl.int64)
-    if BOUNDED and expert >= tl.load(used):
-        return
     if MORE and tl.load(end) == 0:
         return
-    at = tl.program_id(1) * PIECE + tl.arange(0, PIECE)
-    value = tl.load(inner + expert * INNER + at, mask=at < INNER, other=0.0)
-    value += tl.load(outer + expert * OUTER + at - INNER, mask=(at >= INNER) & (at < INNER + OUTER), other=0.0)
-    to = out + expert * (INNER + OUTER) + at
-    if MORE:
-        value = value.to(tl.float32) + tl.load(to, mask=at < INNER + OUTER, other=0.0).to(tl.float32)
-    tl.store(to, value.to(out.dtype.element_ty), mask=at < INNER + OUTER)
+    pieces: tl.constexpr = (INNER + OUTER + PIECE - 1) // PIECE
+    for nth in range(tl.program_id(0).to(tl.int64), EXPERTS * pieces, BLOCKS):
+        expert = nth // pieces
+        if WHICH == _BORROWED_HERE:
+            wanted = expert < tl.load(answer + BORROWED)
+        else:
+            sent = 0
+            for loan in range(tl.load(answer + LENT)):
+                sent += (tl.load(answer + LOANS + _LOAN * loan) == expert).to(tl.int32)
+            wanted = (sent > 0) == (WHICH == _SENT)
+        if wanted:
+            at = nth % pieces * PIECE + tl.arange(0, PIECE)
+            value = tl.load(inner + expert * INNER + at, mask=at < INNER, other=0.0)
+            value += tl.load(outer + expert * OUTER + at - INNER, mask=(at >= INNER) & (at < INNER + OUTER), other=0.0)
+            to = out + expert * (INNER + OUTER) + at
+            if MORE:
+                value = value.to(tl.float32) + tl.load(to, mask=at < INNER + OUTER, other=0.0).to(tl.float32)
+            tl.store(to, value.to(out.dtype.element_ty), mask=at < INNER + OUTER)
 
 
 def lanes(ranks: int) -> int:

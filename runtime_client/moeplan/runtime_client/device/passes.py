@@ -116,7 +116,7 @@ class _Pass(torch.autograd.Function):
         for nth in range(exchange.rounds):
             rows, scale = exchange.arrange(route, nth, where, lent)
             if exchange.joined and nth == 0:
-                exchange.converted()
+                exchange.join()
             results = []
             for (region, ends), (inner, outer) in zip(exchange.regions(route, nth), matrices, strict=True):
                 first = grouped_mm(rows[region], inner.transpose(1, 2), offs=ends)
@@ -175,12 +175,14 @@ class _Pass(torch.autograd.Function):
                     results.append(grouped_mm(to_first, inner, offs=ends))
                 is_last = nth == exchange.rounds - 1
                 if to_flat is not None:
-                    exchange.flatten(route, nth, (to_inner[0], to_outer[0], regions[0][1]), to_flat, lent=False)
+                    exchange.flatten(route, nth, (to_inner[0], to_outer[0], regions[0][1]), to_flat)
                 if exchange.spare:
-                    exchange.flatten(route, nth, (to_inner[1], to_outer[1], regions[-1][1]), lent, lent=True)
+                    exchange.flatten_lent(route, nth, (to_inner[1], to_outer[1], regions[-1][1]), lent)
                     if is_last and lent is not exchange.lent:
                         exchange.lent.copy_(lent)
                 exchange.give_back(route, nth, where, results, to_weight, to_flat if is_last else None)
+                if to_flat is not None:
+                    exchange.join()
         exchange.meet()
         to_hidden = _rows(gradient)
         exchange.collect(route, _beginning(to_hidden, len(some)))
