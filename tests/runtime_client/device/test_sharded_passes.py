@@ -154,6 +154,26 @@ def test_layouts_may_change_while_passes_are_under_way(ranks: Launch, tmp_path: 
     ranks(2, overlaps, tmp_path, timeout_s=200)
 
 
+def begins_twice(folder: Path) -> None:
+    """A pass is refused once the weights of the next layer have been shown, and none of them has set out."""
+    gloo, own, exchange = make_layers(folder)
+    for seed in range(2):  # the next pass has other layouts, or the same
+        hidden, index, weight, gradient = uneven_batch(seed)
+        more = torch.cat([index, index[:, :1]], 1), torch.cat([weight, weight[:, :1]], 1)
+        with pytest.raises(ValueError, match="choices = 3: the exchange was made for 2"):
+            own[0](hidden, *more)
+        for layers in (gloo, own):
+            if not seed:
+                use(layers, seed)
+        assert_close(answers(gloo, (hidden, index, weight, gradient)), answers(own, (hidden, index, weight, gradient)))
+    exchange.check()
+    exchange.mailbox.close()
+
+
+def test_a_refused_pass_leaves_the_next_ones_right(ranks: Launch, tmp_path: Path) -> None:
+    ranks(2, begins_twice, tmp_path, timeout_s=200)
+
+
 def unusual(folder: Path, kind: str) -> None:
     gloo, own, exchange = make_layers(folder)
     if kind == "frozen":
