@@ -68,10 +68,14 @@ def run_pass(
         if own != other:
             raise ValueError(f"{turn.title}: {name} = {other}: the exchange was made for {own}")
     exchange.check()
-    with torch.autocast(hidden.device.type, enabled=False):
-        output: Tensor = _Pass.apply(  # type: ignore[no-untyped-call]
-            exchange, turn, arrivals, hidden, index, weight, *experts
-        )
+    try:
+        with torch.autocast(hidden.device.type, enabled=False):
+            output: Tensor = _Pass.apply(  # type: ignore[no-untyped-call]
+                exchange, turn, arrivals, hidden, index, weight, *experts
+            )
+    except BaseException:  # there is no memory, say: none of it may be used again before what runs beside is over
+        exchange.join()
+        raise
     return output
 
 
