@@ -21,6 +21,7 @@ from tests.runtime_client.device.small_passes import (
     SHAPE,
     TOKENS,
     assert_close,
+    batch,
     draw_plan,
     uneven_batch,
 )
@@ -29,6 +30,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from moeplan.runtime_client.device.exchange import DeviceExchange, SlotsOfLayouts
+from moeplan.runtime_client.device.routes import FULLEST
 from moeplan.runtime_client.device.shard_memory import ShardMemory
 from moeplan.runtime_client.errors import LayoutMismatchError, PassError
 from moeplan.runtime_client.layers.dividing import Division, PlannedLayer
@@ -50,6 +52,8 @@ def make_layers(
     count: int = 2,
     slots: int = EXPERTS,
     capacity: int | None = None,
+    rounds: int = 1,
+    tokens: int = TOKENS,
 ) -> tuple[Layers, Layers, DeviceExchange]:
     """Layers on gloo and without the host, with equal weights of this type, computing in float32."""
     group, limit = make_group(), timedelta(hours=1)
@@ -60,8 +64,8 @@ def make_layers(
         memory=shared_memory(folder / "shards"),
     )  # fmt: skip
     exchange = DeviceExchange(
-        group, SlotsOfLayouts(EXPERTS, slots), SHAPE, max_tokens=TOKENS, choices=CHOICES, device=CPU,
-        dtype=torch.float32, capacity=capacity, time_limit=limit,
+        group, SlotsOfLayouts(EXPERTS, slots), SHAPE, max_tokens=tokens, choices=CHOICES, device=CPU,
+        dtype=torch.float32, capacity=capacity, rounds=rounds, time_limit=limit,
         memory=shared_memory(folder / "tokens"),
     )  # fmt: skip
     kinds: list[list[FullyShardedExperts]] = []
@@ -129,6 +133,25 @@ def test_passes_equal_those_on_collectives(
     ranks: Launch, tmp_path: Path, size: int, dtype: torch.dtype, reshard: bool
 ) -> None:
     ranks(size, trains, tmp_path, dtype, reshard, timeout_s=200)
+
+
+def overflows(folder: Path) -> list[int]:
+    """Most rows of a rank, where a round has room for 64 and most slots of the exchange are empty."""
+    gloo, own, exchange = make_layers(folder, count=1, capacity=64, rounds=4, tokens=90)
+    fullest = []
+    for tokens in (90 - dist.get_rank(), 7):
+        parts = batch(0, tokens, 1.5)
+        assert_close(answers(gloo, parts), answers(own, parts))
+        fullest.append(int(exchange.mailbox.answer[FULLEST]))
+    exchange.check()
+    exchange.mailbox.close()
+    return fullest
+
+
+def test_rows_beyond_the_capacity_are_computed_in_rounds(ranks: Launch, tmp_path: Path) -> None:
+    for most, few in ranks(2, overflows, tmp_path, timeout_s=200):
+        assert 128 < most <= 256
+        assert few <= 64
 
 
 def overlaps(folder: Path) -> None:

@@ -517,7 +517,7 @@ class DeviceExchange:
     ) -> None:
         inner, outer, ends = gradients
         blocks, launch = self._launches.flatten[which, nth > 0]
-        launch((blocks, 1, 1), inner, outer, out, route.answer, ends[-1:])
+        launch((blocks, 1, 1), inner, outer, out, route.answer, ends[-1:], len(out))
 
     def _make_launches(self) -> SimpleNamespace:
         """Every kernel with its constants."""
@@ -558,10 +558,8 @@ class DeviceExchange:
             inner = shape.elements - shape.hidden * shape.width
             blocks = self._few if which == kernels.KEPT else self._blocks
             return blocks, Launch(
-                kernels.flatten, 8, WHICH=which, MORE=more,
-                EXPERTS=self.spare if which == kernels.BORROWED_HERE else answer.owned, INNER=inner,
-                OUTER=shape.elements - inner, BORROWED=BORROWED, LENT=LENT, LOANS=answer.loans, BLOCKS=blocks,
-                PIECE=self._piece,
+                kernels.flatten, 8, WHICH=which, MORE=more, INNER=inner, OUTER=shape.elements - inner,
+                BORROWED=BORROWED, LENT=LENT, LOANS=answer.loans, BLOCKS=blocks, PIECE=self._piece,
             )  # fmt: skip
 
         return SimpleNamespace(

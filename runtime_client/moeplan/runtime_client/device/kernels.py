@@ -63,7 +63,7 @@ _UNFILLED = tl.constexpr(2**31 - 1)
 def program(function: Callable[..., Any]) -> Any:
     """A Triton kernel, or a part of one, compiled once for all numbers and for all places of single words."""
     numbers = ["rank", "layer", "tokens", "pairs", "chunks", "excess", "limit", "number", "gathered", "low"]
-    return triton.jit(function, do_not_specialize=[*numbers, "end"])
+    return triton.jit(function, do_not_specialize=[*numbers, "end", "replicas"])
 
 
 # Signals
@@ -868,9 +868,9 @@ def flatten(
     out: tl.tensor,
     answer: tl.tensor,
     end: tl.tensor,
+    replicas: tl.tensor,
     WHICH: tl.constexpr,
     MORE: tl.constexpr,
-    EXPERTS: tl.constexpr,
     INNER: tl.constexpr,
     OUTER: tl.constexpr,
     BORROWED: tl.constexpr,
@@ -882,18 +882,19 @@ def flatten(
     """Gradients of both matrices of each expert into their flat form, in its type, by so many blocks.
 
     Args:
-        inner: [EXPERTS, INNER].
-        outer: [EXPERTS, OUTER].
-        out: [EXPERTS, INNER + OUTER], out.
+        inner: [replicas, INNER].
+        outer: [replicas, OUTER].
+        out: [replicas, INNER + OUTER], out.
         answer: The plan.
         end: int32, number of rows of this round: if there is `MORE`, they are added to what is there.
+        replicas: How many experts; of a layout's slots only those that are filled, which differ from pass to pass.
         WHICH: Of experts at home those that were lent (`SENT`) or the others (`KEPT`); or `BORROWED_HERE`, the first of
             spare slots.
     """
     if MORE and tl.load(end) == 0:
         return
     pieces: tl.constexpr = (INNER + OUTER + PIECE - 1) // PIECE
-    for nth in range(tl.program_id(0).to(tl.int64), EXPERTS * pieces, BLOCKS):
+    for nth in range(tl.program_id(0).to(tl.int64), replicas * pieces, BLOCKS):
         expert = nth // pieces
         if WHICH == _BORROWED_HERE:
             wanted = expert < tl.load(answer + BORROWED)

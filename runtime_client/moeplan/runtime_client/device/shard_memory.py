@@ -229,6 +229,8 @@ class ShardMemory:
             part = shard.detach().contiguous()
             if part.data_ptr() % 16:  # another layer's may not be
                 part = part.clone()
+            if line.stream is not None:  # a layout may go before this has run, of which nothing else waits for it
+                placed.slot.record_stream(line.stream)
             if published.read == line.meetings:  # others may be reading what was there before
                 line.meet()
             self._show((self._blocks, 1, 1), part, published.rows, flat, placed.slot, self.group.rank)
