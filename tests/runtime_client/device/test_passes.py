@@ -36,6 +36,7 @@ from moeplan.runtime_client.errors import MissedPassError, PassError, RanksDiffe
 from moeplan.runtime_client.group import ExpertGroup
 from moeplan.runtime_client.layers.feed_forward import ExpertShape
 from moeplan.runtime_client.layers.resident import ResidentExperts
+from moeplan.runtime_client.models.gradients import ExpertGradients
 from moeplan.solvers import LlepPlanner, QuotaPlanner, SpillOptions
 from moeplan.solvers.problem.errors import InfeasibleError
 
@@ -88,6 +89,8 @@ def answers(layer: ResidentExperts, parts: Sequence[Tensor], *, recompute: bool 
 
 def equals_gloo(folder: Path, dtype: torch.dtype, spare: int, shape: ExpertShape) -> list[int]:
     gloo, own, exchange = make_layers(folder, dtype=dtype, spare=spare, shape=shape)
+    for layer in (gloo, own):
+        ExpertGradients(layer)
     lent = []
     for seed, skew in enumerate((1.0, 4.0, 1000.0)):  # even, uneven, all on one expert
         parts = uneven_batch(seed, skew)
@@ -132,6 +135,8 @@ def test_tokens_choices_and_gradients_may_be_laid_out_by_columns(ranks: Launch, 
 def overflows(folder: Path, dtype: torch.dtype, spare: int) -> tuple[int, int]:
     """Most rows of a rank with uneven and with few tokens, where a round has room for 64."""
     gloo, own, exchange = make_layers(folder, dtype=dtype, spare=spare, capacity=64, rounds=4, tokens=90)
+    for layer in (gloo, own):
+        ExpertGradients(layer)
     fullest = []
     for seed, tokens in enumerate((90 - dist.get_rank(), 7)):
         parts = batch(seed, tokens, 1.5)

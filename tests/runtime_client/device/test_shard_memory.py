@@ -25,6 +25,7 @@ from moeplan.runtime_client.errors import LayoutMismatchError, MissedPassError
 from moeplan.runtime_client.group import ExpertGroup
 from moeplan.runtime_client.layers.feed_forward import ExpertShape
 from moeplan.runtime_client.layers.sharded import FullyShardedExperts, chain
+from moeplan.runtime_client.models.gradients import ExpertGradients
 from moeplan.solvers import QuotaPlanner, SpillOptions
 from moeplan.solvers.problem.layout import Layout
 
@@ -133,6 +134,9 @@ def traffic(layers: Layers) -> list[dict[str, int]]:
 def trains(folder: Path, dtype: torch.dtype, compute: torch.dtype, reshard: bool) -> None:
     """Steps with other weights, layouts and tokens each; two micro-batches in every other one."""
     gloo, own, memory = make_layers(folder, dtype=dtype, compute=compute, reshard=reshard)
+    if dtype.itemsize > 2:  # in 16 bits collectives round once before gradients are scaled
+        for layers in (gloo, own):
+            ExpertGradients(torch.nn.ModuleList(layers))
     optimizers = [torch.optim.SGD([layer.shard for layer in layers], lr=1e-3) for layers in (gloo, own)]
     for step in range(4):
         found = []

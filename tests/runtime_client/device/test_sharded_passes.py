@@ -36,6 +36,7 @@ from moeplan.runtime_client.errors import LayoutMismatchError, PassError
 from moeplan.runtime_client.layers.dividing import Division, PlannedLayer
 from moeplan.runtime_client.layers.feed_forward import ExpertShape
 from moeplan.runtime_client.layers.sharded import FullyShardedExperts, chain
+from moeplan.runtime_client.models.gradients import ExpertGradients
 from moeplan.solvers import Cluster, ExpertSpec, Layout, QuotaPlanner, SpillOptions, SplitRule
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="Triton has wheels for Linux only")
@@ -106,6 +107,8 @@ def answers(layers: Layers, parts: Sequence[Tensor], *, recompute: bool = False)
 
 def trains(folder: Path, dtype: torch.dtype, reshard: bool) -> None:
     gloo, own, exchange = make_layers(folder, dtype=dtype, reshard=reshard)
+    for layers in (gloo, own):
+        ExpertGradients(torch.nn.ModuleList(layers))
     for seed, skew in enumerate((1.0, 4.0, 1000.0)):  # even, uneven, all on one expert
         for layers in (gloo, own):
             use(layers, seed)

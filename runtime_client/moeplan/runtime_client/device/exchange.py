@@ -446,6 +446,8 @@ class DeviceExchange:
         results: Sequence[Tensor],
         to_weight: Tensor | None = None,
         gradient: Tensor | None = None,
+        *,
+        scale: float = 1.0,
     ) -> None:
         """Results of a round to their sources; in the backward pass also the gradients of weights and lent experts.
 
@@ -456,6 +458,7 @@ class DeviceExchange:
             results: Those of experts at home [rows, hidden], and of lent ones where they are apart.
             to_weight: In the backward pass: float32[rows], gradients of the weights.
             gradient: In the last round of it: [owned, elements], to which what borrowers left in `lent` is added.
+            scale: What gradients of experts that were lent are multiplied by then.
         """
         at_home, away = results[0], results[-1]
         lenders = 0 if gradient is None else self._lenders
@@ -465,7 +468,7 @@ class DeviceExchange:
         launch(
             (lenders + self._blocks, 1, 1), at_home, away, where, self.share,
             self.share if to_weight is None else to_weight, self.returned, self.returned_weight, self.peers,
-            at_home if gradient is None else gradient, self.lent, route.answer, nth * self.capacity,
+            at_home if gradient is None else gradient, self.lent, route.answer, nth * self.capacity, scale,
         )  # fmt: skip
 
     def collect(self, route: Route, out: Tensor) -> None:
@@ -490,7 +493,9 @@ class DeviceExchange:
         self._launches.activate_backward((self._blocks, 1, 1), gradient, first, scale, to_first, scaled, to_weight, end)
         return to_first, scaled
 
-    def flatten(self, route: Route, nth: int, gradients: tuple[Tensor, Tensor, Tensor], out: Tensor) -> None:
+    def flatten(
+        self, route: Route, nth: int, gradients: tuple[Tensor, Tensor, Tensor], out: Tensor, scale: float = 1.0
+    ) -> None:
         """Gradients of experts at home in a round into ``out`` [owned, elements], where later rounds are added.
 
         Those of experts that were lent, to which `give_back` adds, are there for what follows; the others come beside
@@ -501,23 +506,24 @@ class DeviceExchange:
             nth: The round, from 0.
             gradients: Of the matrices, [owned, rows, columns] each, and int32[owned], the ends of their rows.
             out: [owned, elements].
+            scale: What gradients are multiplied by, but for those of experts that were lent; see `give_back`.
         """
         kernels = _kernels()
         with self._beside():
-            self._flatten(kernels.KEPT, route, nth, gradients, out)
+            self._flatten(kernels.KEPT, route, nth, gradients, out, scale)
         if self.spare:
-            self._flatten(kernels.SENT, route, nth, gradients, out)
+            self._flatten(kernels.SENT, route, nth, gradients, out, 1.0)
 
     def flatten_lent(self, route: Route, nth: int, gradients: tuple[Tensor, Tensor, Tensor], out: Tensor) -> None:
         """As `flatten`, at once, of experts that this rank was lent: of spare slots, those that there are."""
-        self._flatten(_kernels().BORROWED_HERE, route, nth, gradients, out)
+        self._flatten(_kernels().BORROWED_HERE, route, nth, gradients, out, 1.0)
 
     def _flatten(
-        self, which: int, route: Route, nth: int, gradients: tuple[Tensor, Tensor, Tensor], out: Tensor
+        self, which: int, route: Route, nth: int, gradients: tuple[Tensor, Tensor, Tensor], out: Tensor, scale: float
     ) -> None:
         inner, outer, ends = gradients
         blocks, launch = self._launches.flatten[which, nth > 0]
-        launch((blocks, 1, 1), inner, outer, out, route.answer, ends[-1:], len(out))
+        launch((blocks, 1, 1), inner, outer, out, route.answer, ends[-1:], len(out), scale)
 
     def _make_launches(self) -> SimpleNamespace:
         """Every kernel with its constants."""

@@ -582,6 +582,7 @@ def fetch(
     answer: tl.tensor,
     peers: tl.tensor,
     piece: tl.tensor,
+    scale: tl.tensor,
     EACH: tl.constexpr,
     ELEMENTS: tl.constexpr,
     LENT: tl.constexpr,
@@ -597,13 +598,13 @@ def fetch(
         mine, device, slot = tl.load(at).to(tl.int64), tl.load(at + 1), tl.load(at + 2).to(tl.int64)
         if mine != before:
             if before >= 0:
-                tl.store(gradient + before * ELEMENTS + piece, sums, mask=inside)
+                tl.store(gradient + before * ELEMENTS + piece, sums * scale, mask=inside)
             sums = tl.load(gradient + mine * ELEMENTS + piece, mask=inside, other=0.0).to(tl.float32)
             before = mine
         away = tl.load(peers + device) * EACH
         sums += tl.load(borrowed + away + slot * ELEMENTS + piece, mask=inside, other=0.0).to(tl.float32)
     if before >= 0:
-        tl.store(gradient + before * ELEMENTS + piece, sums, mask=inside)
+        tl.store(gradient + before * ELEMENTS + piece, sums * scale, mask=inside)
 
 
 @program
@@ -620,6 +621,7 @@ def give_back(
     borrowed: tl.tensor,
     answer: tl.tensor,
     low: tl.tensor,
+    scale: tl.tensor,
     CHOICES: tl.constexpr,
     TOKENS: tl.constexpr,
     GROUP_TOKENS: tl.constexpr,
@@ -653,12 +655,13 @@ def give_back(
         gradient: [owned, ELEMENTS], changed in place.
         borrowed: [slots, ELEMENTS] in symmetric memory, what borrowers found.
         low: First row of the round.
+        scale: float, what gradients of experts that were lent are multiplied by.
     """
     block = tl.program_id(0)
     if block < LENDERS:
         for first in range(block * PIECE, ELEMENTS, LENDERS * PIECE):
             piece = first + tl.arange(0, PIECE)
-            fetch(gradient, borrowed, answer, peers, piece, EACH, ELEMENTS, LENT, LOANS)
+            fetch(gradient, borrowed, answer, peers, piece, scale, EACH, ELEMENTS, LENT, LOANS)
     else:
         for start in range((block - LENDERS) * BLOCK, GROUP_TOKENS, (tl.num_programs(0) - LENDERS) * BLOCK):
             token = start + tl.arange(0, BLOCK)
@@ -869,6 +872,7 @@ def flatten(
     answer: tl.tensor,
     end: tl.tensor,
     replicas: tl.tensor,
+    scale: tl.tensor,
     WHICH: tl.constexpr,
     MORE: tl.constexpr,
     INNER: tl.constexpr,
@@ -888,6 +892,7 @@ def flatten(
         answer: The plan.
         end: int32, number of rows of this round: if there is `MORE`, they are added to what is there.
         replicas: How many experts; of a layout's slots only those that are filled, which differ from pass to pass.
+        scale: float, what they are multiplied by.
         WHICH: Of experts at home those that were lent (`SENT`) or the others (`KEPT`); or `BORROWED_HERE`, the first of
             spare slots.
     """
@@ -907,9 +912,10 @@ def flatten(
             at = nth % pieces * PIECE + tl.arange(0, PIECE)
             value = tl.load(inner + expert * INNER + at, mask=at < INNER, other=0.0)
             value += tl.load(outer + expert * OUTER + at - INNER, mask=(at >= INNER) & (at < INNER + OUTER), other=0.0)
+            value = value.to(tl.float32) * scale
             to = out + expert * (INNER + OUTER) + at
             if MORE:
-                value = value.to(tl.float32) + tl.load(to, mask=at < INNER + OUTER, other=0.0).to(tl.float32)
+                value += tl.load(to, mask=at < INNER + OUTER, other=0.0).to(tl.float32)
             tl.store(to, value.to(out.dtype.element_ty), mask=at < INNER + OUTER)
 
 

@@ -58,6 +58,7 @@ class Turn:
         layout: int64[4], on the device, where tokens are divided by layouts: three zeros in place of checks, and the
             layout's key. See `LayoutPlans.key`.
         gathered: How often experts have been gathered; ranks that differ have other weights.
+        scale: What gradients of experts at home are multiplied by.
     """
 
     layer: int
@@ -67,6 +68,7 @@ class Turn:
     checks: Sequence[Tensor] = ()
     layout: Tensor | None = None
     gathered: int = 0
+    scale: float = 1.0
 
 
 class Planning(Protocol):

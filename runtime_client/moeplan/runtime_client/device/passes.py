@@ -133,7 +133,7 @@ class _Pass(torch.autograd.Function):
         output = _rows(hidden)
         exchange.collect(route, _beginning(output, len(some)))
         ctx.exchange, ctx.route, ctx.like = exchange, route, (index.shape, weight.dtype)
-        ctx.arrive = None if arrivals is None else arrivals.backward
+        ctx.arrive, ctx.scale = None if arrivals is None else arrivals.backward, turn.scale
         ctx.parts, ctx.computed = len(parts), len(computed)
         if exchange.rounds == 1:
             tokens = tokens.new_empty(0)  # a part of them would keep them all
@@ -179,12 +179,12 @@ class _Pass(torch.autograd.Function):
                     results.append(grouped_mm(to_first, inner, offs=ends))
                 is_last = nth == exchange.rounds - 1
                 if to_flat is not None:
-                    exchange.flatten(route, nth, (to_inner[0], to_outer[0], regions[0][1]), to_flat)
+                    exchange.flatten(route, nth, (to_inner[0], to_outer[0], regions[0][1]), to_flat, ctx.scale)
                 if exchange.spare:
                     exchange.flatten_lent(route, nth, (to_inner[1], to_outer[1], regions[-1][1]), lent)
                     if is_last and lent is not exchange.lent:
                         exchange.lent.copy_(lent)
-                exchange.give_back(route, nth, where, results, to_weight, to_flat if is_last else None)
+                exchange.give_back(route, nth, where, results, to_weight, to_flat if is_last else None, scale=ctx.scale)
                 if to_flat is not None:
                     exchange.join()
         exchange.meet()

@@ -72,6 +72,7 @@ def add_replicas(
     STRIDE: tl.constexpr,
     STRIDE_AFTER: tl.constexpr,
     DOUBLE: tl.constexpr,
+    SCALE: tl.constexpr,
     PIECE: tl.constexpr,
 ) -> None:
     """Add up this rank's part of the gradients of each expert's replicas, in order; a block for each expert and piece.
@@ -89,6 +90,7 @@ def add_replicas(
         STRIDE: Elements from a row of `gradient` to the next, and ``STRIDE_AFTER`` of `after`; constants, so that
             compilers see what accesses are aligned.
         DOUBLE: Whether to add in float64 rather than in float32.
+        SCALE: What the sums are multiplied by.
     """
     expert = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * PIECE + tl.arange(0, PIECE)
@@ -109,7 +111,7 @@ def add_replicas(
     aborted = tl.load(abort, volatile=True)
     if (expert == 0) & (tl.program_id(1) == 0):
         tl.store(failed, aborted)
-    sums = tl.where(aborted != 0, float("nan"), sums)
+    sums = tl.where(aborted != 0, float("nan"), sums * SCALE)
     tl.store(total + expert * WIDTH + at, sums.to(total.dtype.element_ty), mask=inside)
 
 

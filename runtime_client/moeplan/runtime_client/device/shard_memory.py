@@ -141,7 +141,7 @@ class ShardMemory:
         )
         self._returns = 0
         self._held: tuple[Sequence[Tensor], torch.cuda.Event | None] | None = None
-        self._add: dict[tuple[torch.dtype, int, int, int], Launch] = {}
+        self._add: dict[tuple[torch.dtype, int, int, int, float], Launch] = {}
         self._add_replicas = shard_kernels.add_replicas
         self._blocks = kernels.beside(self.device)
         self._show = Launch(
@@ -299,7 +299,7 @@ class ShardMemory:
         return known[others]
 
     def give_back(
-        self, gradients: Sequence[Tensor], placed: Placed, like: Tensor
+        self, gradients: Sequence[Tensor], placed: Placed, like: Tensor, scale: float = 1.0
     ) -> tuple[Tensor, torch.cuda.Event | None]:
         """Begin to send gradients of this rank's slots to the owners of the parts, which add up those of an expert.
 
@@ -309,6 +309,7 @@ class ShardMemory:
             gradients: [slots, columns], the first and the others of N * width columns; or all of them in one.
             placed: The layout that the slots were gathered by.
             like: [experts, width], the shard.
+            scale: What sums are multiplied by.
 
         Returns:
             [experts, width] in the dtype of `like`, and when it is whole; see `wait`.
@@ -323,7 +324,7 @@ class ShardMemory:
             self._sending(addresses, placed.begin, gradients).start(line.stream)
             # Before it, all ranks have added up what was in the other room, so that they may write there afterwards.
             line.meet()
-            self._adding(like.dtype, first.shape[1], first.stride(0), last.stride(0))(
+            self._adding(like.dtype, first.shape[1], first.stride(0), last.stride(0), scale)(
                 (self.experts, -(-self.width // _PIECE), 1), arrived, first, last, placed.order, placed.start, total,
                 self._abort, self._failed, self.group.rank, placed.begin, placed.begin + len(first),
             )  # fmt: skip
@@ -359,13 +360,13 @@ class ShardMemory:
         if arrival is not None:
             torch.cuda.current_stream(self.device).wait_event(arrival)
 
-    def _adding(self, dtype: torch.dtype, columns: int, stride: int, stride_after: int) -> Launch:
+    def _adding(self, dtype: torch.dtype, columns: int, stride: int, stride_after: int, scale: float) -> Launch:
         """The kernel that adds up to gradients of this type, of which so many columns are in the first tensor."""
-        key = dtype, columns, stride, stride_after
+        key = dtype, columns, stride, stride_after, scale
         if key not in self._add:
             self._add[key] = Launch(
                 self._add_replicas, 8, RANKS=self.group.size, WIDTH=self.width, FIRST=columns, STRIDE=stride,
-                STRIDE_AFTER=stride_after, DOUBLE=dtype == torch.float64, PIECE=_PIECE,
+                STRIDE_AFTER=stride_after, DOUBLE=dtype == torch.float64, SCALE=scale, PIECE=_PIECE,
             )  # fmt: skip
         return self._add[key]
 

@@ -79,8 +79,9 @@ class ExpertLayer(nn.Module, ABC):
             last that was told to other ranks.
         prepare: Called with the parameter before a pass that will have gradients, and with whether FSDP2 averages them
             over replicas; `ExpertGradients` sets it.
-        on_way: Applied to the gradient of each pass on its way to the parameter, and not to gradients that come from
-            elsewhere, as that of a penalty on weights; `ExpertGradients` sets it.
+        scale: What the gradient of each pass is multiplied by on its way to the parameter, and gradients from elsewhere
+            are not, as that of a penalty on weights; `ExpertGradients` sets it.
+        on_way: Called when the gradient of a pass is on its way to the parameter; `ExpertGradients` sets it.
         replicated: Whether ranks of other expert groups hold the same experts; `ExpertGradients` sets it.
     """
 
@@ -100,7 +101,8 @@ class ExpertLayer(nn.Module, ABC):
         self.identities = 0
         self._finish = ""
         self.prepare: Callable[[nn.Parameter, bool], None] | None = None
-        self.on_way: Callable[[Tensor], Tensor] | None = None
+        self.scale = 1.0
+        self.on_way: Callable[[], None] | None = None
         self.replicated = False
         self._cut = False
         self._number = next(group.numbers)
@@ -187,11 +189,12 @@ class ExpertLayer(nn.Module, ABC):
         output = run(rows, index.long(), weight).to(hidden.dtype).view_as(hidden)
         return output.clone() if self._cut else output  # FSDP2 hangs a hook on it, which operations on views may lose
 
-    def _weights_of_pass(self) -> Tensor:
-        """The weights, whose gradient goes `on_way`."""
+    def _weights_of_pass(self, *, scaled: bool) -> Tensor:
+        """The weights, whose gradient goes `on_way`; it is multiplied by `scale` unless the pass has done so."""
         if self.on_way is None:
             return self.weights
-        weights: Tensor = _OnWay.apply(self.weights, self.on_way)  # type: ignore[no-untyped-call]
+        scale = 1.0 if scaled else self.scale
+        weights: Tensor = _OnWay.apply(self.weights, self.on_way, scale)  # type: ignore[no-untyped-call]
         return weights
 
     def _trains(self) -> bool:
@@ -368,12 +371,13 @@ class ExpertLayer(nn.Module, ABC):
             compare = partial(compare_ranks, self.title)
             return gather_counts(self.group, index, weight, self.experts, what, told, compare)
 
-    def _turn(self, layout: Tensor | None = None, gathered: int = 0) -> Turn:
+    def _turn(self, layout: Tensor | None = None, gathered: int = 0, scale: float = 1.0) -> Turn:
         """This pass, for one that runs without the host.
 
         Args:
             layout: See `Turn`.
             gathered: Likewise.
+            scale: Likewise.
 
         Raises:
             ValueError: the layer has what needs the host.
@@ -385,7 +389,7 @@ class ExpertLayer(nn.Module, ABC):
         none = partial(torch.zeros, (), dtype=torch.int64, device=self.weights.device)
         checks = [none() if check is None else check.long() for check in self._checks()]
         compare = partial(compare_ranks, self.title)
-        return Turn(self._number, self._passes, compare, self.title, checks, layout, gathered)
+        return Turn(self._number, self._passes, compare, self.title, checks, layout, gathered, scale)
 
     def _checks(self) -> tuple[Tensor | None, Tensor | None, Tensor | None] | tuple[()]:
         """Values by which ranks compare weights, in the order of `tell`.
@@ -509,20 +513,21 @@ class ExpertLayer(nn.Module, ABC):
 
 
 class _OnWay(torch.autograd.Function):
-    """Identity on the weights of a pass, that does something to their gradient."""
+    """Identity on the weights of a pass, that tells when their gradient comes, and scales it."""
 
     @staticmethod
-    def forward(ctx: Any, weights: Tensor, on_way: Callable[[Tensor], Tensor]) -> Tensor:
-        ctx.on_way = on_way
+    def forward(ctx: Any, weights: Tensor, on_way: Callable[[], None], scale: float) -> Tensor:
+        ctx.on_way, ctx.scale = on_way, scale
         return weights.view_as(weights)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return ctx.on_way(gradient), None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        ctx.on_way()
+        return gradient if ctx.scale == 1 else gradient * ctx.scale, None, None
 
 
-def _refuse_copied(title: str, _: Tensor) -> Tensor:
+def _refuse_copied(title: str) -> None:
     """In place of what `ExpertGradients` does with gradients of the original."""
     raise RuntimeError(
         f"{title}: is trained as a copy of a layer that has an ExpertGradients, and has none, so its gradients would "

@@ -190,8 +190,8 @@ class ResidentExperts(ExpertLayer):
         if self.exchange is not None:
             if infers_shapes():
                 weight = torch.zeros_like(weight)  # they were never written
-            turn = self._turn()
-            return run_pass(self.exchange, turn, [self._weights_of_pass()], rows, index, weight, dtype)
+            turn = self._turn(scale=self.scale)
+            return run_pass(self.exchange, turn, [self._weights_of_pass(scaled=True)], rows, index, weight, dtype)
         group = self.group
         homes = self.homes
         means = homes.fingerprint ^ planner_fingerprint(self.planner)
@@ -203,7 +203,7 @@ class ResidentExperts(ExpertLayer):
             at, loan = made
             self._require_at_home(at)
         lending = _Lending(self, loan, dtype) if loan.total else None
-        home = self._weights_of_pass()
+        home = self._weights_of_pass(scaled=False)
         if lending is not None:
             lending.start(self.flat, "weights.forward")
             home = _Land.apply(home, lending)  # type: ignore[no-untyped-call]

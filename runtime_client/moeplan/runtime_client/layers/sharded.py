@@ -443,12 +443,12 @@ class FullyShardedExperts(ExpertLayer):
         self.traffic[purpose] += gathering.sent
         return gathering
 
-    def _return(self, gradients: Sequence[Tensor], placement: Placement) -> Returning | DirectReturning:
-        """Begin to return the gradients of slots, in parts of their columns."""
+    def _return(self, gradients: Sequence[Tensor], placement: Placement, scale: float) -> Returning | DirectReturning:
+        """Begin to return the gradients of slots, in parts of their columns; copy engines' are scaled on the way."""
         if self.memory is None:
             (gradient,) = gradients
             return Returning(gradient, placement, self.group, self.traffic)
-        return DirectReturning(gradients, placement, self.memory, self.shard, self.traffic)
+        return DirectReturning(gradients, placement, self.memory, self.shard, self.traffic, scale)
 
     def _take_ahead(self, placement: Placement, dtype: torch.dtype) -> Gathering | DirectGathering | None:
         ahead, self._ahead = self._ahead, None
@@ -505,6 +505,7 @@ class _Pass:
         self.layer = layer
         self.placement = placement
         self.dtype = dtype
+        self.scale = layer.scale
         self.freed = False
         self.arriving: Gathering | DirectGathering | None = None
         self.returning: Returning | DirectReturning | None = None
@@ -521,7 +522,8 @@ class _Pass:
         returning = None if memory is None else memory.returning
         # Its backward runs on the stream of its forward, so that no other waits for the gradients.
         with nullcontext() if returning is None else torch.cuda.stream(returning):
-            landed: Tensor = _Land.apply(self.layer._weights_of_pass(), self)  # type: ignore[no-untyped-call]
+            weights = self.layer._weights_of_pass(scaled=memory is not None)
+            landed: Tensor = _Land.apply(weights, self)  # type: ignore[no-untyped-call]
         return landed
 
     def gather(
@@ -633,7 +635,7 @@ class _Gather(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         this: _Pass = ctx.this
-        this.returning = this.layer._return(gradients, this.placement)
+        this.returning = this.layer._return(gradients, this.placement, this.scale)
         # Only tells _Land to run; the true gradient is still travelling. Of another type it would be written out.
         return gradients[0].new_zeros((), dtype=ctx.dtype).expand(ctx.shape), None, None, None
 

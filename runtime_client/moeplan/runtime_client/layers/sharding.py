@@ -307,6 +307,7 @@ class DirectReturning:
         memory: Of the layers.
         shard: [experts, width], for its type.
         traffic: Counter of the bytes sent.
+        scale: What gradients are multiplied by.
     """
 
     def __init__(
@@ -316,9 +317,10 @@ class DirectReturning:
         memory: ShardMemory,
         shard: Tensor,
         traffic: Traffic,
+        scale: float,
     ) -> None:
         self._memory = memory
-        self._total, self._arrival = memory.give_back(gradients, placement, shard)
+        self._total, self._arrival = memory.give_back(gradients, placement, shard, scale)
         slots, others = len(placement.experts), memory.group.size - 1
         traffic["gradients"] += slots * others * shard.shape[1] * gradients[0].element_size()
 

@@ -95,6 +95,7 @@ class ExpertGradients:
                 if isinstance(layer.prepare, _Reduction):
                     layer.prepare.detach()
                 layer.prepare = reduction = _Reduction(layer.title, group.size, replicas, mean)
+                layer.scale = 1 / group.size
                 layer.on_way = reduction.arrived if group.size > 1 or replicas is not None else None
 
     @torch.no_grad()
@@ -195,7 +196,7 @@ def _replicas_of(members: Sequence[int], ranks: dist.ProcessGroup | None) -> dis
 
 
 class _Reduction:
-    """Scales the gradients of passes on their way to a parameter, and averages it over replicas once it has them.
+    """Averages the gradient of a parameter over replicas, once it has those of its passes.
 
     Averages of what replicas hold already are what they hold, so it may run after each of several backward passes.
     Gradients of a penalty on weights are not those of tokens of other ranks; where gradients are summed, all ranks add
@@ -206,7 +207,6 @@ class _Reduction:
         self.title = title
         self.replicas = replicas
         self.times = 1 if replicas is None else dist.get_world_size(replicas)
-        self.scale = 1 / size
         self.summed = 1 if mean else size * self.times
         # Of each parameter that the layer has had: ``torch.func.functional_call`` puts others there, and back again.
         self.hooks: WeakIdKeyDictionary = WeakIdKeyDictionary()
@@ -236,12 +236,11 @@ class _Reduction:
             hooks.append(parameter.register_post_accumulate_grad_hook(self._average))
         self.hooks[parameter] = hooks
 
-    def arrived(self, gradient: Tensor) -> Tensor:
-        """The mean over the ranks of the group, of a pass's gradient that is on its way to the parameter."""
+    def arrived(self) -> None:
+        """Note a pass's gradient that is on its way to the parameter."""
         if self.averages:
             self.waits = True
             torch.autograd.Variable._execution_engine.queue_callback(self._require_averaged)
-        return gradient if self.scale == 1 else gradient * self.scale
 
     def _require_averaged(self) -> None:
         """Refuse, on all ranks alike, gradients that the parameter was not given.
