@@ -180,6 +180,22 @@ def test_layouts_may_change_while_passes_are_under_way(ranks: Launch, tmp_path: 
     ranks(2, overlaps, tmp_path, timeout_s=200)
 
 
+def recomputes_by_another_layout(folder: Path) -> str:
+    _, own, exchange = make_layers(folder, count=1)
+    hidden, index, weight, gradient = uneven_batch(0)
+    output = checkpoint(own[0], hidden.requires_grad_(), index, weight, use_reentrant=False)
+    own[0].layout = Layout(np.ascontiguousarray(own[0].layout.slots[:, ::-1]), EXPERTS)  # of as many slots
+    with pytest.raises(RuntimeError) as caught:
+        output.backward(gradient)
+    exchange.mailbox.close()
+    return str(caught.value)
+
+
+def test_a_checkpoint_whose_layout_has_changed_is_refused(ranks: Launch, tmp_path: Path) -> None:
+    for message in ranks(2, recomputes_by_another_layout, tmp_path, timeout_s=200):
+        assert "its layout has changed between a forward pass and its backward" in message
+
+
 def begins_twice(folder: Path) -> None:
     """A pass is refused once the weights of the next layer have been shown, and none of them has set out."""
     gloo, own, exchange = make_layers(folder)

@@ -59,6 +59,7 @@ class Turn:
             layout's key. See `LayoutPlans.key`.
         gathered: How often experts have been gathered; ranks that differ have other weights.
         scale: What gradients of experts at home are multiplied by.
+        means: Differs between passes that are planned differently; for one that is run again for its backward.
     """
 
     layer: int
@@ -69,6 +70,7 @@ class Turn:
     layout: Tensor | None = None
     gathered: int = 0
     scale: float = 1.0
+    means: int = 0
 
 
 class Planning(Protocol):

@@ -132,20 +132,26 @@ class _Pass(torch.autograd.Function):
         exchange.meet()
         output = _rows(hidden)
         exchange.collect(route, _beginning(output, len(some)))
-        ctx.exchange, ctx.route, ctx.like = exchange, route, (index.shape, weight.dtype)
-        ctx.arrive, ctx.scale = None if arrivals is None else arrivals.backward, turn.scale
+        ctx.exchange, ctx.route, ctx.turn, ctx.like = exchange, route, turn, (index.shape, weight.dtype)
+        ctx.arrive = None if arrivals is None else arrivals.backward
         ctx.parts, ctx.computed = len(parts), len(computed)
         if exchange.rounds == 1:
             tokens = tokens.new_empty(0)  # a part of them would keep them all
-        ctx.save_for_backward(*parts, tokens, where, *computed, *scales, *kept)
+        ctx.save_for_backward(*parts, tokens, where, torch.tensor(turn.means), *computed, *scales, *kept)
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         exchange, route = ctx.exchange, ctx.route
-        saved = _cut(ctx.saved_tensors, ctx.parts, 2, ctx.computed, exchange.rounds)
-        parts, (tokens, where), computed, scales, kept = saved
+        saved = _cut(ctx.saved_tensors, ctx.parts, 3, ctx.computed, exchange.rounds)
+        parts, (tokens, where, means), computed, scales, kept = saved
+        if int(means) != ctx.turn.means:  # saved by a checkpoint's second run
+            raise RuntimeError(
+                f"{ctx.turn.title}: its layout has changed between a forward pass and its backward, for which an "
+                "activation checkpoint has run it again, by the new one. Set layouts once all backward passes of a "
+                "step are over, or leave exchange= out"
+            )
         matrices = _matrices(exchange, computed)
         exchange.meet()  # all ranks are done with what arrived in earlier passes
         rows = [kept.pop()]
@@ -179,12 +185,14 @@ class _Pass(torch.autograd.Function):
                     results.append(grouped_mm(to_first, inner, offs=ends))
                 is_last = nth == exchange.rounds - 1
                 if to_flat is not None:
-                    exchange.flatten(route, nth, (to_inner[0], to_outer[0], regions[0][1]), to_flat, ctx.scale)
+                    exchange.flatten(route, nth, (to_inner[0], to_outer[0], regions[0][1]), to_flat, ctx.turn.scale)
                 if exchange.spare:
                     exchange.flatten_lent(route, nth, (to_inner[1], to_outer[1], regions[-1][1]), lent)
                     if is_last and lent is not exchange.lent:
                         exchange.lent.copy_(lent)
-                exchange.give_back(route, nth, where, results, to_weight, to_flat if is_last else None, scale=ctx.scale)
+                exchange.give_back(
+                    route, nth, where, results, to_weight, to_flat if is_last else None, scale=ctx.turn.scale
+                )
                 if to_flat is not None:
                     exchange.join()
         exchange.meet()

@@ -371,13 +371,14 @@ class ExpertLayer(nn.Module, ABC):
             compare = partial(compare_ranks, self.title)
             return gather_counts(self.group, index, weight, self.experts, what, told, compare)
 
-    def _turn(self, layout: Tensor | None = None, gathered: int = 0, scale: float = 1.0) -> Turn:
+    def _turn(self, layout: Tensor | None = None, gathered: int = 0, scale: float = 1.0, means: int = 0) -> Turn:
         """This pass, for one that runs without the host.
 
         Args:
             layout: See `Turn`.
             gathered: Likewise.
             scale: Likewise.
+            means: Likewise.
 
         Raises:
             ValueError: the layer has what needs the host.
@@ -389,7 +390,7 @@ class ExpertLayer(nn.Module, ABC):
         none = partial(torch.zeros, (), dtype=torch.int64, device=self.weights.device)
         checks = [none() if check is None else check.long() for check in self._checks()]
         compare = partial(compare_ranks, self.title)
-        return Turn(self._number, self._passes, compare, self.title, checks, layout, gathered, scale)
+        return Turn(self._number, self._passes, compare, self.title, checks, layout, gathered, scale, means)
 
     def _checks(self) -> tuple[Tensor | None, Tensor | None, Tensor | None] | tuple[()]:
         """Values by which ranks compare weights, in the order of `tell`.

@@ -370,7 +370,7 @@ class FullyShardedExperts(ExpertLayer):
         self.memory.check()
         means = placement.fingerprint ^ division.fingerprint
         key = dividing.key(placement.layout, division.cluster.speed, division.rule, means or 1)
-        turn = self._turn(key, self.memory.meetings)
+        turn = self._turn(key, self.memory.meetings, means=means)
         gathering = self._take_ahead(placement, dtype) or self._start(placement, dtype, "weights.forward")
         this = _Pass(self, placement, dtype)
         matrices = this.gather(this.land(), [gathering], matrix_sizes(self.shape))
