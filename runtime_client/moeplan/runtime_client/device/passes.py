@@ -137,7 +137,7 @@ class _Pass(torch.autograd.Function):
         ctx.parts, ctx.computed = len(parts), len(computed)
         if exchange.rounds == 1:
             tokens = tokens.new_empty(0)  # a part of them would keep them all
-        ctx.save_for_backward(*parts, tokens, where, torch.tensor(turn.means), *computed, *scales, *kept)
+        ctx.save_for_backward(*parts, tokens, where, torch.tensor(turn.means, device="cpu"), *computed, *scales, *kept)
         return output
 
     @staticmethod
