@@ -7,7 +7,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import cache
@@ -20,7 +20,7 @@ from torch import Tensor
 from moeplan.runtime_client.errors import MissedPassError
 from moeplan.solvers.problem.errors import ProblemError
 
-__all__ = ["ExpertGroup", "Traffic", "Transfer", "ascending", "beside", "join"]
+__all__ = ["ExpertGroup", "Traffic", "Transfer", "ascending", "beside", "join", "on_stream"]
 
 _SLOW_S = 1.0
 """A rank that has waited for others so long says so, for those that will ask who came."""
@@ -304,19 +304,23 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream:
 
 
 @contextmanager
-def beside(device: torch.device) -> Iterator[None]:
+def on_stream(stream: torch.cuda.Stream | None) -> Iterator[None]:
+    """Run what follows on a stream, after the work already queued on its device's current one; None: where it is."""
+    if stream is None:
+        yield
+        return
+    stream.wait_stream(torch.cuda.current_stream(stream.device))
+    with torch.cuda.stream(stream):
+        yield
+
+
+def beside(device: torch.device) -> AbstractContextManager[None]:
     """Run what follows on the side stream of a CUDA device, after the work already queued on the current stream.
 
     Nothing on other devices, where the process group's own threads do the transfer. The caller makes the current stream
     wait with `join` before it uses a result.
     """
-    if device.type != "cuda":
-        yield
-        return
-    side = _side_stream(device)
-    side.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(side):
-        yield
+    return on_stream(_side_stream(device) if device.type == "cuda" else None)
 
 
 def join(device: torch.device) -> None:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from types import ModuleType, SimpleNamespace
@@ -21,7 +20,7 @@ from moeplan.runtime_client.device.mailbox import Mailbox, Planning, Turn
 from moeplan.runtime_client.device.memory import SymmetricMemory, places, symmetric_memory
 from moeplan.runtime_client.device.quota_plans import QuotaPlans
 from moeplan.runtime_client.device.routes import BORROWED, FULLEST, LENT
-from moeplan.runtime_client.group import ExpertGroup
+from moeplan.runtime_client.group import ExpertGroup, beside
 from moeplan.solvers import QuotaPlanner, SpillOptions
 from moeplan.solvers.problem.arrays import Int32
 
@@ -214,8 +213,7 @@ class DeviceExchange:
         self.state = torch.zeros(1, dtype=torch.int64, device=device)
         self._signals = (self.state, self.flags, self.abort, self.peers, group.rank, self.limit_ns)
         self._lenders = (_LENDERS if device.type == "cuda" else 1) if self.spare else 0
-        self._blocks, self._few = _kernels().processors(device), _kernels().beside(device)
-        self._aside = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._blocks, self._few = _kernels().processors(device), _kernels().blocks_beside(device)
         self._wide, self._narrow = _tile(hidden, _ELEMENTS), _tile(hidden, _ELEMENTS // 2)
         self._inner = _tile(shape.width, _ELEMENTS // 4)  # of several tensors at once
         self._piece = min(_ELEMENTS, _kernels().power_of_2(shape.elements))
@@ -365,29 +363,14 @@ class DeviceExchange:
         return [(slice(0, self.capacity), ends[:owned]), (slice(self.capacity, self.room), ends[owned:])]
 
     def convert(self, experts: Tensor, out: Tensor) -> None:
-        """Begin to convert experts at home, beside what follows; `join` waits.
+        """Begin to convert experts at home, `beside` what follows, until `join`.
 
         Args:
             experts: [owned, elements].
             out: [owned, elements].
         """
-        with self._beside():
+        with beside(self.device):
             self._launches.convert((self._few, 1, 1), experts, out)
-
-    @contextmanager
-    def _beside(self) -> Iterator[None]:
-        """Have what is launched within it run beside what follows."""
-        if self._aside is None:
-            yield
-            return
-        self._aside.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(self._aside):
-            yield
-
-    def join(self) -> None:
-        """Make the current stream wait for what has begun beside it."""
-        if self._aside is not None:
-            torch.cuda.current_stream(self.device).wait_stream(self._aside)
 
     def hand_out(self, route: Route, source: Tensor, experts: Tensor | None = None, *, again: bool = False) -> None:
         """Send tokens or their gradients to the ranks that compute them, and lent experts.
@@ -494,12 +477,12 @@ class DeviceExchange:
         return to_first, scaled
 
     def flatten(
-        self, route: Route, nth: int, gradients: tuple[Tensor, Tensor, Tensor], out: Tensor, scale: float = 1.0
+        self, route: Route, nth: int, gradients: tuple[Tensor, Tensor, Tensor], out: Tensor, scale: float
     ) -> None:
         """Gradients of experts at home in a round into ``out`` [owned, elements], where later rounds are added.
 
-        Those of experts that were lent, to which `give_back` adds, are there for what follows; the others come beside
-        it, and `join` waits for them.
+        Those of experts that were lent, to which `give_back` adds, are there for what follows; the others come
+        `beside` it, until `join`.
 
         Args:
             route: Of the pass.
@@ -509,7 +492,7 @@ class DeviceExchange:
             scale: What gradients are multiplied by, but for those of experts that were lent; see `give_back`.
         """
         kernels = _kernels()
-        with self._beside():
+        with beside(self.device):
             self._flatten(kernels.KEPT, route, nth, gradients, out, scale)
         if self.spare:
             self._flatten(kernels.SENT, route, nth, gradients, out, 1.0)

@@ -31,7 +31,7 @@ __all__ = [
     "activate",
     "activate_backward",
     "arrange",
-    "beside",
+    "blocks_beside",
     "collect",
     "convert",
     "count",
@@ -941,6 +941,6 @@ def processors(device: torch.device) -> int:
     return 8 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
-def beside(device: torch.device) -> int:
+def blocks_beside(device: torch.device) -> int:
     """Blocks that fill the links to the device's memory, and leave room for others on its processors."""
     return max(processors(device) // 4, 1)

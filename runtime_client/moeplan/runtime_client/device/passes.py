@@ -14,6 +14,7 @@ from torch.nn.functional import grouped_mm
 
 from moeplan.runtime_client.device.exchange import DeviceExchange, Expert
 from moeplan.runtime_client.device.mailbox import Turn
+from moeplan.runtime_client.group import join
 
 __all__ = ["Arrivals", "matrix_sizes", "run_pass", "split"]
 
@@ -74,7 +75,7 @@ def run_pass(
                 exchange, turn, arrivals, hidden, index, weight, *experts
             )
     except BaseException:  # there is no memory, say: none of it may be used again before what runs beside is over
-        exchange.join()
+        join(exchange.device)
         raise
     return output
 
@@ -95,7 +96,7 @@ class _Pass(torch.autograd.Function):
         excess = max(len(hidden) - exchange.max_tokens, 0)
         some, chosen, shares = (_aligned(part[: exchange.max_tokens]) for part in (hidden, index, weight))
         flat, owned, spare = parts[0], len(parts[0]), exchange.spare
-        lent = flat[:0]
+        lent, converting = flat[:0], False
         if len(parts) > 1:
             own, computed = None, [*parts]
         elif spare == 0 and flat.dtype == exchange.dtype:
@@ -106,6 +107,7 @@ class _Pass(torch.autograd.Function):
             converted, lent = both.split([owned, spare])
             own = _aligned(flat)
             exchange.convert(own, converted)
+            converting = True
             computed = [both]
         else:
             own, lent = _aligned(flat), flat.new_empty(spare, flat.shape[1])
@@ -119,8 +121,8 @@ class _Pass(torch.autograd.Function):
         scales, kept = [], []
         for nth in range(exchange.rounds):
             rows, scale = exchange.arrange(route, nth, where, lent)
-            if exchange.joined and nth == 0:
-                exchange.join()
+            if converting and nth == 0:
+                join(exchange.device)
             results = []
             for (region, ends), (inner, outer) in zip(exchange.regions(route, nth), matrices, strict=True):
                 first = grouped_mm(rows[region], inner.transpose(1, 2), offs=ends)
@@ -194,7 +196,7 @@ class _Pass(torch.autograd.Function):
                     route, nth, where, results, to_weight, to_flat if is_last else None, scale=ctx.turn.scale
                 )
                 if to_flat is not None:
-                    exchange.join()
+                    join(exchange.device)
         exchange.meet()
         to_hidden = _rows(gradient)
         exchange.collect(route, _beginning(to_hidden, len(some)))

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Protocol
@@ -18,7 +17,7 @@ from moeplan.runtime_client.device.launches import Launch
 from moeplan.runtime_client.device.memory import UNIT, SymmetricMemory, places, symmetric_memory
 from moeplan.runtime_client.device.peer_copies import Copies, stretches
 from moeplan.runtime_client.errors import MissedPassError
-from moeplan.runtime_client.group import ExpertGroup
+from moeplan.runtime_client.group import ExpertGroup, on_stream
 from moeplan.solvers.problem.arrays import Int32, Int64
 
 __all__ = ["PublishedShard", "ShardMemory"]
@@ -143,7 +142,7 @@ class ShardMemory:
         self._held: tuple[Sequence[Tensor], torch.cuda.Event | None] | None = None
         self._add: dict[tuple[torch.dtype, int, int, int, float], Launch] = {}
         self._add_replicas = shard_kernels.add_replicas
-        self._blocks = kernels.beside(self.device)
+        self._blocks = kernels.blocks_beside(self.device)
         self._show = Launch(
             shard_kernels.show, 8, EXPERTS=experts, RANKS=size, WIDTH=self.width, BLOCKS=self._blocks, PIECE=_PIECE
         )
@@ -223,7 +222,7 @@ class ShardMemory:
             [slots + room, N * width], new memory in which what this rank owns itself is written; see `gather`.
         """
         line = self._gathering
-        with line.beside():
+        with on_stream(line.stream):
             # On this stream, so that memory is reused in its order.
             flat = self._weights(len(placed.experts) + room)
             part = shard.detach().contiguous()
@@ -259,7 +258,7 @@ class ShardMemory:
             [slots + room, N * width], and when the slots are whole; see `wait`.
         """
         line, slots = self._gathering, len(placed.experts)
-        with line.beside():
+        with on_stream(line.stream):
             shown = flat is not None
             if flat is None:
                 flat = self._weights(slots + room) if into is None else self._weights(slots, *into)
@@ -319,7 +318,7 @@ class ShardMemory:
         first, last = gradients[0], gradients[-1]
         arrived, addresses = self._rooms[self._returns % _ROOMS]
         self.release()
-        with line.beside():
+        with on_stream(line.stream):
             total = torch.empty_like(like, requires_grad=False)
             self._sending(addresses, placed.begin, gradients).start(line.stream)
             # Before it, all ranks have added up what was in the other room, so that they may write there afterwards.
@@ -377,11 +376,11 @@ class _Line:
     def __init__(self, shared: SymmetricMemory, flags: Tensor, abort: Tensor, rank: int, limit_ns: int) -> None:
         from moeplan.runtime_client.device import kernels  # which need Triton
 
-        self.device = flags.device
+        device = flags.device
         # Before others, as few blocks of theirs keep other ranks waiting.
-        self.stream = torch.cuda.Stream(self.device, priority=-1) if self.device.type == "cuda" else None
+        self.stream = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
         self.meetings = 0
-        state = torch.zeros(1, dtype=torch.int64, device=self.device)
+        state = torch.zeros(1, dtype=torch.int64, device=device)
         self._signals = (state, flags, abort, shared.peers, rank, limit_ns)
         self._launch = Launch(kernels.meet, 1, RANKS=len(flags), LANES=kernels.lanes(len(flags)))
 
@@ -389,16 +388,6 @@ class _Line:
         """All ranks: what their kernels and copies on this line wrote before, all see after."""
         self._launch((1, 1, 1), *self._signals)
         self.meetings += 1
-
-    @contextmanager
-    def beside(self) -> Iterator[None]:
-        """Run what follows on this line, after the work already queued on the current stream."""
-        if self.stream is None:
-            yield
-            return
-        self.stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(self.stream):
-            yield
 
     def mark(self) -> torch.cuda.Event | None:
         """When what is queued on this line will be over; None on CPUs, where it is."""

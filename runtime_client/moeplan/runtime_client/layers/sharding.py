@@ -193,7 +193,7 @@ class DirectGathering:
     def __init__(
         self,
         shard: Tensor,
-        placement: Placement | Slots,
+        placement: Slots,
         memory: ShardMemory,
         published: PublishedShard,
         *,
