@@ -165,12 +165,7 @@ def trains(folder: Path, dtype: torch.dtype, compute: torch.dtype, reshard: bool
     [
         (2, torch.float32, torch.float32, True),
         (2, torch.float64, torch.float64, False),
-        (
-            3,
-            torch.float32,
-            torch.float16,
-            True,
-        ),  # not bfloat16, which Triton's interpreter cuts off instead of rounding
+        (3, torch.float32, torch.float16, True),  # Triton's interpreter does not round to bfloat16, but cuts off
         pytest.param(3, torch.float16, torch.float16, False, marks=pytest.mark.slow),
     ],
 )
