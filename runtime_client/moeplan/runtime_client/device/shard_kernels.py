@@ -66,6 +66,7 @@ def add_replicas(
     rank: tl.tensor,
     begin: tl.tensor,
     end: tl.tensor,
+    EXPERTS: tl.constexpr,
     RANKS: tl.constexpr,
     WIDTH: tl.constexpr,
     FIRST: tl.constexpr,
@@ -73,9 +74,12 @@ def add_replicas(
     STRIDE_AFTER: tl.constexpr,
     DOUBLE: tl.constexpr,
     SCALE: tl.constexpr,
+    BLOCKS: tl.constexpr,
     PIECE: tl.constexpr,
 ) -> None:
-    """Add up this rank's part of the gradients of each expert's replicas, in order; a block for each expert and piece.
+    """Add up this rank's part of the gradients of each expert's replicas, in order.
+
+    By so many blocks, which leave room for kernels that run beside them.
 
     Args:
         arrived: [replicas, WIDTH], parts that other ranks sent, by replica.
@@ -83,8 +87,8 @@ def add_replicas(
             columns of RANKS * WIDTH, or all of them.
         after: [end - begin, ...], the other columns.
         order: int64[replicas], replicas by expert.
-        start: int64[experts + 1], where those of each expert begin in `order`.
-        total: [experts, WIDTH], out; not a number if a meeting has failed.
+        start: int64[EXPERTS + 1], where those of each expert begin in `order`.
+        total: [EXPERTS, WIDTH], out; not a number if a meeting has failed.
         abort: int64, not 0 if one has.
         failed: int64 in memory of the host, out: the same.
         STRIDE: Elements from a row of `gradient` to the next, and ``STRIDE_AFTER`` of `after`; constants, so that
@@ -92,27 +96,28 @@ def add_replicas(
         DOUBLE: Whether to add in float64 rather than in float32.
         SCALE: What the sums are multiplied by.
     """
-    expert = tl.program_id(0).to(tl.int64)
-    at = tl.program_id(1) * PIECE + tl.arange(0, PIECE)
-    inside = at < WIDTH
-    sums = tl.zeros([PIECE], tl.float64 if DOUBLE else tl.float32)
-    first = tl.load(start + expert)
-    for nth in range(first, tl.load(start + expert + 1)):
-        row = tl.load(order + nth)
-        if (row >= begin) & (row < end):  # it was not sent
-            column = rank * WIDTH + at
-            part = tl.load(gradient + (row - begin) * STRIDE + column, mask=inside & (column < FIRST), other=0.0)
-            if FIRST < RANKS * WIDTH:
-                place = after + (row - begin) * STRIDE_AFTER + (column - FIRST)
-                part += tl.load(place, mask=inside & (column >= FIRST), other=0.0)
-        else:
-            part = tl.load(arrived + row * WIDTH + at, mask=inside, other=0.0)
-        sums += part.to(sums.dtype)
     aborted = tl.load(abort, volatile=True)
-    if (expert == 0) & (tl.program_id(1) == 0):
+    if tl.program_id(0) == 0:
         tl.store(failed, aborted)
-    sums = tl.where(aborted != 0, float("nan"), sums * SCALE)
-    tl.store(total + expert * WIDTH + at, sums.to(total.dtype.element_ty), mask=inside)
+    pieces: tl.constexpr = (WIDTH + PIECE - 1) // PIECE
+    for item in range(tl.program_id(0).to(tl.int64), EXPERTS * pieces, BLOCKS):
+        expert = item // pieces
+        at = item % pieces * PIECE + tl.arange(0, PIECE)
+        inside = at < WIDTH
+        sums = tl.zeros([PIECE], tl.float64 if DOUBLE else tl.float32)
+        for nth in range(tl.load(start + expert), tl.load(start + expert + 1)):
+            row = tl.load(order + nth)
+            if (row >= begin) & (row < end):  # it was not sent
+                column = rank * WIDTH + at
+                part = tl.load(gradient + (row - begin) * STRIDE + column, mask=inside & (column < FIRST), other=0.0)
+                if FIRST < RANKS * WIDTH:
+                    place = after + (row - begin) * STRIDE_AFTER + (column - FIRST)
+                    part += tl.load(place, mask=inside & (column >= FIRST), other=0.0)
+            else:
+                part = tl.load(arrived + row * WIDTH + at, mask=inside, other=0.0)
+            sums += part.to(sums.dtype)
+        sums = tl.where(aborted != 0, float("nan"), sums * SCALE)
+        tl.store(total + expert * WIDTH + at, sums.to(total.dtype.element_ty), mask=inside)
 
 
 @program

@@ -324,8 +324,8 @@ class ShardMemory:
             # Before it, all ranks have added up what was in the other room, so that they may write there afterwards.
             line.meet()
             self._adding(like.dtype, first.shape[1], first.stride(0), last.stride(0), scale)(
-                (self.experts, -(-self.width // _PIECE), 1), arrived, first, last, placed.order, placed.start, total,
-                self._abort, self._failed, self.group.rank, placed.begin, placed.begin + len(first),
+                (self._blocks, 1, 1), arrived, first, last, placed.order, placed.start, total, self._abort,
+                self._failed, self.group.rank, placed.begin, placed.begin + len(first),
             )  # fmt: skip
             arrival = line.mark()
         self._returns += 1
@@ -364,8 +364,9 @@ class ShardMemory:
         key = dtype, columns, stride, stride_after, scale
         if key not in self._add:
             self._add[key] = Launch(
-                self._add_replicas, 8, RANKS=self.group.size, WIDTH=self.width, FIRST=columns, STRIDE=stride,
-                STRIDE_AFTER=stride_after, DOUBLE=dtype == torch.float64, SCALE=scale, PIECE=_PIECE,
+                self._add_replicas, 8, EXPERTS=self.experts, RANKS=self.group.size, WIDTH=self.width, FIRST=columns,
+                STRIDE=stride, STRIDE_AFTER=stride_after, DOUBLE=dtype == torch.float64, SCALE=scale,
+                BLOCKS=self._blocks, PIECE=_PIECE,
             )  # fmt: skip
         return self._add[key]
 
