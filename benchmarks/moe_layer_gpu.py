@@ -482,17 +482,20 @@ def measure(
     )
     table = new_table(title)
     balanced: dict[str, int] = {}
+    even: dict[str, float] = {}
     published = dict(zip((load.name for load in LOADS), PUBLISHED.get(name, "").replace("|", "").split(), strict=False))
     memory = dict(zip((load.name for load in LOADS), PUBLISHED_MEMORY.replace("|", "").split(), strict=True))
     for load in loads:
         for method in methods:
             method.clear()
         visit(bench, size, load, methods, spare, rounds, dtype)
+        found = figures(methods)
         if load.name == "balanced":
-            balanced = {method.name: method.memory for method in methods}
+            balanced, even = {method.name: method.memory for method in methods}, found
         add_rows(table, load, methods, balanced, published, memory if name == "gpt-oss-120b" else {})
         static, *others = methods
-        rows.append({"layer": name, "ranks": bench.group.size, "tokens": load.name} | figures(methods))
+        shares = {f"{method.name}_of_even": even[method.name] / found[method.name] for method in methods if even}
+        rows.append({"layer": name, "ranks": bench.group.size, "tokens": load.name} | found | shares)
         reached = (
             f"{method.name} {min(static.step) / min(method.step):.2f}x, memory {static.memory / method.memory:.2f}x"
             for method in others
