@@ -22,6 +22,9 @@ all modes route the same tokens to the same experts. Times are of steps until th
 part of a profiled step in which no kernel runs on the busiest rank but such as wait for other ranks, as far as can be
 told, from its first kernel to the end of its last.
 
+With `--ahead` devices sleep before measured steps, so that the host is ahead of them, and times are the device's own:
+what a step costs where the host's processor is no limit.
+
 With `--planner` a daemon on this host plans the layouts of sharded experts while they train, from the layout in order
 on: so many steps of each of two kinds of text. Told are the steps until imbalance is at most 1.03 and stays there,
 switches, the age of the plans in use, the cores that the daemon kept busy, and the time of a step at the layouts in
@@ -88,6 +91,7 @@ def main() -> None:
     parser.add_argument("--train", type=int, default=20, help="steps that train the routers first")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=3, help="measured steps of a mode in a round")
+    parser.add_argument("--ahead", action="store_true", help="times of the device, with the host ahead of it")
     parser.add_argument("--planner", nargs="?", type=int, const=40, metavar="STEPS", help="train so long with a daemon")
     parser.add_argument("--commit", help="name of this checkout, where git cannot tell")
     parser.add_argument("--against", action="append", default=[], metavar="COMMIT=PATH", help="another checkout")
@@ -97,6 +101,10 @@ def main() -> None:
     arguments = parser.parse_args()
     if {*DEVICE_MODES, COPIES} & set(arguments.mode) and not torch.cuda.is_available():
         parser.error(f"--mode {' '.join((COPIES, *DEVICE_MODES))}: need GPUs")
+    if arguments.ahead and not torch.cuda.is_available():
+        parser.error("--ahead: needs GPUs")
+    if arguments.ahead and arguments.against:
+        parser.error("--ahead: other checkouts may not know it; leave out --against")
     if arguments.planner and not set(PLANNED) & set(arguments.mode):
         parser.error("--planner: plans layouts of sharded experts; add sharded or sharded-device to --mode")
     if arguments.show:
@@ -185,7 +193,7 @@ def measure(arguments: argparse.Namespace, checkouts: dict[str, Path]) -> None:
     results: Result = {
         "commits": list(checkouts),
         "date": f"{datetime.now(UTC):%Y-%m-%d}",
-        **{name: getattr(arguments, name) for name in ("rounds", "steps", "train")},
+        **{name: getattr(arguments, name) for name in ("rounds", "steps", "train", "ahead")},
         "sizes": {},
     }
     with ExitStack() as stack:
@@ -207,6 +215,7 @@ def measure_size(
 ) -> tuple[Result, Result]:
     """The machine; the model with the rows of all checkouts, routings and modes."""
     plan = {name: getattr(arguments, name) for name in ("batch", "train", "rounds", "steps")}
+    plan |= {"ahead": True} if arguments.ahead else {}
     for rank in ranks.values():
         rank.ask("build", size=size, **plan)
     plan_layouts([[[1, 2], [2, 1]]])  # compiles it meanwhile
@@ -303,6 +312,7 @@ def table(results: Result) -> str:
     lines = [
         f"{machine['ranks']} x {machine['device']}, {machine['cores']} cores, torch {machine['torch']}, "
         f"{results['date']}, commit {commits[0]}; medians of {results['rounds']} rounds (least to most)"
+        f"{', the host ahead' if results.get('ahead') else ''}"
     ]
     for name, size in results["sizes"].items():
         dimensions = "{hidden:,} x {width:,}, {experts} experts, top-{choices}, {blocks} blocks, {tokens:,} tokens"

@@ -54,6 +54,9 @@ SHIFT = 5
 COPIED = ("sharded-copies", "sharded-device")
 """Modes in which experts travel by copy engines."""
 
+_ASLEEP = 250_000_000
+"""Cycles that a device sleeps: an eighth of a second, longer than the host needs to be steps ahead."""
+
 WAITING = re.compile("allgather|barrier|wait", re.IGNORECASE)
 """Kernels that only wait for other ranks, as far as a name can tell."""
 
@@ -157,13 +160,13 @@ class Times:
             self.marks.append(time.perf_counter())
 
     def parts(self) -> list[float]:
-        """Mean milliseconds of forward, backward and optimizer; waits for the device."""
+        """Mean milliseconds of forward, backward, optimizer, and what lies between steps; waits for the device."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()
             spans = [one.elapsed_time(other) for one, other in itertools.pairwise(self.marks)]
         else:
             spans = [1e3 * (other - one) for one, other in itertools.pairwise(self.marks)]
-        return [float(np.mean(spans[part::4])) for part in range(3)]  # the fourth lies between steps
+        return [float(np.mean(spans[part::4] or [0.0])) for part in range(4)]
 
 
 class Bench:
@@ -177,6 +180,7 @@ class Bench:
         train: Steps of `train`.
         rounds: How many rounds of samples there will be.
         steps: Measured steps in each of them.
+        ahead: Whether the device sleeps before measured steps, so that the host is ahead of it.
     """
 
     def __init__(
@@ -188,8 +192,10 @@ class Bench:
         train: int,
         rounds: int,
         steps: int,
+        ahead: bool = False,
     ) -> None:
         torch.manual_seed(0)
+        self.ahead = ahead
         self.group, self.device, self.size = group, device, SIZES[size]
         self.size = replace(self.size, batch=batch or self.size.batch)
         self.train_steps, self.steps = train, steps
@@ -257,16 +263,21 @@ class Bench:
             torch.cuda.reset_peak_memory_stats()
         times = Times(self.device)
         self._finish()
+        if self.ahead:
+            torch.cuda._sleep(_ASLEEP)
         start = time.perf_counter()
         losses = []
         for step, text in enumerate(texts):
             self._choose(routing, 1 + step)
             losses.append(self._step(text, times))
         self._finish()
-        seconds = (time.perf_counter() - start) / len(texts)
+        ms = 1e3 * (time.perf_counter() - start) / len(texts)
+        parts = times.parts()
+        if self.ahead:
+            ms = sum(parts)  # the device's own
         memory = torch.cuda.max_memory_allocated() if self.device.type == "cuda" else 0
         names = ("ms", "forward", "backward", "optimizer", "memory")
-        values = torch.tensor([1e3 * seconds, *times.parts(), memory], dtype=torch.float64, device=self.device)
+        values = torch.tensor([ms, *parts[:3], memory], dtype=torch.float64, device=self.device)
         dist.all_reduce(values, dist.ReduceOp.MAX)
         warm, *timed = self._counts()
         loads = [

@@ -284,10 +284,13 @@ class _Search:
             return Termination.DEADLINE
         return Termination.WORK_LIMIT if self.work >= self.parameters.candidates else Termination.NOTHING_LEFT
 
-    def take(self, slots: Int32) -> bool:
-        """Keep a layout if it is better."""
+    def take(self, slots: Int32, known: Split | None = None) -> bool:
+        """Keep a layout if it is better; a split that is known need not be found anew."""
         start = time.perf_counter()
-        score, divided = judged(self.problem, slots, end_of(self.deadline))
+        if known is None:
+            score, divided = judged(self.problem, slots, end_of(self.deadline))
+        else:
+            score, divided = scores.score(self.problem, known.quota), known
         took = time.perf_counter() - start
         # Layouts that are nearly balanced take longer than the first ones, and with little memory some far longer.
         self.judging = max(self.judging, took) if _memory_limited(self.problem) else took
@@ -649,9 +652,12 @@ class _Search:
             slots = start
         self.walk, self._splits = slots, (slots, splits)
         self.work += steps
-        sure = not _memory_limited(problem)  # what memory leaves, the search only guesses
-        if slots is not start and (reached < self.score or not sure):
+        if slots is start:
+            return
+        if _memory_limited(problem):  # what it leaves, the search only guesses
             self.take(slots)
+        elif reached < self.score:
+            self.take(slots, None if splits is None else _split_of(splits, slots))
 
     def _effort(self, steps: int, price: float) -> Burst:
         """A burst of so many candidates."""
@@ -922,6 +928,11 @@ def judged(problem: Problem, slots: Int32, end: float = NEVER) -> tuple[float, S
     caps = token_caps(problem.cluster, problem.expert, (slots != EMPTY).sum(axis=1))
     fits = caps is None or bool((divided.quota.sum(axis=2) <= caps).all())
     return scores.score(problem, divided.quota) if fits else np.inf, None if rule is SplitRule.EVEN else divided
+
+
+def _split_of(splits: Splits, slots: Int32) -> Split:
+    """What a burst has left of its splits, whose memory the next one writes."""
+    return Split(SplitRule.OPTIMAL, splits.quota.reshape(-1, *slots.shape).copy())
 
 
 def _reordered(divided: Split, slots: Int32, to: Int32) -> Split:
