@@ -1,6 +1,6 @@
 """Quality against time: the best imbalance that each way to plan has after 1, 10 and 100 ms, 1 s and 10 s.
 
-    python benchmarks/anytime.py [--plot FILE.svg] [TRACE ...]
+    python benchmarks/anytime.py [TRACE ...] [--plot FILE.svg] [--out FILE.json]
 
 Every cell is a run of its own with that deadline, imports and compilation done before, building of models included.
 `cold` means that the solver's own placement is judged, `hinted` that it starts from the incumbent; '-' that there was
@@ -9,10 +9,13 @@ none in time. A trace contributes its first layer at its last step, with one spa
 
 from __future__ import annotations
 
+import argparse
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -23,10 +26,14 @@ from moeplan.solvers import Cluster, Demand, Layout, Problem, SolveParameters, S
 from moeplan.solvers.exact.model import Effort, Model
 from moeplan.solvers.exact.run import run
 from moeplan.solvers.problem.arrays import Int64
+from result_file import write_result
 
-SECONDS = (0.001, 0.01, 0.1, 1.0, 10.0)
+DEADLINES = {"1_ms": 0.001, "10_ms": 0.01, "100_ms": 0.1, "1_s": 1.0, "10_s": 10.0}
+"""Seconds, by the names that results have."""
 SIZES = ((64, 8, 9), (60, 8, 8), (256, 32, 9), (256, 64, 5), (256, 144, 2), (384, 128, 4))
 WAYS = ("hybrid", "cpsat hinted", "cpsat cold", "highs cold", "eplb")
+
+Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -91,19 +98,21 @@ def quality(way: str, problem: Problem, seconds: float) -> tuple[float | None, f
     return evaluate(problem, Layout(slots, problem.experts)).mean_imbalance, took
 
 
-def plot(path: Path, rows: dict[str, dict[str, list[float | None]]]) -> None:
+def plot(path: Path, rows: Sequence[Row]) -> None:
     """Small multiples, one per instance with a gap: excess over perfect balance, both axes logarithmic."""
     columns = 3
-    lines = -(-len(rows) // columns)
+    instances = [rows[i : i + len(WAYS)] for i in range(0, len(rows), len(WAYS))]
+    lines = -(-len(instances) // columns)
     figure = Figure(figsize=(3.4 * columns, 2.4 * lines + 0.5), layout="constrained")
     axes = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).flat
-    for axis, (name, ways) in zip(axes, rows.items(), strict=False):
-        for way, values in ways.items():
-            points = [(seconds, max(v - 1, 1e-5)) for seconds, v in zip(SECONDS, values, strict=True) if v is not None]
+    for axis, instance in zip(axes, instances, strict=False):
+        for row in instance:
+            way = row["planner"]
+            points = [(seconds, max(row[key] - 1, 1e-5)) for key, seconds in DEADLINES.items() if row[key] is not None]
             # Ours is wide and pale, so that it shows under whatever is as good.
             style = {"linewidth": 6.0, "alpha": 0.4} if way == "hybrid" else {"linewidth": 1.5, "alpha": 1.0}
             axis.loglog([x for x, _ in points], [y for _, y in points], marker=".", label=way, **style)
-        axis.set_title(name, fontsize=9)
+        axis.set_title(instance[0]["instance"], fontsize=9)
         axis.grid(alpha=0.3)
     figure.supxlabel("deadline, seconds")
     figure.supylabel("imbalance - 1")
@@ -111,39 +120,43 @@ def plot(path: Path, rows: dict[str, dict[str, list[float | None]]]) -> None:
     figure.savefig(path)
 
 
+def cells(row: Row) -> list[str]:
+    values = (row[key] for key in DEADLINES)
+    return [row["instance"], row["planner"], *("-" if v is None else f"{v:.5f}" for v in values)]
+
+
 def main() -> None:
     """Print one table, and draw it."""
-    arguments = sys.argv[1:]
-    target = Path(arguments.pop(1)) if arguments[:1] == ["--plot"] else None
-    if target:
-        arguments.pop(0)
-    cases = synthetic() + [case for path in arguments for case in recorded(path)]
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("traces", nargs="*", metavar="TRACE")
+    parser.add_argument("--plot", type=Path, help="SVG file for the curves, one picture for each instance")
+    parser.add_argument("--out", type=Path, help="file for the results, as JSON")
+    arguments = parser.parse_args()
+    cases = synthetic() + [case for path in arguments.traces for case in recorded(path)]
     warm_up()
     warm = Problem(Cluster.uniform(12, 2), Demand.of(np.arange(20, 0, -1) ** 2))
     for way in WAYS:
         quality(way, warm, 1.0)
-    table, drawn, late = [], {}, 0.0
+    rows: list[Row] = []
+    late = 0.0
     for case in cases:
-        ways: dict[str, list[float | None]] = {}
         for way in WAYS:
-            values = []
-            for seconds in SECONDS:
-                value, took = quality(way, case.problem, seconds)
-                values.append(value)
+            row: Row = {"instance": case.name, "planner": way}
+            for key, seconds in DEADLINES.items():
+                row[key], took = quality(way, case.problem, seconds)
                 if way == "hybrid":
                     late = max(late, took - seconds)
-            ways[way] = values
-            table.append([case.name, way, *("-" if v is None else f"{v:.5f}" for v in values)])
-        drawn[case.name] = ways
-        for row in table[-len(WAYS) :]:
-            print(*row, sep=" | ", file=sys.stderr, flush=True)
+            rows.append(row)
+            print(*cells(row), sep=" | ", file=sys.stderr, flush=True)
     show_table(
         f"Imbalance after a deadline; hybrid late by at most {late * 1e3:.0f} ms",
-        ["instance", "planner", *(f"{s:g} s" for s in SECONDS)],
-        table,
+        ["instance", "planner", *(f"{s:g} s" for s in DEADLINES.values())],
+        [cells(row) for row in rows],
     )
-    if target:
-        plot(target, drawn)
+    if arguments.out:
+        write_result(arguments.out, rows)
+    if arguments.plot:
+        plot(arguments.plot, rows)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Layouts for whole models: time and balance of moeplan beside SGLang's planners, on the same loads in the same run.
 
-    python benchmarks/layouts.py [TRACE ...]
+    python benchmarks/layouts.py [TRACE ...] [--out FILE.json]
 
 SGLang's planners (`deepseek`, `deepseek_vec`) come from the wheel of version 0.5.23, which is downloaded once, without
 its dependencies, into a folder outside the repository; only its two pure-torch planner modules are loaded. They plan
@@ -11,10 +11,11 @@ splits and proofs come on top. Times are the best of several runs over all layer
 
 from __future__ import annotations
 
-import sys
+import argparse
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,8 +27,19 @@ from moeplan.solvers.policies.registry import find
 from moeplan.solvers.problem.arrays import Float64, Int64
 from moeplan.solvers.split.flow import optimal_quota
 from peers import sglang_planner
+from result_file import write_result
 
 REPEATS = 5
+COLUMNS = {
+    "even": ("even", "{:.4f}"),
+    "best_split": ("best split", "{:.4f}"),
+    "worst_layer": ("(worst layer)", "{:.4f}"),
+    "ms": ("ms", "{:.2f}"),
+    "speed": ("speed", "{:.2f}x"),
+}
+"""Figures of a planner: their titles, and how they are shown."""
+
+Figures = dict[str, float | str | None]
 
 
 @dataclass(frozen=True)
@@ -84,8 +96,8 @@ def _first_of_kind(row: Int64) -> np.ndarray[Any, np.dtype[np.bool_]]:
     return first
 
 
-def benchmark(size: Size, kind: str, loads: Int64) -> list[list[str]]:
-    """Rows of the table for one size and one kind of load."""
+def benchmark(size: Size, loads: Int64) -> dict[str, Figures]:
+    """Figures of every planner for one size and one kind of load; of one that fails, the error's name."""
     import torch
 
     torch.set_num_threads(1)
@@ -114,52 +126,65 @@ def benchmark(size: Size, kind: str, loads: Int64) -> list[list[str]]:
         layouts: Int64 = found.numpy().reshape(len(loads), size.devices, size.slots)
         return layouts
 
-    rows = []
+    found: dict[str, Figures] = {}
     baseline = 0.0
     for name, run in (("sglang deepseek_vec", deepseek_vec), ("sglang deepseek", deepseek), ("moeplan hybrid", ours)):
         try:
             seconds, layouts = best_time(run)
         except Exception as error:  # a peer that cannot plan this size is reported, not hidden
-            rows.append([str(size), kind, name, "-", "-", "-", "-", type(error).__name__])
+            found[name] = {**dict.fromkeys(COLUMNS), "error": type(error).__name__}
             continue
         baseline = baseline or seconds
         even, optimal = imbalances(layouts, loads, size.devices)
-        rows.append(
-            [
-                str(size),
-                kind,
-                name,
-                f"{even.mean():.4f}",
-                f"{optimal.mean():.4f}",
-                f"{optimal.max():.4f}",
-                f"{seconds * 1e3:.2f}",
-                f"{baseline / seconds:.2f}x",
-            ]
-        )
-    return rows
+        found[name] = {
+            "even": float(even.mean()),
+            "best_split": float(optimal.mean()),
+            "worst_layer": float(optimal.max()),
+            "ms": seconds * 1e3,
+            "speed": baseline / seconds,
+        }
+    return found
+
+
+def cells(figures: Figures) -> list[str]:
+    """A planner's figures as shown; where it failed, the error stands in the last column."""
+    shown = ["-" if figures[key] is None else form.format(figures[key]) for key, (_, form) in COLUMNS.items()]
+    return [*shown[:-1], str(figures.get("error", shown[-1]))]
+
+
+def in_one_row(size: str, kind: str, found: dict[str, Figures]) -> dict[str, Any]:
+    """All planners' figures side by side, named by planner: `hybrid_ms`."""
+    figures = {f"{name.split()[-1]}_{key}": value for name, figures in found.items() for key, value in figures.items()}
+    return {"size": size, "loads": kind, **figures}
 
 
 def main() -> None:
     """Print one table."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("traces", nargs="*", metavar="TRACE")
+    parser.add_argument("--out", type=Path, help="file for the results, as JSON")
+    arguments = parser.parse_args()
     rng = np.random.default_rng(0)
-    rows = []
+    measured: list[tuple[str, str, dict[str, Figures]]] = []
     for size in SIZES:
         shape = (size.layers, size.experts)
         zipf = rng.permuted(np.tile(np.arange(1, size.experts + 1) ** -0.6, (size.layers, 1)), axis=1)
         for kind, weights in (("lognormal", rng.lognormal(0, 1, shape)), ("zipf 0.6", zipf)):
             loads = (weights / weights.sum(axis=1, keepdims=True) * 1_000_000).astype(np.int64)
-            rows += benchmark(size, kind, loads)
-    for path in sys.argv[1:]:
+            measured.append((str(size), kind, benchmark(size, loads)))
+    for path in arguments.traces:
         trace = Trace.open(path)
         steps = np.stack(list(trace.read(trace.steps - 10))).sum(axis=(0, 3))
         devices = trace.sources
         size = Size(trace.layers, trace.experts, devices, trace.experts // devices + 1)
-        rows += benchmark(size, trace.path.stem, steps)
+        measured.append((str(size), trace.path.stem, benchmark(size, steps)))
     show_table(
         "Layouts of all layers from one load vector per layer; imbalance is max/mean per layer",
-        ["size", "loads", "planner", "even", "best split", "(worst layer)", "ms", "speed"],
-        rows,
+        ["size", "loads", "planner", *(title for title, _ in COLUMNS.values())],
+        [[size, kind, name, *cells(figures)] for size, kind, found in measured for name, figures in found.items()],
     )
+    if arguments.out:
+        write_result(arguments.out, [in_one_row(*each) for each in measured])
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -40,8 +41,9 @@ def _command() -> list[str]:
     return [f"benchmarks/{Path(program).name}", *(Path(each).name if os.sep in each else each for each in arguments)]
 
 
+@cache
 def _commit() -> str:
-    """The commit of this checkout; with a plus where files have changed since."""
+    """The commit of this checkout; with a plus where files have changed since, but for results written before."""
     described = subprocess.run(
         ["git", "describe", "--always", "--dirty=+", "--exclude=*"],
         cwd=HERE,

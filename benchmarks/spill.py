@@ -1,11 +1,12 @@
 """Spilling by known counts: balance, replicas and time of `quota` and LLEP, CP-SAT's answer, and how it all scales.
 
-    python benchmarks/spill.py [TRACE:DEVICES ...] [--exact N] [--seconds S] [--hint]
+    python benchmarks/spill.py [TRACE:DEVICES ...] [--exact N] [--seconds S] [--hint] [--out FOLDER]
 
 A trace is an .npz file with the array ``counts[step, layer, source, expert]``. Times are of one call for one layer on
 one core, compiling left out: medians and 99th percentiles over the calls of a trace, each with its own counts. Without
 traces only the synthetic loads are measured; without ``--exact`` CP-SAT is left out (it takes N * S seconds a row,
-spread over the cores).
+spread over the cores). Each kind of table has its own file: spill.json, spill-exact.json, spill-zipf.json and
+spill-scaling.json.
 
 The zipf loads follow the description of UltraEP's own solver test (Dots-Infra/UltraEP 94cab09, tests/utils.py):
 8,192 tokens per rank choose 8 of 128 experts without replacement; the weights fall as a power of the rank, and within a
@@ -21,6 +22,7 @@ import os
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 from time import perf_counter
 from typing import Any
 
@@ -30,10 +32,25 @@ from rich.console import Console
 from rich.table import Table
 
 from moeplan.solvers import ExactSpill, LlepPlanner, QuotaPlanner, SpillOptions, solve_exactly
+from result_file import write_result
 
 Counts = npt.NDArray[Any]
+Row = dict[str, Any]
 
 ULTRAEP_REPLICAS = {1.5: 41, 2.0: 45, 2.5: 48, 3.0: 48}
+TOLERANCES = {"tight": 5e-4, "loose": 0.01}
+"""The default of `quota`, and UltraEP's."""
+POLICY_COLUMNS = {
+    "policy": ("policy", ""),
+    "mean": ("mean", ".5f"),
+    "p95": ("p95", ".5f"),
+    "max": ("max", ".5f"),
+    "replicas": ("replicas", ".1f"),
+    "us_median": ("us p50", ".1f"),
+    "us_p99": ("us p99", ".1f"),
+    "us_batched": ("us batched", ".1f"),
+}
+"""Figures of a policy on a trace: their titles, and how they are shown."""
 PASSES = 3
 CONSOLE = Console()
 
@@ -44,57 +61,78 @@ def main() -> None:
     parser.add_argument("--exact", type=int, default=0, metavar="N", help="instances per row that CP-SAT solves")
     parser.add_argument("--seconds", type=float, default=20.0, help="its time limit for each")
     parser.add_argument("--hint", action="store_true", help="let it start from the plan of `quota`")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="folder for the results, as JSON")
     arguments = parser.parse_args()
+    policies: list[Row] = []
+    exact: list[Row] = []
     for trace in arguments.traces:
         path, _, devices = trace.rpartition(":")
         counts = np.load(path)["counts"]
         layers = counts.reshape(-1, *counts.shape[2:]).astype(np.int32)
-        table_of_trace(f"{path} on {devices} devices", layers, int(devices))
+        policies += table_of_trace(path, layers, int(devices))
         if arguments.exact:
             sample = layers[np.linspace(0, len(layers) - 1, arguments.exact).astype(int)]
-            table_of_exact(sample, int(devices), arguments.seconds, arguments.hint)
-    table_of_zipf()
-    table_of_sizes()
+            exact += table_of_exact(path, sample, int(devices), arguments.seconds, arguments.hint)
+    results = {
+        "spill": policies,
+        "spill-exact": exact,
+        "spill-zipf": table_of_zipf(),
+        "spill-scaling": table_of_sizes(),
+    }
+    if arguments.out:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        for name, rows in results.items():
+            if rows:
+                write_result(arguments.out / f"{name}.json", rows)
 
 
-def table_of_trace(title: str, layers: Counts, devices: int) -> None:
+def table_of_trace(path: str, layers: Counts, devices: int) -> list[Row]:
     _, sources, experts = layers.shape
-    table = new_table(title, "policy", "mean", "p95", "max", "replicas", "us p50", "us p99", "us batched")
+    rows: list[Row] = []
     for spare in (2, 1):
         options = SpillOptions.uniform(experts, devices, spare)
         planner = QuotaPlanner(options, sources, dtype=layers.dtype)
-        table.add_row(f"quota, K={spare}", *measured(planner, layers), f"{batched(options, layers):.1f}")
-    table.add_row("llep (ours)", *measured(LlepPlanner(options, sources), layers), "-")
-    table.add_row("llep as published, pure Python", *measured_python(layers, devices), "-")
-    table.add_row(
-        "static",
-        *measured(QuotaPlanner(replace(options, spare=0 * options.spare), sources, dtype=layers.dtype), layers),
-        "-",
-    )
+        figures = measured(planner, layers)
+        rows.append({"policy": f"quota, K={spare}", **figures, "us_batched": batched(options, layers)})
+    static = QuotaPlanner(replace(options, spare=0 * options.spare), sources, dtype=layers.dtype)
+    rows += [
+        {"policy": "llep (ours)", **measured(LlepPlanner(options, sources), layers)},
+        {"policy": "llep as published, pure Python", **measured_python(layers, devices)},
+        {"policy": "static", **measured(static, layers)},
+    ]
+    table = new_table(f"{path} on {devices} devices", *(title for title, _ in POLICY_COLUMNS.values()))
+    for row in rows:
+        table.add_row(*(format(row[key], form) if key in row else "-" for key, (_, form) in POLICY_COLUMNS.items()))
     CONSOLE.print(table)
+    instance = f"{Path(path).stem}, {devices} devices"
+    return [{"instance": instance, **{key: row.get(key) for key in POLICY_COLUMNS}} for row in rows]
 
 
-def table_of_exact(sample: Counts, devices: int, seconds: float, hint: bool) -> None:
+def table_of_exact(path: str, sample: Counts, devices: int, seconds: float, hint: bool) -> list[Row]:
     title = f"CP-SAT, {seconds:g} s on one thread{', starting from quota' if hint else ''}, {len(sample)} instances"
     table = new_table(
         title, "spare", "quota mean", "CP-SAT mean", "bound mean", "quota - CP-SAT: mean", "max", "proven"
     )
+    rows = []
     for spare in (2, 1):
         options = SpillOptions.uniform(sample.shape[2], devices, spare)
         with ProcessPoolExecutor(os.cpu_count()) as pool:
             pairs = list(pool.map(ours_and_exact, sample, *map(itertools.repeat, (options, seconds, hint))))
-        ours = [mine for mine, _, _ in pairs]
-        theirs = [exact.makespan / balanced for _, exact, balanced in pairs]
-        bounds = [exact.bound / balanced for _, exact, balanced in pairs]
+        ours = np.array([mine for mine, _, _ in pairs])
+        theirs = np.array([exact.makespan / balanced for _, exact, balanced in pairs])
+        bounds = np.array([exact.bound / balanced for _, exact, balanced in pairs])
+        figures = {
+            "quota": float(ours.mean()),
+            "cp_sat": float(theirs.mean()),
+            "bound": float(bounds.mean()),
+            "difference": float((ours - theirs).mean()),
+            "largest_difference": float((ours - theirs).max()),
+        }
         proven = sum(exact.optimal for _, exact, _ in pairs)
-        difference = np.array(ours) - np.array(theirs)
-        table.add_row(
-            f"K={spare}",
-            *(f"{np.mean(values):.5f}" for values in (ours, theirs, bounds, difference)),
-            f"{difference.max():.5f}",
-            str(proven),
-        )
+        rows.append({"instance": f"{Path(path).stem}, K={spare}", **figures, "proven": proven})
+        table.add_row(f"K={spare}", *(f"{figure:.5f}" for figure in figures.values()), str(proven))
     CONSOLE.print(table)
+    return rows
 
 
 def ours_and_exact(
@@ -109,7 +147,7 @@ def ours_and_exact(
     )
 
 
-def table_of_zipf() -> None:
+def table_of_zipf() -> list[Row]:
     table = new_table(
         "zipf, E128 on 64 devices, K=2",
         "rank / expert imbalance",
@@ -119,35 +157,47 @@ def table_of_zipf() -> None:
         "UltraEP",
         "us p50",
     )
+    rows: list[Row] = []
     for ratio, theirs in ULTRAEP_REPLICAS.items():
         counts = zipf_counts(128, 64, ratio, tokens=8192)
         tokens = counts.sum(axis=0)
         ranks = tokens.reshape(64, -1).sum(axis=1)
-        name = f"{ranks.max() / ranks.mean():.2f} / {tokens.max() / tokens.mean():.2f}"
-        for tolerance in (5e-4, 0.01):
-            planner = QuotaPlanner(SpillOptions.uniform(128, 64, 2, tolerance=tolerance), 64, dtype=counts.dtype)
-            plan = planner.plan(counts)
-            peer = str(theirs) if tolerance == 0.01 else "-"
-            time = f"{median_us(planner, counts):.1f}"
-            table.add_row(name, f"{tolerance:g}", f"{plan.imbalance:.5f}", str(plan.replicas), peer, time)
+        row = {
+            "imbalance_of_ranks": float(ranks.max() / ranks.mean()),
+            "imbalance_of_experts": float(tokens.max() / tokens.mean()),
+            "ultraep_replicas": theirs,
+        }
+        name = f"{row['imbalance_of_ranks']:.2f} / {row['imbalance_of_experts']:.2f}"
+        for kind, tolerance in TOLERANCES.items():
+            options = SpillOptions.uniform(128, 64, 2, tolerance=tolerance)
+            imbalance, replicas, time = planned(options, counts)
+            row |= {f"imbalance_{kind}": imbalance, f"replicas_{kind}": replicas, f"us_{kind}": time}
+            peer = str(theirs) if kind == "loose" else "-"
+            table.add_row(name, f"{tolerance:g}", f"{imbalance:.5f}", str(replicas), peer, f"{time:.1f}")
+        rows.append(row)
     CONSOLE.print(table)
+    return rows
 
 
-def table_of_sizes() -> None:
+def table_of_sizes() -> list[Row]:
     table = new_table(
         "scaling, zipf at rank imbalance 2", "experts", "devices", "spare", "imbalance", "replicas", "us p50"
     )
+    rows: list[Row] = []
     for experts in (256, 512):
+        by_spare: dict[int, Row] = {spare: {"experts": experts, "spare": spare} for spare in (2, 1)}
         for devices in (64, 128, 256):
             counts = zipf_counts(experts, devices, 2.0, tokens=512)
-            for spare in (2, 1):
-                planner = QuotaPlanner(SpillOptions.uniform(experts, devices, spare), devices, dtype=counts.dtype)
-                plan = planner.plan(counts)
-                table.add_row(
-                    str(experts), str(devices), str(spare), f"{plan.imbalance:.5f}", str(plan.replicas),
-                    f"{median_us(planner, counts):.1f}",
-                )  # fmt: skip
+            for spare, row in by_spare.items():
+                imbalance, replicas, time = planned(SpillOptions.uniform(experts, devices, spare), counts)
+                row[f"imbalance_{devices}_devices"] = imbalance
+                row[f"replicas_{devices}_devices"] = replicas
+                row[f"us_{devices}_devices"] = time
+                cells = str(experts), str(devices), str(spare), f"{imbalance:.5f}", str(replicas), f"{time:.1f}"
+                table.add_row(*cells)
+        rows += by_spare.values()
     CONSOLE.print(table)
+    return rows
 
 
 def new_table(title: str, *columns: str) -> Table:
@@ -157,7 +207,7 @@ def new_table(title: str, *columns: str) -> Table:
     return table
 
 
-def measured(planner: QuotaPlanner | LlepPlanner, layers: Counts) -> list[str]:
+def measured(planner: QuotaPlanner | LlepPlanner, layers: Counts) -> dict[str, float]:
     planner.plan(layers[0])
     imbalance, replicas, seconds = [], [], []
     for counts in itertools.chain.from_iterable(itertools.repeat(layers, PASSES)):
@@ -166,7 +216,7 @@ def measured(planner: QuotaPlanner | LlepPlanner, layers: Counts) -> list[str]:
         seconds.append(perf_counter() - begin)
         imbalance.append(plan.imbalance)
         replicas.append(plan.replicas)
-    return cells(imbalance, replicas, seconds)
+    return summary(imbalance, replicas, seconds)
 
 
 def batched(options: SpillOptions, layers: Counts) -> float:
@@ -181,7 +231,7 @@ def batched(options: SpillOptions, layers: Counts) -> float:
     return float(np.median(seconds)) / len(chunk) * 1e6
 
 
-def measured_python(layers: Counts, devices: int) -> list[str]:
+def measured_python(layers: Counts, devices: int) -> dict[str, float]:
     imbalance, replicas, seconds = [], [], []
     for counts in layers[:: max(1, len(layers) // 100)]:
         begin = perf_counter()
@@ -189,27 +239,30 @@ def measured_python(layers: Counts, devices: int) -> list[str]:
         seconds.append(perf_counter() - begin)
         imbalance.append(max(load) / (sum(load) / devices))
         replicas.append(transfers)
-    return cells(imbalance, replicas, seconds)
+    return summary(imbalance, replicas, seconds)
 
 
-def cells(imbalance: Sequence[float], replicas: Sequence[int], seconds: Sequence[float]) -> list[str]:
-    return [
-        f"{np.mean(imbalance):.5f}",
-        f"{np.quantile(imbalance, 0.95):.5f}",
-        f"{np.max(imbalance):.5f}",
-        f"{np.mean(replicas):.1f}",
-        f"{np.quantile(seconds, 0.5) * 1e6:.1f}",
-        f"{np.quantile(seconds, 0.99) * 1e6:.1f}",
-    ]
+def summary(imbalance: Sequence[float], replicas: Sequence[int], seconds: Sequence[float]) -> dict[str, float]:
+    return {
+        "mean": float(np.mean(imbalance)),
+        "p95": float(np.quantile(imbalance, 0.95)),
+        "max": float(np.max(imbalance)),
+        "replicas": float(np.mean(replicas)),
+        "us_median": float(np.quantile(seconds, 0.5)) * 1e6,
+        "us_p99": float(np.quantile(seconds, 0.99)) * 1e6,
+    }
 
 
-def median_us(planner: QuotaPlanner, counts: Counts, calls: int = 300) -> float:
+def planned(options: SpillOptions, counts: Counts, calls: int = 300) -> tuple[float, int, float]:
+    """Imbalance and replicas of the plan of `quota`, and the median microseconds that it takes."""
+    planner = QuotaPlanner(options, len(counts), dtype=counts.dtype)
+    plan = planner.plan(counts)
     seconds = []
     for _ in range(calls):
         begin = perf_counter()
         planner.plan(counts)
         seconds.append(perf_counter() - begin)
-    return float(np.median(seconds)) * 1e6
+    return plan.imbalance, plan.replicas, float(np.median(seconds)) * 1e6
 
 
 def llep_as_published(
