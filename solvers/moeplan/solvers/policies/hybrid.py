@@ -270,11 +270,11 @@ class _Search:
         assert self.best is not None
         if self._shown is None:
             slots = self.best.copy()
+            known = self._divided[1] if self._divided is not None and self._divided[0] is self.best else None
             if self.problem.current is not None:
                 keep_slots(self.problem.current.slots, slots)
-            self._shown, self._shown_split = Layout(slots, self.problem.experts), None
-            if self._divided is not None and self._divided[0] is self.best:
-                self._shown_split = _reordered(self._divided[1], self.best, slots)
+                known = None if known is None else _reordered(known, self.best, slots)
+            self._shown, self._shown_split = Layout(slots, self.problem.experts), known
         return Progress(self._shown, self.bound, self.ended, self._shown_split)
 
     @property
