@@ -115,6 +115,25 @@ def test_the_smallest_problems_reach_the_exact_model() -> None:
         assert solve(unequal, parameters=SolveParameters(seed=seed)).objective < 1.349
 
 
+@settings(max_examples=20)
+@given(st.integers(0, 2**32 - 1), st.sampled_from([None, 3, 8]), st.sampled_from([1.0, 0.5]))
+def test_every_plan_of_a_search_divides_all_tokens_as_well_as_can_be(seed: int, moves: int | None, tail: float) -> None:
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(0, 500, (60, 1, 20)) * rng.lognormal(0, 1, 20).astype(np.int64)
+    cluster = Cluster(rng.integers(4, 7, 6, np.int32), np.zeros(6, np.int32), rng.choice([1.0, 1.5], 6))
+    problem = Problem(cluster, Demand.of(tokens), tail=tail)
+    if moves is not None:
+        problem = replace(problem, current=random_layout(problem, seed), max_moves=moves)
+    for plan in [*solve_anytime(problem, parameters=SolveParameters(work_limit=500))]:  # and none changes afterwards
+        assert plan.objective == pytest.approx(evaluate(problem, plan.layout).objective, rel=1e-12)
+        filled = plan.layout.slots >= 0
+        assert not plan.split.quota[:, ~filled].any()
+        assert (plan.split.quota >= 0).all()
+        for quota, wanted in zip(plan.split.quota, problem.loads, strict=True):
+            given_out = np.bincount(plan.layout.slots[filled], weights=quota[filled], minlength=problem.experts)
+            assert given_out.tolist() == wanted.tolist()
+
+
 def test_few_moves_from_a_static_layout_are_worth_it() -> None:
     counts = np.load(TRACE)["counts"][-10:, 0]
     current = Layout.contiguous(64, np.full(16, 5))
