@@ -54,7 +54,7 @@ SHIFT = 5
 COPIED = ("sharded-copies", "sharded-device")
 """Modes in which experts travel by copy engines."""
 
-_ASLEEP = 250_000_000
+ASLEEP = 250_000_000
 """Cycles that a device sleeps: an eighth of a second, longer than the host needs to be steps ahead."""
 
 WAITING = re.compile("allgather|barrier|wait", re.IGNORECASE)
@@ -264,7 +264,7 @@ class Bench:
         times = Times(self.device)
         self._finish()
         if self.ahead:
-            torch.cuda._sleep(_ASLEEP)
+            torch.cuda._sleep(ASLEEP)
         start = time.perf_counter()
         losses = []
         for step, text in enumerate(texts):
