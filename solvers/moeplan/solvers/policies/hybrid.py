@@ -284,16 +284,17 @@ class _Search:
             return Termination.DEADLINE
         return Termination.WORK_LIMIT if self.work >= self.parameters.candidates else Termination.NOTHING_LEFT
 
-    def take(self, slots: Int32, known: Split | None = None) -> bool:
-        """Keep a layout if it is better; a split that is known need not be found anew."""
-        start = time.perf_counter()
-        if known is None:
+    def take(self, slots: Int32, quota: Int64 | None = None) -> bool:
+        """Keep a layout if it is better; the quota of an optimal split, if known, saves finding one to judge it."""
+        if quota is None:
+            start = time.perf_counter()
             score, divided = judged(self.problem, slots, end_of(self.deadline))
+            took = time.perf_counter() - start
+            # Layouts that are nearly balanced take longer than the first ones, and with little memory some far longer.
+            self.judging = max(self.judging, took) if _memory_limited(self.problem) else took
         else:
-            score, divided = scores.score(self.problem, known.quota), known
-        took = time.perf_counter() - start
-        # Layouts that are nearly balanced take longer than the first ones, and with little memory some far longer.
-        self.judging = max(self.judging, took) if _memory_limited(self.problem) else took
+            # Not the plan's own split, which whoever has the layout can find again.
+            score, divided = scores.score(self.problem, quota), None
         self.before = min(self.before, score) if self.best is None else self.before
         if score >= self.score:
             return False
@@ -657,7 +658,7 @@ class _Search:
         if _memory_limited(problem):  # what it leaves, the search only guesses
             self.take(slots)
         elif reached < self.score:
-            self.take(slots, None if splits is None else _split_of(splits, slots))
+            self.take(slots, None if splits is None else splits.quota.reshape(-1, *slots.shape))
 
     def _effort(self, steps: int, price: float) -> Burst:
         """A burst of so many candidates."""
@@ -928,11 +929,6 @@ def judged(problem: Problem, slots: Int32, end: float = NEVER) -> tuple[float, S
     caps = token_caps(problem.cluster, problem.expert, (slots != EMPTY).sum(axis=1))
     fits = caps is None or bool((divided.quota.sum(axis=2) <= caps).all())
     return scores.score(problem, divided.quota) if fits else np.inf, None if rule is SplitRule.EVEN else divided
-
-
-def _split_of(splits: Splits, slots: Int32) -> Split:
-    """What a burst has left of its splits, whose memory the next one writes."""
-    return Split(SplitRule.OPTIMAL, splits.quota.reshape(-1, *slots.shape).copy())
 
 
 def _reordered(divided: Split, slots: Int32, to: Int32) -> Split:
