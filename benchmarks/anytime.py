@@ -26,11 +26,16 @@ from moeplan.solvers import Cluster, Demand, Layout, Problem, SolveParameters, S
 from moeplan.solvers.exact.model import Effort, Model
 from moeplan.solvers.exact.run import run
 from moeplan.solvers.problem.arrays import Int64
-from result_file import write_result
+from result_file import Columns, cells, write_result
 
 DEADLINES = {"1_ms": 0.001, "10_ms": 0.01, "100_ms": 0.1, "1_s": 1.0, "10_s": 10.0}
 """Seconds, by the names that results have."""
 SIZES = ((64, 8, 9), (60, 8, 8), (256, 32, 9), (256, 64, 5), (256, 144, 2), (384, 128, 4))
+COLUMNS: Columns = {
+    "instance": ("instance", "{}"),
+    "planner": ("planner", "{}"),
+    **{key: (f"{seconds:g} s", "{:.5f}") for key, seconds in DEADLINES.items()},
+}
 WAYS = ("hybrid", "cpsat hinted", "cpsat cold", "highs cold", "eplb")
 
 Row = dict[str, Any]
@@ -120,11 +125,6 @@ def plot(path: Path, rows: Sequence[Row]) -> None:
     figure.savefig(path)
 
 
-def cells(row: Row) -> list[str]:
-    values = (row[key] for key in DEADLINES)
-    return [row["instance"], row["planner"], *("-" if v is None else f"{v:.5f}" for v in values)]
-
-
 def main() -> None:
     """Print one table, and draw it."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -147,11 +147,11 @@ def main() -> None:
                 if way == "hybrid":
                     late = max(late, took - seconds)
             rows.append(row)
-            print(*cells(row), sep=" | ", file=sys.stderr, flush=True)
+            print(*cells(row, COLUMNS), sep=" | ", file=sys.stderr, flush=True)
     show_table(
         f"Imbalance after a deadline; hybrid late by at most {late * 1e3:.0f} ms",
-        ["instance", "planner", *(f"{s:g} s" for s in DEADLINES.values())],
-        [cells(row) for row in rows],
+        [title for title, _ in COLUMNS.values()],
+        [cells(row, COLUMNS) for row in rows],
     )
     if arguments.out:
         write_result(arguments.out, rows)

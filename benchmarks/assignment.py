@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from moeplan.planner.commands.terminal import show_table
 from moeplan.solvers import Assignment, balanced_assignment, optimal_assignment
-from result_file import write_result
+from result_file import Columns, cells, write_result
 
 Scores = npt.NDArray[np.float32]
 
@@ -29,16 +29,15 @@ WIDTH = 64
 SIZES = [(1024, 8), (1022, 8), (2048, 64), (4096, 64), (16384, 64), (4096, 256)]
 LAPJV_TOKENS = 2048
 """Tokens up to which the cubic reference is run."""
-COLUMNS = {
-    "size": ("tokens x experts", ""),
-    "top_1": ("top-1 max/mean", ".2f"),
-    "ms": ("ms", ".2f"),
-    "ms_next_step": ("ms, next step", ".2f"),
-    "gap_proven": ("gap proven", ".4%"),
-    "lapjv_ms": ("LAPJV ms", ".0f"),
-    "gap_in_truth": ("gap in truth", ".4%"),
+COLUMNS: Columns = {
+    "size": ("tokens x experts", "{}"),
+    "top_1": ("top-1 max/mean", "{:.2f}"),
+    "ms": ("ms", "{:.2f}"),
+    "ms_next_step": ("ms, next step", "{:.2f}"),
+    "gap_proven": ("gap proven", "{:.4%}"),
+    "lapjv_ms": ("LAPJV ms", "{:.0f}"),
+    "gap_in_truth": ("gap in truth", "{:.4%}"),
 }
-"""Figures of a row: their titles, and how they are shown."""
 
 
 def steps(tokens: int, experts: int) -> tuple[Scores, Scores]:
@@ -93,7 +92,7 @@ def main() -> None:
     show_table(
         "Tokens to experts in equal numbers",
         [title for title, _ in COLUMNS.values()],
-        [["-" if row[key] is None else format(row[key], form) for key, (_, form) in COLUMNS.items()] for row in rows],
+        [cells(row, COLUMNS) for row in rows],
     )
     if arguments.out:
         write_result(arguments.out, rows)

@@ -7,7 +7,8 @@ its dependencies, into a folder outside the repository; only its two pure-torch 
 with even splits and may put two replicas of an expert on one device; their layouts are judged with the best split as
 well, to compare placement alone. `hybrid` plans for these loads alone, as they do; `widened` is its default: it looks
 for a layout that is as good on them and suits loads near them, too. All are timed from loads to layouts, which is all
-that SGLang's compute; splits and proofs come on top. Times are the best of several runs over all layers, on one thread.
+that SGLang's compute; ours check the problem, bound it and divide its tokens, too. Times are the best of several runs
+over all layers, on one thread.
 """
 
 from __future__ import annotations
@@ -29,17 +30,16 @@ from moeplan.solvers.policies.registry import find
 from moeplan.solvers.problem.arrays import Float64, Int64
 from moeplan.solvers.split.flow import optimal_quota
 from peers import sglang_planner
-from result_file import write_result
+from result_file import Columns, cells, write_result
 
 REPEATS = 5
-COLUMNS = {
+COLUMNS: Columns = {
     "even": ("even", "{:.4f}"),
     "best_split": ("best split", "{:.4f}"),
     "worst_layer": ("(worst layer)", "{:.4f}"),
     "ms": ("ms", "{:.2f}"),
     "speed": ("speed", "{:.2f}x"),
 }
-"""Figures of a planner: their titles, and how they are shown."""
 
 Figures = dict[str, float | str | None]
 
@@ -155,9 +155,9 @@ def benchmark(size: Size, loads: Int64) -> dict[str, Figures]:
     return found
 
 
-def cells(figures: Figures) -> list[str]:
+def with_error(figures: Figures) -> list[str]:
     """A planner's figures as shown; where it failed, the error stands in the last column."""
-    shown = ["-" if figures[key] is None else form.format(figures[key]) for key, (_, form) in COLUMNS.items()]
+    shown = cells(figures, COLUMNS)
     return [*shown[:-1], str(figures.get("error", shown[-1]))]
 
 
@@ -190,7 +190,7 @@ def main() -> None:
     show_table(
         "Layouts of all layers from one load vector per layer; imbalance is max/mean per layer",
         ["size", "loads", "planner", *(title for title, _ in COLUMNS.values())],
-        [[size, kind, name, *cells(figures)] for size, kind, found in measured for name, figures in found.items()],
+        [[size, kind, name, *with_error(figures)] for size, kind, found in measured for name, figures in found.items()],
     )
     if arguments.out:
         write_result(arguments.out, [in_one_row(*each) for each in measured])

@@ -481,7 +481,6 @@ def measure(
         f"{str(dtype)[6:]}; {spare} spare slots; {per_token * 1e6:.2f} us per token, {cost:.0f} tokens per transfer"
     )
     table = new_table(title)
-    balanced: dict[str, int] = {}
     even: dict[str, float] = {}
     published = dict(zip((load.name for load in LOADS), PUBLISHED.get(name, "").replace("|", "").split(), strict=False))
     memory = dict(zip((load.name for load in LOADS), PUBLISHED_MEMORY.replace("|", "").split(), strict=True))
@@ -491,8 +490,8 @@ def measure(
         visit(bench, size, load, methods, spare, rounds, dtype)
         found = figures(methods)
         if load.name == "balanced":
-            balanced, even = {method.name: method.memory for method in methods}, found
-        add_rows(table, load, methods, balanced, published, memory if name == "gpt-oss-120b" else {})
+            even = found
+        add_rows(table, load, methods, even, published, memory if name == "gpt-oss-120b" else {})
         static, *others = methods
         shares = {f"{method.name}_of_even": even[method.name] / found[method.name] for method in methods if even}
         rows.append({"layer": name, "ranks": bench.group.size, "tokens": load.name} | found | shares)
@@ -613,7 +612,7 @@ def add_rows(
     table: Table,
     load: Load,
     methods: list[Method],
-    balanced: dict[str, int],
+    even: dict[str, float],
     published: dict[str, str],
     memory: dict[str, str],
 ) -> None:
@@ -637,7 +636,7 @@ def add_rows(
             f"{method.memory / 2**30:.3f}",
             f"{static.memory / method.memory:.2f}",
             memory.get(load.name, "") if is_llep else "",
-            f"{method.memory / balanced['static']:.2f}" if balanced else "",
+            f"{method.memory / 2**30 / even['static_gib']:.2f}" if even else "",
             f"{1e6 * statistics.median(method.planning):.0f}",
             "" if method.name == "device" else f"{statistics.median(method.sent) / 1e6:.1f}",
             end_section=method is methods[-1],

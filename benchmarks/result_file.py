@@ -7,16 +7,24 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-__all__ = ["write_result"]
+__all__ = ["Columns", "cells", "write_result"]
 
 HERE = Path(__file__).parent
+
+Columns = Mapping[str, tuple[str, str]]
+"""Figures of a row by name: their titles in a printed table, and how they stand in it, as ``{:.2f}``."""
+
+
+def cells(row: Mapping[str, Any], columns: Columns) -> list[str]:
+    """A row of a printed table; what was not measured is a dash."""
+    return ["-" if row.get(key) is None else form.format(row[key]) for key, (_, form) in columns.items()]
 
 
 def write_result(

@@ -32,7 +32,7 @@ from rich.console import Console
 from rich.table import Table
 
 from moeplan.solvers import ExactSpill, LlepPlanner, QuotaPlanner, SpillOptions, solve_exactly
-from result_file import write_result
+from result_file import Columns, cells, write_result
 
 Counts = npt.NDArray[Any]
 Row = dict[str, Any]
@@ -40,17 +40,16 @@ Row = dict[str, Any]
 ULTRAEP_REPLICAS = {1.5: 41, 2.0: 45, 2.5: 48, 3.0: 48}
 TOLERANCES = {"tight": 5e-4, "loose": 0.01}
 """The default of `quota`, and UltraEP's."""
-POLICY_COLUMNS = {
-    "policy": ("policy", ""),
-    "mean": ("mean", ".5f"),
-    "p95": ("p95", ".5f"),
-    "max": ("max", ".5f"),
-    "replicas": ("replicas", ".1f"),
-    "us_median": ("us p50", ".1f"),
-    "us_p99": ("us p99", ".1f"),
-    "us_batched": ("us batched", ".1f"),
+POLICY_COLUMNS: Columns = {
+    "policy": ("policy", "{}"),
+    "mean": ("mean", "{:.5f}"),
+    "p95": ("p95", "{:.5f}"),
+    "max": ("max", "{:.5f}"),
+    "replicas": ("replicas", "{:.1f}"),
+    "us_median": ("us p50", "{:.1f}"),
+    "us_p99": ("us p99", "{:.1f}"),
+    "us_batched": ("us batched", "{:.1f}"),
 }
-"""Figures of a policy on a trace: their titles, and how they are shown."""
 PASSES = 3
 CONSOLE = Console()
 
@@ -102,7 +101,7 @@ def table_of_trace(path: str, layers: Counts, devices: int) -> list[Row]:
     ]
     table = new_table(f"{path} on {devices} devices", *(title for title, _ in POLICY_COLUMNS.values()))
     for row in rows:
-        table.add_row(*(format(row[key], form) if key in row else "-" for key, (_, form) in POLICY_COLUMNS.items()))
+        table.add_row(*cells(row, POLICY_COLUMNS))
     CONSOLE.print(table)
     instance = f"{Path(path).stem}, {devices} devices"
     return [{"instance": instance, **{key: row.get(key) for key in POLICY_COLUMNS}} for row in rows]
@@ -193,8 +192,7 @@ def table_of_sizes() -> list[Row]:
                 row[f"imbalance_{devices}_devices"] = imbalance
                 row[f"replicas_{devices}_devices"] = replicas
                 row[f"us_{devices}_devices"] = time
-                cells = str(experts), str(devices), str(spare), f"{imbalance:.5f}", str(replicas), f"{time:.1f}"
-                table.add_row(*cells)
+                table.add_row(str(experts), str(devices), str(spare), f"{imbalance:.5f}", str(replicas), f"{time:.1f}")
         rows += by_spare.values()
     CONSOLE.print(table)
     return rows

@@ -103,8 +103,6 @@ def main() -> None:
         parser.error(f"--mode {' '.join((COPIES, *DEVICE_MODES))}: need GPUs")
     if arguments.ahead and not torch.cuda.is_available():
         parser.error("--ahead: needs GPUs")
-    if arguments.ahead and arguments.against:
-        parser.error("--ahead: other checkouts may not know it; leave out --against")
     if arguments.planner and not set(PLANNED) & set(arguments.mode):
         parser.error("--planner: plans layouts of sharded experts; add sharded or sharded-device to --mode")
     if arguments.show:
@@ -214,8 +212,7 @@ def measure_size(
     arguments: argparse.Namespace, ranks: dict[str, Rank], size: str, is_first: bool
 ) -> tuple[Result, Result]:
     """The machine; the model with the rows of all checkouts, routings and modes."""
-    plan = {name: getattr(arguments, name) for name in ("batch", "train", "rounds", "steps")}
-    plan |= {"ahead": True} if arguments.ahead else {}
+    plan = {name: getattr(arguments, name) for name in ("batch", "train", "rounds", "steps", "ahead")}
     for rank in ranks.values():
         rank.ask("build", size=size, **plan)
     plan_layouts([[[1, 2], [2, 1]]])  # compiles it meanwhile

@@ -192,7 +192,7 @@ class Bench:
         train: int,
         rounds: int,
         steps: int,
-        ahead: bool = False,
+        ahead: bool,
     ) -> None:
         torch.manual_seed(0)
         self.ahead = ahead
