@@ -10,7 +10,8 @@ Modes: `force-balanced` has a router that deals tokens out evenly to static expe
 reach. `static` is plain expert parallelism; `quota` and `llep` lend experts in each pass; `sharded` experts have a
 layout that is perfect for the step before, `sharded-quota` ones lend beyond it, and `sharded-copies` ones travel by
 copy engines. `static-device`, `quota-device` and `sharded-device`, which travel by copy engines, too, run passes
-without the host, and beside them `force-balanced-device`; shares are of the faster of both force-balanced ones.
+without the host, and beside them `force-balanced-device`; in `static-graph` and `quota-graph` the whole step, optimizer
+included, is a CUDA graph, and beside them `force-balanced-graph`. Shares are of the fastest of the force-balanced ones.
 Sharded experts are measured under that router, too, each where a static one would be: what sharding alone costs.
 Routing: `text` is what the routers choose, which have been trained for some steps on the example's text; `trace` deals
 tokens out by the last steps of the recorded trace in `examples/traces`, with the busiest experts on the first ranks;
@@ -60,6 +61,7 @@ ROOTS = ("solvers", "planner", "runtime_client", "proto")
 MODES = ("quota", "llep", "sharded")
 LENDING = "sharded-quota"
 DEVICE_MODES = ("static-device", "quota-device", "sharded-device")
+GRAPH_MODES = ("static-graph", "quota-graph")
 COPIES = "sharded-copies"
 PLANNED = ("sharded-device", COPIES, "sharded")
 """Modes in which a daemon may plan layouts; of those asked for it does so in the first."""
@@ -84,7 +86,7 @@ Result = dict[str, Any]
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--size", nargs="+", choices=SIZES, default=["tiny"])
-    modes = (*MODES, LENDING, COPIES, *DEVICE_MODES)
+    modes = (*MODES, LENDING, COPIES, *DEVICE_MODES, *GRAPH_MODES)
     parser.add_argument("--mode", nargs="+", choices=modes, default=MODES, help="beside static")
     parser.add_argument("--routing", nargs="+", choices=ROUTINGS, default=["text", "trace"])
     parser.add_argument("--batch", type=int, help="pieces of text of a rank in a step, if not the size's own")
@@ -99,8 +101,9 @@ def main() -> None:
     parser.add_argument("--show", type=Path, metavar="FILE", help="only print the table of these results")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if {*DEVICE_MODES, COPIES} & set(arguments.mode) and not torch.cuda.is_available():
-        parser.error(f"--mode {' '.join((COPIES, *DEVICE_MODES))}: need GPUs")
+    for_gpus = (COPIES, *DEVICE_MODES, *GRAPH_MODES)
+    if set(for_gpus) & set(arguments.mode) and not torch.cuda.is_available():
+        parser.error(f"--mode {' '.join(for_gpus)}: need GPUs")
     if arguments.ahead and not torch.cuda.is_available():
         parser.error("--ahead: needs GPUs")
     if arguments.planner and not set(PLANNED) & set(arguments.mode):
@@ -140,12 +143,17 @@ class Rank:
     """The process that does this rank's work with one checkout."""
 
     def __init__(self, root: Path, port: int) -> None:
+        self.newer = (root / "runtime_client/moeplan/runtime_client/device").is_dir()
         # A group of their own, not that of the processes that torchrun started.
         own = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "False"}
         command = [sys.executable, str(HERE), "--worker", str(root)]
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | own
         )
+
+    def knows(self, mode: str) -> bool:
+        """Whether the checkout has the mode."""
+        return self.newer or not (mode in (LENDING, COPIES) or mode.endswith(("-device", "-graph")))
 
     def ask(self, name: str, **arguments: object) -> None:
         assert self.process.stdin is not None
@@ -224,6 +232,8 @@ def measure_size(
     even = ["force-balanced"]
     if set(DEVICE_MODES) & set(modes):
         even.append("force-balanced-device")
+    if set(GRAPH_MODES) & set(modes):
+        even.append("force-balanced-graph")
     even += [mode for mode in modes if mode.startswith("sharded")]
     cases = [*(("even", mode) for mode in even), *((routing, mode) for routing in arguments.routing for mode in modes)]
     rows: dict[tuple[str, str, str], Result] = {}
@@ -236,8 +246,8 @@ def measure_size(
         for routing, mode in cases:
             # No checkout is always the first.
             for name in list(ranks)[:: 1 if nth % 2 else -1]:
-                if (mode in (LENDING, COPIES) or mode.endswith("-device")) and name != next(iter(ranks)):
-                    continue  # other checkouts may not have it
+                if not ranks[name].knows(mode):
+                    continue
                 planned = layouts.get((name, routing)) if mode.startswith("sharded") else None
                 sample = ranks[name].call("sample", mode=mode, routing=routing, nth=nth, layouts=planned)
                 if mode == "static":
@@ -321,7 +331,8 @@ def table(results: Result) -> str:
                 continue
             cells = [routing, mode, f"{statistics.median(row['imbalance']):.2f}", spread(row["ms"])]
             cells += [share(rows, commit, row)]
-            cells += [f"{statistics.median(row[part]):.1f}" for part in ("forward", "backward", "optimizer")]
+            parts = [statistics.median(row[part]) for part in ("forward", "backward", "optimizer")]
+            cells += ["" if mode.endswith("-graph") else f"{part:.1f}" for part in parts]
             cells += [f"{max(row['memory']) / 2**30:.1f}" if any(row["memory"]) else ""]
             cells += [idle(row)]
             for other in commits[1:]:

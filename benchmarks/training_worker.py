@@ -14,7 +14,7 @@ import re
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from datetime import timedelta
 from functools import partial
@@ -53,6 +53,9 @@ SHIFT = 5
 
 COPIED = ("sharded-copies", "sharded-device")
 """Modes in which experts travel by copy engines."""
+
+CAPTURED = "-graph"
+"""End of modes whose steps are those of ``-device`` modes, captured in a CUDA graph."""
 
 ASLEEP = 250_000_000
 """Cycles that a device sleeps: an eighth of a second, longer than the host needs to be steps ahead."""
@@ -169,6 +172,61 @@ class Times:
         return [float(np.mean(spans[part::4] or [0.0])) for part in range(4)]
 
 
+class Graph:
+    """A captured step, whose text and choices are put in place before each replay.
+
+    Args:
+        step: What is captured, with a text; it returns its loss.
+        routers: Of all blocks. Choices that replace theirs are put in place, too.
+        text: Of some step.
+        chosen: For each block, the list that a step adds its choices to.
+        pool: Memory, which graphs that take turns share.
+    """
+
+    def __init__(
+        self,
+        step: Callable[[Tensor], Tensor],
+        routers: Sequence[Dealt],
+        text: Tensor,
+        chosen: Sequence[list[Tensor]],
+        pool: Any,
+    ) -> None:
+        self.text = text.clone()
+        self.routers, self.chosen = routers, chosen
+        dealt = [router.index_tk for router in routers]
+        self.dealt = [None if index is None else index.clone() for index in dealt]
+        lengths = [len(seen) for seen in chosen]
+        aside = torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):  # as torch asks of what will be captured
+            for _ in range(2):
+                step(self.text)
+        torch.cuda.current_stream().wait_stream(aside)
+        torch.cuda.synchronize()
+        dist.barrier()
+        self.graph = torch.cuda.CUDAGraph()
+        for router, index in zip(routers, self.dealt, strict=True):
+            router.index_tk = index
+        with torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"):
+            self.loss = step(self.text)
+        for router, index in zip(routers, dealt, strict=True):
+            router.index_tk = index
+        self.seen = [seen[-1] for seen in chosen]
+        for seen, length in zip(chosen, lengths, strict=True):
+            del seen[length:]
+
+    def replay(self, text: Tensor) -> Tensor:
+        """The loss of a step."""
+        self.text.copy_(text)
+        for router, place in zip(self.routers, self.dealt, strict=True):
+            if place is not None and router.index_tk is not None:
+                place.copy_(router.index_tk)
+        self.graph.replay()
+        for seen, index in zip(self.chosen, self.seen, strict=True):
+            seen.append(index.clone())
+        return self.loss.clone()
+
+
 class Bench:
     """One model in all modes. Its public methods are requests; all ranks get the same.
 
@@ -208,7 +266,11 @@ class Bench:
             block.router = router
         self.shared = self.model.shared()
         weights = [*self.shared, *(memory.whole for memory in self.memory)]
-        self.optimizer = torch.optim.AdamW(weights, lr=self.size.rate, fused=device.type == "cuda")
+        cuda = device.type == "cuda"
+        self.optimizer = torch.optim.AdamW(weights, lr=self.size.rate, fused=cuda, capturable=cuda)
+        self.mode = "static"
+        self.graphs: dict[tuple[str, bool], Graph] = {}
+        self.pool = torch.cuda.graph_pool_handle() if cuda else None
         self.chosen: list[list[Tensor]] = [[] for _ in self.memory]
         text = itertools.islice(batches(self.size, group.rank, group.size, SHIFT), train + rounds * (steps + 1))
         self.text = [batch.to(device) for batch in text]
@@ -276,6 +338,8 @@ class Bench:
         if self.ahead:
             ms = sum(parts)  # the device's own
         memory = torch.cuda.max_memory_allocated() if self.device.type == "cuda" else 0
+        if mode.endswith(CAPTURED):
+            memory = 0  # that of a graph is not told
         names = ("ms", "forward", "backward", "optimizer", "memory")
         values = torch.tensor([ms, *parts[:3], memory], dtype=torch.float64, device=self.device)
         dist.all_reduce(values, dist.ReduceOp.MAX)
@@ -397,6 +461,19 @@ class Bench:
     # Parts of the requests
 
     def _step(self, text: Tensor, times: Times | None = None) -> Tensor:
+        if not self.mode.endswith(CAPTURED):
+            return self._run(text, times)
+        mark = times.mark if times else lambda: None
+        key = self.mode, self.routers[0].index_tk is not None
+        if key not in self.graphs:
+            self.graphs[key] = Graph(self._run, self.routers, text, self.chosen, self.pool)
+        mark()
+        loss = self.graphs[key].replay(text)
+        for _ in range(3):  # its parts cannot be told apart
+            mark()
+        return loss
+
+    def _run(self, text: Tensor, times: Times | None = None) -> Tensor:
         mark = times.mark if times else lambda: None
         mark()
         for first in self.copied[:1]:  # its weights arrive beside what comes before it
@@ -489,8 +566,10 @@ class Bench:
             self.layers["quota-device"] = self._device_layers(int(spill.spare[0]))
 
     def _enter(self, mode: str) -> None:
+        self.mode, mode = mode, mode.replace(CAPTURED, "-device")
         if mode not in self.layers:
             self._make_layers_of(mode)
+        self.layers[self.mode] = self.layers[mode]
         copied = self.layers[mode] if mode in COPIED else ()
         self.copied = [layer for layer in copied if isinstance(layer, FullyShardedExperts)]
         if self.is_sharded != mode.startswith("sharded"):
@@ -608,6 +687,9 @@ def main() -> None:
         if cuda and torch.cuda.mem_get_info()[0] < torch.cuda.memory_reserved():
             torch.cuda.empty_cache()  # the ranks of another checkout need as much
         print(json.dumps(answer), file=answers, flush=True)
+    bench = None
+    gc.unfreeze()
+    gc.collect()  # graphs hold on to the process group, which would wait for them
     dist.destroy_process_group()
 
 

@@ -316,6 +316,24 @@ def replays(ranks: Ranks) -> str:
     return "a replayed graph with other routing gives the bits of an eager pass"
 
 
+def others_do_not_replay(ranks: Ranks) -> str:
+    """Layers whose passes the host takes part in are not captured."""
+    (nccl,), _, exchange = ranks.layers()
+    hidden, index, weight, _ = ranks.batch(0)
+    exchange.mailbox.close()
+    nccl(hidden, index, weight)
+    torch.cuda.synchronize()
+    dist.barrier()
+    said = ""
+    try:
+        with torch.cuda.graph(torch.cuda.CUDAGraph(), capture_error_mode="thread_local"):
+            nccl(hidden, index, weight)
+    except RuntimeError as error:
+        said = str(error)
+    assert "a CUDA graph cannot hold its passes" in said, said
+    return "a layer on NCCL is not captured"
+
+
 def fails(ranks: Ranks, kind: type[Exception], act: Callable[[ResidentExperts], Tensor], **limits: object) -> str:
     """All ranks get numbers that are none, and the same error."""
     _, own, exchange = ranks.layers(**limits)  # type: ignore[arg-type]
@@ -559,8 +577,8 @@ def sharded_layouts_differ(ranks: Ranks) -> str:
 CHECKS = (
     sharded_equals_nccl, sharded_in_flight, sharded_host_is_free, sharded_layouts_differ, copies_equal_nccl,
     copies_lend, copies_in_flight, copies_beside_products, copies_miss_a_rank, equals_nccl, rounds_equal_nccl,
-    deterministic, in_flight, host_is_free, beside_an_all_reduce, replays, loan_has_a_price, bad_router,
-    too_many_tokens, too_little_room, other_layer, rank_missing,
+    deterministic, in_flight, host_is_free, beside_an_all_reduce, replays, others_do_not_replay, loan_has_a_price,
+    bad_router, too_many_tokens, too_little_room, other_layer, rank_missing,
 )  # fmt: skip
 
 

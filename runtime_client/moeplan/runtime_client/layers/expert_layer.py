@@ -150,13 +150,18 @@ class ExpertLayer(nn.Module, ABC):
             ValueError: `hidden` has another width than the experts, `index` is not of integers, or its shape is not
                 that of `weight` and of the tokens.
             RuntimeError: the weights are on the meta device, or zeros in the first pass that would train them, or
-                DistributedDataParallel would average their gradients.
+                DistributedDataParallel would average their gradients, or a CUDA graph cannot hold the pass.
         """
         self._require_memory()
         if torch._C._are_functorch_transforms_active():
             raise RuntimeError(
                 f"{self.title}: torch.func.grad, vmap and the like do not reach other ranks, which have the experts. "
                 "Write torch.autograd.grad(loss, parameters), or loss.backward()"
+            )
+        if self._is_captured and not self._replays:
+            raise RuntimeError(
+                f"{self.title}: a CUDA graph cannot hold its passes, in which the host takes part. Leave the layer out "
+                "of the graph, or make ResidentExperts(..., exchange=DeviceExchange(...)), whose passes replay"
             )
         weights = self.weights
         self._passes += 1
@@ -400,7 +405,7 @@ class ExpertLayer(nn.Module, ABC):
         """
         if not self._compares:
             shared_sum = _total(self._witnesses) if self._witnesses else None
-            if tells_training(self._passes) and self.trained_by is not None:
+            if tells_training(self._passes) and self.trained_by is not None and not self._is_captured:
                 trained_by, self.trained_by = self.trained_by.to(self.weights.device), None
                 return trained_by, torch.ones_like(trained_by), shared_sum
             return () if shared_sum is None else (None, None, shared_sum)
@@ -423,7 +428,17 @@ class ExpertLayer(nn.Module, ABC):
     @property
     def _compares(self) -> bool:
         """True if ranks compare all weights in this pass: in 1, 2, 4, 8 and so on, as what differs stays different."""
-        return self.group.size > 1 and self._passes & (self._passes - 1) == 0
+        return self.group.size > 1 and self._passes & (self._passes - 1) == 0 and not self._is_captured
+
+    @property
+    @abstractmethod
+    def _replays(self) -> bool:
+        """Whether a CUDA graph can hold passes of this layer."""
+
+    @property
+    def _is_captured(self) -> bool:
+        """True if this pass becomes part of a CUDA graph, each replay of which would compare again."""
+        return self.weights.is_cuda and torch.cuda.is_current_stream_capturing()
 
     def _around(self) -> list[nn.Module]:
         """The modules to `watch` that are still there."""

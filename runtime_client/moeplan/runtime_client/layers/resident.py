@@ -116,6 +116,10 @@ class ResidentExperts(ExpertLayer):
         self._planner = planner
 
     @property
+    def _replays(self) -> bool:
+        return self.exchange is not None
+
+    @property
     def home_layout(self) -> Layout:
         """The homes as a layout of one replica per expert, in the order of the rows."""
         return Layout(self.homes.slots, self.experts)

@@ -144,6 +144,10 @@ class FullyShardedExperts(ExpertLayer):
         self._made: MadePasses[_Made] = MadePasses()
 
     @property
+    def _replays(self) -> bool:
+        return False  # the host says what is gathered, and when ranks have read it
+
+    @property
     def layout(self) -> Layout:
         """Layout of the passes that start from now on."""
         return self._placement.layout
