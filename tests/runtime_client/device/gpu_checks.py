@@ -19,7 +19,7 @@ from typing import TypeVar
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from moeplan.runtime_client.device.break_even import measure_transfer
@@ -31,6 +31,8 @@ from moeplan.runtime_client.layers.expert_layer import ExpertLayer
 from moeplan.runtime_client.layers.feed_forward import ExpertShape
 from moeplan.runtime_client.layers.resident import ResidentExperts
 from moeplan.runtime_client.layers.sharded import FullyShardedExperts, chain
+from moeplan.runtime_client.models.gradients import ExpertGradients, expert_parameters
+from moeplan.runtime_client.models.optimizers import watch_optimizers
 from moeplan.solvers import QuotaPlanner, SpillOptions
 from moeplan.solvers.problem.errors import InfeasibleError
 from moeplan.solvers.problem.layout import Layout
@@ -316,6 +318,73 @@ def replays(ranks: Ranks) -> str:
     return "a replayed graph with other routing gives the bits of an eager pass"
 
 
+class Block(nn.Module):
+    """A router and its experts."""
+
+    def __init__(self, experts: ResidentExperts) -> None:
+        super().__init__()
+        self.router = nn.Linear(SHAPE.hidden, EXPERTS, device=experts.flat.device)
+        self.experts = experts
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        weight, index = self.router(hidden).softmax(dim=-1).topk(CHOICES)
+        return hidden + self.experts(hidden, index, weight)
+
+
+def captured_steps_train(ranks: Ranks) -> str:
+    """Steps with clipped gradients and an optimizer leave the weights that eager ones do."""
+    for eager, replayed in zip(trained(ranks, captured=False), trained(ranks, captured=True), strict=True):
+        assert torch.equal(eager, replayed)
+    return "the bits of eager training after six replayed steps"
+
+
+def trained(ranks: Ranks, *, captured: bool) -> list[Tensor]:
+    """Weights of a model after some steps."""
+    _, own, exchange = ranks.layers(count=2)
+    torch.manual_seed(3)
+    model = nn.Sequential(*(Block(layer) for layer in own))
+    watch_optimizers(own, ())
+    experts = set(expert_parameters(model).values())
+    shared = [weights for weights in model.parameters() if weights not in experts]
+    gradients = ExpertGradients(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True, capturable=True)
+    hidden = ranks.batch(0)[0].float()
+
+    def step() -> None:
+        optimizer.zero_grad()
+        model(hidden).square().mean().backward()
+        for weights in shared:
+            assert weights.grad is not None
+            dist.all_reduce(weights.grad.div_(ranks.group.size))
+        gradients.clip_grad_norm_(0.1)
+        optimizer.step()
+
+    aside = torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):
+        for _ in range(3):  # so that a fourth is captured, in which ranks compare their weights where it is not
+            step()
+    torch.cuda.current_stream().wait_stream(aside)
+    torch.cuda.synchronize()
+    dist.barrier()
+    graph = torch.cuda.CUDAGraph()
+    if captured:
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            step()
+    for seed in range(1, 7):
+        hidden.copy_(ranks.batch(seed)[0])
+        if captured:
+            graph.replay()
+        else:
+            step()
+    torch.cuda.synchronize()
+    exchange.check()
+    exchange.mailbox.close()
+    if captured:
+        graph.reset()
+    return [weights.detach().clone() for weights in model.parameters()]
+
+
 def others_do_not_replay(ranks: Ranks) -> str:
     """Layers whose passes the host takes part in are not captured."""
     (nccl,), _, exchange = ranks.layers()
@@ -577,8 +646,8 @@ def sharded_layouts_differ(ranks: Ranks) -> str:
 CHECKS = (
     sharded_equals_nccl, sharded_in_flight, sharded_host_is_free, sharded_layouts_differ, copies_equal_nccl,
     copies_lend, copies_in_flight, copies_beside_products, copies_miss_a_rank, equals_nccl, rounds_equal_nccl,
-    deterministic, in_flight, host_is_free, beside_an_all_reduce, replays, others_do_not_replay, loan_has_a_price,
-    bad_router, too_many_tokens, too_little_room, other_layer, rank_missing,
+    deterministic, in_flight, host_is_free, beside_an_all_reduce, replays, captured_steps_train,
+    others_do_not_replay, loan_has_a_price, bad_router, too_many_tokens, too_little_room, other_layer, rank_missing,
 )  # fmt: skip
 
 

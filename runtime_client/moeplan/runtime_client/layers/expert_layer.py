@@ -23,7 +23,7 @@ from moeplan.runtime_client.group import ExpertGroup, Traffic
 from moeplan.runtime_client.layers.feed_forward import ExpertShape, join_weights, split_weights
 from moeplan.runtime_client.layers.fingerprints import fingerprint
 from moeplan.runtime_client.layers.identities import with_identities
-from moeplan.runtime_client.layers.rank_checks import compare_ranks, row_sums, tell, tells_training
+from moeplan.runtime_client.layers.rank_checks import compare_ranks, is_captured, row_sums, tell, tells_training
 from moeplan.runtime_client.layers.repeating import unseen
 from moeplan.runtime_client.layers.routing import gather_counts
 from moeplan.solvers.problem.arrays import Int64
@@ -158,7 +158,7 @@ class ExpertLayer(nn.Module, ABC):
                 f"{self.title}: torch.func.grad, vmap and the like do not reach other ranks, which have the experts. "
                 "Write torch.autograd.grad(loss, parameters), or loss.backward()"
             )
-        if self._is_captured and not self._replays:
+        if not self._replays and is_captured(self.weights):
             raise RuntimeError(
                 f"{self.title}: a CUDA graph cannot hold its passes, in which the host takes part. Leave the layer out "
                 "of the graph, or make ResidentExperts(..., exchange=DeviceExchange(...)), whose passes replay"
@@ -405,7 +405,7 @@ class ExpertLayer(nn.Module, ABC):
         """
         if not self._compares:
             shared_sum = _total(self._witnesses) if self._witnesses else None
-            if tells_training(self._passes) and self.trained_by is not None and not self._is_captured:
+            if tells_training(self._passes) and self.trained_by is not None and not is_captured(self.weights):
                 trained_by, self.trained_by = self.trained_by.to(self.weights.device), None
                 return trained_by, torch.ones_like(trained_by), shared_sum
             return () if shared_sum is None else (None, None, shared_sum)
@@ -423,22 +423,17 @@ class ExpertLayer(nn.Module, ABC):
     @property
     def awaits_step(self) -> bool:
         """True if ranks will compare what the next step of an optimizer trains this part by."""
-        return self.group.size > 1 and not self._cut and self.trained_by is None
+        return self.group.size > 1 and not self._cut and self.trained_by is None and not is_captured(self.weights)
 
     @property
     def _compares(self) -> bool:
         """True if ranks compare all weights in this pass: in 1, 2, 4, 8 and so on, as what differs stays different."""
-        return self.group.size > 1 and self._passes & (self._passes - 1) == 0 and not self._is_captured
+        return self.group.size > 1 and self._passes & (self._passes - 1) == 0 and not is_captured(self.weights)
 
     @property
     @abstractmethod
     def _replays(self) -> bool:
         """Whether a CUDA graph can hold passes of this layer."""
-
-    @property
-    def _is_captured(self) -> bool:
-        """True if this pass becomes part of a CUDA graph, each replay of which would compare again."""
-        return self.weights.is_cuda and torch.cuda.is_current_stream_capturing()
 
     def _around(self) -> list[nn.Module]:
         """The modules to `watch` that are still there."""

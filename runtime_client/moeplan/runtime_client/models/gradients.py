@@ -16,7 +16,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from moeplan.runtime_client.errors import RanksDifferError
 from moeplan.runtime_client.group import ExpertGroup
 from moeplan.runtime_client.layers.expert_layer import ExpertLayer
-from moeplan.runtime_client.layers.rank_checks import row_sums
+from moeplan.runtime_client.layers.rank_checks import is_captured, row_sums
 from moeplan.runtime_client.models.optimizers import watch_optimizers
 
 __all__ = ["ExpertGradients", "expert_parameters", "groups_of", "ignore_experts"]
@@ -147,7 +147,7 @@ def _gradients(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
 def _norm(gradients: Sequence[Tensor], norm_type: float, like: Tensor) -> Tensor:
     """Norm of gradients that this rank has, or that are DTensors."""
     gradients = [gradient for gradient in gradients if gradient.numel()]
-    norm = get_total_norm(gradients, norm_type) if gradients else torch.zeros(())
+    norm = get_total_norm(gradients, norm_type) if gradients else torch.zeros((), device=like.device)
     return (norm.full_tensor() if isinstance(norm, DTensor) else norm).to(like.device, torch.float64)
 
 
@@ -271,7 +271,8 @@ class _Reduction:
         assert gradient is not None, "it has been accumulated"
         self.waits = False
         self.backwards += 1
-        if self.backwards & (self.backwards - 1) == 0:  # in 1, 2, 4, 8 and so on, as what differs stays different
+        # In 1, 2, 4, 8 and so on, as what differs stays different; not in each replay of a CUDA graph.
+        if self.backwards & (self.backwards - 1) == 0 and not is_captured(parameter):
             self._require_replicas(parameter)
         if gradient.numel():
             work = dist.all_reduce(gradient.div_(self.times), group=self.replicas, async_op=True)
