@@ -379,9 +379,15 @@ def trained(ranks: Ranks, *, captured: bool) -> list[Tensor]:
             step()
     torch.cuda.synchronize()
     exchange.check()
-    exchange.mailbox.close()
     if captured:
+        said = ""
+        try:
+            exchange.charge(1000)
+        except ValueError as error:
+            said = str(error)
+        assert "a CUDA graph holds passes of this exchange" in said, said
         graph.reset()
+    exchange.mailbox.close()
     return [weights.detach().clone() for weights in model.parameters()]
 
 

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moeplan.runtime_client.device.desk import ABORTED, ANSWERED, LAYER, REQUEST, TOLD
-from moeplan.runtime_client.device.launches import Launch
+from moeplan.runtime_client.device.launches import Launch, is_captured
 from moeplan.runtime_client.device.layout_plans import LayoutPlans
 from moeplan.runtime_client.device.mailbox import Mailbox, Planning, Turn
 from moeplan.runtime_client.device.memory import SymmetricMemory, places, symmetric_memory
@@ -181,6 +181,7 @@ class DeviceExchange:
         self.max_tokens, self.pairs = max_tokens, pairs
         self.limit_ns = int((time_limit or group.timeout).total_seconds() * 1e9)
         self._turns: dict[int, Turn] = {}
+        self._is_captured = False
         self._nothing_told = torch.zeros(TOLD // 2, dtype=torch.int64, device=device)
         self.planner = planner
 
@@ -278,10 +279,15 @@ class DeviceExchange:
             tokens: Time of a loan, in tokens that a rank computes meanwhile.
 
         Raises:
-            ValueError: the exchange is one for layouts, which lends nothing.
+            ValueError: the exchange is one for layouts, which lends nothing, or a CUDA graph holds passes of it.
             RouterError, MissedPassError, RanksDifferError, InfeasibleError, PassError: an earlier pass has failed; see
                 `check`.
         """
+        if self._is_captured:
+            raise ValueError(
+                f"charge({tokens}): a CUDA graph holds passes of this exchange, and asks its planner as it is; call it "
+                "before steps are captured, or make another exchange"
+            )
         options = replace(self.options, min_tokens=max(self.options.min_tokens, math.ceil(tokens)))
         self.mailbox.close()
         self.check()  # what failed is noted in the mailbox that goes
@@ -327,6 +333,7 @@ class DeviceExchange:
             turn: Which pass it is.
         """
         launch, mailbox, shape = self._launches, self.mailbox, self.mailbox.shape
+        self._is_captured |= is_captured(index)
         pairs = index.numel()
         chunks, columns = -(-pairs // _kernels().CHUNK), shape.experts + 2
         self._turns[turn.layer] = turn

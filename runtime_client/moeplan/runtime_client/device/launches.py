@@ -8,7 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Launch"]
+__all__ = ["Launch", "is_captured"]
+
+
+def is_captured(part: Tensor) -> bool:
+    """True if what is done with a tensor now becomes part of a CUDA graph: nothing on the host can look at it."""
+    return part.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 class Launch:

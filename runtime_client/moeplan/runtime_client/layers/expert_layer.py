@@ -18,12 +18,13 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from moeplan.runtime_client.device.launches import is_captured
 from moeplan.runtime_client.device.mailbox import Turn
 from moeplan.runtime_client.group import ExpertGroup, Traffic
 from moeplan.runtime_client.layers.feed_forward import ExpertShape, join_weights, split_weights
 from moeplan.runtime_client.layers.fingerprints import fingerprint
 from moeplan.runtime_client.layers.identities import with_identities
-from moeplan.runtime_client.layers.rank_checks import compare_ranks, is_captured, row_sums, tell, tells_training
+from moeplan.runtime_client.layers.rank_checks import compare_ranks, row_sums, tell, tells_training
 from moeplan.runtime_client.layers.repeating import unseen
 from moeplan.runtime_client.layers.routing import gather_counts
 from moeplan.solvers.problem.arrays import Int64

@@ -9,16 +9,11 @@ from torch import Tensor
 from moeplan.runtime_client.errors import LayoutMismatchError, MissedPassError, RanksDifferError
 from moeplan.solvers.problem.arrays import Int64
 
-__all__ = ["compare_ranks", "is_captured", "row_sums", "tell", "tells_training"]
+__all__ = ["compare_ranks", "row_sums", "tell", "tells_training"]
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _PASS_BITS = 32
 _LAYER_BITS = 16
-
-
-def is_captured(weights: Tensor) -> bool:
-    """True if what is done with weights now becomes part of a CUDA graph, each replay of which would compare again."""
-    return weights.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def tells_training(number: int) -> bool:

@@ -13,10 +13,11 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakIdKeyDictionary
 
+from moeplan.runtime_client.device.launches import is_captured
 from moeplan.runtime_client.errors import RanksDifferError
 from moeplan.runtime_client.group import ExpertGroup
 from moeplan.runtime_client.layers.expert_layer import ExpertLayer
-from moeplan.runtime_client.layers.rank_checks import is_captured, row_sums
+from moeplan.runtime_client.layers.rank_checks import row_sums
 from moeplan.runtime_client.models.optimizers import watch_optimizers
 
 __all__ = ["ExpertGradients", "expert_parameters", "groups_of", "ignore_experts"]
