@@ -8,7 +8,9 @@ restore the optimum of each scenario from the previous one's flow, which costs m
 
 Most candidates do not get that far. A tight set keeps all tokens of the experts that have no replica outside it, so
 what it must hold after an exchange is known without solving anything. A candidate that does not relieve the drawn
-scenario's is dropped, and so is one for which the sets known of all scenarios (see `cuts`) promise too much.
+scenario's is dropped, and so is one for which the sets known of all scenarios (see `cuts`) promise too much. As long as
+better ones are found easily, the first of many scenarios are a sample of all: a candidate that gains too little there,
+of what the sets leave to hope for, is dropped before the others are split.
 
 Arrivals (replicas that a device does not hold yet) have a price, so that a limited number of them is spent where it
 gains most: a candidate that adds arrivals must improve by their price, and one that removes some may worsen by it.
@@ -58,6 +60,9 @@ STALE = 20
 
 ROUNDING = 1e-9
 """More than a mean that is kept by additions can be wrong by."""
+
+SAMPLE, PART = 8, 0.25
+"""Scenarios that are a sample of eight times as many, once they have this part of what a candidate may gain."""
 
 DRAWS = 50
 """Pairs of positions drawn at most, per candidate that is scored."""
@@ -232,7 +237,9 @@ def improve(slots: Int32, splits: Splits, cuts: Cuts, scenarios: Scenarios, limi
             continue
         scored += 1
         trial.imbalance[:] = bound
-        accepted = _split_within(most, x, draft, scenarios, scale, ranking, now, trial, scratch)
+        # A tail may be of scenarios that the sample lacks; of few scenarios it spares less time than it costs balance.
+        hasty = tail == 1 and count >= 8 * SAMPLE and stale <= positions
+        accepted = _split_within(most, hasty, x, draft, scenarios, scale, ranking, now, trial, scratch)
         if accepted:
             keep_change(x, whole, level, cuts)
         else:
@@ -355,6 +362,7 @@ def _held(x: Exchange, draft: Draft, tokens: Int64, tight: Bool) -> int:
 @inner_kernel
 def _split_within(
     most: float,
+    hasty: bool,
     x: Exchange,
     draft: Draft,
     scenarios: Scenarios,
@@ -366,6 +374,7 @@ def _split_within(
 ) -> bool:
     """Split every scenario anew, in the order of `ranking`; False as soon as the objective must exceed `most`.
 
+    If `hasty`, also as soon as it would if the rest lost as much of what bounds let them gain as the sample did.
     `trial.imbalance` starts with lower bounds, and each split replaces one.
     """
     tokens, speed, weights, tail = scenarios.tokens, scenarios.speed, scenarios.weights, scenarios.tail
@@ -373,10 +382,13 @@ def _split_within(
     quota, load, tight, imbalance = trial.quota, trial.load, trial.tight, trial.imbalance
     quota_before, load_before = now.quota, now.load
     order, parent, seen, share = scratch.order, scratch.parent, scratch.seen, scratch.share
-    mean = 0.0
+    mean, hoped, sampled = 0.0, 0.0, 0.0
     for s in range(len(imbalance)):
         mean += weights[s] * imbalance[s]
-    for s in ranking:
+        hoped += weights[s] * max(0.0, now.imbalance[s] - imbalance[s])
+    least = mean
+    for n, s in enumerate(ranking):
+        sampled += weights[s] * max(0.0, now.imbalance[s] - imbalance[s])
         for position in range(quota.shape[1]):
             quota[s, position] = quota_before[s, position]
         for d in range(load.shape[1]):
@@ -386,8 +398,11 @@ def _split_within(
         if scale[s] > 0:
             mean += weights[s] * (level * scale[s] - imbalance[s])
             imbalance[s] = level * scale[s]
+        likely = mean
+        if hasty and n >= SAMPLE - 1 and sampled > PART * hoped:
+            likely = least + (mean - least) * hoped / sampled
         # No tail has less than the mean, which additions keep up to rounding; a tail takes a look at all scenarios.
-        if mean > most + ROUNDING or (tail < 1 and tail_shares(imbalance, weights, tail, share) > most):
+        if likely > most + ROUNDING or (tail < 1 and tail_shares(imbalance, weights, tail, share) > most):
             return False
     return tail_shares(imbalance, weights, tail, share) <= most
 
