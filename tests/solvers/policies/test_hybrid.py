@@ -119,7 +119,7 @@ def test_the_smallest_problems_reach_the_exact_model() -> None:
 @given(st.integers(0, 2**32 - 1), st.sampled_from([None, 3, 8]), st.sampled_from([1.0, 0.5]))
 def test_every_plan_of_a_search_divides_all_tokens_as_well_as_can_be(seed: int, moves: int | None, tail: float) -> None:
     rng = np.random.default_rng(seed)
-    tokens = rng.integers(0, 500, (60, 1, 20)) * rng.lognormal(0, 1, 20).astype(np.int64)
+    tokens = rng.integers(0, 500, (64, 1, 20)) * rng.lognormal(0, 1, 20).astype(np.int64)
     cluster = Cluster(rng.integers(4, 7, 6, np.int32), np.zeros(6, np.int32), rng.choice([1.0, 1.5], 6))
     problem = Problem(cluster, Demand.of(tokens), tail=tail)
     if moves is not None:
