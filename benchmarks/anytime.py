@@ -109,7 +109,11 @@ def plot(path: Path, rows: Sequence[Row]) -> None:
     instances = [rows[i : i + len(WAYS)] for i in range(0, len(rows), len(WAYS))]
     lines = -(-len(instances) // columns)
     figure = Figure(figsize=(3.4 * columns, 2.4 * lines + 0.5), layout="constrained")
-    axes = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).flat
+    axes = [*figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).flat]
+    for unused in axes[len(instances) :]:
+        unused.remove()
+    for lowest in axes[: len(instances)][-columns:]:
+        lowest.tick_params(labelbottom=True)
     for axis, instance in zip(axes, instances, strict=False):
         for row in instance:
             way = row["planner"]
@@ -119,9 +123,10 @@ def plot(path: Path, rows: Sequence[Row]) -> None:
             axis.loglog([x for x, _ in points], [y for _, y in points], marker=".", label=way, **style)
         axis.set_title(instance[0]["instance"], fontsize=9)
         axis.grid(alpha=0.3)
+        axis.minorticks_off()
     figure.supxlabel("deadline, seconds")
     figure.supylabel("imbalance - 1")
-    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(WAYS))
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=len(WAYS))
     figure.savefig(path)
 
 
