@@ -147,6 +147,10 @@ class Memory:
         return self.group.exchange(rows, each, each, weights=True, traffic=Traffic(), purpose="").wait()
 
 
+def nothing() -> None:
+    """In place of `Times.mark`, where no times are taken."""
+
+
 class Times:
     """When the parts of steps were over, on the device if there is one."""
 
@@ -461,9 +465,9 @@ class Bench:
     # Parts of the requests
 
     def _step(self, text: Tensor, times: Times | None = None) -> Tensor:
+        mark = times.mark if times else nothing
         if not self.mode.endswith(CAPTURED):
-            return self._run(text, times)
-        mark = times.mark if times else lambda: None
+            return self._run(text, mark)
         key = self.mode, self.routers[0].index_tk is not None
         if key not in self.graphs:
             self.graphs[key] = Graph(self._run, self.routers, text, self.chosen, self.pool)
@@ -473,8 +477,7 @@ class Bench:
             mark()
         return loss
 
-    def _run(self, text: Tensor, times: Times | None = None) -> Tensor:
-        mark = times.mark if times else lambda: None
+    def _run(self, text: Tensor, mark: Callable[[], None] = nothing) -> Tensor:
         mark()
         for first in self.copied[:1]:  # its weights arrive beside what comes before it
             first.prefetch()
