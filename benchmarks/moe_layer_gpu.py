@@ -318,9 +318,12 @@ def make_methods(bench: Bench, size: Size, dtype: torch.dtype, spare: int, cost:
 
 
 def on_device(bench: Bench, size: Size, options: SpillOptions) -> ResidentExperts:
-    """Spilling in passes without the host, which lends what earns the transfer that is measured here."""
+    """Spilling in passes without the host, which lends what earns the transfer that is measured here.
+
+    All ranks wait until loans have arrived, so none computes less for those that it borrows.
+    """
     group, pairs = bench.group, size.tokens * size.choices
-    planner = QuotaPlanner(options, group.size, quick=True)
+    planner = QuotaPlanner(replace(options, transfer_tokens=0.0), group.size, quick=True)
     exchange = DeviceExchange(
         group, planner, size.shape, max_tokens=size.tokens, choices=size.choices, device=bench.device,
         weights=torch.bfloat16, capacity=min(int(ROOM * pairs), group.size * pairs),

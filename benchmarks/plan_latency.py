@@ -83,10 +83,9 @@ class Reference:
         """int32[words]."""
         shape, owners, plan = self.exchange.mailbox.shape, self.owners, self.planner.plan(counts)
         answer = np.zeros(shape.words, np.int32)
-        away = self.exchange.rounds * self.exchange.capacity
         write_answer(
-            answer, shape.places(), self.exchange.group.rank, self.exchange.rows, -1 if self.exchange.joined else away,
-            plan.replicas, plan.expert, plan.device, plan.home_quota, np.ascontiguousarray(plan.sent.T), plan.kept,
+            answer, shape.places(), self.exchange.mailbox.planning.numbering, plan.replicas, plan.expert,
+            plan.device, plan.home_quota, np.ascontiguousarray(plan.sent.T), plan.kept,
             owners.home, owners.row, owners.order, owners.first, *self.scratch,
         )  # fmt: skip
         return answer
@@ -101,6 +100,7 @@ def read_by_kernels(answer: Int32, shape: AnswerShape) -> list[slice]:
         slice(shape.home_ends, shape.shared + borrowed + 1),
         slice(shape.loans, shape.loans + LOAN * int(answer[LENT])),
         slice(shape.sharers, shape.sharers + 2 * int(answer[shape.shared + borrowed])),
+        slice(shape.fills, shape.words),
     ]
 
 

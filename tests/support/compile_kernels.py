@@ -11,6 +11,7 @@ import torch
 from moeplan.runtime_client.device.layout_plans import LayoutPlans
 from moeplan.runtime_client.device.mailbox import Mailbox
 from moeplan.runtime_client.device.quota_plans import QuotaPlans
+from moeplan.runtime_client.device.routes import Numbering
 from moeplan.solvers import (
     Cluster,
     Demand,
@@ -56,8 +57,8 @@ def spill() -> None:
     QuotaPlanner(options, 4).plan(COUNTS[0])
     LlepPlanner(options, 4).plan(COUNTS[0])
     for planning in (
-        QuotaPlans(SpillOptions.uniform(8, 4, 1), 0, 64, -1),
-        LayoutPlans(8, 4, 3, 0, 64, torch.device("cpu")),
+        QuotaPlans(SpillOptions.uniform(8, 4, 1), Numbering(0, 64, -1, 16)),
+        LayoutPlans(8, 4, 3, Numbering(0, 64, -1, 16), torch.device("cpu")),
     ):
         Mailbox(planning, pinned=False).close()
     plan_homes(Demand.of(COUNTS), options)

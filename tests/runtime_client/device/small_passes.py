@@ -18,6 +18,12 @@ CPU = torch.device("cpu")
 TOLERANCE = 1e-5
 
 
+def fill_unused_memory() -> None:
+    """From now on this rank's new tensors hold what is not a number until they are written: no result may show it."""
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+
+
 def batch(seed: int, tokens: int = TOKENS, skew: float = 3.0) -> list[Tensor]:
     """This rank's tokens, choices, weights and a gradient; the larger the skew, the more go to the first experts."""
     random = torch.Generator().manual_seed(100 * seed + dist.get_rank())

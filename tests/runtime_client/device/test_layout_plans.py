@@ -8,7 +8,7 @@ from tests.runtime_client.device.small_passes import CPU, draw_plan
 
 from moeplan.runtime_client.device.desk import ANSWERED, NOTED, REQUEST, STOP, TOLD, WORDS, Desk
 from moeplan.runtime_client.device.layout_plans import LayoutPlans
-from moeplan.runtime_client.device.routes import BORROWED, FAULT, FULLEST, LENT, MOST
+from moeplan.runtime_client.device.routes import BORROWED, FAULT, FULLEST, LENT, MOST, Numbering
 from moeplan.runtime_client.layers.dividing import Division
 from moeplan.solvers import Layout
 from moeplan.solvers.problem.arrays import Int32, Int64
@@ -38,8 +38,9 @@ def served(plans: LayoutPlans, key: int, counts: Int64) -> tuple[Int32, Int64]:
     return answer, words
 
 
+@pytest.mark.parametrize("tile", [1, 16])
 @pytest.mark.parametrize("seed", range(24))
-def test_every_pair_goes_to_a_row_of_its_own_as_hosts_divide_them(seed: int) -> None:
+def test_every_pair_goes_to_a_row_of_its_own_as_hosts_divide_them(seed: int, tile: int) -> None:
     layout, division, counts = drawn(seed)
     experts, devices = layout.experts, layout.devices
     width = int((layout.slots >= 0).sum(axis=1).max())
@@ -47,14 +48,15 @@ def test_every_pair_goes_to_a_row_of_its_own_as_hosts_divide_them(seed: int) -> 
     expected = division.sent(layout, counts)
     found: dict[tuple[int, int], tuple[int, int]] = {}  # (device, row) -> (source, replica)
     for source in range(devices):
-        plans = LayoutPlans(experts, devices, width, source, ROWS, CPU)
+        plans = LayoutPlans(experts, devices, width, Numbering(source, ROWS, -1, tile), CPU)
         key = int(plans.key(layout, division.cluster.speed, division.rule, 7**20 + seed)[-1])
         answer, words = served(plans, key, counts)
         shape = plans.shape
         assert answer[FAULT] == 0 == words[NOTED]
         assert answer[MOST] == layout.replicas.max()
         assert answer[LENT] == answer[BORROWED] == 0
-        assert answer[FULLEST] == division.divide(layout, counts).device_loads().max()
+        tiled = np.bincount(hosts.device, -(-expected.sum(axis=0) // tile) * tile)
+        assert answer[FULLEST] == tiled.max()
         assert answer[shape.first : shape.begin].tolist() == hosts.start.tolist()
         for expert in range(experts):
             replicas = range(hosts.start[expert], hosts.start[expert + 1])
@@ -76,10 +78,14 @@ def test_every_pair_goes_to_a_row_of_its_own_as_hosts_divide_them(seed: int) -> 
             )
             for e in held
         ]
-        assert ends.tolist() == [*np.cumsum(loads), *[sum(loads)] * (width - len(held))]
+        sizes = [-(-load // tile) * tile for load in loads]
+        assert ends.tolist() == [*np.cumsum(sizes), *[sum(sizes)] * (width - len(held))]
+        zeros = [size - load for size, load in zip(sizes, loads, strict=True)]
+        fills = answer[shape.fills : shape.words]
+        assert (ends - fills).tolist() == [*zeros, *[0] * (width - len(held))]
     assert len(found) == counts.sum()
     for device in range(devices):
-        rows = [found[device, row] for row in range(sum(place[0] == device for place in found))]
+        rows = [found[place] for place in sorted(found) if place[0] == device]
         slots = [(hosts.slot[replica], source) for source, replica in rows]
         assert slots == sorted(slots)
 
@@ -87,7 +93,7 @@ def test_every_pair_goes_to_a_row_of_its_own_as_hosts_divide_them(seed: int) -> 
 def test_what_a_thread_cannot_divide_by_is_told() -> None:
     layout, division, counts = drawn(3)
     width = int((layout.slots >= 0).sum(axis=1).max())
-    plans = LayoutPlans(layout.experts, layout.devices, width, 0, int(counts.sum()) // 100, CPU)
+    plans = LayoutPlans(layout.experts, layout.devices, width, Numbering(0, int(counts.sum()) // 100, -1, 1), CPU)
     key = int(plans.key(layout, division.cluster.speed, division.rule, 5)[-1])
     for asked in (key, key + 1):  # more rows than there is room for; a layout that nobody has named
         answer, words = served(plans, asked, counts)
@@ -97,7 +103,7 @@ def test_what_a_thread_cannot_divide_by_is_told() -> None:
 def test_layouts_that_passes_had_make_room_for_others() -> None:
     layout, division, counts = drawn(2)
     width = int((layout.slots >= 0).sum(axis=1).max())
-    plans = LayoutPlans(layout.experts, layout.devices, width, 0, ROWS, CPU)
+    plans = LayoutPlans(layout.experts, layout.devices, width, Numbering(0, ROWS, -1, 1), CPU)
     for number in range(1, 2100):
         told = plans.key(layout, division.cluster.speed, division.rule, number)
     assert served(plans, int(told[-1]), counts)[0][FAULT] == 0
@@ -105,6 +111,6 @@ def test_layouts_that_passes_had_make_room_for_others() -> None:
 
 
 def test_a_rank_without_an_expert_is_refused() -> None:
-    plans = LayoutPlans(3, 2, 3, 0, ROWS, CPU)
+    plans = LayoutPlans(3, 2, 3, Numbering(0, ROWS, -1, 1), CPU)
     with pytest.raises(ValueError, match="no expert on rank 1"):
         plans.require(Layout(np.array([[0, 1, 2], [-1, -1, -1]]), 3))

@@ -12,6 +12,7 @@ from moeplan.runtime_client.device.routes import (
     LOAN,
     MOST,
     AnswerShape,
+    Numbering,
     Owners,
     lend_one,
     write_answer,
@@ -20,13 +21,13 @@ from moeplan.solvers import QuotaPlanner, SpillOptions, SpillPlan
 from moeplan.solvers.problem.arrays import Int32, Int64
 
 
-def answer_of(plan: SpillPlan, options: SpillOptions, rank: int, rows: int, away: int) -> tuple[Int32, AnswerShape]:
-    owners = Owners.of(options)
+def answer_of(plan: SpillPlan, options: SpillOptions, numbering: Numbering) -> tuple[Int32, AnswerShape]:
+    owners, rank = Owners.of(options), numbering.rank
     owned = int((options.home == rank).sum())
     shape = AnswerShape(options.experts, int(options.spare.sum()), owned, int(options.spare[rank]))
     answer = np.full(shape.words, -7, np.int32)
     write_answer(
-        answer, shape.places(), rank, rows, away, plan.replicas, plan.expert, plan.device,
+        answer, shape.places(), numbering, plan.replicas, plan.expert, plan.device,
         plan.home_quota, np.ascontiguousarray(plan.sent.T), plan.kept,
         owners.home, owners.row, owners.order, owners.first,
         np.zeros((4, max(options.experts, options.devices)), np.int64), np.zeros((3, shape.slots), np.int64),
@@ -40,9 +41,9 @@ def slots_of(plan: SpillPlan, options: SpillOptions, device: int) -> list[int]:
     return [*np.flatnonzero(options.home == device).tolist(), *(e for _, e in lent)]
 
 
-@pytest.mark.parametrize("away", [-1, 4000])
+@pytest.mark.parametrize(("away", "tile"), [(-1, 1), (4000, 1), (-1, 16), (4096, 16)])
 @pytest.mark.parametrize("seed", range(12))
-def test_every_pair_goes_to_a_row_of_its_own_in_the_order_of_slots_and_sources(seed: int, away: int) -> None:
+def test_every_pair_goes_to_a_row_of_its_own_in_the_order_of_slots_and_sources(seed: int, away: int, tile: int) -> None:
     rng = np.random.default_rng(seed)
     devices, spare = int(rng.integers(2, 7)), int(rng.integers(0, 4))
     home = rng.permutation(np.append(np.arange(devices), rng.integers(0, devices, 9)))
@@ -54,7 +55,7 @@ def test_every_pair_goes_to_a_row_of_its_own_in_the_order_of_slots_and_sources(s
 
     found: dict[tuple[int, int], tuple[int, int]] = {}  # (device, row) -> (source, expert)
     for source in range(devices):
-        answer, shape = answer_of(plan, options, source, rows, away)
+        answer, shape = answer_of(plan, options, Numbering(source, rows, away, tile))
         first = answer[shape.first : shape.begin]
         assert answer[FAULT] == 0
         assert answer[MOST] == np.diff(first).max()
@@ -69,16 +70,20 @@ def test_every_pair_goes_to_a_row_of_its_own_in_the_order_of_slots_and_sources(s
     assert len(found) == counts.sum()
 
     for device in range(devices):
-        answer, shape = answer_of(plan, options, device, rows, away)
+        answer, shape = answer_of(plan, options, Numbering(device, rows, away, tile))
         here = {row: pair for (d, row), pair in found.items() if d == device}
         slots, owned = slots_of(plan, options, device), shape.owned
         ends: Int64 = answer[shape.home_ends : shape.shared].astype(np.int64)
+        fills: Int64 = answer[shape.fills : shape.words].astype(np.int64)
         if away >= 0:
             ends[owned:] += away
+            fills[owned:] += away
         starts = np.append(0, ends[:-1])
         if away >= 0 and spare:
             starts[owned] = away
-        for slot, (begin, end) in enumerate(zip(starts, ends, strict=True)):
+        assert (ends % tile == 0).all()
+        assert (ends - fills < tile).all()
+        for slot, (begin, end) in enumerate(zip(starts, fills, strict=True)):
             pairs = [here.pop(row) for row in range(begin, end)]
             assert pairs == sorted(pairs)
             assert {expert for _, expert in pairs} <= ({slots[slot]} if slot < len(slots) else set())
@@ -96,16 +101,16 @@ def test_every_pair_goes_to_a_row_of_its_own_in_the_order_of_slots_and_sources(s
             assert slots_of(plan, options, borrower)[width + slot] == mine[row]
             theirs = [loan[1:3] for loan in loans if loan[0] == row]
             assert (theirs[nth], len(theirs)) == ([borrower, slot], borrowers)
-            known, there = answer_of(plan, options, borrower, rows, away)
+            known, there = answer_of(plan, options, Numbering(borrower, rows, away, tile))
             begin, end = known[there.shared + slot : there.shared + slot + 2]
-            assert known[there.sharers :].reshape(-1, 2)[begin:end].tolist() == theirs
+            assert known[there.sharers : there.fills].reshape(-1, 2)[begin:end].tolist() == theirs
 
 
 def test_lending_one_expert_is_what_a_plan_with_one_loan_says() -> None:
     options = SpillOptions.uniform(6, 3, 2)
     counts = np.zeros((3, 6), np.int64)
     counts[0, 0], counts[1, 2] = 12, 6
-    answer, shape = answer_of(QuotaPlanner(options, 3).plan(counts), options, 0, 100, -1)
+    answer, shape = answer_of(QuotaPlanner(options, 3).plan(counts), options, Numbering(0, 100, -1, 1))
     one = lend_one(shape, 2)
     assert one[[FAULT, MOST, LENT, BORROWED]].tolist() == answer[[FAULT, MOST, LENT, BORROWED]].tolist() == [0, 2, 1, 0]
     loan = slice(shape.loans, shape.loans + LOAN)

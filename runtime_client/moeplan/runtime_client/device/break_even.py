@@ -9,10 +9,10 @@ from itertools import pairwise
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.nn import functional
 
-from moeplan.runtime_client.device.exchange import DeviceExchange, Expert, Route
+from moeplan.runtime_client.device.exchange import DeviceExchange, Route
 from moeplan.runtime_client.device.passes import split
+from moeplan.runtime_client.device.products import Rows
 from moeplan.runtime_client.device.routes import lend_one
 
 __all__ = ["measure_transfer"]
@@ -44,9 +44,9 @@ def measure_transfer(exchange: DeviceExchange) -> float:
     experts = torch.randn(1, elements, device=device).to(exchange.dtype)
     gradient = torch.zeros(1, elements, device=device, dtype=exchange.weights)
     answer = torch.zeros(shape.words, dtype=torch.int32, device=device)
-    none = Route(answer, answer[:0], answer[shape.home_ends : shape.loans])
+    none = Route(answer, answer[:0], answer[shape.home_ends : shape.shared], answer[shape.fills :])
     next_rank = (exchange.group.rank + 1) % exchange.group.size
-    one = Route(torch.from_numpy(lend_one(shape, next_rank)).to(device), none.target, none.ends)
+    one = Route(torch.from_numpy(lend_one(shape, next_rank)).to(device), none.target, none.ends, none.fills)
     nothing = experts.new_empty(0, exchange.shape.hidden)
     nowhere = torch.full_like(exchange.where, -1)
 
@@ -60,7 +60,7 @@ def measure_transfer(exchange: DeviceExchange) -> float:
     ends = torch.arange(1, _REPLICAS + 1, dtype=torch.int32, device=device) * (_ROWS // _REPLICAS)
 
     def compute() -> None:
-        _products(exchange.shape, weights, rows, ends)
+        _products(exchange, weights, rows, ends, answer)
 
     with_loan, without, products = _medians_ms((lambda: lend(one), lambda: lend(none), compute), compute)
     times = torch.tensor([with_loan - without, products], dtype=torch.float64, device=device)
@@ -69,16 +69,19 @@ def measure_transfer(exchange: DeviceExchange) -> float:
     return max(loan, 0.0) * _ROWS / products
 
 
-def _products(shape: Expert, weights: Tensor, rows: Tensor, ends: Tensor) -> None:
+def _products(exchange: DeviceExchange, weights: Tensor, rows: Tensor, ends: Tensor, answer: Tensor) -> None:
     """Those of a forward and a backward pass, without what is between them."""
+    products, shape = exchange.products, exchange.shape
     inner, outer = split(shape, weights)
-    first = functional.grouped_mm(rows, inner.transpose(1, 2), offs=ends)
+    first = products.apply(rows, inner, ends)
     active = first[:, : shape.width].contiguous()
-    functional.grouped_mm(active, outer.transpose(1, 2), offs=ends)
-    functional.grouped_mm(rows, outer, offs=ends)
-    functional.grouped_mm(rows.T, active, offs=ends)
-    functional.grouped_mm(first.T, rows, offs=ends)
-    functional.grouped_mm(first, inner, offs=ends)
+    products.apply(active, outer, ends)
+    products.apply_back(rows, outer, ends)
+    to_inner, to_outer = split(shape, torch.empty_like(weights, dtype=exchange.weights))
+    part = Rows(slice(0, len(rows)), ends, ends)
+    products.differentiate(rows, active, part, answer, to_outer)
+    products.differentiate(first, rows, part, answer, to_inner)
+    products.apply_back(first, inner, ends)
 
 
 def _medians_ms(works: Sequence[Callable[[], None]], before: Callable[[], None], times: int = 9) -> list[float]:

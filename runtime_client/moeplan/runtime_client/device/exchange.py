@@ -9,6 +9,7 @@ from datetime import timedelta
 from types import ModuleType, SimpleNamespace
 from typing import Protocol
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -18,8 +19,9 @@ from moeplan.runtime_client.device.launches import Launch, is_captured
 from moeplan.runtime_client.device.layout_plans import LayoutPlans
 from moeplan.runtime_client.device.mailbox import Mailbox, Planning, Turn
 from moeplan.runtime_client.device.memory import SymmetricMemory, places, symmetric_memory
+from moeplan.runtime_client.device.products import Products, Rows, tile_rows
 from moeplan.runtime_client.device.quota_plans import QuotaPlans
-from moeplan.runtime_client.device.routes import BORROWED, FULLEST, LENT
+from moeplan.runtime_client.device.routes import BORROWED, FULLEST, LENT, Numbering
 from moeplan.runtime_client.group import ExpertGroup, beside
 from moeplan.solvers import QuotaPlanner, SpillOptions
 from moeplan.solvers.problem.arrays import Int32
@@ -61,11 +63,13 @@ class Route:
         answer: int32, see `AnswerShape`; its first word is not zero where there is no plan.
         target: int32[pairs], the row of the group that each pair goes to.
         ends: int32[replicas], see `AnswerShape`: end of each expert's rows, those at home first.
+        fills: int32[replicas], see `AnswerShape`: where zeros behind them begin.
     """
 
     answer: Tensor
     target: Tensor
     ends: Tensor
+    fills: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,8 +100,8 @@ class DeviceExchange:
     time) makes its output not a number on all ranks, and that of every later pass; the error is raised by the next pass
     that sees it, and by `check`. Nothing works after that.
 
-    Memory of a rank, in bytes, with b bytes per element, N ranks, T = max_tokens, K spare slots and C = capacity, or
-    2 * capacity where lent experts have rows of their own: in symmetric memory
+    Memory of a rank, in bytes, with b bytes per element, N ranks, T = max_tokens, K spare slots and C = capacity and
+    128 rows for each of its experts, or twice as many where lent experts have rows of their own: in symmetric memory
     ``b * (hidden * T * (N + choices) + K * elements)`` and a little more; and for each pass whose backward is to come
     ``b * C * (hidden + rows of the first matrix)`` and lent experts, or converted ones where the weights have another
     type. Later rounds keep no more than the tokens of this rank and the weights of their rows: their backward sends
@@ -167,9 +171,11 @@ class DeviceExchange:
         if not pairs <= rounds * self.capacity or not self.capacity <= group.size * pairs:
             least, most = -(-pairs // rounds), group.size * pairs
             raise ValueError(f"capacity = {capacity}: must be {least} to {most} rows with {rounds} rounds")
-        self.capacity, self.rounds = -(-self.capacity // 64) * 64, rounds
+        tile = tile_rows(device)
+        self.capacity, self.rounds = -(-self.capacity // tile) * tile, rounds
         self.joined = self.spare == 0 or weights != dtype
-        self.room = self.capacity * (1 if self.joined else 2)
+        self.span = self.capacity + tile * self._most_experts(planner, group.size)
+        self.room = self.span * (1 if self.joined else 2)
         self.rows = self.room * rounds
         if group.size * self.rows >= 2**31:
             raise ValueError(f"capacity = {self.capacity}: {group.size} ranks have room for 2**31 rows together")
@@ -219,6 +225,7 @@ class DeviceExchange:
         self._inner = _tile(shape.width, _ELEMENTS // 4)  # of several tensors at once
         self._piece = min(_ELEMENTS, _kernels().power_of_2(shape.elements))
         self._launches = self._make_launches()
+        self.products = Products(self.mailbox.shape, device)
 
     def __deepcopy__(self, memo: dict[int, object]) -> DeviceExchange:
         """Itself: copies of layers share it, as layers do."""
@@ -293,14 +300,25 @@ class DeviceExchange:
         self.check()  # what failed is noted in the mailbox that goes
         self.mailbox = self._open_mailbox(self._lending(options))
 
-    def _planning(self, planner: QuotaPlanner | SlotsOfLayouts) -> Planning:
-        group, room = self.group, self.rounds * self.capacity
+    def _most_experts(self, planner: QuotaPlanner | SlotsOfLayouts, ranks: int) -> int:
+        """Experts that any rank has rows of, each of which may need zeros to fill its last tile."""
         if isinstance(planner, SlotsOfLayouts):
-            return LayoutPlans(planner.experts, group.size, planner.slots, group.rank, self.rows, self.device)
+            return planner.slots
+        owned = int(np.bincount(planner.options.home, minlength=ranks).max())
+        return owned + self.spare if self.joined else max(owned, self.spare)
+
+    def _planning(self, planner: QuotaPlanner | SlotsOfLayouts) -> Planning:
+        if isinstance(planner, SlotsOfLayouts):
+            return LayoutPlans(planner.experts, self.group.size, planner.slots, self._numbering(), self.device)
+        room = self.rounds * self.capacity
         return self._lending(replace(planner.options, token_cap=planner.options.token_cap.clip(max=room)))
 
     def _lending(self, options: SpillOptions) -> QuotaPlans:
-        return QuotaPlans(options, self.group.rank, self.rows, -1 if self.joined else self.rounds * self.capacity)
+        return QuotaPlans(options, self._numbering())
+
+    def _numbering(self) -> Numbering:
+        away = -1 if self.joined else self.rounds * self.span
+        return Numbering(self.group.rank, self.rows, away, tile_rows(self.device))
 
     def _open_mailbox(self, planning: Planning) -> Mailbox:
         return Mailbox(planning, pinned=self.device.type == "cuda")
@@ -357,17 +375,21 @@ class DeviceExchange:
             (-(-self.pairs // 512), 1, 1), index, weight, order, tallies, answer, target, self.where, self.share,
             self.peers, pairs, self.group.rank,
         )  # fmt: skip
-        return Route(answer, target, answer[shape.home_ends : shape.home_ends + replicas])
+        ends, fills = (answer[begin : begin + replicas] for begin in (shape.home_ends, shape.fills))
+        return Route(answer, target, ends, fills)
 
-    def regions(self, route: Route, nth: int) -> list[tuple[slice, Tensor]]:
-        """Rows that a product of a round computes, and ends of its experts: of all, or those at home and lent ones."""
-        ends = route.ends
+    def regions(self, route: Route, nth: int) -> list[Rows]:
+        """Rows that a product of a round computes: of all experts, or of those at home and of lent ones."""
+        ends, fills = route.ends, route.fills
         if self.rounds > 1:
-            ends = (ends - nth * self.capacity).clamp_(0, self.capacity)
+            ends, fills = ((part - nth * self.span).clamp_(0, self.span) for part in (ends, fills))
         if self.joined:
-            return [(slice(0, self.room), ends)]
+            return [Rows(slice(0, self.room), ends, fills)]
         owned = self.mailbox.shape.owned
-        return [(slice(0, self.capacity), ends[:owned]), (slice(self.capacity, self.room), ends[owned:])]
+        return [
+            Rows(slice(0, self.span), ends[:owned], fills[:owned]),
+            Rows(slice(self.span, self.room), ends[owned:], fills[owned:]),
+        ]
 
     def convert(self, experts: Tensor, out: Tensor) -> None:
         """Begin to convert experts at home, `beside` what follows, until `join`.
@@ -415,7 +437,7 @@ class DeviceExchange:
         lenders = 0 if nth else self._lenders
         self._launches.arrange[lenders](
             (lenders + self._blocks, 1, 1), self.arrived, self.where, self.share, self.lent, rows, scale, where, lent,
-            self.peers, route.answer, nth * self.capacity,
+            self.peers, route.answer, nth * self.span,
         )  # fmt: skip
         return rows, scale
 
@@ -424,7 +446,7 @@ class DeviceExchange:
         rows = torch.empty(self.room, self.shape.hidden, dtype=self.dtype, device=self.device)
         self._launches.arrange_again(
             (self._blocks, 1, 1), self.arrived, where, self.share, self.lent, rows, self.share, where, self.lent,
-            self.peers, route.answer, nth * self.capacity,
+            self.peers, route.answer, nth * self.span,
         )  # fmt: skip
         return rows
 
@@ -458,7 +480,7 @@ class DeviceExchange:
         launch(
             (lenders + self._blocks, 1, 1), at_home, away, where, self.share,
             self.share if to_weight is None else to_weight, self.returned, self.returned_weight, self.peers,
-            at_home if gradient is None else gradient, self.lent, route.answer, nth * self.capacity, scale,
+            at_home if gradient is None else gradient, self.lent, route.answer, nth * self.span, scale,
         )  # fmt: skip
 
     def collect(self, route: Route, out: Tensor) -> None:
@@ -483,38 +505,6 @@ class DeviceExchange:
         self._launches.activate_backward((self._blocks, 1, 1), gradient, first, scale, to_first, scaled, to_weight, end)
         return to_first, scaled
 
-    def flatten(
-        self, route: Route, nth: int, gradients: tuple[Tensor, Tensor, Tensor], out: Tensor, scale: float
-    ) -> None:
-        """Gradients of experts at home in a round into ``out`` [owned, elements], where later rounds are added.
-
-        Those of experts that were lent, to which `give_back` adds, are there for what follows; the others come
-        `beside` it, until `join`.
-
-        Args:
-            route: Of the pass.
-            nth: The round, from 0.
-            gradients: Of the matrices, [owned, rows, columns] each, and int32[owned], the ends of their rows.
-            out: [owned, elements].
-            scale: What gradients are multiplied by, but for those of experts that were lent; see `give_back`.
-        """
-        kernels = _kernels()
-        with beside(self.device):
-            self._flatten(kernels.KEPT, route, nth, gradients, out, scale)
-        if self.spare:
-            self._flatten(kernels.SENT, route, nth, gradients, out, 1.0)
-
-    def flatten_lent(self, route: Route, nth: int, gradients: tuple[Tensor, Tensor, Tensor], out: Tensor) -> None:
-        """As `flatten`, at once, of experts that this rank was lent: of spare slots, those that there are."""
-        self._flatten(_kernels().BORROWED_HERE, route, nth, gradients, out, 1.0)
-
-    def _flatten(
-        self, which: int, route: Route, nth: int, gradients: tuple[Tensor, Tensor, Tensor], out: Tensor, scale: float
-    ) -> None:
-        inner, outer, ends = gradients
-        blocks, launch = self._launches.flatten[which, nth > 0]
-        launch((blocks, 1, 1), inner, outer, out, route.answer, ends[-1:], len(out), scale)
-
     def _make_launches(self) -> SimpleNamespace:
         """Every kernel with its constants."""
         kernels, shape, answer = _kernels(), self.shape, self.mailbox.shape
@@ -528,19 +518,20 @@ class DeviceExchange:
         def loans(lenders: int) -> dict[str, int]:
             return {"ELEMENTS": shape.elements, "LENDERS": lenders, "LENT": LENT, "LOANS": answer.loans}
 
-        rounds = {"AWAY": self.rounds * self.capacity, "SPAN": self.capacity}
+        rounds = {"AWAY": self.rounds * self.span, "SPAN": self.span}
 
         def hand_out(lenders: int, again: bool = False) -> Launch:
             return Launch(
                 kernels.hand_out, 8, CHOICES=self.choices, TOKENS=self.max_tokens, **way, ROWS=self.rows,
-                SPAN=self.capacity, AGAIN=again, FULLEST=FULLEST, **loans(lenders), **self._wide, PIECE=self._piece,
+                SPAN=self.span, AGAIN=again, FULLEST=FULLEST, **loans(lenders), **self._wide, PIECE=self._piece,
             )  # fmt: skip
 
         def arrange(lenders: int, backward: bool = False) -> Launch:
             return Launch(
                 kernels.arrange, 8, CHOICES=self.choices, GROUP_TOKENS=self.group_tokens, JOINED=self.joined, **rounds,
                 **way, ELEMENTS=shape.elements, LENDERS=lenders, BORROWED=BORROWED, SHARED=answer.shared,
-                SHARERS=answer.sharers, BACKWARD=backward, **self._wide, PIECE=self._piece,
+                SHARERS=answer.sharers, BACKWARD=backward, **self._wide, PIECE=self._piece, ENDS=answer.home_ends,
+                FILLS=answer.fills, OWNED=answer.owned, REPLICAS=answer.owned + answer.spare,
             )  # fmt: skip
 
         def give_back(lenders: int, backward: bool = True) -> Launch:
@@ -548,14 +539,6 @@ class DeviceExchange:
                 kernels.give_back, 8, CHOICES=self.choices, TOKENS=self.max_tokens, GROUP_TOKENS=self.group_tokens,
                 JOINED=self.joined, **rounds, **way, **loans(lenders), BACKWARD=backward, **self._wide,
                 PIECE=self._piece,
-            )  # fmt: skip
-
-        def flatten(which: int, more: bool) -> tuple[int, Launch]:
-            inner = shape.elements - shape.hidden * shape.width
-            blocks = self._few if which == kernels.KEPT else self._blocks
-            return blocks, Launch(
-                kernels.flatten, 8, WHICH=which, MORE=more, INNER=inner, OUTER=shape.elements - inner,
-                BORROWED=BORROWED, LENT=LENT, LOANS=answer.loans, BLOCKS=blocks, PIECE=self._piece,
             )  # fmt: skip
 
         return SimpleNamespace(
@@ -585,11 +568,6 @@ class DeviceExchange:
             ),
             activate=Launch(kernels.activate, 4, **network),
             activate_backward=Launch(kernels.activate_backward, 4, **network),
-            flatten={
-                (which, more): flatten(which, more)
-                for which in (kernels.KEPT, kernels.SENT, kernels.BORROWED_HERE)
-                for more in (False, True)
-            },
         )  # fmt: skip
 
 

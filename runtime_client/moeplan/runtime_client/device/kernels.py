@@ -23,11 +23,8 @@ import triton.language as tl
 from moeplan.runtime_client.device.routes import LOAN
 
 __all__ = [
-    "BORROWED_HERE",
     "CHUNK",
-    "KEPT",
     "ON_GPU",
-    "SENT",
     "activate",
     "activate_backward",
     "arrange",
@@ -35,7 +32,6 @@ __all__ = [
     "collect",
     "convert",
     "count",
-    "flatten",
     "give_back",
     "hand_out",
     "lanes",
@@ -50,21 +46,17 @@ __all__ = [
 CHUNK = 128
 """Pairs whose order a block of `count` finds by comparing all with all."""
 
-KEPT, SENT, BORROWED_HERE = range(3)
-"""Experts that `flatten` does."""
-
 ON_GPU = not triton.knobs.runtime.interpret
 _GPU = tl.constexpr(ON_GPU)
 _CHUNK = tl.constexpr(CHUNK)
 _LOAN = tl.constexpr(LOAN)
-_SENT, _BORROWED_HERE = tl.constexpr(SENT), tl.constexpr(BORROWED_HERE)
 _UNFILLED = tl.constexpr(2**31 - 1)
 
 
 def program(function: Callable[..., Any]) -> Any:
     """A Triton kernel, or a part of one, compiled once for all numbers and for all places of single words."""
     numbers = ["rank", "layer", "tokens", "pairs", "chunks", "excess", "limit", "number", "gathered", "low"]
-    return triton.jit(function, do_not_specialize=[*numbers, "end", "replicas"])
+    return triton.jit(function, do_not_specialize=[*numbers, "replicas", "first", "loans", "end", "ends", "fills"])
 
 
 # Signals
@@ -529,8 +521,14 @@ def arrange(
     BLOCK: tl.constexpr,
     COLUMNS: tl.constexpr,
     PIECE: tl.constexpr,
+    ENDS: tl.constexpr,
+    FILLS: tl.constexpr,
+    OWNED: tl.constexpr,
+    REPLICAS: tl.constexpr,
 ) -> None:
     """Tokens that have arrived to the rows of a round; in the forward pass, also what backward needs.
+
+    Rows between those of an expert and the next become zeros.
 
     Args:
         arrived: [GROUP_TOKENS, WIDTH].
@@ -542,7 +540,7 @@ def arrange(
         scale: float32[rows of a round], out in the forward pass: the weight of each row.
         kept_where: As `where`, out in the forward pass.
         kept_lent: As `lent`, out in the forward pass: whole.
-        answer: The plan, read in the forward pass.
+        answer: The plan.
         low: First row of the round.
     """
     block = tl.program_id(0)
@@ -580,6 +578,48 @@ def arrange(
                     row = in_round(whole, low, JOINED, AWAY, SPAN)
                     to = rows + row.to(tl.int64)[:, None] * WIDTH + column[None, :]
                     tl.store(to, values, mask=(row >= 0)[:, None] & mask)
+        clear(
+            rows, scale, answer, low, block - LENDERS, tl.num_programs(0) - LENDERS, JOINED, AWAY, SPAN, WIDTH,
+            BACKWARD, BLOCK, COLUMNS, ENDS, FILLS, OWNED, REPLICAS,
+        )  # fmt: skip
+
+
+@program
+def clear(
+    rows: tl.tensor,
+    scale: tl.tensor,
+    answer: tl.tensor,
+    low: tl.tensor,
+    block: tl.tensor,
+    blocks: tl.tensor,
+    JOINED: tl.constexpr,
+    AWAY: tl.constexpr,
+    SPAN: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BACKWARD: tl.constexpr,
+    BLOCK: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    ENDS: tl.constexpr,
+    FILLS: tl.constexpr,
+    OWNED: tl.constexpr,
+    REPLICAS: tl.constexpr,
+) -> None:
+    """Zeros into what `arrange` leaves between the rows of experts, and into their weights; the share of one block."""
+    for replica in range(block, REPLICAS, blocks):
+        begin = 0
+        if not JOINED and replica >= OWNED:
+            begin = AWAY
+        end = begin + tl.load(answer + ENDS + replica)
+        for start in range(begin + tl.load(answer + FILLS + replica), end, BLOCK):
+            whole = start + tl.arange(0, BLOCK)
+            row = tl.where(whole < end, in_round(whole, low, JOINED, AWAY, SPAN), -1)
+            if not BACKWARD:
+                tl.store(scale + row, tl.zeros([BLOCK], tl.float32), mask=row >= 0)
+            for first in range(0, WIDTH, COLUMNS):
+                column = first + tl.arange(0, COLUMNS)
+                to = rows + row.to(tl.int64)[:, None] * WIDTH + column[None, :]
+                nothing = tl.zeros([BLOCK, COLUMNS], rows.dtype.element_ty)
+                tl.store(to, nothing, mask=(row >= 0)[:, None] & (column < WIDTH)[None, :])
 
 
 @program
@@ -869,61 +909,6 @@ def activate_backward(
             tl.store(scaled + narrow, (weight * active).to(scaled.dtype.element_ty), mask=mask)
             dots += raw * active
         tl.store(to_weight + row, tl.sum(dots, axis=1), mask=used)
-
-
-@program
-def flatten(
-    inner: tl.tensor,
-    outer: tl.tensor,
-    out: tl.tensor,
-    answer: tl.tensor,
-    end: tl.tensor,
-    replicas: tl.tensor,
-    scale: tl.tensor,
-    WHICH: tl.constexpr,
-    MORE: tl.constexpr,
-    INNER: tl.constexpr,
-    OUTER: tl.constexpr,
-    BORROWED: tl.constexpr,
-    LENT: tl.constexpr,
-    LOANS: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    PIECE: tl.constexpr,
-) -> None:
-    """Gradients of both matrices of each expert into their flat form, in its type, by so many blocks.
-
-    Args:
-        inner: [replicas, INNER].
-        outer: [replicas, OUTER].
-        out: [replicas, INNER + OUTER], out.
-        answer: The plan.
-        end: int32, number of rows of this round: if there is `MORE`, they are added to what is there.
-        replicas: How many experts; of a layout's slots only those that are filled, which differ from pass to pass.
-        scale: float, what they are multiplied by.
-        WHICH: Of experts at home those that were lent (`SENT`) or the others (`KEPT`); or `BORROWED_HERE`, the first of
-            spare slots.
-    """
-    if MORE and tl.load(end) == 0:
-        return
-    pieces: tl.constexpr = (INNER + OUTER + PIECE - 1) // PIECE
-    for nth in range(tl.program_id(0).to(tl.int64), replicas * pieces, BLOCKS):
-        expert = nth // pieces
-        if WHICH == _BORROWED_HERE:
-            wanted = expert < tl.load(answer + BORROWED)
-        else:
-            sent = 0
-            for loan in range(tl.load(answer + LENT)):
-                sent += (tl.load(answer + LOANS + _LOAN * loan) == expert).to(tl.int32)
-            wanted = (sent > 0) == (WHICH == _SENT)
-        if wanted:
-            at = nth % pieces * PIECE + tl.arange(0, PIECE)
-            value = tl.load(inner + expert * INNER + at, mask=at < INNER, other=0.0)
-            value += tl.load(outer + expert * OUTER + at - INNER, mask=(at >= INNER) & (at < INNER + OUTER), other=0.0)
-            value = value.to(tl.float32) * scale
-            to = out + expert * (INNER + OUTER) + at
-            if MORE:
-                value += tl.load(to, mask=at < INNER + OUTER, other=0.0).to(tl.float32)
-            tl.store(to, value.to(out.dtype.element_ty), mask=at < INNER + OUTER)
 
 
 def lanes(ranks: int) -> int:

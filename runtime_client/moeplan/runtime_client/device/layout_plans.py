@@ -19,7 +19,16 @@ from moeplan.runtime_client.device.desk import (
     take_counts,
     use_exact_sleep,
 )
-from moeplan.runtime_client.device.routes import BORROWED, FAULT, FULLEST, LENT, MOST, AnswerShape
+from moeplan.runtime_client.device.routes import (
+    BORROWED,
+    FAULT,
+    FULLEST,
+    LENT,
+    MOST,
+    AnswerShape,
+    Numbering,
+    rounded_up,
+)
 from moeplan.solvers.problem.arrays import Bool, Float64, Int32, Int64
 from moeplan.solvers.problem.kernel import kernel
 from moeplan.solvers.problem.layout import EMPTY, Layout
@@ -60,17 +69,16 @@ class LayoutPlans:
         experts: Number of experts.
         devices: Number of ranks.
         slots: Most slots of a rank in any layout.
-        rank: This rank.
-        rows: Most rows that a rank computes.
+        numbering: Rows of this rank.
         device: Where keys go.
 
     Attributes:
         shape: Places in the answers.
     """
 
-    def __init__(self, experts: int, devices: int, slots: int, rank: int, rows: int, device: torch.device) -> None:
+    def __init__(self, experts: int, devices: int, slots: int, numbering: Numbering, device: torch.device) -> None:
         self.experts, self.devices, self.slots = experts, devices, slots
-        self.rank, self.rows, self.device = rank, rows, device
+        self.numbering, self.device = numbering, device
         self.shape = AnswerShape(experts, devices * slots - experts, slots, 0)
         self._tables = _Tables(
             np.zeros(_ROWS, np.int64),
@@ -133,11 +141,11 @@ class LayoutPlans:
         """Answer the requests of a desk until there will be none."""
         sources = sort_sources(np.arange(self.devices), np.zeros(self.devices, np.int32))
         counts = np.zeros((self.devices, self.experts), np.int32)
-        _serve(desk, self._tables, sources, counts, self.shape.places(), (self.rank, self.rows))
+        _serve(desk, self._tables, sources, counts, self.shape.places(), self.numbering)
 
 
 @kernel
-def _serve(desk: Desk, tables: _Tables, sources: Sources, counts: Int32, places: Int64, own: tuple[int, int]) -> None:
+def _serve(desk: Desk, tables: _Tables, sources: Sources, counts: Int32, places: Int64, numbering: Numbering) -> None:
     answered = 0
     use_exact_sleep()
     while True:
@@ -148,19 +156,19 @@ def _serve(desk: Desk, tables: _Tables, sources: Sources, counts: Int32, places:
         planned = take_counts(desk, counts)
         row = 0
         if planned:
-            key = layout_key(desk.table[own[0], counts.shape[1] + 3 :])
+            key = layout_key(desk.table[numbering.rank, counts.shape[1] + 3 :])
             while row < len(tables.key) and tables.key[row] != key:
                 row += 1
             if key == 0 or row == len(tables.key):
-                note(desk, UNKNOWN, own[0], 0, 0)
+                note(desk, UNKNOWN, numbering.rank, 0, 0)
                 planned = False
         if planned:
             start, device, slot = hosts(tables.slots[row], counts.shape[1])
             replicas = start, device, slot
             sent = _divide(tables.slots[row], replicas, tables.speed[row], tables.even[row], sources, counts)
-            full = _write_answer(desk.answer, places, own, replicas, sent)
+            full = _write_answer(desk.answer, places, numbering, replicas, sent)
             if full >= 0:
-                note(desk, FULL, full, desk.answer[FULLEST], own[1])
+                note(desk, FULL, full, desk.answer[FULLEST], numbering.rows)
                 planned = False
         reply(desk, request, planned)
 
@@ -187,22 +195,23 @@ def _divide(
 
 @kernel
 def _write_answer(
-    answer: Int32, places: Int64, own: tuple[int, int], replicas: tuple[Int32, Int32, Int32], sent: Int64
+    answer: Int32, places: Int64, numbering: Numbering, replicas: tuple[Int32, Int32, Int32], sent: Int64
 ) -> int:
     """Fill `answer` for one rank; which rank has most rows to compute, if they are too many, else -1.
 
-    A rank's rows are ordered by slot and then by source.
+    A rank's rows are ordered by slot and then by source; those of a slot begin at a multiple of a tile.
 
     Args:
         answer: int32[words], out; see `AnswerShape`, where all slots of this rank are at home.
         places: Its `places`.
-        own: Whose answer, and the rows of each rank: the row ``r`` of rank ``d`` is ``d * rows + r``.
+        numbering: Whose answer, and its rows.
         replicas: `Hosts` of the layout, whose slots are filled from the first on.
         sent: int64[replicas, ranks], tokens that each gets from each.
     """
-    rank, rows = own
+    rank, rows, _, tile = numbering
     start, device, slot = replicas
     at_first, at_begin, at_target, at_ends, at_end = places[1], places[2], places[3], places[4], places[5]
+    at_fills = places[9]
     ranks = sent.shape[1]
     filled = np.zeros(ranks, np.int64)
     for r in range(len(device)):
@@ -218,11 +227,15 @@ def _write_answer(
         for c in range(filled[d]):
             r = at[d, c]
             goal[r] = d * rows + end + sent[r, :rank].sum()
-            end += sent[r].sum()
+            tokens = sent[r].sum()
+            if d == rank:
+                answer[at_fills + c] = end + tokens
+            end += rounded_up(tokens, tile)
             if d == rank:
                 answer[at_ends + c] = end
         if d == rank:
             answer[at_ends + filled[d] : at_end] = end
+            answer[at_fills + filled[d] : at_fills + at_end - at_ends] = end
         if end > fullest:
             fullest, where = end, d
     most = 1

@@ -27,7 +27,7 @@ from moeplan.runtime_client.device.desk import (
     WORDS,
     Desk,
 )
-from moeplan.runtime_client.device.routes import AnswerShape
+from moeplan.runtime_client.device.routes import AnswerShape, Numbering
 from moeplan.runtime_client.errors import MissedPassError, PassError, RouterError
 from moeplan.solvers.problem.arrays import Int64
 from moeplan.solvers.problem.errors import InfeasibleError
@@ -81,7 +81,7 @@ class Planning(Protocol):
     @property
     def experts(self) -> int: ...
     @property
-    def rank(self) -> int: ...
+    def numbering(self) -> Numbering: ...
     @property
     def shape(self) -> AnswerShape: ...
     def serve(self, desk: Desk) -> None: ...
@@ -140,7 +140,7 @@ class Mailbox:
         if aborted:
             raise MissedPassError(
                 f"{_title(turns, int(self._words[LAYER]))}: rank {aborted - 1} has not come to a pass in time (seen by "
-                f"rank {self.planning.rank}); the pass was abandoned on all ranks"
+                f"rank {self.planning.numbering.rank}); the pass was abandoned on all ranks"
             )
         if not self._words[NOTED]:
             return

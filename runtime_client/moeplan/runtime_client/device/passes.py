@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import grouped_mm
 
 from moeplan.runtime_client.device.exchange import DeviceExchange, Expert
 from moeplan.runtime_client.device.mailbox import Turn
@@ -118,15 +117,16 @@ class _Pass(torch.autograd.Function):
         if arrivals is not None:
             arrivals.forward()
         where, matrices = torch.empty_like(exchange.where), _matrices(exchange, computed)
-        scales, kept = [], []
+        scales, kept, products = [], [], exchange.products
         for nth in range(exchange.rounds):
             rows, scale = exchange.arrange(route, nth, where, lent)
             if converting and nth == 0:
                 join(exchange.device)
             results = []
-            for (region, ends), (inner, outer) in zip(exchange.regions(route, nth), matrices, strict=True):
-                first = grouped_mm(rows[region], inner.transpose(1, 2), offs=ends)
-                results.append(grouped_mm(exchange.activate(first, ends[-1:]), outer.transpose(1, 2), offs=ends))
+            for region, (inner, outer) in zip(exchange.regions(route, nth), matrices, strict=True):
+                ends = region.ends
+                first = products.apply(rows[region.part], inner, ends)
+                results.append(products.apply(exchange.activate(first, ends[-1:]), outer, ends))
                 kept += [] if nth else [first]
             exchange.give_back(route, nth, where, results)
             kept += [] if nth else [rows]
@@ -146,6 +146,7 @@ class _Pass(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         exchange, route = ctx.exchange, ctx.route
+        products = exchange.products
         saved = _cut(ctx.saved_tensors, ctx.parts, 3, ctx.computed, exchange.rounds)
         parts, (tokens, where, means), computed, scales, kept = saved
         if int(means) != ctx.turn.means:  # saved by a checkpoint's second run
@@ -165,38 +166,39 @@ class _Pass(torch.autograd.Function):
         exchange.hand_out(route, some)
         if ctx.arrive is not None:
             ctx.arrive(parts[0])
-        apart = len(parts) > 1 and exchange.rounds == 1  # gradients stay as products make them
+        apart = len(parts) > 1 and exchange.rounds == 1  # gradients of both matrices are tensors of their own
         to_flat, lent = None if apart else _room(exchange, parts), exchange.lent
         if exchange.rounds > 2:
             lent = _wide(lent)
+        to_parts = [_rows(part) for part in parts] if to_flat is None else [to_flat]
+        to_own, to_lent = _matrices(exchange, to_parts)[0], split(exchange.shape, lent)
         with torch.autocast(gradient.device.type, enabled=False):
             for nth in range(exchange.rounds):
                 arrived, to_weight = exchange.arrange_again(route, nth, where), torch.empty_like(scales[nth])
-                to_inner: list[Tensor] = []
-                to_outer: list[Tensor] = []
                 results = []
                 regions = exchange.regions(route, nth)
-                for each, ((region, ends), (inner, outer)) in enumerate(zip(regions, matrices, strict=True)):
-                    first = grouped_mm(rows[nth][region], inner.transpose(1, 2), offs=ends) if nth else kept[each]
-                    raw = grouped_mm(arrived[region], outer, offs=ends)
+                for each, (region, (inner, outer)) in enumerate(zip(regions, matrices, strict=True)):
+                    part, ends = region.part, region.ends
+                    first = products.apply(rows[nth][part], inner, ends) if nth else kept[each]
+                    raw = products.apply_back(arrived[part], outer, ends)
                     to_first, scaled = exchange.activate_backward(
-                        raw, first, scales[nth][region], to_weight[region], ends[-1:]
+                        raw, first, scales[nth][part], to_weight[part], ends[-1:]
                     )
-                    to_outer += _replicas(exchange, grouped_mm(arrived[region].T, scaled, offs=ends))
-                    to_inner += _replicas(exchange, grouped_mm(to_first.T, rows[nth][region], offs=ends))
-                    results.append(grouped_mm(to_first, inner, offs=ends))
+                    factors = (to_first, rows[nth][part]), (arrived[part], scaled)
+                    of_home, of_lent = each == 0, exchange.spare > 0 and each == len(regions) - 1
+                    for (left, right), own, borrowed in zip(factors, to_own, to_lent, strict=True):
+                        how = left, right, region, route.answer
+                        if of_home:
+                            products.differentiate(*how, own, scale=ctx.turn.scale, more=nth > 0)
+                        if of_lent:
+                            products.differentiate(*how, borrowed, borrowed=True, more=nth > 0)
+                    results.append(products.apply_back(to_first, inner, ends))
                 is_last = nth == exchange.rounds - 1
-                if to_flat is not None:
-                    exchange.flatten(route, nth, (to_inner[0], to_outer[0], regions[0][1]), to_flat, ctx.turn.scale)
-                if exchange.spare:
-                    exchange.flatten_lent(route, nth, (to_inner[1], to_outer[1], regions[-1][1]), lent)
-                    if is_last and lent is not exchange.lent:
-                        exchange.lent.copy_(lent)
+                if is_last and lent is not exchange.lent:
+                    exchange.lent.copy_(lent)
                 exchange.give_back(
                     route, nth, where, results, to_weight, to_flat if is_last else None, scale=ctx.turn.scale
                 )
-                if to_flat is not None:
-                    join(exchange.device)
         exchange.meet()
         to_hidden = _rows(gradient)
         exchange.collect(route, _beginning(to_hidden, len(some)))
@@ -204,9 +206,7 @@ class _Pass(torch.autograd.Function):
         to_choices = torch.empty(shape, dtype=dtype, device=gradient.device)
         pairs = len(some) * exchange.choices
         _beginning(to_choices, len(some)).copy_(exchange.returned_weight[:pairs].view(-1, exchange.choices))
-        if to_flat is None:
-            to_parts = [to_inner[0].flatten(1), to_outer[0].flatten(1)]
-        else:
+        if to_flat is not None:
             to_parts = [*to_flat.to(parts[0].dtype).split([part.shape[1] for part in parts], dim=1)]
         return None, None, None, to_hidden, None, to_choices, *to_parts
 
@@ -233,11 +233,6 @@ def _room(exchange: DeviceExchange, parts: Sequence[Tensor]) -> Tensor:
     """
     room = parts[0].new_empty(len(parts[0]), sum(part.shape[1] for part in parts))
     return _wide(room) if exchange.rounds + bool(exchange.spare) > 2 else room
-
-
-def _replicas(exchange: DeviceExchange, gradients: Tensor) -> Sequence[Tensor]:
-    """Gradients of one product's experts, those at home apart from spare slots."""
-    return gradients.split([len(gradients) - exchange.spare, exchange.spare]) if exchange.joined else [gradients]
 
 
 def _wide(like: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from moeplan.runtime_client.device.desk import (
     take_counts,
     use_exact_sleep,
 )
-from moeplan.runtime_client.device.routes import AnswerShape, Owners, write_answer
+from moeplan.runtime_client.device.routes import AnswerShape, Numbering, Owners, write_answer
 from moeplan.solvers import QuotaPlanner, SpillOptions
 from moeplan.solvers.problem.arrays import Int32, Int64
 from moeplan.solvers.problem.kernel import kernel
@@ -32,15 +32,11 @@ class QuotaPlans:
 
     Attributes:
         options: Homes, spare slots and limits.
-        rank: This rank.
-        rows: Rows of each rank.
-        away: First row of lent experts; see `write_answer`.
+        numbering: Rows of this rank.
     """
 
     options: SpillOptions
-    rank: int
-    rows: int
-    away: int
+    numbering: Numbering
 
     @property
     def devices(self) -> int:
@@ -56,8 +52,8 @@ class QuotaPlans:
     def shape(self) -> AnswerShape:
         """Places in the answers."""
         spare = np.minimum(self.options.spare, self.experts)
-        owned = int((self.options.home == self.rank).sum())
-        return AnswerShape(self.experts, int(spare.sum()), owned, int(spare[self.rank]))
+        owned = int((self.options.home == self.numbering.rank).sum())
+        return AnswerShape(self.experts, int(spare.sum()), owned, int(spare[self.numbering.rank]))
 
     def serve(self, desk: Desk) -> None:
         """Answer the requests of a desk until there will be none."""
@@ -69,7 +65,7 @@ class QuotaPlans:
             own.workspace,
             np.zeros((1, options.devices, options.experts), np.int32),
             shape.places(),
-            (self.rank, self.rows, self.away),
+            self.numbering,
             (owners.home, owners.row, owners.order, owners.first),
             (np.zeros((4, max(options.experts, options.devices)), np.int64), np.zeros((3, shape.slots), np.int64)),
         )
@@ -77,10 +73,9 @@ class QuotaPlans:
 
 @kernel
 def _serve(
-    desk: Desk, workspace: Any, counts: Int32, places: Int64, own: tuple[int, int, int], owners: Any, scratch: Any
+    desk: Desk, workspace: Any, counts: Int32, places: Int64, numbering: Numbering, owners: Any, scratch: Any
 ) -> None:
     replicas, home_quota, devices, sent, kept, summary = workspace[-6:]
-    rank, rows, away = own
     answered = 0
     use_exact_sleep()
     while True:
@@ -99,8 +94,7 @@ def _serve(
                     planned = False
         if planned:
             write_answer(
-                desk.answer, places, rank, rows, away,
-                int(summary[0, 0]), replicas[0, 0], replicas[0, 1], home_quota[0], sent[0], kept[0],
-                *owners, *scratch,
+                desk.answer, places, numbering, int(summary[0, 0]), replicas[0, 0], replicas[0, 1],
+                home_quota[0], sent[0], kept[0], *owners, *scratch,
             )  # fmt: skip
         reply(desk, request, planned)

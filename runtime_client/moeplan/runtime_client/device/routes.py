@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -12,11 +12,11 @@ from moeplan.solvers import SpillOptions
 from moeplan.solvers.problem.arrays import Int32, Int64
 from moeplan.solvers.problem.kernel import kernel
 
-__all__ = ["LOAN", "AnswerShape", "Owners", "lend_one", "write_answer"]
+__all__ = ["LOAN", "AnswerShape", "Numbering", "Owners", "lend_one", "rounded_up", "write_answer"]
 
 FAULT, MOST, LENT, BORROWED, FULLEST = range(5)
 """First words of an answer: why there is no plan, or 0; most replicas of an expert; experts lent, and borrowed; most
-rows that a rank has at home, or, where lent experts have rows of their own, in either region."""
+rows that a rank has at home, or, where lent experts have rows of their own, in either region, zeros included."""
 
 LOAN = 5
 """Words of a loan."""
@@ -34,7 +34,8 @@ class AnswerShape:
         first: Place of int32[experts + 1]: each expert's first replica in the following two.
         begin: Place of int32[experts + slots]: pairs of this rank, of the same expert, before those of the replica.
         target: Place of int32[experts + slots]: the row of the group that the first of them goes to.
-        home_ends: Place of int32[owned]: end of each expert's rows among those of experts at home.
+        home_ends: Place of int32[owned]: end of each expert's rows among those of experts at home, a multiple of
+            `Numbering.tile`.
         lent_ends: Place of int32[spare], right behind: end of each spare slot's rows, counted from their first, or
             from the first of experts at home if they follow those.
         shared: Place of int32[spare + 1]: the first borrower, in `sharers`, of the expert in each spare slot of this
@@ -43,6 +44,7 @@ class AnswerShape:
             there, which of the expert's borrowers it is, and how many there are; by row, then borrower.
         sharers: Place of int32[slots, 2]: device and slot of each borrower of an expert that this rank borrows, in the
             order in which its owner counts them.
+        fills: Place of int32[owned + spare]: where rows of zeros begin that fill each expert's up to its end.
         words: Length.
     """
 
@@ -84,11 +86,15 @@ class AnswerShape:
         return self.loans + LOAN * self.slots
 
     @property
-    def words(self) -> int:
+    def fills(self) -> int:
         return self.sharers + 2 * self.slots
 
+    @property
+    def words(self) -> int:
+        return self.fills + self.owned + self.spare
+
     def places(self) -> Int64:
-        """int64[10]: the places, in the order in which `write_answer` wants them, and the length."""
+        """int64[11]: the places, in the order in which `write_answer` wants them, and the length."""
         return np.array(
             [
                 self.experts,
@@ -100,9 +106,26 @@ class AnswerShape:
                 self.shared,
                 self.loans,
                 self.sharers,
+                self.fills,
                 self.words,
             ]
         )
+
+
+class Numbering(NamedTuple):
+    """How rows are numbered in an answer.
+
+    Attributes:
+        rank: Whose answer.
+        rows: Rows of each rank: the row ``r`` of rank ``d`` is ``d * rows + r``.
+        away: First row of lent experts; -1 for the row behind those of experts at home.
+        tile: The rows of an expert begin at a multiple of so many.
+    """
+
+    rank: int
+    rows: int
+    away: int
+    tile: int
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -146,12 +169,16 @@ def lend_one(shape: AnswerShape, borrower: int) -> Int32:
 
 
 @kernel
+def rounded_up(count: int, tile: int) -> int:
+    """The smallest multiple of a tile that is at least `count`."""
+    return (count + tile - 1) // tile * tile
+
+
+@kernel
 def write_answer(
     answer: Int32,
     places: Int64,
-    rank: int,
-    rows: int,
-    away: int,
+    numbering: Numbering,
     replicas: int,
     expert: Int64,
     device: Int64,
@@ -168,14 +195,13 @@ def write_answer(
     """Fill `answer` from a plan, for one rank.
 
     A rank's rows are ordered by slot and then by source: experts at home from row 0, lent ones from row `away` or
-    behind them, in the order of their owners and experts.
+    behind them, in the order of their owners and experts. Those of an expert begin at a multiple of a tile, and zeros
+    fill the last one.
 
     Args:
         answer: int32[words], out; see `AnswerShape`.
         places: Its `places`.
-        rank: Whose answer.
-        rows: Rows of each rank: the row ``r`` of rank ``d`` is ``d * rows + r``.
-        away: First row of lent experts; -1 for the row behind those of experts at home.
+        numbering: Whose answer, and its rows.
         replicas: Number of transient replicas.
         expert: int64[slots], their experts.
         device: int64[slots], who holds them.
@@ -186,8 +212,10 @@ def write_answer(
         sums: Scratch int64[4, experts or devices, whichever are more].
         ranked: Scratch int64[3, slots].
     """
+    rank, rows, away, tile = numbering
     experts, at_first, at_begin, at_target = places[0], places[1], places[2], places[3]
     at_ends, at_lent, at_shared, at_loans, at_sharers = places[4], places[5], places[6], places[7], places[8]
+    at_fills = places[9]
     earlier, fill, begun, held = sums[0], sums[1], sums[2], sums[3]
     by_device, slot, goal = ranked[0], ranked[1], ranked[2]
     borrowed = 0
@@ -232,7 +260,7 @@ def write_answer(
     for d in range(devices):
         held[d] = 0
         for i in range(first[d], first[d + 1]):
-            held[d] += at_home[order[i]]
+            held[d] += rounded_up(at_home[order[i]], tile)
         fullest = max(fullest, held[d])
 
     # Lent rows of each device follow one another in that order.
@@ -247,14 +275,18 @@ def write_answer(
                 before = end
             end += sent[r, s]
         goal[r] = device[r] * rows + before
-        fullest = max(fullest, end if away < 0 else end - away)
+        fills = end - max(away, 0)
+        end = rounded_up(end, tile)
+        fullest = max(fullest, end - max(away, 0))
         if device[r] == rank:
-            answer[at_lent + used] = end if away < 0 else end - away
+            answer[at_lent + used] = end - max(away, 0)
+            answer[at_fills + at_lent - at_ends + used] = fills
             borrowed = used + 1
         slot[r] = used
         used += 1
     for spare in range(borrowed, at_shared - at_lent):
         answer[at_lent + spare] = answer[at_lent + borrowed - 1] if borrowed else (held[rank] if away < 0 else 0)
+        answer[at_fills + at_lent - at_ends + spare] = answer[at_lent + spare]
 
     # An expert's pairs go to its replicas in the order of their devices: to some before its home, home, to the others.
     lent = 0
@@ -276,7 +308,9 @@ def write_answer(
                     answer[at_target + fill[e]] = d * rows + end + earlier[e]
                     begun[e] += kept[rank, e]
                     fill[e] += 1
-                    end += at_home[e]
+                    if d == rank:
+                        answer[at_fills + row[e]] = end + at_home[e]
+                    end += rounded_up(at_home[e], tile)
                     if d == rank:
                         answer[at_ends + row[e]] = end
     for i in range(first[rank], first[rank + 1]):

@@ -1,0 +1,136 @@
+"""Products of a pass on the device: rows with the matrices of their experts, and gradients of these matrices."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from moeplan.runtime_client.device.launches import Blocks, Launch
+from moeplan.runtime_client.device.routes import BORROWED, LENT, AnswerShape
+
+__all__ = ["Products", "Rows", "tile_rows"]
+
+_TILES, _SMALL_TILES = (128, 256, 64), (8, 64, 8)
+"""Rows and columns of a result that a block computes at a time, and how many of a sum's products it reads at a time, of
+which the rows are a multiple; on GPUs, and on CPUs."""
+
+_SIDE = 8
+"""Tiles above each other that are computed at the same time."""
+
+
+def tile_rows(device: torch.device) -> int:
+    """Rows of a tile: those of an expert begin at a multiple of it."""
+    return _tiles(device)[0]
+
+
+def _tiles(device: torch.device) -> tuple[int, int, int]:
+    return _TILES if device.type == "cuda" else _SMALL_TILES
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Rows:
+    """Which rows of a round a product computes.
+
+    Attributes:
+        part: The rows of its experts.
+        ends: int32[replicas], where those of each expert end, counted from the first of the part: multiples of a tile.
+        fills: int32[replicas], where zeros begin that fill up the last tile.
+    """
+
+    part: slice
+    ends: Tensor
+    fills: Tensor
+
+
+class Products:
+    """Products of matrices by expert, in the order of sums of the device's tiles, whatever the number of rows.
+
+    Args:
+        shape: Places in plans.
+        device: This rank's.
+    """
+
+    def __init__(self, shape: AnswerShape, device: torch.device) -> None:
+        self._shape = shape
+        self._tiles = _tiles(device)
+        is_gpu = device.type == "cuda"
+        self._blocks = torch.cuda.get_device_properties(device).multi_processor_count if is_gpu else 2
+        self._launches: dict[tuple[object, ...], Launch] = {}
+
+    def apply(self, rows: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
+        """[rows, width]: each of ``rows`` [rows, depth] times its expert's of ``matrices`` [replicas, width, depth].
+
+        Rows behind the last end are left as they are in memory.
+        """
+        return self._multiply(rows, matrices, ends, turned=True)
+
+    def apply_back(self, rows: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
+        """[rows, depth]: each of ``rows`` [rows, width] times its expert's of ``matrices`` [replicas, width, depth]."""
+        return self._multiply(rows, matrices, ends, turned=False)
+
+    def differentiate(
+        self,
+        left: Tensor,
+        right: Tensor,
+        rows: Rows,
+        answer: Tensor,
+        out: Tensor,
+        *,
+        scale: float = 1.0,
+        borrowed: bool = False,
+        more: bool = False,
+    ) -> None:
+        """Gradients of experts' matrices, the sum over rows of ``left`` times ``right``.
+
+        Args:
+            left: [rows, height].
+            right: [rows, width].
+            rows: Which belong to which expert.
+            answer: The plan.
+            out: [replicas, height, width], out, in any distance: of the first experts of `rows`; of the last, if they
+                are `borrowed`, as many as that are.
+            scale: What gradients of experts at home are multiplied by, but for those that are lent.
+            borrowed: Whether they are lent experts.
+            more: Whether they are added to what is there.
+        """
+        height, width = out.shape[1:]
+        first = len(rows.ends) - len(out) if borrowed else 0
+        tile, columns, piece = self._tiles
+        launch = self._launches.get(key := (height, width, out.stride(0), borrowed, more))
+        if launch is None:
+            launch = self._launches[key] = Launch(
+                _kernels().differentiate, 8, BORROWED=BORROWED if borrowed else -1, LENT=LENT, MORE=more,
+                HEIGHT=height, WIDTH=width, LENGTH=out.stride(0), TILE=tile, COLUMNS=columns, PIECE=piece, SIDE=_SIDE,
+            )  # fmt: skip
+        launch(
+            (self._blocks, 1, 1), Blocks(left, (piece, tile)), Blocks(right, (piece, columns)), out, rows.ends,
+            rows.fills, answer, len(out), first, self._shape.loans, scale,
+        )  # fmt: skip
+
+    def _multiply(self, rows: Tensor, matrices: Tensor, ends: Tensor, *, turned: bool) -> Tensor:
+        depth, width = rows.shape[1], matrices.shape[1 if turned else 2]
+        tile, columns, piece = self._tiles
+        launch = self._launches.get(key := (width, depth, turned))
+        if launch is None:
+            lanes = 1 << (self._shape.owned + self._shape.spare - 1).bit_length()
+            launch = self._launches[key] = Launch(
+                _kernels().multiply, 8, LANES=lanes, WIDTH=width, DEPTH=depth, TURNED=turned, TILE=tile,
+                COLUMNS=columns, PIECE=piece, SIDE=_SIDE,
+            )  # fmt: skip
+        out = rows.new_empty(len(rows), width)
+        launch(
+            (self._blocks, 1, 1), Blocks(rows, (tile, piece)),
+            Blocks(matrices, (1, columns, piece) if turned else (1, piece, columns)), Blocks(out, (tile, columns)),
+            ends, len(ends),
+        )  # fmt: skip
+        return out
+
+
+def _kernels() -> ModuleType:
+    """The module of kernels, which needs Triton."""
+    from moeplan.runtime_client.device import product_kernels
+
+    return product_kernels
