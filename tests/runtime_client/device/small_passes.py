@@ -21,7 +21,7 @@ TOLERANCE = 1e-5
 def fill_unused_memory() -> None:
     """From now on this rank's new tensors hold what is not a number until they are written: no result may show it."""
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
 
 
 def batch(seed: int, tokens: int = TOKENS, skew: float = 3.0) -> list[Tensor]:

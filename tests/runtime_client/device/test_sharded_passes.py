@@ -242,7 +242,8 @@ def test_experts_may_be_frozen_or_copied_and_have_no_tokens(ranks: Launch, tmp_p
 
 def failure(folder: Path, kind: str) -> tuple[str, str]:
     """The name of the error that `check` raises, and its message."""
-    _, own, exchange = make_layers(folder, capacity=TOKENS * CHOICES if kind == "rows" else None)
+    tokens = 4 * TOKENS
+    _, own, exchange = make_layers(folder, tokens=tokens, capacity=tokens * CHOICES if kind == "rows" else None)
     layer = own[0]
     if kind == "layouts" and dist.get_rank() == 1:
         use([layer], 1)
@@ -251,7 +252,7 @@ def failure(folder: Path, kind: str) -> tuple[str, str]:
         layer.memory._gathering.meetings += dist.get_rank()
     # Without replicas the busiest expert is all on one rank.
     output = layer(
-        torch.ones(TOKENS, SHAPE.hidden), torch.zeros(TOKENS, CHOICES, dtype=torch.long), torch.ones(TOKENS, CHOICES)
+        torch.ones(tokens, SHAPE.hidden), torch.zeros(tokens, CHOICES, dtype=torch.long), torch.ones(tokens, CHOICES)
     )
     assert output.isnan().all()
     with pytest.raises(Exception) as caught:
@@ -265,7 +266,11 @@ def failure(folder: Path, kind: str) -> tuple[str, str]:
     [
         ("layouts", LayoutMismatchError, "layout of ranks [1]"),
         ("gatherings", LayoutMismatchError, "layout of ranks [1]"),
-        ("rows", PassError, "its layout gives rank 0 80 rows, more than the 64 of capacity and rounds"),
+        (
+            "rows",
+            PassError,
+            "its layout gives rank 0 320 rows, more than the 208 that capacity and rounds make room for",
+        ),
     ],
 )
 def test_all_ranks_fail_alike(ranks: Launch, tmp_path: Path, kind: str, error: type[Exception], message: str) -> None:

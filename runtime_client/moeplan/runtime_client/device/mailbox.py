@@ -166,8 +166,8 @@ class Mailbox:
             )
         if kind == FULL:
             raise PassError(
-                f"{title}: its layout gives rank {rank} {one} rows, more than the {two} of capacity and rounds; raise "
-                "them in DeviceExchange, or lower the micro-batch"
+                f"{title}: its layout gives rank {rank} {one} rows, more than the {two} that capacity and rounds make "
+                "room for; raise them in DeviceExchange, or lower the micro-batch"
             )
         if kind == UNKNOWN:
             raise PassError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,9 +14,24 @@ from moeplan.runtime_client.device.routes import BORROWED, LENT, AnswerShape
 
 __all__ = ["Products", "Rows", "tile_rows"]
 
-_TILES, _SMALL_TILES = (128, 256, 64), (8, 64, 8)
-"""Rows and columns of a result that a block computes at a time, and how many of a sum's products it reads at a time, of
-which the rows are a multiple; on GPUs, and on CPUs."""
+
+class _Tiles(NamedTuple):
+    """What a block computes at a time.
+
+    Attributes:
+        rows: Rows of experts, a multiple of `deep`.
+        high: Rows of a gradient.
+        wide: Columns of either.
+        deep: Products that it reads for its sums at a time.
+    """
+
+    rows: int
+    high: int
+    wide: int
+    deep: int
+
+
+_ON_GPUS, _ON_CPUS = _Tiles(128, 128, 256, 64), _Tiles(8, 64, 64, 8)
 
 _SIDE = 8
 """Tiles above each other that are computed at the same time."""
@@ -23,11 +39,11 @@ _SIDE = 8
 
 def tile_rows(device: torch.device) -> int:
     """Rows of a tile: those of an expert begin at a multiple of it."""
-    return _tiles(device)[0]
+    return _tiles(device).rows
 
 
-def _tiles(device: torch.device) -> tuple[int, int, int]:
-    return _TILES if device.type == "cuda" else _SMALL_TILES
+def _tiles(device: torch.device) -> _Tiles:
+    return _ON_GPUS if device.type == "cuda" else _ON_CPUS
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -98,33 +114,34 @@ class Products:
         """
         height, width = out.shape[1:]
         first = len(rows.ends) - len(out) if borrowed else 0
-        tile, columns, piece = self._tiles
+        tiles = self._tiles
         launch = self._launches.get(key := (height, width, out.stride(0), borrowed, more))
         if launch is None:
             launch = self._launches[key] = Launch(
                 _kernels().differentiate, 8, BORROWED=BORROWED if borrowed else -1, LENT=LENT, MORE=more,
-                HEIGHT=height, WIDTH=width, LENGTH=out.stride(0), TILE=tile, COLUMNS=columns, PIECE=piece, SIDE=_SIDE,
+                HEIGHT=height, WIDTH=width, LENGTH=out.stride(0), TILE=tiles.high, COLUMNS=tiles.wide,
+                PIECE=tiles.deep, SIDE=_SIDE,
             )  # fmt: skip
         launch(
-            (self._blocks, 1, 1), Blocks(left, (piece, tile)), Blocks(right, (piece, columns)), out, rows.ends,
-            rows.fills, answer, len(out), first, self._shape.loans, scale,
+            (self._blocks, 1, 1), Blocks(left, (tiles.deep, tiles.high)), Blocks(right, (tiles.deep, tiles.wide)), out,
+            rows.ends, rows.fills, answer, len(out), first, self._shape.loans, scale,
         )  # fmt: skip
 
     def _multiply(self, rows: Tensor, matrices: Tensor, ends: Tensor, *, turned: bool) -> Tensor:
         depth, width = rows.shape[1], matrices.shape[1 if turned else 2]
-        tile, columns, piece = self._tiles
+        tiles = self._tiles
         launch = self._launches.get(key := (width, depth, turned))
         if launch is None:
             lanes = 1 << (self._shape.owned + self._shape.spare - 1).bit_length()
             launch = self._launches[key] = Launch(
-                _kernels().multiply, 8, LANES=lanes, WIDTH=width, DEPTH=depth, TURNED=turned, TILE=tile,
-                COLUMNS=columns, PIECE=piece, SIDE=_SIDE,
+                _kernels().multiply, 8, LANES=lanes, WIDTH=width, DEPTH=depth, TURNED=turned, TILE=tiles.rows,
+                COLUMNS=tiles.wide, PIECE=tiles.deep, SIDE=_SIDE,
             )  # fmt: skip
         out = rows.new_empty(len(rows), width)
         launch(
-            (self._blocks, 1, 1), Blocks(rows, (tile, piece)),
-            Blocks(matrices, (1, columns, piece) if turned else (1, piece, columns)), Blocks(out, (tile, columns)),
-            ends, len(ends),
+            (self._blocks, 1, 1), Blocks(rows, (tiles.rows, tiles.deep)),
+            Blocks(matrices, (1, tiles.wide, tiles.deep) if turned else (1, tiles.deep, tiles.wide)),
+            Blocks(out, (tiles.rows, tiles.wide)), ends, len(ends),
         )  # fmt: skip
         return out
 

@@ -1,0 +1,89 @@
+"""Products by expert on CPUs, in Triton's interpreter, against those of each expert on its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from moeplan.runtime_client.device.products import Products, Rows, tile_rows
+from moeplan.runtime_client.device.routes import BORROWED, LENT, LOAN, AnswerShape
+
+pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="Triton has wheels for Linux only")
+
+CPU = torch.device("cpu")
+
+
+def drawn(rng: np.random.Generator, tokens: list[int]) -> tuple[Rows, list[slice]]:
+    """Rows of experts with so many tokens, and where they are, in one part of some memory."""
+    tile = tile_rows(CPU)
+    sizes = [-(-count // tile) * tile for count in tokens]
+    ends = np.cumsum(sizes)
+    begins = ends - sizes
+    fills = begins + tokens
+    room = int(ends[-1]) + tile * int(rng.integers(1, 3))
+    rows = Rows(slice(0, room), torch.from_numpy(ends.astype(np.int32)), torch.from_numpy(fills.astype(np.int32)))
+    return rows, [slice(int(begin), int(end)) for begin, end in zip(begins, fills, strict=True)]
+
+
+def filled(rows: Rows, places: list[slice], width: int) -> Tensor:
+    """Numbers in the rows of experts, zeros up to the end of their tiles, and what is no number behind them all."""
+    values = torch.full((rows.part.stop, width), float("nan"))
+    values[: int(rows.ends[-1])] = 0
+    for place in places:
+        values[place] = torch.randn(place.stop - place.start, width)
+    return values
+
+
+def products_of(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    torch.manual_seed(seed)
+    owned, spare = int(rng.integers(1, 6)), int(rng.integers(0, 4))
+    shape = AnswerShape(owned + 2, spare + 1, owned, spare)
+    products = Products(shape, CPU)
+    depth, width = (8 * int(rng.integers(1, 20)) for _ in range(2))
+    tokens = (rng.integers(0, 40, owned + spare) * (rng.random(owned + spare) < 0.7)).tolist()
+    borrowed = int(rng.integers(0, spare + 1))
+    tokens[owned + borrowed :] = [0] * (spare - borrowed)
+    rows, places = drawn(rng, tokens)
+    matrices = torch.randn(owned + spare, width * depth + 8)[:, : width * depth].unflatten(1, (width, depth))
+
+    left, right = filled(rows, places, width), filled(rows, places, depth)
+    ahead = products.apply(right, matrices, rows.ends)
+    back = products.apply_back(left, matrices, rows.ends)
+    for place, matrix in zip(places, matrices, strict=True):
+        torch.testing.assert_close(ahead[place], right[place] @ matrix.T, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(back[place], left[place] @ matrix, rtol=1e-4, atol=1e-4)
+
+    lent = rng.permutation(owned)[: int(rng.integers(0, owned + 1))]
+    answer = torch.zeros(shape.words, dtype=torch.int32)
+    answer[LENT], answer[BORROWED] = len(lent), borrowed
+    answer[shape.loans + LOAN * torch.arange(len(lent))] = torch.from_numpy(lent.astype(np.int32))
+    exact = torch.stack([left[place].T @ right[place] for place in places])
+    scales = torch.full((owned, 1, 1), 0.25)
+    scales[lent] = 1.0
+    own = torch.full((owned, width * depth + 16), float("nan"), dtype=torch.float64)
+    inside = own[:, 8:-8].unflatten(1, (width, depth))
+    theirs = torch.full((spare, width, depth), 7.0)
+    for times in (1, 2):  # a round, and another one, which is added
+        products.differentiate(left, right, rows, answer, inside, scale=0.25, more=times > 1)
+        products.differentiate(left, right, rows, answer, theirs, borrowed=True, more=times > 1)
+        torch.testing.assert_close(inside.float(), times * scales * exact[:owned], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(theirs[:borrowed], times * exact[owned : owned + borrowed], rtol=1e-4, atol=1e-4)
+    assert (theirs[borrowed:] == 7.0).all()  # nobody's, and left alone
+    assert own[:, :8].isnan().all()
+    assert own[:, -8:].isnan().all()
+
+
+def products_of_all(seeds: range) -> None:
+    for seed in seeds:
+        products_of(seed)
+
+
+def test_products_are_those_of_each_expert_alone(ranks: Callable[..., list[Any]]) -> None:
+    ranks(1, products_of_all, range(12), timeout_s=200)
