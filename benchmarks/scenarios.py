@@ -10,8 +10,9 @@ from another seed's by more than from another count's, so all seeds stand in the
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from rich.progress import track
 
 from moeplan.planner.traces.trace import Trace
 from moeplan.solvers import Cluster, Demand, Problem, SolveParameters, SplitRule, Widening, evaluate, solve, widened
+from moeplan.solvers.problem.arrays import Int64
 from moeplan.solvers.problem.layout import Layout
 from result_file import write_result
 
@@ -42,7 +44,11 @@ def main() -> None:
         runs = [(count, seed) for count in arguments.counts for seed in arguments.seeds]
         found: dict[int, list[np.ndarray[Any, np.dtype[np.float64]]]] = {}
         for count, seed in track(runs, trace.path.name, transient=True):
-            steps = [follow(trace, cluster, int(moves), count, seed, offset) for offset in arguments.offsets]
+            how = Widening(scenarios=count, seed=seed)
+            steps = [
+                follow(trace, cluster, int(moves), partial(widened, widening=how), seed, offset)
+                for offset in arguments.offsets
+            ]
             found.setdefault(count, []).append(np.concatenate(steps))
         for count, of_seeds in found.items():
             measured.append({"trace": trace.path.stem, "max_moves": int(moves), "scenarios": count, **row(of_seeds)})
@@ -56,18 +62,34 @@ def integers(text: str) -> tuple[int, ...]:
 
 
 def follow(
-    trace: Trace, cluster: Cluster, moves: int, count: int, seed: int, first: int
+    trace: Trace,
+    cluster: Cluster,
+    moves: int,
+    coming: Callable[[Int64], Demand],
+    seed: int,
+    first: int,
+    tail: float = 1.0,
 ) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """float64[layer-steps, 4]: imbalance planned for and of the next step, part of the slots moved, seconds."""
+    """float64[layer-steps, 4]: imbalance planned for and of the next step, part of the slots moved, seconds.
+
+    Args:
+        trace: What is planned and judged on, layer by layer in each step.
+        cluster: Devices and slots.
+        moves: Limit of a re-plan.
+        coming: From a window int64[steps, sources, experts] to the demand to plan for.
+        seed: Seed of the search.
+        first: Step that the first window begins with.
+        tail: Part of the scenarios that plans are for, the worst ones.
+    """
     found = []
     current: list[Layout | None] = [None] * trace.layers
     for window in trace.windows(WINDOW, EVERY, first, range(trace.layers)):
         for layer in range(trace.layers):
-            coming = widened(window.history[:, layer][-WINDOW:], Widening(scenarios=count, seed=seed))
             limited = None if current[layer] is None else moves
-            problem = Problem(cluster, coming, current=current[layer], max_moves=limited)
+            demand = coming(window.history[:, layer])
+            problem = Problem(cluster, demand, current=current[layer], max_moves=limited, tail=tail)
             plan = solve(problem, parameters=SolveParameters(seed=seed))
-            after = replace(problem, demand=Demand.of(window.next[layer]), current=None, max_moves=None)
+            after = replace(problem, demand=Demand.of(window.next[layer]), current=None, max_moves=None, tail=1.0)
             judged = evaluate(after, plan.layout, SplitRule.OPTIMAL).mean_imbalance
             moved = np.nan if plan.moves is None else len(plan.moves) / cluster.total_slots  # the first plan is free
             found.append([plan.mean_imbalance, judged, moved, plan.seconds])
