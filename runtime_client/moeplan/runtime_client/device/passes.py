@@ -229,7 +229,7 @@ def _cut(tensors: Sequence[Tensor], *lengths: int) -> list[list[Tensor]]:
 def _room(exchange: DeviceExchange, parts: Sequence[Tensor]) -> Tensor:
     """[replicas, elements]: room for gradients of all parts.
 
-    Sums over rounds and loans are rounded once. Sums of two are so anyway: the first is exact in its own type.
+    Sums over rounds and loans are rounded once. Sums of two are so anyway, as products give the first in this type.
     """
     room = parts[0].new_empty(len(parts[0]), sum(part.shape[1] for part in parts))
     return _wide(room) if exchange.rounds + bool(exchange.spare) > 2 else room
