@@ -19,19 +19,21 @@ class _Tiles(NamedTuple):
     """What a block computes at a time.
 
     Attributes:
-        rows: Rows of experts, a multiple of `deep`.
+        rows: Rows of experts, a multiple of `few`.
         high: Rows of a gradient.
         wide: Columns of either.
-        deep: Products that it reads for its sums at a time.
+        deep: Elements of a row that it reads at a time.
+        few: Rows that it reads at a time for a gradient.
     """
 
     rows: int
     high: int
     wide: int
     deep: int
+    few: int
 
 
-_ON_GPUS, _ON_CPUS = _Tiles(128, 128, 256, 64), _Tiles(8, 64, 64, 8)
+_ON_GPUS, _ON_CPUS = _Tiles(128, 128, 256, 64, 64), _Tiles(8, 512, 512, 512, 8)  # CPUs interpret each operation
 
 _SIDE = 8
 """Tiles above each other that are computed at the same time."""
@@ -120,10 +122,10 @@ class Products:
             launch = self._launches[key] = Launch(
                 _kernels().differentiate, 8, BORROWED=BORROWED if borrowed else -1, LENT=LENT, MORE=more,
                 HEIGHT=height, WIDTH=width, LENGTH=out.stride(0), TILE=tiles.high, COLUMNS=tiles.wide,
-                PIECE=tiles.deep, SIDE=_SIDE,
+                PIECE=tiles.few, SIDE=_SIDE,
             )  # fmt: skip
         launch(
-            (self._blocks, 1, 1), Blocks(left, (tiles.deep, tiles.high)), Blocks(right, (tiles.deep, tiles.wide)), out,
+            (self._blocks, 1, 1), Blocks(left, (tiles.few, tiles.high)), Blocks(right, (tiles.few, tiles.wide)), out,
             rows.ends, rows.fills, answer, len(out), first, self._shape.loans, scale,
         )  # fmt: skip
 
