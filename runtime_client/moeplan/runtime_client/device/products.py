@@ -134,7 +134,7 @@ class Products:
         tiles = self._tiles
         launch = self._launches.get(key := (width, depth, turned))
         if launch is None:
-            lanes = 1 << (self._shape.owned + self._shape.spare - 1).bit_length()
+            lanes = 1 << max(self._shape.owned + self._shape.spare - 1, 1).bit_length()
             launch = self._launches[key] = Launch(
                 _kernels().multiply, 8, LANES=lanes, WIDTH=width, DEPTH=depth, TURNED=turned, TILE=tiles.rows,
                 COLUMNS=tiles.wide, PIECE=tiles.deep, SIDE=_SIDE,
