@@ -47,6 +47,7 @@ def test_every_pair_goes_to_a_row_of_its_own_as_hosts_divide_them(seed: int, til
     hosts = layout.hosts
     expected = division.sent(layout, counts)
     found: dict[tuple[int, int], tuple[int, int]] = {}  # (device, row) -> (source, replica)
+    computed: list[list[int]] = []  # rows of each device
     for source in range(devices):
         plans = LayoutPlans(experts, devices, width, Numbering(source, ROWS, -1, tile), CPU)
         key = int(plans.key(layout, division.cluster.speed, division.rule, 7**20 + seed)[-1])
@@ -83,9 +84,13 @@ def test_every_pair_goes_to_a_row_of_its_own_as_hosts_divide_them(seed: int, til
         zeros = [size - load for size, load in zip(sizes, loads, strict=True)]
         fills = answer[shape.fills : shape.words]
         assert (ends - fills).tolist() == [*zeros, *[0] * (width - len(held))]
+        begins = [0, *ends[:-1].tolist()]
+        computed.append([row for begin, fill in zip(begins, fills, strict=True) for row in range(begin, fill)])
     assert len(found) == counts.sum()
     for device in range(devices):
-        rows = [found[place] for place in sorted(found) if place[0] == device]
+        places = sorted(place for place in found if place[0] == device)
+        assert [row for _, row in places] == computed[device]
+        rows = [found[place] for place in places]
         slots = [(hosts.slot[replica], source) for source, replica in rows]
         assert slots == sorted(slots)
 

@@ -147,8 +147,10 @@ def overflows(folder: Path, dtype: torch.dtype, spare: int) -> tuple[float, floa
         found = answers(own, parts)
         assert_close(answers(gloo, parts), found)
         fullest.append(int(exchange.mailbox.answer[FULLEST]) / exchange.span)
-    for one, other in zip(found, answers(own, parts, recompute=True), strict=True):
-        assert torch.equal(one, other)
+        for one, other in zip(found, answers(own, parts, recompute=True), strict=True):
+            assert torch.equal(one, other)
+    with torch.no_grad():
+        assert_close([gloo(*parts[:3])], [own(*parts[:3])])
     exchange.check()
     exchange.mailbox.close()
     return fullest[0], fullest[1]
@@ -158,7 +160,7 @@ def round_once(folder: Path, spare: int) -> None:
     found = []
     for dtype in (torch.float64, torch.bfloat16):
         _, layer, exchange = make_layers(
-            folder / str(dtype), dtype=dtype, spare=spare, capacity=56 if spare else 64, rounds=4, tokens=96
+            folder / str(dtype), dtype=dtype, spare=spare, capacity=48 if spare else 64, rounds=4, tokens=96
         )
         flat = torch.randn(EXPERTS, SHAPE.elements, generator=torch.Generator().manual_seed(0)) / 4
         layer.load_experts(0, flat.bfloat16())
@@ -171,7 +173,7 @@ def round_once(folder: Path, spare: int) -> None:
     assert torch.equal(wide.float().bfloat16(), narrow)
 
 
-@pytest.mark.parametrize("spare", [2, pytest.param(0, marks=SLOW)])
+@pytest.mark.parametrize("spare", [3, pytest.param(0, marks=SLOW)])
 def test_gradients_of_rounds_and_loans_are_rounded_once(ranks: Launch, tmp_path: Path, spare: int) -> None:
     for dtype in (torch.float64, torch.bfloat16):
         (tmp_path / str(dtype)).mkdir()
