@@ -1,6 +1,7 @@
 """Figures of the daemon, on this machine, over loopback, with everything as users start it.
 
     python benchmarks/daemon.py streams --jobs 16 --ranks 64 --seconds 60     1,024 rank streams, a report a second each
+    python benchmarks/daemon.py streams --together                            the same, all jobs looking in one second
     python benchmarks/daemon.py streams --jobs 1 --ranks 1024 --seconds 60    the same as one job
     python benchmarks/daemon.py streams --jobs 1 --ranks 10000 --node 8       10,000 ranks, one stream for 8 of them
     python benchmarks/daemon.py saturation --ranks 1024 --seconds 20          as fast as the streams take it
@@ -227,12 +228,14 @@ def _process(queue: Queue[Any], *arguments: Any) -> None:
 
 
 def streams(
-    jobs: int, ranks: int, devices: int, every: int, seconds: float, interval: float, node: int
+    jobs: int, ranks: int, devices: int, every: int, seconds: float, interval: float, node: int, together: bool = False
 ) -> dict[str, Any]:
     """Ranks of `jobs` jobs, one stream for `node` of them, reporting every `interval` seconds.
 
-    Jobs begin their steps spread over the interval.
+    Jobs begin their steps spread over the time from one look to the next, as trainings of their own do; or over one
+    interval, so that all look `together` in the same one.
     """
+    spread = interval if together else interval * every
     with tempfile.TemporaryDirectory() as folder:
         daemon = Daemon(Path(folder))
         daemon.ready()
@@ -240,7 +243,7 @@ def streams(
         with Client(daemon.address) as client:
             names = [client.create_job(f"job-{n}", job(ranks, devices, every)).name for n in range(jobs)]
         nodes = [range(first, first + node) for first in range(0, ranks, node)]
-        all_streams = [(name, own, n * interval / jobs) for n, name in enumerate(names) for own in nodes]
+        all_streams = [(name, own, n * spread / jobs) for n, name in enumerate(names) for own in nodes]
         context = multiprocessing.get_context("spawn")
         queue: Queue[Any] = context.Queue()
         done_steps = context.Array("q", CLIENTS)
@@ -386,6 +389,7 @@ def main() -> None:
     parser.add_argument("--devices", type=int, default=16, help="devices of each job")
     parser.add_argument("--every", type=int, default=5, help="steps from one plan to the next")
     parser.add_argument("--node", type=int, default=1, help="ranks that one stream reports for")
+    parser.add_argument("--together", action="store_true", help="let all jobs look within the same second")
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--rounds", type=int, default=50)
     parser.add_argument("--out", type=Path, help="file for the figures, as JSON")
@@ -395,7 +399,9 @@ def main() -> None:
         parser.error("--ranks must be a multiple of --node")
     match given.what:
         case "streams":
-            report = streams(given.jobs, given.ranks, given.devices, given.every, given.seconds, 1.0, given.node)
+            report = streams(
+                given.jobs, given.ranks, given.devices, given.every, given.seconds, 1.0, given.node, given.together
+            )
         case "saturation":
             report = streams(1, given.ranks, given.devices, 10**9, given.seconds, 0.0, given.node)
         case "solve":
