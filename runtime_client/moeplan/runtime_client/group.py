@@ -20,7 +20,7 @@ from torch import Tensor
 from moeplan.runtime_client.errors import MissedPassError
 from moeplan.solvers.problem.errors import ProblemError
 
-__all__ = ["ExpertGroup", "Traffic", "Transfer", "ascending", "beside", "join", "on_stream"]
+__all__ = ["ExpertGroup", "Traffic", "Transfer", "ascending", "beside", "join", "mark", "on_stream"]
 
 _SLOW_S = 1.0
 """A rank that has waited for others so long says so, for those that will ask who came."""
@@ -304,23 +304,30 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream:
 
 
 @contextmanager
-def on_stream(stream: torch.cuda.Stream | None) -> Iterator[None]:
-    """Run what follows on a stream, after the work already queued on its device's current one; None: where it is."""
+def on_stream(stream: torch.cuda.Stream | None, after: torch.cuda.Event | None = None) -> Iterator[None]:
+    """Run what follows on a stream, `after` what was marked, or else the work already queued on its device's current
+    one; None: where it is.
+    """
     if stream is None:
         yield
         return
-    stream.wait_stream(torch.cuda.current_stream(stream.device))
+    stream.wait_event(after or torch.cuda.current_stream(stream.device).record_event())
     with torch.cuda.stream(stream):
         yield
 
 
-def beside(device: torch.device) -> AbstractContextManager[None]:
-    """Run what follows on the side stream of a CUDA device, after the work already queued on the current stream.
+def mark(device: torch.device) -> torch.cuda.Event | None:
+    """The end of the work already queued on the current stream of a CUDA device, for `beside`."""
+    return torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
+
+
+def beside(device: torch.device, after: torch.cuda.Event | None = None) -> AbstractContextManager[None]:
+    """Run what follows on the side stream of a CUDA device, `after` a `mark`, or else what is queued by now.
 
     Nothing on other devices, where the process group's own threads do the transfer. The caller makes the current stream
     wait with `join` before it uses a result.
     """
-    return on_stream(_side_stream(device) if device.type == "cuda" else None)
+    return on_stream(_side_stream(device) if device.type == "cuda" else None, after)
 
 
 def join(device: torch.device) -> None:

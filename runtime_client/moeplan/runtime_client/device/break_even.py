@@ -50,14 +50,20 @@ def measure_transfer(exchange: DeviceExchange) -> float:
     nothing = experts.new_empty(0, exchange.shape.hidden)
     nowhere = torch.full_like(exchange.where, -1)
 
-    def lend(route: Route) -> None:
-        exchange.hand_out(route, nothing, experts)
-        exchange.give_back(route, 0, nowhere, [nothing], exchange.share, gradient)
-        exchange.meet()
-
     weights = torch.randn(_REPLICAS, elements, device=device).to(exchange.dtype)
     rows = torch.randn(_ROWS, exchange.shape.hidden, device=device).to(exchange.dtype)
     ends = torch.arange(1, _REPLICAS + 1, dtype=torch.int32, device=device) * (_ROWS // _REPLICAS)
+    inner, _ = split(exchange.shape, weights)
+    to_first = torch.randn(_ROWS, inner.shape[1], device=device).to(exchange.dtype)
+
+    def lend(route: Route) -> None:
+        exchange.hand_out(route, nothing, experts)
+        left = exchange.leave(exchange.lent)
+        exchange.products.apply_back(to_first, inner, ends)  # beside which owners take back, as in a pass
+        exchange.take_back(route, gradient, 1.0, left)
+        exchange.give_back(0, nowhere, [nothing], exchange.share)
+        exchange.end_taking()
+        exchange.meet()
 
     def compute() -> None:
         _products(exchange, weights, rows, ends, answer)

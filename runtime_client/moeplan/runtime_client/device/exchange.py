@@ -22,7 +22,7 @@ from moeplan.runtime_client.device.memory import SymmetricMemory, places, symmet
 from moeplan.runtime_client.device.products import Products, Rows, tile_rows
 from moeplan.runtime_client.device.quota_plans import QuotaPlans
 from moeplan.runtime_client.device.routes import BORROWED, FULLEST, LENT, Numbering
-from moeplan.runtime_client.group import ExpertGroup, beside
+from moeplan.runtime_client.group import ExpertGroup, beside, join, mark
 from moeplan.solvers import QuotaPlanner, SpillOptions
 from moeplan.solvers.problem.arrays import Int32
 
@@ -33,6 +33,9 @@ _LENDERS = 128
 
 _ELEMENTS = 8192
 """Elements that a block moves at a time."""
+
+_TAKEN = 4096
+"""Elements of loans' gradients that a block adds at a time: few, so that it fits on a processor beside a product's."""
 
 _CONVERTED = 4096
 """Elements that a block converts at a time."""
@@ -450,37 +453,63 @@ class DeviceExchange:
         )  # fmt: skip
         return rows
 
+    def leave(self, borrowed: Tensor) -> torch.cuda.Event | None:
+        """Leave the gradients of borrowed experts to their owners.
+
+        Args:
+            borrowed: [spare, elements].
+
+        Returns:
+            When all ranks have left theirs.
+        """
+        if not self.spare:
+            return None
+        if borrowed is not self.lent:
+            self.lent.copy_(borrowed)
+        self.meet()
+        return mark(self.device)
+
+    def take_back(self, route: Route, gradient: Tensor, scale: float, left: torch.cuda.Event | None) -> None:
+        """Begin to add what borrowers have left, beside what has been launched since, until `end_taking`.
+
+        Its blocks find room on processors on which a product runs already, while a product waits for processors that
+        they began on: one that is to run beside them is launched before them.
+
+        Args:
+            route: Of the pass.
+            gradient: [owned, elements], changed in place.
+            scale: What gradients of experts that were lent are multiplied by.
+            left: What `leave` returned.
+        """
+        if self.spare:
+            with beside(self.device, left):
+                self._launches.take_back((self._lenders, 1, 1), gradient, self.lent, route.answer, self.peers, scale)
+
+    def end_taking(self) -> None:
+        """Go on when `take_back` is over."""
+        if self.spare:
+            join(self.device)
+
     def give_back(
         self,
-        route: Route,
         nth: int,
         where: Tensor,
         results: Sequence[Tensor],
         to_weight: Tensor | None = None,
-        gradient: Tensor | None = None,
-        *,
-        scale: float = 1.0,
     ) -> None:
-        """Results of a round to their sources; in the backward pass also the gradients of weights and lent experts.
+        """Results of a round to their sources; in the backward pass also the gradients of weights.
 
         Args:
-            route: Of the pass.
             nth: The round, from 0.
             where: As in `arrange`.
             results: Those of experts at home [rows, hidden], and of lent ones where they are apart.
             to_weight: In the backward pass: float32[rows], gradients of the weights.
-            gradient: In the last round of it: [owned, elements], to which what borrowers left in `lent` is added.
-            scale: What gradients of experts that were lent are multiplied by then.
         """
-        at_home, away = results[0], results[-1]
-        lenders = 0 if gradient is None else self._lenders
-        if lenders:
-            self.meet()  # borrowers have left what they found
-        launch = self._launches.give_back if to_weight is None else self._launches.give_gradients[lenders]
+        launch = self._launches.give_back if to_weight is None else self._launches.give_gradients
         launch(
-            (lenders + self._blocks, 1, 1), at_home, away, where, self.share,
+            (self._blocks, 1, 1), results[0], results[-1], where, self.share,
             self.share if to_weight is None else to_weight, self.returned, self.returned_weight, self.peers,
-            at_home if gradient is None else gradient, self.lent, route.answer, nth * self.span, scale,
+            nth * self.span,
         )  # fmt: skip
 
     def collect(self, route: Route, out: Tensor) -> None:
@@ -534,11 +563,10 @@ class DeviceExchange:
                 FILLS=answer.fills, OWNED=answer.owned, REPLICAS=answer.owned + answer.spare,
             )  # fmt: skip
 
-        def give_back(lenders: int, backward: bool = True) -> Launch:
+        def give_back(backward: bool) -> Launch:
             return Launch(
                 kernels.give_back, 8, CHOICES=self.choices, TOKENS=self.max_tokens, GROUP_TOKENS=self.group_tokens,
-                JOINED=self.joined, **rounds, **way, **loans(lenders), BACKWARD=backward, **self._wide,
-                PIECE=self._piece,
+                JOINED=self.joined, **rounds, **way, BACKWARD=backward, **self._wide,
             )  # fmt: skip
 
         return SimpleNamespace(
@@ -560,8 +588,12 @@ class DeviceExchange:
             hand_again=hand_out(0, again=True),
             arrange={lenders: arrange(lenders) for lenders in (0, self._lenders)},
             arrange_again=arrange(0, backward=True),
-            give_back=give_back(0, backward=False),
-            give_gradients={lenders: give_back(lenders) for lenders in (0, self._lenders)},
+            take_back=Launch(
+                kernels.take_back, 4, EACH=way["EACH"], ELEMENTS=shape.elements, LENT=LENT, LOANS=answer.loans,
+                BLOCKS=self._lenders, PIECE=min(_TAKEN, self._piece),
+            ),
+            give_back=give_back(backward=False),
+            give_gradients=give_back(backward=True),
             collect=Launch(
                 kernels.collect, 8, CHOICES=self.choices, ROWS=self.rows, **rounds, WIDTH=shape.hidden,
                 ABORTED=ABORTED, **self._narrow,

@@ -40,6 +40,7 @@ __all__ = [
     "plan",
     "power_of_2",
     "processors",
+    "take_back",
     "total",
 ]
 
@@ -623,35 +624,45 @@ def clear(
 
 
 @program
-def fetch(
+def take_back(
     gradient: tl.tensor,
     borrowed: tl.tensor,
     answer: tl.tensor,
     peers: tl.tensor,
-    piece: tl.tensor,
     scale: tl.tensor,
     EACH: tl.constexpr,
     ELEMENTS: tl.constexpr,
     LENT: tl.constexpr,
     LOANS: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    PIECE: tl.constexpr,
 ) -> None:
-    """Add what borrowers found for these elements of every expert that was lent, in the order of the list."""
-    inside = piece < ELEMENTS
-    # Loans of one expert follow one another: it is read and written once.
-    before = tl.full([], -1, tl.int64)
-    sums = tl.zeros(piece.shape, tl.float32)
-    for loan in range(tl.load(answer + LENT)):
-        at = answer + LOANS + _LOAN * loan
-        mine, device, slot = tl.load(at).to(tl.int64), tl.load(at + 1), tl.load(at + 2).to(tl.int64)
-        if mine != before:
-            if before >= 0:
-                tl.store(gradient + before * ELEMENTS + piece, sums * scale, mask=inside)
-            sums = tl.load(gradient + mine * ELEMENTS + piece, mask=inside, other=0.0).to(tl.float32)
-            before = mine
-        away = tl.load(peers + device) * EACH
-        sums += tl.load(borrowed + away + slot * ELEMENTS + piece, mask=inside, other=0.0).to(tl.float32)
-    if before >= 0:
-        tl.store(gradient + before * ELEMENTS + piece, sums * scale, mask=inside)
+    """Add what borrowers found to the gradients of experts that were lent, in float32 and in the order of the list.
+
+    Args:
+        gradient: [owned, ELEMENTS], changed in place.
+        borrowed: [slots, ELEMENTS] in symmetric memory, what borrowers found.
+        answer: The plan.
+        scale: float, what the sums are multiplied by.
+    """
+    for first in range(tl.program_id(0) * PIECE, ELEMENTS, BLOCKS * PIECE):
+        piece = first + tl.arange(0, PIECE)
+        inside = piece < ELEMENTS
+        # Loans of one expert follow one another: it is read and written once.
+        before = tl.full([], -1, tl.int64)
+        sums = tl.zeros(piece.shape, tl.float32)
+        for loan in range(tl.load(answer + LENT)):
+            at = answer + LOANS + _LOAN * loan
+            mine, device, slot = tl.load(at).to(tl.int64), tl.load(at + 1), tl.load(at + 2).to(tl.int64)
+            if mine != before:
+                if before >= 0:
+                    tl.store(gradient + before * ELEMENTS + piece, sums * scale, mask=inside)
+                sums = tl.load(gradient + mine * ELEMENTS + piece, mask=inside, other=0.0).to(tl.float32)
+                before = mine
+            away = tl.load(peers + device) * EACH
+            sums += tl.load(borrowed + away + slot * ELEMENTS + piece, mask=inside, other=0.0).to(tl.float32)
+        if before >= 0:
+            tl.store(gradient + before * ELEMENTS + piece, sums * scale, mask=inside)
 
 
 @program
@@ -664,11 +675,7 @@ def give_back(
     returned: tl.tensor,
     returned_weight: tl.tensor,
     peers: tl.tensor,
-    gradient: tl.tensor,
-    borrowed: tl.tensor,
-    answer: tl.tensor,
     low: tl.tensor,
-    scale: tl.tensor,
     CHOICES: tl.constexpr,
     TOKENS: tl.constexpr,
     GROUP_TOKENS: tl.constexpr,
@@ -677,19 +684,13 @@ def give_back(
     SPAN: tl.constexpr,
     WIDTH: tl.constexpr,
     EACH: tl.constexpr,
-    ELEMENTS: tl.constexpr,
-    LENDERS: tl.constexpr,
-    LENT: tl.constexpr,
-    LOANS: tl.constexpr,
     BACKWARD: tl.constexpr,
     BLOCK: tl.constexpr,
     COLUMNS: tl.constexpr,
-    PIECE: tl.constexpr,
 ) -> None:
-    """Sum each token's results of a round and write them to its source; fetch gradients of experts that were lent.
+    """Sum each token's results of a round and write them to its source.
 
-    Sums are taken in float32, in the order of the choices, weighted in the forward pass. The first `LENDERS` blocks
-    fetch: they add what borrowers found, in float32 and in the order of the list.
+    Sums are taken in float32, in the order of the choices, weighted in the forward pass.
 
     Args:
         at_home: [SPAN, WIDTH], results.
@@ -699,53 +700,44 @@ def give_back(
         to_weight: float32[rows of a round], gradients of the routers' weights, read in the backward pass.
         returned: [TOKENS, CHOICES, WIDTH] in symmetric memory, out at the token's first choice of this rank and round.
         returned_weight: float32[TOKENS, CHOICES] in symmetric memory, out in the backward pass.
-        gradient: [owned, ELEMENTS], changed in place.
-        borrowed: [slots, ELEMENTS] in symmetric memory, what borrowers found.
         low: First row of the round.
-        scale: float, what gradients of experts that were lent are multiplied by.
     """
-    block = tl.program_id(0)
-    if block < LENDERS:
-        for first in range(block * PIECE, ELEMENTS, LENDERS * PIECE):
-            piece = first + tl.arange(0, PIECE)
-            fetch(gradient, borrowed, answer, peers, piece, scale, EACH, ELEMENTS, LENT, LOANS)
-    else:
-        for start in range((block - LENDERS) * BLOCK, GROUP_TOKENS, (tl.num_programs(0) - LENDERS) * BLOCK):
-            token = start + tl.arange(0, BLOCK)
-            inside = token < GROUP_TOKENS
-            units = tl.load(peers + token // TOKENS, mask=inside, other=0)
-            pair = (token % TOKENS) * CHOICES
-            lead = tl.full([BLOCK], CHOICES, tl.int32)
+    for start in range(tl.program_id(0) * BLOCK, GROUP_TOKENS, tl.num_programs(0) * BLOCK):
+        token = start + tl.arange(0, BLOCK)
+        inside = token < GROUP_TOKENS
+        units = tl.load(peers + token // TOKENS, mask=inside, other=0)
+        pair = (token % TOKENS) * CHOICES
+        lead = tl.full([BLOCK], CHOICES, tl.int32)
+        for choice in tl.static_range(CHOICES):
+            row = tl.load(where + token * CHOICES + choice, mask=inside, other=-1)
+            row = in_round(row, low, JOINED, AWAY, SPAN)
+            lead = tl.where((row >= 0) & (lead == CHOICES), choice, lead)
+            if BACKWARD:
+                value = tl.load(to_weight + row, mask=row >= 0, other=0.0)
+                tl.store(returned_weight + units * 4 + pair + choice, value, mask=row >= 0)
+        to = (pair + lead).to(tl.int64)
+        for first in range(0, WIDTH, COLUMNS):
+            column = first + tl.arange(0, COLUMNS)
+            mask = (column < WIDTH)[None, :]
+            sums = tl.zeros([BLOCK, COLUMNS], tl.float32)
             for choice in tl.static_range(CHOICES):
                 row = tl.load(where + token * CHOICES + choice, mask=inside, other=-1)
                 row = in_round(row, low, JOINED, AWAY, SPAN)
-                lead = tl.where((row >= 0) & (lead == CHOICES), choice, lead)
-                if BACKWARD:
-                    value = tl.load(to_weight + row, mask=row >= 0, other=0.0)
-                    tl.store(returned_weight + units * 4 + pair + choice, value, mask=row >= 0)
-            to = (pair + lead).to(tl.int64)
-            for first in range(0, WIDTH, COLUMNS):
-                column = first + tl.arange(0, COLUMNS)
-                mask = (column < WIDTH)[None, :]
-                sums = tl.zeros([BLOCK, COLUMNS], tl.float32)
-                for choice in tl.static_range(CHOICES):
-                    row = tl.load(where + token * CHOICES + choice, mask=inside, other=-1)
-                    row = in_round(row, low, JOINED, AWAY, SPAN)
-                    here = row >= 0
-                    if not JOINED:
-                        apart = row >= SPAN
-                        at = away + (row - SPAN).to(tl.int64)[:, None] * WIDTH + column[None, :]
-                        lent_values = tl.load(at, mask=apart[:, None] & mask, other=0.0).to(tl.float32)
-                        here = here & (row < SPAN)
-                    at = at_home + row.to(tl.int64)[:, None] * WIDTH + column[None, :]
-                    values = tl.load(at, mask=here[:, None] & mask, other=0.0).to(tl.float32)
-                    if not JOINED:
-                        values += lent_values
-                    if not BACKWARD:
-                        values *= tl.load(share + token * CHOICES + choice, mask=row >= 0, other=0.0)[:, None]
-                    sums += values
-                at = returned + units[:, None] * EACH + to[:, None] * WIDTH + column[None, :]
-                tl.store(at, sums.to(returned.dtype.element_ty), mask=(lead < CHOICES)[:, None] & mask)
+                here = row >= 0
+                if not JOINED:
+                    apart = row >= SPAN
+                    at = away + (row - SPAN).to(tl.int64)[:, None] * WIDTH + column[None, :]
+                    lent_values = tl.load(at, mask=apart[:, None] & mask, other=0.0).to(tl.float32)
+                    here = here & (row < SPAN)
+                at = at_home + row.to(tl.int64)[:, None] * WIDTH + column[None, :]
+                values = tl.load(at, mask=here[:, None] & mask, other=0.0).to(tl.float32)
+                if not JOINED:
+                    values += lent_values
+                if not BACKWARD:
+                    values *= tl.load(share + token * CHOICES + choice, mask=row >= 0, other=0.0)[:, None]
+                sums += values
+            at = returned + units[:, None] * EACH + to[:, None] * WIDTH + column[None, :]
+            tl.store(at, sums.to(returned.dtype.element_ty), mask=(lead < CHOICES)[:, None] & mask)
 
 
 @program

@@ -128,7 +128,7 @@ class _Pass(torch.autograd.Function):
                 first = products.apply(rows[region.part], inner, ends)
                 results.append(products.apply(exchange.activate(first, ends[-1:]), outer, ends))
                 kept += [] if nth else [first]
-            exchange.give_back(route, nth, where, results)
+            exchange.give_back(nth, where, results)
             kept += [] if nth else [rows]
             scales.append(scale)
         exchange.meet()
@@ -175,8 +175,7 @@ class _Pass(torch.autograd.Function):
         with torch.autocast(gradient.device.type, enabled=False):
             for nth in range(exchange.rounds):
                 arrived, to_weight = exchange.arrange_again(route, nth, where), torch.empty_like(scales[nth])
-                results = []
-                regions = exchange.regions(route, nth)
+                regions, back = exchange.regions(route, nth), []
                 for each, (region, (inner, outer)) in enumerate(zip(regions, matrices, strict=True)):
                     part, ends = region.part, region.ends
                     first = products.apply(rows[nth][part], inner, ends) if nth else kept[each]
@@ -192,13 +191,14 @@ class _Pass(torch.autograd.Function):
                             products.differentiate(*how, own, scale=ctx.turn.scale, more=nth > 0)
                         if of_lent:
                             products.differentiate(*how, borrowed, borrowed=True, more=nth > 0)
-                    results.append(products.apply_back(to_first, inner, ends))
+                    back.append((to_first, inner, ends))
                 is_last = nth == exchange.rounds - 1
-                if is_last and lent is not exchange.lent:
-                    exchange.lent.copy_(lent)
-                exchange.give_back(
-                    route, nth, where, results, to_weight, to_flat if is_last else None, scale=ctx.turn.scale
-                )
+                left_at = exchange.leave(lent) if is_last else None
+                results = [products.apply_back(*factors) for factors in back]
+                if is_last and to_flat is not None:
+                    exchange.take_back(route, to_flat, ctx.turn.scale, left_at)
+                exchange.give_back(nth, where, results, to_weight)
+        exchange.end_taking()
         exchange.meet()
         to_hidden = _rows(gradient)
         exchange.collect(route, _beginning(to_hidden, len(some)))

@@ -1,0 +1,124 @@
+"""A layer of one rank of two on one GPU: what its passes without the host take by themselves.
+
+    python benchmarks/one_rank.py --layer gpt-oss-120b --json one-rank.json
+
+The other rank is made up: its counts are drawn as this one's, and its memory is this rank's, so what would travel over
+a link travels through the GPU's own memory, and nobody is waited for. The numbers of its results mean nothing. What
+remains is the time of this rank's kernels, with the host ahead of them, loans and their gradients included: to see what
+a change of them does where there is one GPU. `moe_layer_gpu.py` measures layers on several.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from rich.progress import track
+from torch import Tensor
+
+from moe_layer_gpu import LOADS, ROOM, SIZES, Load, Size
+from moeplan.runtime_client.device.exchange import DeviceExchange
+from moeplan.runtime_client.device.mailbox import Turn
+from moeplan.runtime_client.device.passes import run_pass
+from moeplan.runtime_client.group import ExpertGroup
+from moeplan.solvers import QuotaPlanner, SpillOptions
+from plan_latency import of_one_gpu
+from result_file import write_result
+
+RANKS, WARM = 2, 4
+AHEAD = 30_000_000
+"""Cycles that the device sleeps while the host launches a step."""
+
+
+class Rank:
+    """The first rank, which has the hot experts and lends."""
+
+    def __init__(self, size: Size, device: torch.device) -> None:
+        assert dist.group.WORLD is not None
+        self.size, self.device, self.passes = size, device, 0
+        spare = max(size.experts // RANKS // 4, 2)
+        self.exchange = DeviceExchange(
+            ExpertGroup(0, RANKS, dist.group.WORLD, dist.group.WORLD),
+            QuotaPlanner(SpillOptions.uniform(size.experts, RANKS, spare), RANKS),
+            size.shape, max_tokens=size.tokens, choices=size.choices, device=device,
+            capacity=int(ROOM * size.tokens * size.choices), memory=of_one_gpu(RANKS),
+        )  # fmt: skip
+        self.exchange.flags.fill_(2**62)  # the other is there
+        self.others = torch.zeros(size.experts, dtype=torch.int32, device=device)
+        self.plan, self.exchange._launches.plan = self.exchange._launches.plan, self.plan_of_both
+        random = torch.Generator(device).manual_seed(0)
+        flat = torch.randn(size.experts // RANKS, size.shape.elements, generator=random, device=device)
+        self.experts = (flat / size.hidden**0.5).requires_grad_()
+        self.hidden = torch.randn(size.tokens, size.hidden, generator=random, device=device).bfloat16().requires_grad_()
+
+    def plan_of_both(self, grid: tuple[int, int, int], *arguments: object) -> None:
+        """Plan, once the other rank has told its counts and otherwise what this one has."""
+        table = self.exchange.table
+        table[1].copy_(table[0])
+        table[1, : self.size.experts].copy_(self.others)
+        self.plan(grid, *arguments)
+
+    def step(self, index: Tensor, weight: Tensor) -> tuple[float, float]:
+        """Milliseconds of a forward pass and of its backward."""
+        begin, middle, end = (torch.cuda.Event(enable_timing=True) for _ in range(3))
+        self.passes += 1
+        turn = Turn(0, self.passes, lambda _: None, "layer 0")
+        torch.cuda._sleep(AHEAD)
+        begin.record()
+        output = run_pass(self.exchange, turn, [self.experts], self.hidden, index, weight, torch.bfloat16)
+        middle.record()
+        output.backward(torch.ones_like(output))
+        end.record()
+        torch.cuda.synchronize()
+        self.exchange.check()
+        for leaf in (self.experts, self.hidden, weight):
+            leaf.grad = None
+        return begin.elapsed_time(middle), middle.elapsed_time(end)
+
+    def measure(self, load: Load, steps: int) -> dict[str, Any]:
+        """One row."""
+        size = self.size
+        index, others = (load.draw(size, rank, RANKS, 0).to(self.device) for rank in range(RANKS))
+        self.others.copy_(others.flatten().bincount(minlength=size.experts))
+        weight = torch.full(index.shape, 1 / size.choices, device=self.device).requires_grad_()
+        times = [self.step(index, weight) for _ in range(WARM + steps)][WARM:]
+        forward, backward = (statistics.median(taken) for taken in zip(*times, strict=True))
+        return {
+            "load": load.name,
+            "forward_ms": forward,
+            "backward_ms": backward,
+            "lent": int(self.exchange.mailbox.answer[2]),
+        }
+
+
+def main() -> None:
+    """Measure, print, and write JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layer", nargs="+", choices=SIZES, default=["gpt-oss-120b"])
+    parser.add_argument("--steps", type=int, default=10, help="of each load, after some that do not count")
+    parser.add_argument("--commit", help="name of this checkout, where git cannot tell")
+    parser.add_argument("--json", type=Path)
+    given = parser.parse_args()
+    device = torch.device("cuda", 0)
+    rows = []
+    with tempfile.NamedTemporaryFile() as meeting:
+        dist.init_process_group("gloo", init_method=f"file://{meeting.name}", rank=0, world_size=1)
+        for name in given.layer:
+            rank = Rank(SIZES[name], device)
+            for load in track(LOADS, f"{name}, loads"):
+                rows.append({"layer": name, **rank.measure(load, given.steps)})
+                print(rows[-1], flush=True)
+            rank.exchange.mailbox.close()
+        dist.destroy_process_group()
+    if given.json:
+        machine = {"device": torch.cuda.get_device_name(device), "ranks": 1, "torch": torch.__version__}
+        write_result(given.json, rows, commit=given.commit, machine=machine)
+
+
+if __name__ == "__main__":
+    main()
