@@ -112,7 +112,7 @@ def differentiate(
             there.
         ends: int32, ends of rows as in `multiply`, those of the first replica in place `first`.
         fills: int32, as `ends`, where the zeros behind an expert's rows begin; at its begin if it has no rows.
-        answer: The plan, for experts at home that are lent, which are not scaled: `give_back` does, when it has added
+        answer: The plan, for experts at home that are lent, which are not scaled: `take_back` does, when it has added
             what borrowers found. Or, where `BORROWED` is not negative, for how many of the replicas are borrowed.
         replicas: How many; at most so many are borrowed.
         loans: Place of loans in the plan.
