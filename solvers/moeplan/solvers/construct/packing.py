@@ -8,7 +8,7 @@ from moeplan.solvers.problem.arrays import Bool, Float64, Int32
 from moeplan.solvers.problem.clock import time_now
 from moeplan.solvers.problem.kernel import kernel
 
-__all__ = ["pack", "swap"]
+__all__ = ["pack", "packed_level", "swap"]
 
 
 @kernel
@@ -89,6 +89,20 @@ def _make_room(
                     load[target] += loads[x] / replicas[x]
                     return d
     return -1
+
+
+@kernel
+def packed_level(slots: Int32, loads: Float64, replicas: Int32, speed: Float64) -> float:
+    """The largest load per speed; infinite where a replica found no place, for then shares are not what they seem."""
+    largest, placed = 0.0, 0
+    for d in range(len(slots)):
+        load = 0.0
+        for e in slots[d]:
+            if e >= 0:
+                load += loads[e] / replicas[e]
+                placed += 1
+        largest = max(largest, load / speed[d])
+    return largest if placed == replicas.sum() else np.inf
 
 
 @kernel

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from moeplan.solvers.construct.packing import pack
+from moeplan.solvers.construct.packing import pack, packed_level
 from moeplan.solvers.construct.replica_counts import adams_replicas
 from moeplan.solvers.problem.arrays import Float64, Int32, Int64
 from moeplan.solvers.problem.clock import NEVER, time_now
@@ -51,7 +51,7 @@ def tiered(loads: Float64, capacity: Int32, speed: Float64, tiers: int, end: flo
         for e in order[edges[t] : edges[t + 1]]:
             spare[t] += replicas[e] - 1
     best = pack(loads, replicas, capacity, speed, NEVER)
-    level = _level(best, loads, replicas, speed)
+    level = packed_level(best, loads, replicas, speed)
     step = max(1, spare.max() // 2)
     left = min(MOST_PACKINGS, MOST_VISITS // (capacity.sum() * devices))
     while step > 0 and left > 0 and time_now() < end:
@@ -67,7 +67,7 @@ def tiered(loads: Float64, capacity: Int32, speed: Float64, tiers: int, end: flo
                 spare[taker] += shift
                 _count(loads, order, edges, spare, devices, replicas)
                 slots = pack(loads, replicas, capacity, speed, NEVER)
-                reached = _level(slots, loads, replicas, speed)
+                reached = packed_level(slots, loads, replicas, speed)
                 if reached < level:
                     best, level, better = slots, reached, True
                 else:
@@ -85,17 +85,3 @@ def _count(loads: Float64, order: Int64, edges: Int64, spare: Int64, most: int, 
         members = order[edges[t] : edges[t + 1]]
         if len(members):
             replicas[members] = adams_replicas(loads[members], len(members) + spare[t], most)
-
-
-@kernel
-def _level(slots: Int32, loads: Float64, replicas: Int32, speed: Float64) -> float:
-    """The largest load per speed; infinite where a replica found no place, for then shares are not what they seem."""
-    largest, placed = 0.0, 0
-    for d in range(len(slots)):
-        load = 0.0
-        for e in slots[d]:
-            if e >= 0:
-                load += loads[e] / replicas[e]
-                placed += 1
-        largest = max(largest, load / speed[d])
-    return largest if placed == replicas.sum() else np.inf

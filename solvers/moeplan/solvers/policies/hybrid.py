@@ -7,8 +7,9 @@
    perfect for the mean is fragile.
 3. Where devices are many and spare slots suffice, blocks of a few devices that are planned apart (see `search.blocks`).
 4. Local search (see `search.local`, or `search.even` where every replica takes an even share) from the best of them;
-   where it stalls, large neighbourhoods (see `neighbourhoods`), and one step of a stronger bound, or if asked for, all
-   of them (see `configurations`).
+   where it stalls, large neighbourhoods (see `neighbourhoods`), or other numbers of replicas (see `search.recount`)
+   where every replica takes an even share; and one step of a stronger bound, or if asked for, all of them (see
+   `configurations`).
 5. Interchangeable devices are renamed so that the fewest replicas move. A limit of moves holds throughout: a
    construction that exceeds it is cut to the arrivals that it may have, and the search never steps over it.
 6. One load vector says nothing of how loads change. Where no layout is in force, a short search on it and on a
@@ -64,6 +65,7 @@ from moeplan.solvers.search.cuts import Cuts, no_cuts
 from moeplan.solvers.search.even import improve_even
 from moeplan.solvers.search.local import Burst, Scenarios, Splits, improve, optimal_splits
 from moeplan.solvers.search.neighbourhoods import neighbour
+from moeplan.solvers.search.recount import recounted
 from moeplan.solvers.search.rooms import Room, rooms
 from moeplan.solvers.split.flow import optimal_quota
 from moeplan.solvers.split.memory import best_quota, planning_speed, token_caps
@@ -108,6 +110,13 @@ STALL = 4_000
 
 NEIGHBOURHOODS = 8
 """Neighbourhoods between two bursts of local search."""
+
+RECOUNTS = 3
+"""Layouts with other numbers of replicas, between two bursts of local search."""
+
+PER_RECOUNT = 40
+"""Candidates that looking for one counts as, unless a single packing takes longer, and then that a search from it may
+score."""
 
 IN_BLOCKS = 400
 """Candidates for each block of a large cluster."""
@@ -574,8 +583,11 @@ class _Search:
                 start, since = self._some_taken_back(rng), 0
             elif self.walk is not None and (price_now or since):
                 start = self.walk
+            begun = self.work
             self._descend(start, burst, price_now)
-            idle = 0 if self.score < before or (price_now and not exact) else idle + burst
+            if self._may_recount and self.score >= before:
+                self._recount()
+            idle = 0 if self.score < before or (price_now and not exact) else idle + self.work - begun
             since = since + burst if price and not price_now and self.score >= before else 0
             due = idle >= STALL or self._spent >= SEARCHED_BEFORE
             if exact and due and not self.over and self._time_for(FOR_EXACT_S):
@@ -659,6 +671,34 @@ class _Search:
             self.take(slots)
         elif reached < self.score:
             self.take(slots, None if splits is None else splits.quota.reshape(-1, *slots.shape))
+
+    @property
+    def _may_recount(self) -> bool:
+        """True if packing replicas anew may help: only slots limit them, and one load vector is all that counts."""
+        problem = self.problem
+        one = problem.demand.scenarios == 1 and _rule(problem) is SplitRule.EVEN
+        return one and self.limits.none and not _memory_limited(problem)
+
+    def _recount(self) -> None:
+        """Short searches from layouts with other numbers of replicas than the best one."""
+        problem, candidates = self.problem, self.parameters.candidates
+        replicas = int(problem.capacity.sum())
+        packing = max(1, replicas * replicas.bit_length() // EVEN_PER_CANDIDATE**2)  # candidates that take as long
+        packings = max(1, PER_RECOUNT // packing)
+        for _ in range(RECOUNTS):
+            if self.over:
+                return
+            assert self.best is not None
+            effort = self._effort(packings, 0.0)
+            packed = recounted(self.best, problem.mean_load, problem.capacity, self.scenarios.speed, effort)
+            self.work += packings * packing
+            if self.late:
+                return
+            slots, steps = _widen(packed, problem), min(PER_RECOUNT, max(1, candidates - self.work))
+            if self._improve(slots, self.scenarios, self.limits, self._effort(steps, 0.0)) < self.score:
+                for within in self._within_moves(slots):
+                    self.take(within)
+            self.work += steps
 
     def _effort(self, steps: int, price: float) -> Burst:
         """A burst of so many candidates."""
