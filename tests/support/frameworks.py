@@ -51,7 +51,8 @@ def train(example: str, *arguments: str, python: str = sys.executable, ranks: in
     said = launch(EXAMPLES / example, *arguments, python=python, ranks=ranks)
     answers = [line[line.index('{"mode"') :] for line in said.splitlines() if '{"mode"' in line]
     assert len(answers) == 1, said[-5000:]
-    answer: dict[str, Any] = json.loads(answers[0])
+    answer: dict[str, Any]
+    answer, _ = json.JSONDecoder().raw_decode(answers[0])  # another rank may have gone on in the same line
     return answer
 
 

@@ -98,18 +98,36 @@ parallel_state.initialize_model_parallel()
 for kind in ("resident", "sharded"):
     spec = balance(loop.get_gpt_layer_local_spec(num_experts=loop.EXPERTS), "spill", kind=kind)
     layer = loop.make(spec, "aux_loss").decoder.layers[0].mlp
-    arrived = set()
+    hidden, arrived = torch.randn(loop.LENGTH, 1, 32), set()
 
     def gather(module, *_):
         for parameter in module.parameters(recurse=False):
-            parameter.data.zero_()
+            parameter.data.fill_(0.1)
             arrived.add(parameter)
 
+    if kind == "resident":
+        for parameter in layer.experts.parameters():
+            parameter.data.zero_()
+        try:
+            layer(hidden)
+        except RuntimeError as error:
+            assert str(error).startswith("MoE layer 1: its experts are zeros"), error
+        else:
+            raise AssertionError("experts that are zeros")
+    for module in layer.experts.modules():
+        gather(module)
+    expected, _ = layer(hidden)
+    assert expected.any()
+    for parameter in arrived:
+        parameter.data.normal_()
+    before, _ = layer(hidden)
+    assert not torch.equal(before, expected)
+    arrived.clear()
     for module in layer.experts.modules():
         module.register_forward_pre_hook(gather)
-    output, _ = layer(torch.randn(loop.LENGTH, 1, 32))
+    output, _ = layer(hidden)
     assert arrived == set(layer.experts.parameters())
-    assert not output.any()
+    assert torch.equal(output, expected)
 """
 
 

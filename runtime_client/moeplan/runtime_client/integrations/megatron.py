@@ -118,7 +118,7 @@ class BalancedMoELayer(MoELayer):
         super().__init__(config, submodules, layer_number, pg_collection)
         self.balancer = balancer
         self._records = balancer.mode is Mode.RECORD
-        title, shape, shard = f"MoE layer {layer_number}", None, None
+        title, shape, shard = _title(layer_number), None, None
         if not self._records:
             _require_known(title, config, self.experts, self.attn_tp_group.size())
             shape = _shape(title, config)
@@ -127,6 +127,12 @@ class BalancedMoELayer(MoELayer):
         self._balanced = balancer.layer(title, config.num_moe_experts, self.ep_group, shape, shard)
         if isinstance(self._balanced.experts, FrameworkShards):
             self.experts = ShardedExperts(self._balanced.experts, self.experts)
+
+    def set_layer_number(self, layer_number: int) -> None:
+        """Take the number, which Megatron tells once the layer is made, into the layer's name in errors."""
+        super().set_layer_number(layer_number)
+        if self._balanced.experts is not None:
+            self._balanced.experts.name = _title(layer_number)
 
     def preprocess(self, hidden_states: Tensor, probs: Tensor, routing_map: Tensor) -> Any:
         """Choices instead of the permutation by expert; `routed_experts_compute` does all that follows."""
@@ -253,6 +259,10 @@ def _wait_for_weights(experts: Any) -> None:
         module = experts.get_submodule(name)
         for hook in module._forward_pre_hooks.values():
             hook(module, ())
+
+
+def _title(layer_number: int | None) -> str:
+    return "an MoE layer" if layer_number is None else f"MoE layer {layer_number}"
 
 
 def _require_known(title: str, config: TransformerConfig, experts: Any, tensor_parallel: int) -> None:
