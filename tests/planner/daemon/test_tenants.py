@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import grpc
+import numpy as np
 import pytest
 from tests.planner.daemon.test_security import Authority
 from tests.support.daemon import WAIT_S, DaemonProcess, Rank, Start, eventually, small_job, small_problem
@@ -20,7 +21,8 @@ from moeplan.api.connection import Security
 from moeplan.api.errors import ServiceError, UnauthenticatedError, UnavailableError
 from moeplan.planner.daemon.tenants import Tenants
 from moeplan.planner.daemon.workers.turns import Turns
-from moeplan.v1 import problem_pb2, solver_pb2
+from moeplan.solvers import Cluster, Demand, Problem, SolveParameters
+from moeplan.v1 import solver_pb2
 
 
 @dataclass(frozen=True)
@@ -178,9 +180,12 @@ def test_solves_that_wait_are_limited_in_bytes_and_shared_by_tenant(start: Start
         "".join(f'[{name}]\nprefix = "{name}-"\ntoken_sha256 = ["{digests(name)[name]}"]\n' for name in NAMES[:2])
     )
     daemon = start("--tenants", str(file), "--limit", "queue_bytes=300000").serving()
+    # Perfect balance is out of reach, so a solve lasts until its deadline, however slowly the others come.
+    popularity = (1 + np.arange(256)) ** -0.6
+    tokens = np.random.default_rng(0).multinomial(70_000, popularity / popularity.sum(), size=144)
     request = solver_pb2.SolveRequest(
-        problems=[wire.write_problem(small_problem(devices=64, experts=512))],
-        parameters=problem_pb2.SolveParameters(work_limit=2**40),
+        problems=[wire.write_problem(Problem(Cluster.uniform(144, 2), Demand.of(tokens)))],
+        parameters=wire.write_parameters(SolveParameters(deadline_s=3.0, work_limit=2**40)),
     )
     assert 100_000 < request.ByteSize() < 300_000
     ends: list[str] = []
