@@ -12,23 +12,19 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from rich.progress import track
 from torch import Tensor
 
 from moe_layer_gpu import LOADS, ROOM, SIZES, Load, Size
-from moeplan.runtime_client.device.exchange import DeviceExchange
 from moeplan.runtime_client.device.mailbox import Turn
 from moeplan.runtime_client.device.passes import run_pass
-from moeplan.runtime_client.group import ExpertGroup
+from moeplan.runtime_client.device.routes import LENT
 from moeplan.solvers import QuotaPlanner, SpillOptions
-from plan_latency import of_one_gpu
-from result_file import write_result
+from one_gpu import exchange_of_one, process_of_one, write_result_of_one
 
 RANKS, WARM = 2, 4
 AHEAD = 30_000_000
@@ -39,16 +35,13 @@ class Rank:
     """The first rank, which has the hot experts and lends."""
 
     def __init__(self, size: Size, device: torch.device) -> None:
-        assert dist.group.WORLD is not None
         self.size, self.device, self.passes = size, device, 0
         spare = max(size.experts // RANKS // 4, 2)
-        self.exchange = DeviceExchange(
-            ExpertGroup(0, RANKS, dist.group.WORLD, dist.group.WORLD),
-            QuotaPlanner(SpillOptions.uniform(size.experts, RANKS, spare), RANKS),
-            size.shape, max_tokens=size.tokens, choices=size.choices, device=device,
-            capacity=int(ROOM * size.tokens * size.choices), memory=of_one_gpu(RANKS),
+        planner = QuotaPlanner(SpillOptions.uniform(size.experts, RANKS, spare), RANKS)
+        self.exchange = exchange_of_one(
+            0, RANKS, planner, size.shape, device, max_tokens=size.tokens, choices=size.choices,
+            capacity=int(ROOM * size.tokens * size.choices),
         )  # fmt: skip
-        self.exchange.flags.fill_(2**62)  # the other is there
         self.others = torch.zeros(size.experts, dtype=torch.int32, device=device)
         self.plan, self.exchange._launches.plan = self.exchange._launches.plan, self.plan_of_both
         random = torch.Generator(device).manual_seed(0)
@@ -92,7 +85,7 @@ class Rank:
             "load": load.name,
             "forward_ms": forward,
             "backward_ms": backward,
-            "lent": int(self.exchange.mailbox.answer[2]),
+            "lent": int(self.exchange.mailbox.answer[LENT]),
         }
 
 
@@ -104,20 +97,16 @@ def main() -> None:
     parser.add_argument("--commit", help="name of this checkout, where git cannot tell")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
-    device = torch.device("cuda", 0)
     rows = []
-    with tempfile.NamedTemporaryFile() as meeting:
-        dist.init_process_group("gloo", init_method=f"file://{meeting.name}", rank=0, world_size=1)
+    with process_of_one() as device:
         for name in given.layer:
             rank = Rank(SIZES[name], device)
             for load in track(LOADS, f"{name}, loads"):
                 rows.append({"layer": name, **rank.measure(load, given.steps)})
                 print(rows[-1], flush=True)
             rank.exchange.mailbox.close()
-        dist.destroy_process_group()
     if given.json:
-        machine = {"device": torch.cuda.get_device_name(device), "ranks": 1, "torch": torch.__version__}
-        write_result(given.json, rows, commit=given.commit, machine=machine)
+        write_result_of_one(given.json, rows, given.commit)
 
 
 if __name__ == "__main__":

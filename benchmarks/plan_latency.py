@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import os
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,19 +24,16 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import triton
 import triton.language as tl
 from rich.progress import track
 
 from moeplan.runtime_client.device.exchange import DeviceExchange
-from moeplan.runtime_client.device.memory import SymmetricMemory
 from moeplan.runtime_client.device.routes import BORROWED, LENT, LOAN, AnswerShape, Owners, write_answer
-from moeplan.runtime_client.group import ExpertGroup
 from moeplan.runtime_client.layers.feed_forward import ExpertShape
 from moeplan.solvers import QuotaPlanner, SpillOptions
 from moeplan.solvers.problem.arrays import Int32
-from result_file import write_result
+from one_gpu import exchange_of_one, process_of_one, write_result_of_one
 
 SPARE, TOKENS, CHOICES, AT_ONCE = 2, 16_384, 8, 20
 
@@ -46,16 +42,6 @@ SPARE, TOKENS, CHOICES, AT_ONCE = 2, 16_384, 8, 20
 def stamp(times: tl.tensor, at: tl.tensor) -> None:
     """Write the GPU's nanoseconds."""
     tl.store(times + at, tl.extra.cuda.globaltimer().to(tl.int64))
-
-
-def of_one_gpu(ranks: int) -> Any:
-    """Memory of all ranks: all of them this one's."""
-
-    def make(group: dist.ProcessGroup, size: int, device: torch.device) -> SymmetricMemory:
-        own = torch.zeros(size, dtype=torch.uint8, device=device)
-        return SymmetricMemory.of_addresses(own, [own.data_ptr()] * ranks)
-
-    return make
 
 
 def draw(ranks: int, experts: int, number: int) -> Int32:
@@ -106,14 +92,11 @@ def read_by_kernels(answer: Int32, shape: AnswerShape) -> list[slice]:
 
 def measure(ranks: int, experts: int, number: int, busy: bool, device: torch.device) -> dict[str, Any]:
     """One row."""
-    assert dist.group.WORLD is not None
-    group = ExpertGroup(ranks // 2, ranks, dist.group.WORLD, dist.group.WORLD)
     planner = QuotaPlanner(SpillOptions.uniform(experts, ranks, SPARE), ranks)
-    exchange = DeviceExchange(
-        group, planner, ExpertShape(64, 64), max_tokens=TOKENS, choices=CHOICES, device=device,
-        capacity=2 * TOKENS * CHOICES, memory=of_one_gpu(ranks),
+    exchange = exchange_of_one(
+        ranks // 2, ranks, planner, ExpertShape(64, 64), device, max_tokens=TOKENS, choices=CHOICES,
+        capacity=2 * TOKENS * CHOICES,
     )  # fmt: skip
-    exchange.flags.fill_(2**62)  # the others are there
     shape, counts = exchange.mailbox.shape, draw(ranks, experts, number)
     tables = torch.zeros(AT_ONCE, *exchange.table.shape, dtype=torch.int32, device=device)
     answers = torch.zeros(AT_ONCE, shape.words, dtype=torch.int32, device=device)
@@ -187,22 +170,15 @@ def main() -> None:
     parser.add_argument("--commit", help="name of this checkout, where git cannot tell")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    device = torch.device("cuda", 0)
     rows = []
-    with tempfile.NamedTemporaryFile() as meeting:
-        dist.init_process_group("gloo", init_method=f"file://{meeting.name}", rank=0, world_size=1)
+    with process_of_one() as device:
         for ranks in options.ranks:
             for busy in (False, True):
                 number = options.plans // (5 if busy else 1)
                 rows.append(measure(ranks, options.experts, number, busy, device))
                 print(rows[-1], flush=True)
-        dist.destroy_process_group()
     if options.json:
-        machine = {
-            "device": torch.cuda.get_device_name(device), "ranks": 1, "torch": torch.__version__,
-            "cores": os.cpu_count(),
-        }  # fmt: skip
-        write_result(options.json, rows, commit=options.commit, machine=machine)
+        write_result_of_one(options.json, rows, options.commit, cores=os.cpu_count())
 
 
 if __name__ == "__main__":

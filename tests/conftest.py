@@ -12,7 +12,7 @@ from tests.support.daemon import Start, started
 
 # Before torch is imported, and for all processes that tests start: files run side by side, and threads of one operation
 # that wait for each other on processors which others have would burn most of them.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["OMP_NUM_THREADS"] = "1"
 
 settings.register_profile("new", deadline=None)  # no test fails by the time that it takes
 settings.register_profile("same", derandomize=True, database=None, deadline=None)

@@ -33,7 +33,7 @@ def launch(program: Path, *arguments: str, python: str = sys.executable, ranks: 
     """What the ranks of a program print."""
     command = [python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     roots = [str(ROOT / root) for root in ("planner", "solvers", "proto", "runtime_client")]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(roots), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(roots)}
     run = subprocess.run(
         [*command, str(program), *arguments],
         env=environment,

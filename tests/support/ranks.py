@@ -55,7 +55,6 @@ class Ranks:
             self._control, theirs = socket.socketpair()
             environment = os.environ | {
                 "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
-                "OMP_NUM_THREADS": "1",
                 "TRITON_INTERPRET": "1",  # kernels of GPUs run on CPUs
             }
             with theirs:

@@ -23,7 +23,7 @@ def torchrun(*arguments: str, ranks: int = 2) -> str:
     paths = os.pathsep.join(filter(None, sys.path))
     # A store that torchrun keeps over restarts still has the gloo addresses of dead ranks (torch 2.13's dynamic
     # rendezvous makes one store for all rounds, pytorch#135712), and the second start then connects to those.
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    environment = os.environ | {"PYTHONPATH": paths, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
     try:
         output, _ = process.communicate(timeout=LIMIT_S)

@@ -543,16 +543,13 @@ class DeviceExchange:
         table = self.mailbox.table.numel()
         way = {"WIDTH": shape.hidden, "EACH": 16 // item}
         network = {"WIDTH": shape.width, "GATED": shape.gated, "NAME": shape.activation, **self._inner}
-
-        def loans(lenders: int) -> dict[str, int]:
-            return {"ELEMENTS": shape.elements, "LENDERS": lenders, "LENT": LENT, "LOANS": answer.loans}
-
+        loans = {"ELEMENTS": shape.elements, "LENT": LENT, "LOANS": answer.loans}
         rounds = {"AWAY": self.rounds * self.span, "SPAN": self.span}
 
         def hand_out(lenders: int, again: bool = False) -> Launch:
             return Launch(
                 kernels.hand_out, 8, CHOICES=self.choices, TOKENS=self.max_tokens, **way, ROWS=self.rows,
-                SPAN=self.span, AGAIN=again, FULLEST=FULLEST, **loans(lenders), **self._wide, PIECE=self._piece,
+                SPAN=self.span, AGAIN=again, FULLEST=FULLEST, LENDERS=lenders, **loans, **self._wide, PIECE=self._piece,
             )  # fmt: skip
 
         def arrange(lenders: int, backward: bool = False) -> Launch:
@@ -588,10 +585,7 @@ class DeviceExchange:
             hand_again=hand_out(0, again=True),
             arrange={lenders: arrange(lenders) for lenders in (0, self._lenders)},
             arrange_again=arrange(0, backward=True),
-            take_back=Launch(
-                kernels.take_back, 4, EACH=way["EACH"], ELEMENTS=shape.elements, LENT=LENT, LOANS=answer.loans,
-                BLOCKS=self._lenders, PIECE=min(_TAKEN, self._piece),
-            ),
+            take_back=Launch(kernels.take_back, 4, EACH=way["EACH"], **loans, PIECE=min(_TAKEN, self._piece)),
             give_back=give_back(backward=False),
             give_gradients=give_back(backward=True),
             collect=Launch(

@@ -395,8 +395,8 @@ def hand_out(
     SPAN: tl.constexpr,
     AGAIN: tl.constexpr,
     FULLEST: tl.constexpr,
-    ELEMENTS: tl.constexpr,
     LENDERS: tl.constexpr,
+    ELEMENTS: tl.constexpr,
     LENT: tl.constexpr,
     LOANS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -634,7 +634,6 @@ def take_back(
     ELEMENTS: tl.constexpr,
     LENT: tl.constexpr,
     LOANS: tl.constexpr,
-    BLOCKS: tl.constexpr,
     PIECE: tl.constexpr,
 ) -> None:
     """Add what borrowers found to the gradients of experts that were lent, in float32 and in the order of the list.
@@ -645,7 +644,7 @@ def take_back(
         answer: The plan.
         scale: float, what the sums are multiplied by.
     """
-    for first in range(tl.program_id(0) * PIECE, ELEMENTS, BLOCKS * PIECE):
+    for first in range(tl.program_id(0) * PIECE, ELEMENTS, tl.num_programs(0) * PIECE):
         piece = first + tl.arange(0, PIECE)
         inside = piece < ELEMENTS
         # Loans of one expert follow one another: it is read and written once.

@@ -1,0 +1,66 @@
+"""A GPU that is one rank of several: the others are made up, and all memory is its own."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from moeplan.runtime_client.device.exchange import DeviceExchange, Expert
+from moeplan.runtime_client.device.memory import SymmetricMemory
+from moeplan.runtime_client.group import ExpertGroup
+from moeplan.solvers import QuotaPlanner
+from result_file import write_result
+
+__all__ = ["exchange_of_one", "process_of_one", "write_result_of_one"]
+
+
+@contextmanager
+def process_of_one() -> Iterator[torch.device]:
+    """A process group of this process alone, for `exchange_of_one`; its GPU."""
+    with tempfile.NamedTemporaryFile() as meeting:
+        dist.init_process_group("gloo", init_method=f"file://{meeting.name}", rank=0, world_size=1)
+        yield torch.device("cuda", 0)
+        dist.destroy_process_group()
+
+
+def exchange_of_one(
+    rank: int,
+    ranks: int,
+    planner: QuotaPlanner,
+    shape: Expert,
+    device: torch.device,
+    *,
+    max_tokens: int,
+    choices: int,
+    capacity: int,
+) -> DeviceExchange:
+    """The exchange of a rank for which all others are there at every meeting, and write nothing.
+
+    Args:
+        rank: Which of the `ranks` it is.
+        ranks: How many there are; the rest as `DeviceExchange` has it.
+    """
+    assert dist.group.WORLD is not None
+
+    def memory(group: dist.ProcessGroup, size: int, device: torch.device) -> SymmetricMemory:
+        own = torch.zeros(size, dtype=torch.uint8, device=device)
+        return SymmetricMemory.of_addresses(own, [own.data_ptr()] * ranks)
+
+    group = ExpertGroup(rank, ranks, dist.group.WORLD, dist.group.WORLD)
+    exchange = DeviceExchange(
+        group, planner, shape, max_tokens=max_tokens, choices=choices, device=device, capacity=capacity, memory=memory
+    )
+    exchange.flags.fill_(2**62)
+    return exchange
+
+
+def write_result_of_one(path: Path, rows: Sequence[dict[str, Any]], commit: str | None, **facts: object) -> None:
+    """Write what was measured on the GPU, with `facts` of the machine beside its own."""
+    machine = {"device": torch.cuda.get_device_name(0), "ranks": 1, "torch": torch.__version__, **facts}
+    write_result(path, rows, commit=commit, machine=machine)
