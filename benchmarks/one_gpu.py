@@ -56,7 +56,8 @@ def exchange_of_one(
     exchange = DeviceExchange(
         group, planner, shape, max_tokens=max_tokens, choices=choices, device=device, capacity=capacity, memory=memory
     )
-    exchange.flags.fill_(2**62)
+    for flags in (exchange.flags, exchange.flags_beside):
+        flags.fill_(2**62)
     return exchange
 
 

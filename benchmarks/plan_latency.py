@@ -86,6 +86,7 @@ def read_by_kernels(answer: Int32, shape: AnswerShape) -> list[slice]:
         slice(shape.home_ends, shape.shared + borrowed + 1),
         slice(shape.loans, shape.loans + LOAN * int(answer[LENT])),
         slice(shape.sharers, shape.sharers + 2 * int(answer[shape.shared + borrowed])),
+        slice(shape.owners, shape.owners + 2 * borrowed),
         slice(shape.fills, shape.words),
     ]
 

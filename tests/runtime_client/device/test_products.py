@@ -56,6 +56,14 @@ def products_of(seed: int) -> None:
     left, right = filled(rows, places, width), filled(rows, places, depth)
     ahead = products.apply(right, matrices, rows.ends)
     back = products.apply_back(left, matrices, rows.ends)
+    first, halves = int(rng.integers(0, owned + spare)), torch.full_like(ahead, float("nan"))
+    products.apply(right, matrices[first:], rows.ends, halves)  # of the last experts
+    begin = int(rows.ends[first - 1]) if first else 0
+    assert halves[:begin].isnan().all()
+    assert torch.equal(halves[begin : rows.ends[-1]], ahead[begin : rows.ends[-1]])
+    if first:  # and of the others
+        products.apply(right, matrices[:first], rows.ends[:first], halves)
+    assert torch.equal(halves[: rows.ends[-1]], ahead[: rows.ends[-1]])
     for place, matrix in zip(places, matrices, strict=True):
         torch.testing.assert_close(ahead[place], right[place] @ matrix.T, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(back[place], left[place] @ matrix, rtol=1e-4, atol=1e-4)

@@ -96,22 +96,31 @@ def test_every_pair_goes_to_a_row_of_its_own_in_the_order_of_slots_and_sources(s
             (mine.index(e), int(d)) for e, d in zip(plan.expert, plan.device, strict=True) if options.home[e] == device
         )
         assert [(row, d) for row, d, *_ in loans] == expected
-        for row, borrower, slot, nth, borrowers in loans:
+        for row, borrower, slot, nth in loans:
             width = int((options.home == borrower).sum())
             assert slots_of(plan, options, borrower)[width + slot] == mine[row]
             theirs = [loan[1:3] for loan in loans if loan[0] == row]
-            assert (theirs[nth], len(theirs)) == ([borrower, slot], borrowers)
+            assert theirs[nth] == [borrower, slot]
             known, there = answer_of(plan, options, Numbering(borrower, rows, away, tile))
             begin, end = known[there.shared + slot : there.shared + slot + 2]
-            assert known[there.sharers : there.fills].reshape(-1, 2)[begin:end].tolist() == theirs
+            assert known[there.sharers : there.owners].reshape(-1, 2)[begin:end].tolist() == theirs
+            offered = sorted({loan[0] for loan in loans})
+            owner = known[there.owners : there.fills].reshape(-1, 2)[slot].tolist()
+            assert owner == [device, offered.index(row)]
 
 
 def test_lending_one_expert_is_what_a_plan_with_one_loan_says() -> None:
     options = SpillOptions.uniform(6, 3, 2)
     counts = np.zeros((3, 6), np.int64)
-    counts[0, 0], counts[1, 2] = 12, 6
-    answer, shape = answer_of(QuotaPlanner(options, 3).plan(counts), options, Numbering(0, 100, -1, 1))
-    one = lend_one(shape, 2)
-    assert one[[FAULT, MOST, LENT, BORROWED]].tolist() == answer[[FAULT, MOST, LENT, BORROWED]].tolist() == [0, 2, 1, 0]
-    loan = slice(shape.loans, shape.loans + LOAN)
-    assert one[loan].tolist() == answer[loan].tolist()
+    counts[0, 0], counts[2, 4] = 12, 6
+    plan = QuotaPlanner(options, 3).plan(counts)
+    owner, shape = answer_of(plan, options, Numbering(0, 100, -1, 1))
+    borrower, _ = answer_of(plan, options, Numbering(1, 100, -1, 1))
+    places_of_borrowed = [first + word for first in (shape.sharers, shape.owners) for word in (0, 1)]
+    for rank, answer, words, places in (
+        (0, owner, [FAULT, MOST, LENT], slice(shape.loans, shape.loans + LOAN)),
+        (1, borrower, [FAULT, MOST, BORROWED], [shape.shared, shape.shared + 1, *places_of_borrowed]),
+    ):
+        one = lend_one(shape, rank, 3)
+        assert one[words].tolist() == answer[words].tolist() == [0, 2, 1]
+        assert one[places].tolist() == answer[places].tolist()

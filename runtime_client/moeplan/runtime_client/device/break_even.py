@@ -6,14 +6,16 @@ import statistics
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from moeplan.runtime_client.device.exchange import DeviceExchange, Route
 from moeplan.runtime_client.device.passes import split
-from moeplan.runtime_client.device.products import Rows
+from moeplan.runtime_client.device.products import Rows, tile_rows
 from moeplan.runtime_client.device.routes import lend_one
+from moeplan.runtime_client.group import mark
 
 __all__ = ["measure_transfer"]
 
@@ -29,7 +31,8 @@ def measure_transfer(exchange: DeviceExchange) -> float:
 
     For `DeviceExchange.charge`, so that planners lend only what earns its transfer. All ranks call it at the same time,
     outside of passes, and get the same number: the largest time of a loan over the largest of a token. It takes some
-    milliseconds after the first call, which compiles kernels.
+    milliseconds after the first call, which compiles kernels. What travels beside products costs little, so a part of
+    it is the gradient of a borrowed expert, which is written whole however few tokens it has.
 
     Args:
         exchange: With spare slots.
@@ -43,30 +46,40 @@ def measure_transfer(exchange: DeviceExchange) -> float:
     shape = exchange.mailbox.shape
     experts = torch.randn(1, elements, device=device).to(exchange.dtype)
     gradient = torch.zeros(1, elements, device=device, dtype=exchange.weights)
-    answer = torch.zeros(shape.words, dtype=torch.int32, device=device)
-    none = Route(answer, answer[:0], answer[shape.home_ends : shape.shared], answer[shape.fills :])
-    next_rank = (exchange.group.rank + 1) % exchange.group.size
-    one = Route(torch.from_numpy(lend_one(shape, next_rank)).to(device), none.target, none.ends, none.fills)
-    nothing = experts.new_empty(0, exchange.shape.hidden)
+    rank, lent = exchange.group.rank, torch.empty_like(exchange.lent)
+    answers = np.zeros(shape.words, np.int32), lend_one(shape, rank, exchange.group.size)
+    none, one = (Route(answer, *[answer[:0]] * 3) for answer in (torch.from_numpy(each).to(device) for each in answers))
     nowhere = torch.full_like(exchange.where, -1)
 
+    tile = tile_rows(device)
     weights = torch.randn(_REPLICAS, elements, device=device).to(exchange.dtype)
     rows = torch.randn(_ROWS, exchange.shape.hidden, device=device).to(exchange.dtype)
     ends = torch.arange(1, _REPLICAS + 1, dtype=torch.int32, device=device) * (_ROWS // _REPLICAS)
+    some = (ends * min(exchange.pairs / _ROWS, 1)).int() // tile * tile  # a rank need not have so many
     inner, _ = split(exchange.shape, weights)
     to_first = torch.randn(_ROWS, inner.shape[1], device=device).to(exchange.dtype)
+    one_tile = torch.full((exchange.spare,), tile, dtype=torch.int32, device=device)
+    borrowed = Rows(slice(0, tile), one_tile, one_tile)
+    to_inner, to_outer = split(exchange.shape, exchange.lent)
 
     def lend(route: Route) -> None:
-        exchange.hand_out(route, nothing, experts)
-        left = exchange.leave(exchange.lent)
-        exchange.products.apply_back(to_first, inner, ends)  # beside which owners take back, as in a pass
-        exchange.take_back(route, gradient, 1.0, left)
-        exchange.give_back(0, nowhere, [nothing], exchange.share)
-        exchange.end_taking()
+        exchange.hand_out(route, rows[:0], experts)
+        # Beside products, as in a pass: that of experts at home, and one that does not need gradients of weights.
+        ready = mark(device)
+        exchange.products.apply(rows, inner, some)
+        exchange.fetch(route, lent, ready)
+        exchange.end_loans()
+        for left, right, out in ((to_first, rows, to_inner), (rows, to_first[:, : exchange.shape.width], to_outer)):
+            exchange.products.differentiate(left, right, borrowed, route.answer, out, borrowed=True)
+        left_at = exchange.leave(exchange.lent)
+        exchange.products.apply_back(to_first, inner, some)
+        exchange.take_back(route, gradient, 1.0, left_at)
+        exchange.give_back(0, nowhere, [rows[:0]], exchange.share)
+        exchange.end_loans()
         exchange.meet()
 
     def compute() -> None:
-        _products(exchange, weights, rows, ends, answer)
+        _products(exchange, weights, rows, ends, none.answer)
 
     with_loan, without, products = _medians_ms((lambda: lend(one), lambda: lend(none), compute), compute)
     times = torch.tensor([with_loan - without, products], dtype=torch.float64, device=device)
@@ -103,9 +116,9 @@ def _medians_ms(works: Sequence[Callable[[], None]], before: Callable[[], None],
     for _ in range(_AHEAD):
         before()
     marks[0].record()
-    for turn, mark in enumerate(marks[1:]):
+    for turn, end in enumerate(marks[1:]):
         works[turn % len(works)]()
-        mark.record()
+        end.record()
     torch.cuda.synchronize()
     took = [start.elapsed_time(end) for start, end in pairwise(marks)]
     return [statistics.median(took[turn :: len(works)]) for turn in range(len(works))]

@@ -21,7 +21,7 @@ from moeplan.runtime_client.device.mailbox import Mailbox, Planning, Turn
 from moeplan.runtime_client.device.memory import SymmetricMemory, places, symmetric_memory
 from moeplan.runtime_client.device.products import Products, Rows, tile_rows
 from moeplan.runtime_client.device.quota_plans import QuotaPlans
-from moeplan.runtime_client.device.routes import BORROWED, FULLEST, LENT, Numbering
+from moeplan.runtime_client.device.routes import BORROWED, FULLEST, LENT, MOST, Numbering
 from moeplan.runtime_client.group import ExpertGroup, beside, join, mark
 from moeplan.solvers import QuotaPlanner, SpillOptions
 from moeplan.solvers.problem.arrays import Int32
@@ -29,13 +29,13 @@ from moeplan.solvers.problem.arrays import Int32
 __all__ = ["DeviceExchange", "Route", "SlotsOfLayouts"]
 
 _LENDERS = 128
-"""Blocks that move lent experts beside the tokens: as many as it takes to fill a link with reads from another GPU."""
+"""Blocks that move lent experts and their gradients: as many as it takes to fill a link with reads from another GPU."""
 
 _ELEMENTS = 8192
-"""Elements that a block moves at a time."""
+"""Elements of tokens that a block moves at a time."""
 
-_TAKEN = 4096
-"""Elements of loans' gradients that a block adds at a time: few, so that it fits on a processor beside a product's."""
+_MOVED = 4096
+"""Elements of a lent expert that a block moves at a time: few, so that it fits on a processor beside a product's."""
 
 _CONVERTED = 4096
 """Elements that a block converts at a time."""
@@ -105,7 +105,8 @@ class DeviceExchange:
 
     Memory of a rank, in bytes, with b bytes per element, N ranks, T = max_tokens, K spare slots and C = capacity and
     128 rows for each of its experts, or twice as many where lent experts have rows of their own: in symmetric memory
-    ``b * (hidden * T * (N + choices) + K * elements)`` and a little more; and for each pass whose backward is to come
+    ``b * (hidden * T * (N + choices) + (K + L) * elements)`` and a little more, where L is the most that a rank lends,
+    ``K * (N - 1)`` or its experts if they are fewer; and for each pass whose backward is to come
     ``b * C * (hidden + rows of the first matrix)`` and lent experts, or converted ones where the weights have another
     type. Later rounds keep no more than the tokens of this rank and the weights of their rows: their backward sends
     tokens again, for which it takes ``b * C * hidden`` a round, and computes again what the first round keeps.
@@ -151,12 +152,14 @@ class DeviceExchange:
     ) -> None:
         if group.tokens is None:
             raise ValueError("group of one rank: there is nothing to exchange; leave `exchange` out")
+        self.spare = self._offers = 0
         if isinstance(planner, SlotsOfLayouts):
             _require_slots(planner, group.size)
-            self.spare, weights = 0, dtype  # they are gathered so
+            weights = dtype  # they are gathered so
         elif isinstance(planner, QuotaPlanner):
             _require_homes(planner.options, group.size)
             self.spare = min(int(planner.options.spare[0]), planner.options.experts)
+            self._offers = min(int(np.bincount(planner.options.home).max()), self.spare * (group.size - 1))
         else:
             raise ValueError(f"planner = {type(planner).__name__}: without the host only QuotaPlanner plans")
         for name, value in (("max_tokens", max_tokens), ("choices", choices), ("rounds", rounds)):
@@ -198,6 +201,7 @@ class DeviceExchange:
         item, hidden = dtype.itemsize, shape.hidden
         sizes = {
             "flags": 8 * group.size,
+            "flags_beside": 8 * group.size,
             "abort": 8,
             "table": 4 * self.mailbox.table.numel(),
             "arrived": item * self.group_tokens * hidden,
@@ -206,12 +210,15 @@ class DeviceExchange:
             "returned": item * pairs * hidden,
             "returned_weight": 4 * pairs,
             "lent": item * self.spare * shape.elements,
+            "offered": item * self._offers * shape.elements,
         }
         begins, size = places(sizes)
         self.memory = memory(group.tokens, size, device)
         self.peers = self.memory.peers
         view = self.memory.view
-        self.flags = view(begins["flags"], (group.size,), torch.int64)
+        self.flags, self.flags_beside = (
+            view(begins[name], (group.size,), torch.int64) for name in ("flags", "flags_beside")
+        )
         self.abort = view(begins["abort"], (1,), torch.int64)
         self.table = view(begins["table"], tuple(self.mailbox.table.shape), torch.int32)
         self.arrived = view(begins["arrived"], (self.group_tokens, hidden), dtype)
@@ -220,13 +227,16 @@ class DeviceExchange:
         self.returned = view(begins["returned"], (pairs, hidden), dtype)
         self.returned_weight = view(begins["returned_weight"], (pairs,), torch.float32)
         self.lent = view(begins["lent"], (self.spare, shape.elements), dtype)
-        self.state = torch.zeros(1, dtype=torch.int64, device=device)
-        self._signals = (self.state, self.flags, self.abort, self.peers, group.rank, self.limit_ns)
-        self._lenders = (_LENDERS if device.type == "cuda" else 1) if self.spare else 0
+        self.offered = view(begins["offered"], (self._offers, shape.elements), dtype)
+        self.state, self.state_beside = (torch.zeros(1, dtype=torch.int64, device=device) for _ in range(2))
+        told = self.abort, self.peers, group.rank, self.limit_ns
+        self._signals = self.state, self.flags, *told
+        self._signals_beside = self.state_beside, self.flags_beside, *told
+        self._lenders = _LENDERS if device.type == "cuda" else 1
         self._blocks, self._few = _kernels().processors(device), _kernels().blocks_beside(device)
         self._wide, self._narrow = _tile(hidden, _ELEMENTS), _tile(hidden, _ELEMENTS // 2)
         self._inner = _tile(shape.width, _ELEMENTS // 4)  # of several tensors at once
-        self._piece = min(_ELEMENTS, _kernels().power_of_2(shape.elements))
+        self._piece = min(_MOVED, _kernels().power_of_2(shape.elements))
         self._launches = self._make_launches()
         self.products = Products(self.mailbox.shape, device)
 
@@ -405,42 +415,58 @@ class DeviceExchange:
             self._launches.convert((self._few, 1, 1), experts, out)
 
     def hand_out(self, route: Route, source: Tensor, experts: Tensor | None = None, *, again: bool = False) -> None:
-        """Send tokens or their gradients to the ranks that compute them, and lent experts.
+        """Send tokens or their gradients to the ranks that compute them, and offer lent experts.
 
         Args:
             route: Of the pass.
             source: [tokens, hidden].
-            experts: [owned, elements], from which those that are lent are sent, converted on the way.
+            experts: [owned, elements], from which those that are lent are offered, converted on the way.
             again: Only if a rank has rows in later rounds.
         """
-        lenders = 0 if experts is None else self._lenders
+        lenders = 0 if experts is None or not self.spare else self._lenders
         launch = self._launches.hand_again if again else self._launches.hand_out[lenders]
         blocks = lenders + -(-len(source) // self._wide["BLOCK"])
         if blocks:
             launch(
                 (blocks, 1, 1), source, route.target, self.arrived, self.peers, source if experts is None else experts,
-                self.lent, route.answer, len(source), self.group.rank,
+                self.offered, route.answer, len(source), self.group.rank,
             )  # fmt: skip
         self.meet()
 
-    def arrange(self, route: Route, nth: int, where: Tensor, lent: Tensor) -> tuple[Tensor, Tensor]:
+    def fetch(self, route: Route, lent: Tensor, after: torch.cuda.Event | None) -> None:
+        """Begin to fetch borrowed experts, beside what has been launched since, until `end_loans`.
+
+        Their blocks find room on processors on which a product runs already, while a product waits for processors that
+        they began on: one that is to run beside them is launched before them, and they begin with a meeting.
+
+        Args:
+            route: Of the pass.
+            lent: [spare, elements], out.
+            after: A `mark` behind whatever used `lent` before.
+        """
+        launch, blocks = self._launches, (self._lenders, 1, 1)
+        with beside(self.device, after):
+            self._meet_for_loans(route)
+            launch.fetch(blocks, self.offered, self.lent, lent, route.answer, self.peers, self.group.rank)
+            self._meet_for_loans(route)
+            launch.gather(blocks, self.lent, lent, route.answer, self.peers, self.group.rank)
+
+    def arrange(self, route: Route, nth: int, where: Tensor) -> tuple[Tensor, Tensor]:
         """What has arrived for a round of the forward pass; what backward needs of it.
 
         Args:
             route: Of the pass.
             nth: The round, from 0.
             where: int32[tokens of the group, choices], out: the row of each pair, -1 if it is computed elsewhere.
-            lent: [spare, elements], out in the first round: lent experts.
 
         Returns:
             Tokens [rows, hidden] ordered by expert, and float32[rows], their weights.
         """
         rows = torch.empty(self.room, self.shape.hidden, dtype=self.dtype, device=self.device)
         scale = torch.empty(self.room, dtype=torch.float32, device=self.device)
-        lenders = 0 if nth else self._lenders
-        self._launches.arrange[lenders](
-            (lenders + self._blocks, 1, 1), self.arrived, self.where, self.share, self.lent, rows, scale, where, lent,
-            self.peers, route.answer, nth * self.span,
+        self._launches.arrange(
+            (self._blocks, 1, 1), self.arrived, self.where, self.share, rows, scale, where, route.answer,
+            nth * self.span,
         )  # fmt: skip
         return rows, scale
 
@@ -448,32 +474,21 @@ class DeviceExchange:
         """What has arrived in the backward pass for a round, [rows, hidden]; `where` is as in `arrange`."""
         rows = torch.empty(self.room, self.shape.hidden, dtype=self.dtype, device=self.device)
         self._launches.arrange_again(
-            (self._blocks, 1, 1), self.arrived, where, self.share, self.lent, rows, self.share, where, self.lent,
-            self.peers, route.answer, nth * self.span,
+            (self._blocks, 1, 1), self.arrived, where, self.share, rows, self.share, where, route.answer,
+            nth * self.span,
         )  # fmt: skip
         return rows
 
     def leave(self, borrowed: Tensor) -> torch.cuda.Event | None:
-        """Leave the gradients of borrowed experts to their owners.
-
-        Args:
-            borrowed: [spare, elements].
-
-        Returns:
-            When all ranks have left theirs.
-        """
+        """Leave the gradients of borrowed experts to their owners, [spare, elements]; when that is done."""
         if not self.spare:
             return None
         if borrowed is not self.lent:
             self.lent.copy_(borrowed)
-        self.meet()
         return mark(self.device)
 
     def take_back(self, route: Route, gradient: Tensor, scale: float, left: torch.cuda.Event | None) -> None:
-        """Begin to add what borrowers have left, beside what has been launched since, until `end_taking`.
-
-        Its blocks find room on processors on which a product runs already, while a product waits for processors that
-        they began on: one that is to run beside them is launched before them.
+        """Begin to add what borrowers have left, beside what has been launched since, as `fetch` does.
 
         Args:
             route: Of the pass.
@@ -483,12 +498,16 @@ class DeviceExchange:
         """
         if self.spare:
             with beside(self.device, left):
+                self._meet_for_loans(route)
                 self._launches.take_back((self._lenders, 1, 1), gradient, self.lent, route.answer, self.peers, scale)
 
-    def end_taking(self) -> None:
-        """Go on when `take_back` is over."""
+    def end_loans(self) -> None:
+        """Go on when what `fetch` or `take_back` began is over."""
         if self.spare:
             join(self.device)
+
+    def _meet_for_loans(self, route: Route) -> None:
+        self._launches.meet_for_loans((1, 1, 1), *self._signals_beside, route.answer)
 
     def give_back(
         self,
@@ -543,21 +562,24 @@ class DeviceExchange:
         table = self.mailbox.table.numel()
         way = {"WIDTH": shape.hidden, "EACH": 16 // item}
         network = {"WIDTH": shape.width, "GATED": shape.gated, "NAME": shape.activation, **self._inner}
-        loans = {"ELEMENTS": shape.elements, "LENT": LENT, "LOANS": answer.loans}
+        moved = {"EACH": way["EACH"], "ELEMENTS": shape.elements}
+        loans = {"LENT": LENT, "LOANS": answer.loans}
+        piece = {"PIECE": self._piece}
+        borrowed = {"BORROWED": BORROWED, "SHARED": answer.shared, "SHARERS": answer.sharers}
         rounds = {"AWAY": self.rounds * self.span, "SPAN": self.span}
 
         def hand_out(lenders: int, again: bool = False) -> Launch:
             return Launch(
                 kernels.hand_out, 8, CHOICES=self.choices, TOKENS=self.max_tokens, **way, ROWS=self.rows,
-                SPAN=self.span, AGAIN=again, FULLEST=FULLEST, LENDERS=lenders, **loans, **self._wide, PIECE=self._piece,
+                SPAN=self.span, AGAIN=again, FULLEST=FULLEST, LENDERS=lenders, ELEMENTS=shape.elements, **loans,
+                **self._wide, **piece,
             )  # fmt: skip
 
-        def arrange(lenders: int, backward: bool = False) -> Launch:
+        def arrange(backward: bool) -> Launch:
             return Launch(
                 kernels.arrange, 8, CHOICES=self.choices, GROUP_TOKENS=self.group_tokens, JOINED=self.joined, **rounds,
-                **way, ELEMENTS=shape.elements, LENDERS=lenders, BORROWED=BORROWED, SHARED=answer.shared,
-                SHARERS=answer.sharers, BACKWARD=backward, **self._wide, PIECE=self._piece, ENDS=answer.home_ends,
-                FILLS=answer.fills, OWNED=answer.owned, REPLICAS=answer.owned + answer.spare,
+                WIDTH=shape.hidden, BACKWARD=backward, **self._wide, ENDS=answer.home_ends, FILLS=answer.fills,
+                OWNED=answer.owned, REPLICAS=answer.owned + answer.spare,
             )  # fmt: skip
 
         def give_back(backward: bool) -> Launch:
@@ -568,6 +590,7 @@ class DeviceExchange:
 
         return SimpleNamespace(
             meet=Launch(kernels.meet, 1, **lanes),
+            meet_for_loans=Launch(kernels.meet_for_loans, 1, **lanes, MOST=MOST),
             count=Launch(kernels.count, 4, EXPERTS=experts, COLUMNS=columns, BLOCK=32),
             total=Launch(
                 kernels.total, 4, RANKS=size, COLUMNS=columns, ROW=self.mailbox.columns, TOLD=TOLD, BLOCK=16, CHUNKS=256
@@ -583,9 +606,11 @@ class DeviceExchange:
             convert=Launch(kernels.convert, 8, SIZE=answer.owned * shape.elements, BLOCKS=self._few, PIECE=_CONVERTED),
             hand_out={lenders: hand_out(lenders) for lenders in (0, self._lenders)},
             hand_again=hand_out(0, again=True),
-            arrange={lenders: arrange(lenders) for lenders in (0, self._lenders)},
-            arrange_again=arrange(0, backward=True),
-            take_back=Launch(kernels.take_back, 4, EACH=way["EACH"], **loans, PIECE=min(_TAKEN, self._piece)),
+            fetch=Launch(kernels.fetch, 4, **moved, **borrowed, OWNERS=answer.owners, **piece),
+            gather=Launch(kernels.gather, 4, **moved, **borrowed, **piece),
+            arrange=arrange(backward=False),
+            arrange_again=arrange(backward=True),
+            take_back=Launch(kernels.take_back, 4, **moved, **loans, **piece),
             give_back=give_back(backward=False),
             give_gradients=give_back(backward=True),
             collect=Launch(

@@ -32,10 +32,13 @@ __all__ = [
     "collect",
     "convert",
     "count",
+    "fetch",
+    "gather",
     "give_back",
     "hand_out",
     "lanes",
     "meet",
+    "meet_for_loans",
     "place",
     "plan",
     "power_of_2",
@@ -138,6 +141,24 @@ def meet(
 ) -> None:
     """One block: a meeting of all ranks. What any rank's kernels wrote before it, all ranks' kernels after it see."""
     meet_peers(state, flags, abort, peers, rank, limit, RANKS, LANES)
+
+
+@program
+def meet_for_loans(
+    state: tl.tensor,
+    flags: tl.tensor,
+    abort: tl.tensor,
+    peers: tl.tensor,
+    rank: tl.tensor,
+    limit: tl.tensor,
+    answer: tl.tensor,
+    RANKS: tl.constexpr,
+    LANES: tl.constexpr,
+    MOST: tl.constexpr,
+) -> None:
+    """`meet` if any rank lends an expert in the plan, which all ranks see alike."""
+    if tl.load(answer + MOST) > 1:
+        meet_peers(state, flags, abort, peers, rank, limit, RANKS, LANES)
 
 
 # Counts and plan
@@ -383,7 +404,7 @@ def hand_out(
     arrived: tl.tensor,
     peers: tl.tensor,
     experts: tl.tensor,
-    lent: tl.tensor,
+    offered: tl.tensor,
     answer: tl.tensor,
     tokens: tl.tensor,
     rank: tl.tensor,
@@ -403,33 +424,33 @@ def hand_out(
     COLUMNS: tl.constexpr,
     PIECE: tl.constexpr,
 ) -> None:
-    """Write each token once to every rank that computes one of its choices, and lent experts to their borrowers.
+    """Write each token once to every rank that computes one of its choices, and offer lent experts.
 
-    The first `LENDERS` blocks lend; each of the others moves `BLOCK` tokens. Of an expert with several borrowers each
-    gets a part, and fetches the others from them (`arrange`): it leaves its owner once. If it is done `AGAIN`, then
-    only where a rank has more rows than the `SPAN` of a round, of which nothing was kept.
+    The first `LENDERS` blocks offer; each of the others moves `BLOCK` tokens. If it is done `AGAIN`, then only where a
+    rank has more rows than the `SPAN` of a round, of which nothing was kept.
 
     Args:
         source: [tokens, WIDTH].
         target: int32[tokens * CHOICES].
         arrived: [ranks, TOKENS, WIDTH] in symmetric memory, out.
         experts: [owned, ELEMENTS], this rank's.
-        lent: [slots, ELEMENTS] in symmetric memory, out.
+        offered: [most that a rank lends, ELEMENTS] in symmetric memory, out: those that this rank lends, by row.
         answer: The plan.
     """
     block = tl.program_id(0)
     if AGAIN and tl.load(answer + FULLEST) <= SPAN:
         return
     if block < LENDERS:
+        place = tl.full([], -1, tl.int64)
         for loan in range(tl.load(answer + LENT)):
             at = answer + LOANS + _LOAN * loan
-            mine, device, slot = tl.load(at).to(tl.int64), tl.load(at + 1), tl.load(at + 2).to(tl.int64)
-            nth, borrowers = tl.load(at + 3), tl.load(at + 4)
-            away = tl.load(peers + device) * EACH
-            for first in range((block * borrowers + nth) * PIECE, ELEMENTS, LENDERS * borrowers * PIECE):
-                piece = first + tl.arange(0, PIECE)
-                value = tl.load(experts + mine * ELEMENTS + piece, mask=piece < ELEMENTS)
-                tl.store(lent + away + slot * ELEMENTS + piece, value.to(lent.dtype.element_ty), mask=piece < ELEMENTS)
+            if tl.load(at + 3) == 0:  # its first borrower
+                place += 1
+                mine = experts + tl.load(at).to(tl.int64) * ELEMENTS
+                for first in range(block * PIECE, ELEMENTS, LENDERS * PIECE):
+                    piece = first + tl.arange(0, PIECE)
+                    value = tl.load(mine + piece, mask=piece < ELEMENTS).to(offered.dtype.element_ty)
+                    tl.store(offered + place * ELEMENTS + piece, value, mask=piece < ELEMENTS)
     else:
         token = (block - LENDERS) * BLOCK + tl.arange(0, BLOCK)
         there = token < tokens
@@ -446,6 +467,85 @@ def hand_out(
                 units = tl.load(peers + goal // ROWS, mask=leads, other=0)
                 to = arrived + units[:, None] * EACH + row[:, None] * WIDTH + column[None, :]
                 tl.store(to, values, mask=leads[:, None] & inside)
+
+
+@program
+def fetch(
+    offered: tl.tensor,
+    lent: tl.tensor,
+    kept: tl.tensor,
+    answer: tl.tensor,
+    peers: tl.tensor,
+    rank: tl.tensor,
+    EACH: tl.constexpr,
+    ELEMENTS: tl.constexpr,
+    BORROWED: tl.constexpr,
+    SHARED: tl.constexpr,
+    SHARERS: tl.constexpr,
+    OWNERS: tl.constexpr,
+    PIECE: tl.constexpr,
+) -> None:
+    """Read borrowed experts from their owners. Of one with several borrowers each reads a part, and the others from
+    them (`gather`): it leaves its owner once.
+
+    Reading leaves the way to memory free for kernels beside it, which writing faster than a link takes it would block.
+
+    Args:
+        offered: [most that a rank lends, ELEMENTS] in symmetric memory.
+        lent: [slots, ELEMENTS] in symmetric memory, out: parts that others read.
+        kept: [slots, ELEMENTS], out.
+        answer: The plan.
+    """
+    block, blocks = tl.program_id(0), tl.num_programs(0)
+    for slot in range(tl.load(answer + BORROWED)):
+        at = answer + OWNERS + 2 * slot
+        whole = offered + tl.load(peers + tl.load(at)) * EACH + tl.load(at + 1).to(tl.int64) * ELEMENTS
+        begin, end = tl.load(answer + SHARED + slot), tl.load(answer + SHARED + slot + 1)
+        nth = 0
+        for sharer in range(begin, end):
+            nth += (tl.load(answer + SHARERS + 2 * sharer) < rank).to(tl.int32)
+        to = tl.full([], slot, tl.int64) * ELEMENTS
+        for first in range((block * (end - begin) + nth) * PIECE, ELEMENTS, blocks * (end - begin) * PIECE):
+            piece = first + tl.arange(0, PIECE)
+            value = tl.load(whole + piece, mask=piece < ELEMENTS)
+            tl.store(kept + to + piece, value, mask=piece < ELEMENTS)
+            if end - begin > 1:
+                tl.store(lent + to + piece, value, mask=piece < ELEMENTS)
+
+
+@program
+def gather(
+    lent: tl.tensor,
+    kept: tl.tensor,
+    answer: tl.tensor,
+    peers: tl.tensor,
+    rank: tl.tensor,
+    EACH: tl.constexpr,
+    ELEMENTS: tl.constexpr,
+    BORROWED: tl.constexpr,
+    SHARED: tl.constexpr,
+    SHARERS: tl.constexpr,
+    PIECE: tl.constexpr,
+) -> None:
+    """Read the parts of borrowed experts that other borrowers have fetched.
+
+    Args:
+        lent: [slots, ELEMENTS] in symmetric memory.
+        kept: [slots, ELEMENTS], out.
+        answer: The plan.
+    """
+    block, blocks = tl.program_id(0), tl.num_programs(0)
+    for slot in range(tl.load(answer + BORROWED)):
+        to = kept + tl.full([], slot, tl.int64) * ELEMENTS
+        begin, end = tl.load(answer + SHARED + slot), tl.load(answer + SHARED + slot + 1)
+        for sharer in range(begin, end):
+            device, other = tl.load(answer + SHARERS + 2 * sharer), tl.load(answer + SHARERS + 2 * sharer + 1)
+            if device != rank:
+                part = lent + tl.load(peers + device) * EACH + other.to(tl.int64) * ELEMENTS
+                each = (block * (end - begin) + sharer - begin) * PIECE
+                for first in range(each, ELEMENTS, blocks * (end - begin) * PIECE):
+                    piece = first + tl.arange(0, PIECE)
+                    tl.store(to + piece, tl.load(part + piece, mask=piece < ELEMENTS), mask=piece < ELEMENTS)
 
 
 @program
@@ -498,12 +598,9 @@ def arrange(
     arrived: tl.tensor,
     where: tl.tensor,
     share: tl.tensor,
-    lent: tl.tensor,
     rows: tl.tensor,
     scale: tl.tensor,
     kept_where: tl.tensor,
-    kept_lent: tl.tensor,
-    peers: tl.tensor,
     answer: tl.tensor,
     low: tl.tensor,
     CHOICES: tl.constexpr,
@@ -512,16 +609,9 @@ def arrange(
     AWAY: tl.constexpr,
     SPAN: tl.constexpr,
     WIDTH: tl.constexpr,
-    EACH: tl.constexpr,
-    ELEMENTS: tl.constexpr,
-    LENDERS: tl.constexpr,
-    BORROWED: tl.constexpr,
-    SHARED: tl.constexpr,
-    SHARERS: tl.constexpr,
     BACKWARD: tl.constexpr,
     BLOCK: tl.constexpr,
     COLUMNS: tl.constexpr,
-    PIECE: tl.constexpr,
     ENDS: tl.constexpr,
     FILLS: tl.constexpr,
     OWNED: tl.constexpr,
@@ -535,54 +625,38 @@ def arrange(
         arrived: [GROUP_TOKENS, WIDTH].
         where: int32[GROUP_TOKENS, CHOICES], their rows.
         share: float32[GROUP_TOKENS, CHOICES], weights, read in the forward pass.
-        lent: [slots, ELEMENTS] in symmetric memory, this rank's parts of experts that were lent to it, and those of
-            others, read in the forward pass.
         rows: [rows of a round, WIDTH], out.
         scale: float32[rows of a round], out in the forward pass: the weight of each row.
         kept_where: As `where`, out in the forward pass.
-        kept_lent: As `lent`, out in the forward pass: whole.
         answer: The plan.
         low: First row of the round.
     """
-    block = tl.program_id(0)
-    if block < LENDERS:
-        for slot in range(tl.load(answer + BORROWED)):
-            whole = kept_lent + tl.full([], slot, tl.int64) * ELEMENTS
-            begin, end = tl.load(answer + SHARED + slot), tl.load(answer + SHARED + slot + 1)
-            for sharer in range(begin, end):
-                device, other = tl.load(answer + SHARERS + 2 * sharer), tl.load(answer + SHARERS + 2 * sharer + 1)
-                part = lent + tl.load(peers + device) * EACH + other.to(tl.int64) * ELEMENTS
-                each = (block * (end - begin) + sharer - begin) * PIECE
-                for first in range(each, ELEMENTS, LENDERS * (end - begin) * PIECE):
-                    piece = first + tl.arange(0, PIECE)
-                    tl.store(whole + piece, tl.load(part + piece, mask=piece < ELEMENTS), mask=piece < ELEMENTS)
-    else:
-        for start in range((block - LENDERS) * BLOCK, GROUP_TOKENS, (tl.num_programs(0) - LENDERS) * BLOCK):
-            token = start + tl.arange(0, BLOCK)
-            inside = token < GROUP_TOKENS
-            used = tl.zeros([BLOCK], tl.int1)
+    for start in range(tl.program_id(0) * BLOCK, GROUP_TOKENS, tl.num_programs(0) * BLOCK):
+        token = start + tl.arange(0, BLOCK)
+        inside = token < GROUP_TOKENS
+        used = tl.zeros([BLOCK], tl.int1)
+        for choice in tl.static_range(CHOICES):
+            whole = tl.load(where + token * CHOICES + choice, mask=inside, other=-1)
+            row = in_round(whole, low, JOINED, AWAY, SPAN)
+            used = used | (row >= 0)
+            if not BACKWARD:
+                value = tl.load(share + token * CHOICES + choice, mask=row >= 0, other=0.0)
+                tl.store(scale + row, value, mask=row >= 0)
+                tl.store(kept_where + token * CHOICES + choice, whole, mask=inside)
+        for first in range(0, WIDTH, COLUMNS):
+            column = first + tl.arange(0, COLUMNS)
+            mask = (column < WIDTH)[None, :]
+            at = arrived + token.to(tl.int64)[:, None] * WIDTH + column[None, :]
+            values = tl.load(at, mask=used[:, None] & mask)
             for choice in tl.static_range(CHOICES):
                 whole = tl.load(where + token * CHOICES + choice, mask=inside, other=-1)
                 row = in_round(whole, low, JOINED, AWAY, SPAN)
-                used = used | (row >= 0)
-                if not BACKWARD:
-                    value = tl.load(share + token * CHOICES + choice, mask=row >= 0, other=0.0)
-                    tl.store(scale + row, value, mask=row >= 0)
-                    tl.store(kept_where + token * CHOICES + choice, whole, mask=inside)
-            for first in range(0, WIDTH, COLUMNS):
-                column = first + tl.arange(0, COLUMNS)
-                mask = (column < WIDTH)[None, :]
-                at = arrived + token.to(tl.int64)[:, None] * WIDTH + column[None, :]
-                values = tl.load(at, mask=used[:, None] & mask)
-                for choice in tl.static_range(CHOICES):
-                    whole = tl.load(where + token * CHOICES + choice, mask=inside, other=-1)
-                    row = in_round(whole, low, JOINED, AWAY, SPAN)
-                    to = rows + row.to(tl.int64)[:, None] * WIDTH + column[None, :]
-                    tl.store(to, values, mask=(row >= 0)[:, None] & mask)
-        clear(
-            rows, scale, answer, low, block - LENDERS, tl.num_programs(0) - LENDERS, JOINED, AWAY, SPAN, WIDTH,
-            BACKWARD, BLOCK, COLUMNS, ENDS, FILLS, OWNED, REPLICAS,
-        )  # fmt: skip
+                to = rows + row.to(tl.int64)[:, None] * WIDTH + column[None, :]
+                tl.store(to, values, mask=(row >= 0)[:, None] & mask)
+    clear(
+        rows, scale, answer, low, tl.program_id(0), tl.num_programs(0), JOINED, AWAY, SPAN, WIDTH, BACKWARD, BLOCK,
+        COLUMNS, ENDS, FILLS, OWNED, REPLICAS,
+    )  # fmt: skip
 
 
 @program

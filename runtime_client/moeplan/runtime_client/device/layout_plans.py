@@ -27,6 +27,7 @@ from moeplan.runtime_client.device.routes import (
     MOST,
     AnswerShape,
     Numbering,
+    Places,
     rounded_up,
 )
 from moeplan.solvers.problem.arrays import Bool, Float64, Int32, Int64
@@ -145,7 +146,7 @@ class LayoutPlans:
 
 
 @kernel
-def _serve(desk: Desk, tables: _Tables, sources: Sources, counts: Int32, places: Int64, numbering: Numbering) -> None:
+def _serve(desk: Desk, tables: _Tables, sources: Sources, counts: Int32, places: Places, numbering: Numbering) -> None:
     answered = 0
     use_exact_sleep()
     while True:
@@ -195,7 +196,7 @@ def _divide(
 
 @kernel
 def _write_answer(
-    answer: Int32, places: Int64, numbering: Numbering, replicas: tuple[Int32, Int32, Int32], sent: Int64
+    answer: Int32, places: Places, numbering: Numbering, replicas: tuple[Int32, Int32, Int32], sent: Int64
 ) -> int:
     """Fill `answer` for one rank; which rank has most rows to compute, if they are too many, else -1.
 
@@ -210,8 +211,8 @@ def _write_answer(
     """
     rank, rows, _, tile = numbering
     start, device, slot = replicas
-    at_first, at_begin, at_target, at_ends, at_end = places[1], places[2], places[3], places[4], places[5]
-    at_fills = places[9]
+    at_first, at_begin, at_target = places.first, places.begin, places.target
+    at_ends, at_end, at_fills = places.home_ends, places.lent_ends, places.fills
     ranks = sent.shape[1]
     filled = np.zeros(ranks, np.int64)
     for r in range(len(device)):
@@ -248,6 +249,6 @@ def _write_answer(
             answer[at_target + r] = goal[r]
             begun += sent[r, rank]
     answer[at_first + len(start) - 1] = start[-1]
-    answer[places[6]] = 0
+    answer[places.shared] = 0
     answer[FAULT], answer[MOST], answer[LENT], answer[BORROWED], answer[FULLEST] = 0, most, 0, 0, fullest
     return where if fullest > rows else -1

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moeplan.runtime_client.device.exchange import DeviceExchange, Expert
+from moeplan.runtime_client.device.exchange import DeviceExchange, Expert, Route
 from moeplan.runtime_client.device.mailbox import Turn
-from moeplan.runtime_client.group import join
+from moeplan.runtime_client.device.products import Rows
+from moeplan.runtime_client.group import join, mark
 
 __all__ = ["Arrivals", "matrix_sizes", "run_pass", "split"]
 
@@ -119,17 +120,22 @@ class _Pass(torch.autograd.Function):
         where, matrices = torch.empty_like(exchange.where), _matrices(exchange, computed)
         scales, kept, products = [], [], exchange.products
         for nth in range(exchange.rounds):
-            rows, scale = exchange.arrange(route, nth, where, lent)
+            rows, scale = exchange.arrange(route, nth, where)
             if converting and nth == 0:
                 join(exchange.device)
+            regions = exchange.regions(route, nth)
+            inners = [inner for inner, _ in matrices]
+            if nth == 0 and spare:
+                firsts = _first_and_fetch(exchange, route, regions, rows, inners, lent)
+            else:
+                each = zip(regions, inners, strict=True)
+                firsts = [products.apply(rows[region.part], inner, region.ends) for region, inner in each]
             results = []
-            for region, (inner, outer) in zip(exchange.regions(route, nth), matrices, strict=True):
+            for first, region, (_, outer) in zip(firsts, regions, matrices, strict=True):
                 ends = region.ends
-                first = products.apply(rows[region.part], inner, ends)
                 results.append(products.apply(exchange.activate(first, ends[-1:]), outer, ends))
-                kept += [] if nth else [first]
             exchange.give_back(nth, where, results)
-            kept += [] if nth else [rows]
+            kept += [] if nth else [*firsts, rows]
             scales.append(scale)
         exchange.meet()
         output = _rows(hidden)
@@ -193,12 +199,12 @@ class _Pass(torch.autograd.Function):
                             products.differentiate(*how, borrowed, borrowed=True, more=nth > 0)
                     back.append((to_first, inner, ends))
                 is_last = nth == exchange.rounds - 1
-                left_at = exchange.leave(lent) if is_last else None
+                left = exchange.leave(lent) if is_last else None
                 results = [products.apply_back(*factors) for factors in back]
                 if is_last and to_flat is not None:
-                    exchange.take_back(route, to_flat, ctx.turn.scale, left_at)
+                    exchange.take_back(route, to_flat, ctx.turn.scale, left)
                 exchange.give_back(nth, where, results, to_weight)
-        exchange.end_taking()
+        exchange.end_loans()
         exchange.meet()
         to_hidden = _rows(gradient)
         exchange.collect(route, _beginning(to_hidden, len(some)))
@@ -209,6 +215,26 @@ class _Pass(torch.autograd.Function):
         if to_flat is not None:
             to_parts = [*to_flat.to(parts[0].dtype).split([part.shape[1] for part in parts], dim=1)]
         return None, None, None, to_hidden, None, to_choices, *to_parts
+
+
+def _first_and_fetch(
+    exchange: DeviceExchange,
+    route: Route,
+    regions: Sequence[Rows],
+    rows: Tensor,
+    inners: Sequence[Tensor],
+    lent: Tensor,
+) -> list[Tensor]:
+    """The first products of each region; those of `lent` experts, which are fetched beside the others, at last."""
+    home, away = regions[0], regions[-1]
+    owned = len(home.ends) - (len(lent) if home is away else 0)
+    firsts = [rows.new_empty(len(rows[region.part]), inners[0].shape[1]) for region in regions]
+    arranged = mark(exchange.device)
+    exchange.products.apply(rows[home.part], inners[0][:owned], home.ends[:owned], firsts[0])
+    exchange.fetch(route, lent, arranged)
+    exchange.end_loans()
+    exchange.products.apply(rows[away.part], inners[-1][-len(lent) :], away.ends, firsts[-1])
+    return firsts
 
 
 def _matrices(exchange: DeviceExchange, computed: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:

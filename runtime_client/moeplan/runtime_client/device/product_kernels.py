@@ -37,6 +37,7 @@ def multiply(
     out: tl.tensor,
     ends: tl.tensor,
     replicas: tl.tensor,
+    first: tl.tensor,
     LANES: tl.constexpr,
     WIDTH: tl.constexpr,
     DEPTH: tl.constexpr,
@@ -53,20 +54,20 @@ def multiply(
         matrices: Descriptor of [replicas, DEPTH, WIDTH], in parts [1, PIECE, COLUMNS]; if `TURNED` of
             [replicas, WIDTH, DEPTH], in parts [1, COLUMNS, PIECE].
         out: Descriptor of [rows, WIDTH], in parts [TILE, COLUMNS].
-        ends: int32[replicas], ends of their rows, multiples of `TILE`.
+        ends: int32, ends of experts' rows, multiples of `TILE`, those of the first of these replicas in place `first`.
         replicas: How many, at most `LANES`.
     """
     lane = tl.arange(0, LANES)
-    end_of = tl.load(ends + lane, mask=lane < replicas, other=0)
-    begin_of = tl.load(ends + lane - 1, mask=(lane > 0) & (lane < replicas), other=0)
+    end_of = tl.load(ends + first + lane, mask=lane < replicas, other=0)
+    begin_of = tl.load(ends + first + lane - 1, mask=(first + lane > 0) & (lane < replicas), other=0)
     across: tl.constexpr = (WIDTH + COLUMNS - 1) // COLUMNS
     after = tl.cumsum((end_of - begin_of) // TILE * across)
     for tile in range(tl.program_id(0), tl.max(after), tl.num_programs(0)):
         done = after <= tile
         done = done & (lane < replicas)
         expert = tl.sum(done.to(tl.int32))
-        begin = tl.load(ends + expert - 1, mask=expert > 0, other=0)
-        height = (tl.load(ends + expert) - begin) // TILE
+        begin = tl.load(ends + first + expert - 1, mask=first + expert > 0, other=0)
+        height = (tl.load(ends + first + expert) - begin) // TILE
         down, right = place_of(tile - tl.max(tl.where(done, after, 0)), height, across, SIDE)
         row = begin + down * TILE
         sums = tl.zeros([TILE, COLUMNS], tl.float32)

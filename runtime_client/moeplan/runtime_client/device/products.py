@@ -78,16 +78,27 @@ class Products:
         self._blocks = torch.cuda.get_device_properties(device).multi_processor_count if is_gpu else 2
         self._launches: dict[tuple[object, ...], Launch] = {}
 
-    def apply(self, rows: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
+    def apply(self, rows: Tensor, matrices: Tensor, ends: Tensor, out: Tensor | None = None) -> Tensor:
         """[rows, width]: each of ``rows`` [rows, depth] times its expert's of ``matrices`` [replicas, width, depth].
 
-        Rows behind the last end are left as they are in memory.
+        Rows behind the last end are left as they are in memory. There may be more ends than matrices, which are then
+        those of the last experts; rows of others are left as they are, too.
+
+        Args:
+            rows: Ordered by expert.
+            matrices: Of the experts.
+            ends: int32, ends of their rows, multiples of a tile.
+            out: [rows, width], where to, if not to new memory.
         """
-        return self._multiply(rows, matrices, ends, turned=True)
+        out = rows.new_empty(len(rows), matrices.shape[1]) if out is None else out
+        self._multiply(rows, matrices, ends, out, turned=True)
+        return out
 
     def apply_back(self, rows: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
         """[rows, depth]: each of ``rows`` [rows, width] times its expert's of ``matrices`` [replicas, width, depth]."""
-        return self._multiply(rows, matrices, ends, turned=False)
+        out = rows.new_empty(len(rows), matrices.shape[2])
+        self._multiply(rows, matrices, ends, out, turned=False)
+        return out
 
     def differentiate(
         self,
@@ -129,9 +140,8 @@ class Products:
             rows.ends, rows.fills, answer, len(out), first, self._shape.loans, scale,
         )  # fmt: skip
 
-    def _multiply(self, rows: Tensor, matrices: Tensor, ends: Tensor, *, turned: bool) -> Tensor:
-        depth, width = rows.shape[1], matrices.shape[1 if turned else 2]
-        tiles = self._tiles
+    def _multiply(self, rows: Tensor, matrices: Tensor, ends: Tensor, out: Tensor, *, turned: bool) -> None:
+        depth, width, tiles = rows.shape[1], out.shape[1], self._tiles
         launch = self._launches.get(key := (width, depth, turned))
         if launch is None:
             lanes = 1 << max(self._shape.owned + self._shape.spare - 1, 1).bit_length()
@@ -139,13 +149,11 @@ class Products:
                 _kernels().multiply, 8, LANES=lanes, WIDTH=width, DEPTH=depth, TURNED=turned, TILE=tiles.rows,
                 COLUMNS=tiles.wide, PIECE=tiles.deep, SIDE=_SIDE,
             )  # fmt: skip
-        out = rows.new_empty(len(rows), width)
         launch(
             (self._blocks, 1, 1), Blocks(rows, (tiles.rows, tiles.deep)),
             Blocks(matrices, (1, tiles.wide, tiles.deep) if turned else (1, tiles.deep, tiles.wide)),
-            Blocks(out, (tiles.rows, tiles.wide)), ends, len(ends),
+            Blocks(out, (tiles.rows, tiles.wide)), ends, len(matrices), len(ends) - len(matrices),
         )  # fmt: skip
-        return out
 
 
 def _kernels() -> ModuleType:

@@ -17,9 +17,9 @@ from moeplan.runtime_client.device.desk import (
     take_counts,
     use_exact_sleep,
 )
-from moeplan.runtime_client.device.routes import AnswerShape, Numbering, Owners, write_answer
+from moeplan.runtime_client.device.routes import AnswerShape, Numbering, Owners, Places, write_answer
 from moeplan.solvers import QuotaPlanner, SpillOptions
-from moeplan.solvers.problem.arrays import Int32, Int64
+from moeplan.solvers.problem.arrays import Int32
 from moeplan.solvers.problem.kernel import kernel
 from moeplan.solvers.spill.quota import fill_plans
 
@@ -73,7 +73,7 @@ class QuotaPlans:
 
 @kernel
 def _serve(
-    desk: Desk, workspace: Any, counts: Int32, places: Int64, numbering: Numbering, owners: Any, scratch: Any
+    desk: Desk, workspace: Any, counts: Int32, places: Places, numbering: Numbering, owners: Any, scratch: Any
 ) -> None:
     replicas, home_quota, devices, sent, kept, summary = workspace[-6:]
     answered = 0

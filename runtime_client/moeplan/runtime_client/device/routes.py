@@ -12,13 +12,13 @@ from moeplan.solvers import SpillOptions
 from moeplan.solvers.problem.arrays import Int32, Int64
 from moeplan.solvers.problem.kernel import kernel
 
-__all__ = ["LOAN", "AnswerShape", "Numbering", "Owners", "lend_one", "rounded_up", "write_answer"]
+__all__ = ["LOAN", "AnswerShape", "Numbering", "Owners", "Places", "lend_one", "rounded_up", "write_answer"]
 
 FAULT, MOST, LENT, BORROWED, FULLEST = range(5)
 """First words of an answer: why there is no plan, or 0; most replicas of an expert; experts lent, and borrowed; most
 rows that a rank has at home, or, where lent experts have rows of their own, in either region, zeros included."""
 
-LOAN = 5
+LOAN = 4
 """Words of a loan."""
 
 
@@ -41,9 +41,11 @@ class AnswerShape:
         shared: Place of int32[spare + 1]: the first borrower, in `sharers`, of the expert in each spare slot of this
             rank.
         loans: Place of int32[slots, LOAN], what this rank lends: its own row of the expert, the borrower, the slot
-            there, which of the expert's borrowers it is, and how many there are; by row, then borrower.
+            there, and which of the expert's borrowers it is; by row, then borrower.
         sharers: Place of int32[slots, 2]: device and slot of each borrower of an expert that this rank borrows, in the
             order in which its owner counts them.
+        owners: Place of int32[spare, 2]: of the expert in each spare slot of this rank, its owner, and how many other
+            experts with lower rows that one lends.
         fills: Place of int32[owned + spare]: where rows of zeros begin that fill each expert's up to its end.
         words: Length.
     """
@@ -86,30 +88,36 @@ class AnswerShape:
         return self.loans + LOAN * self.slots
 
     @property
-    def fills(self) -> int:
+    def owners(self) -> int:
         return self.sharers + 2 * self.slots
+
+    @property
+    def fills(self) -> int:
+        return self.owners + 2 * self.spare
 
     @property
     def words(self) -> int:
         return self.fills + self.owned + self.spare
 
-    def places(self) -> Int64:
-        """int64[11]: the places, in the order in which `write_answer` wants them, and the length."""
-        return np.array(
-            [
-                self.experts,
-                self.first,
-                self.begin,
-                self.target,
-                self.home_ends,
-                self.lent_ends,
-                self.shared,
-                self.loans,
-                self.sharers,
-                self.fills,
-                self.words,
-            ]
-        )
+    def places(self) -> Places:
+        """What kernels of the planning thread read of this."""
+        return Places(*(getattr(self, name) for name in Places._fields))
+
+
+class Places(NamedTuple):
+    """Places in an answer, by the names of `AnswerShape`."""
+
+    experts: int
+    first: int
+    begin: int
+    target: int
+    home_ends: int
+    lent_ends: int
+    shared: int
+    loans: int
+    sharers: int
+    owners: int
+    fills: int
 
 
 class Numbering(NamedTuple):
@@ -155,16 +163,20 @@ class Owners:
         return cls(home, row, order, first)
 
 
-def lend_one(shape: AnswerShape, borrower: int) -> Int32:
-    """int32[words], the answer of a plan that has no tokens, and in which a rank lends its first expert to one other.
+def lend_one(shape: AnswerShape, rank: int, ranks: int) -> Int32:
+    """int32[words], the answer of a plan that has no tokens, and in which each rank lends its first expert to the next.
 
     Args:
         shape: Places in it.
-        borrower: Who gets the expert, in the first of its spare slots.
+        rank: Whose answer.
+        ranks: How many there are.
     """
     answer = np.zeros(shape.words, np.int32)
-    answer[[MOST, LENT]] = 2, 1
-    answer[shape.loans : shape.loans + LOAN] = 0, borrower, 0, 0, 1
+    answer[[MOST, LENT, BORROWED]] = 2, 1, 1
+    answer[shape.loans + 1] = (rank + 1) % ranks
+    answer[shape.shared + 1 : shape.loans] = 1
+    answer[shape.sharers] = rank
+    answer[shape.owners] = (rank - 1) % ranks
     return answer
 
 
@@ -177,7 +189,7 @@ def rounded_up(count: int, tile: int) -> int:
 @kernel
 def write_answer(
     answer: Int32,
-    places: Int64,
+    at: Places,
     numbering: Numbering,
     replicas: int,
     expert: Int64,
@@ -200,7 +212,7 @@ def write_answer(
 
     Args:
         answer: int32[words], out; see `AnswerShape`.
-        places: Its `places`.
+        at: Its `places`.
         numbering: Whose answer, and its rows.
         replicas: Number of transient replicas.
         expert: int64[slots], their experts.
@@ -213,9 +225,7 @@ def write_answer(
         ranked: Scratch int64[3, slots].
     """
     rank, rows, away, tile = numbering
-    experts, at_first, at_begin, at_target = places[0], places[1], places[2], places[3]
-    at_ends, at_lent, at_shared, at_loans, at_sharers = places[4], places[5], places[6], places[7], places[8]
-    at_fills = places[9]
+    experts, lent_fills = at.experts, at.fills + at.lent_ends - at.home_ends
     earlier, fill, begun, held = sums[0], sums[1], sums[2], sums[3]
     by_device, slot, goal = ranked[0], ranked[1], ranked[2]
     borrowed = 0
@@ -249,11 +259,11 @@ def write_answer(
         by_device[position] = r
         fill[expert[r]] += 1
     most = 1
-    answer[at_first] = 0
+    answer[at.first] = 0
     for e in range(experts):
         most = max(most, fill[e])
-        answer[at_first + e + 1] = answer[at_first + e] + fill[e]
-        fill[e] = answer[at_first + e]
+        answer[at.first + e + 1] = answer[at.first + e] + fill[e]
+        fill[e] = answer[at.first + e]
         begun[e] = 0
 
     fullest = 0
@@ -279,14 +289,16 @@ def write_answer(
         end = rounded_up(end, tile)
         fullest = max(fullest, end - max(away, 0))
         if device[r] == rank:
-            answer[at_lent + used] = end - max(away, 0)
-            answer[at_fills + at_lent - at_ends + used] = fills
+            answer[at.lent_ends + used] = end - max(away, 0)
+            answer[lent_fills + used] = fills
             borrowed = used + 1
         slot[r] = used
         used += 1
-    for spare in range(borrowed, at_shared - at_lent):
-        answer[at_lent + spare] = answer[at_lent + borrowed - 1] if borrowed else (held[rank] if away < 0 else 0)
-        answer[at_fills + at_lent - at_ends + spare] = answer[at_lent + spare]
+    for spare in range(borrowed, at.shared - at.lent_ends):
+        answer[at.lent_ends + spare] = (
+            answer[at.lent_ends + borrowed - 1] if borrowed else (held[rank] if away < 0 else 0)
+        )
+        answer[lent_fills + spare] = answer[at.lent_ends + spare]
 
     # An expert's pairs go to its replicas in the order of their devices: to some before its home, home, to the others.
     lent = 0
@@ -295,8 +307,8 @@ def write_answer(
             r = by_device[position]
             e = expert[r]
             if (device[r] > home[e]) == (behind == 1):
-                answer[at_begin + fill[e]] = begun[e]
-                answer[at_target + fill[e]] = goal[r]
+                answer[at.begin + fill[e]] = begun[e]
+                answer[at.target + fill[e]] = goal[r]
                 begun[e] += sent[r, rank]
                 fill[e] += 1
         if behind == 0:
@@ -304,36 +316,40 @@ def write_answer(
                 end = 0
                 for i in range(first[d], first[d + 1]):
                     e = order[i]
-                    answer[at_begin + fill[e]] = begun[e]
-                    answer[at_target + fill[e]] = d * rows + end + earlier[e]
+                    answer[at.begin + fill[e]] = begun[e]
+                    answer[at.target + fill[e]] = d * rows + end + earlier[e]
                     begun[e] += kept[rank, e]
                     fill[e] += 1
                     if d == rank:
-                        answer[at_fills + row[e]] = end + at_home[e]
+                        answer[at.fills + row[e]] = end + at_home[e]
                     end += rounded_up(at_home[e], tile)
                     if d == rank:
-                        answer[at_ends + row[e]] = end
+                        answer[at.home_ends + row[e]] = end
     for i in range(first[rank], first[rank + 1]):
         begin = lent
         for position in range(replicas):
             r = by_device[position]
             if expert[r] == order[i]:
-                loan = at_loans + LOAN * lent
+                loan = at.loans + LOAN * lent
                 answer[loan], answer[loan + 1], answer[loan + 2] = row[order[i]], device[r], slot[r]
                 answer[loan + 3] = lent - begin
                 lent += 1
-        for nth in range(begin, lent):
-            answer[at_loans + LOAN * nth + 4] = lent - begin
     used, end = 0, 0
-    answer[at_shared] = 0
+    answer[at.shared] = 0
     for position in range(replicas):
         if device[by_device[position]] != rank:
             continue
+        e = expert[by_device[position]]
         for other in range(replicas):
             r = by_device[other]
-            if expert[r] == expert[by_device[position]]:
-                answer[at_sharers + 2 * end], answer[at_sharers + 2 * end + 1] = device[r], slot[r]
+            if expert[r] == e:
+                answer[at.sharers + 2 * end], answer[at.sharers + 2 * end + 1] = device[r], slot[r]
                 end += 1
+        lower, i = 0, first[home[e]]
+        while order[i] != e:
+            lower += answer[at.first + order[i] + 1] > answer[at.first + order[i]] + 1
+            i += 1
+        answer[at.owners + 2 * used], answer[at.owners + 2 * used + 1] = home[e], lower
         used += 1
-        answer[at_shared + used] = end
+        answer[at.shared + used] = end
     answer[FAULT], answer[MOST], answer[LENT], answer[BORROWED], answer[FULLEST] = 0, most, lent, borrowed, fullest
