@@ -11,7 +11,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from moeplan.runtime_client.device.exchange import DeviceExchange, Expert
+from moeplan.runtime_client.device.exchange import DeviceExchange
+from moeplan.runtime_client.device.expert import Expert
 from moeplan.runtime_client.device.memory import SymmetricMemory
 from moeplan.runtime_client.group import ExpertGroup
 from moeplan.solvers import QuotaPlanner

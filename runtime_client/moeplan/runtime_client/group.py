@@ -330,7 +330,7 @@ def beside(device: torch.device, after: torch.cuda.Event | None = None) -> Abstr
     return on_stream(_side_stream(device) if device.type == "cuda" else None, after)
 
 
-def join(device: torch.device) -> None:
-    """Make the current stream wait for the side stream."""
+def join(device: torch.device, at: torch.cuda.Event | None = None) -> None:
+    """Make the current stream wait for the side stream, or for a `mark` on it."""
     if device.type == "cuda":
-        torch.cuda.current_stream(device).wait_stream(_side_stream(device))
+        torch.cuda.current_stream(device).wait_event(at or _side_stream(device).record_event())

@@ -12,10 +12,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moeplan.runtime_client.device.exchange import DeviceExchange, Route
-from moeplan.runtime_client.device.passes import split
+from moeplan.runtime_client.device.expert import split
 from moeplan.runtime_client.device.products import Rows, tile_rows
 from moeplan.runtime_client.device.routes import lend_one
-from moeplan.runtime_client.group import mark
+from moeplan.runtime_client.group import join, mark
 
 __all__ = ["measure_transfer"]
 
@@ -67,15 +67,14 @@ def measure_transfer(exchange: DeviceExchange) -> float:
         # Beside products, as in a pass: that of experts at home, and one that does not need gradients of weights.
         ready = mark(device)
         exchange.products.apply(rows, inner, some)
-        exchange.fetch(route, lent, ready)
-        exchange.end_loans()
+        join(device, exchange.fetch(route, lent, ready))
         for left, right, out in ((to_first, rows, to_inner), (rows, to_first[:, : exchange.shape.width], to_outer)):
             exchange.products.differentiate(left, right, borrowed, route.answer, out, borrowed=True)
         left_at = exchange.leave(exchange.lent)
         exchange.products.apply_back(to_first, inner, some)
         exchange.take_back(route, gradient, 1.0, left_at)
         exchange.give_back(0, nowhere, [rows[:0]], exchange.share)
-        exchange.end_loans()
+        join(device)
         exchange.meet()
 
     def compute() -> None:

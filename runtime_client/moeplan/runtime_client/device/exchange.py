@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from types import ModuleType, SimpleNamespace
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -15,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moeplan.runtime_client.device.desk import ABORTED, ANSWERED, LAYER, REQUEST, TOLD
+from moeplan.runtime_client.device.expert import Expert, matrix_sizes
 from moeplan.runtime_client.device.launches import Launch, is_captured
 from moeplan.runtime_client.device.layout_plans import LayoutPlans
 from moeplan.runtime_client.device.mailbox import Mailbox, Planning, Turn
@@ -35,27 +35,7 @@ _ELEMENTS = 8192
 """Elements of tokens that a block moves at a time."""
 
 _MOVED = 4096
-"""Elements of a lent expert that a block moves at a time: few, so that it fits on a processor beside a product's."""
-
-_CONVERTED = 4096
-"""Elements that a block converts at a time."""
-
-
-class Expert(Protocol):
-    """Dimensions of one expert, as `ExpertShape` has them."""
-
-    @property
-    def hidden(self) -> int: ...
-    @property
-    def width(self) -> int: ...
-    @property
-    def gated(self) -> bool: ...
-    @property
-    def activation(self) -> str: ...
-    @property
-    def plain(self) -> bool: ...
-    @property
-    def elements(self) -> int: ...
+"""Elements of experts that a block moves at a time: few, so that it fits on a processor beside a product's."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -405,7 +385,7 @@ class DeviceExchange:
         ]
 
     def convert(self, experts: Tensor, out: Tensor) -> None:
-        """Begin to convert experts at home, `beside` what follows, until `join`.
+        """Begin to convert the first matrices of experts at home, `beside` what follows, until `join`.
 
         Args:
             experts: [owned, elements].
@@ -413,6 +393,20 @@ class DeviceExchange:
         """
         with beside(self.device):
             self._launches.convert((self._few, 1, 1), experts, out)
+
+    def convert_rest(self, route: Route, experts: Tensor, out: Tensor, after: torch.cuda.Event | None) -> None:
+        """Begin to convert their second matrices, as `fetch` fetches, until `join`.
+
+        Args:
+            route: Of the pass.
+            experts: As in `convert`; so is `out`.
+            out: Where to.
+            after: A `mark` behind whatever used `out` before.
+        """
+        with beside(self.device, after):
+            if not self.spare:
+                self._meet_for_loans(route)
+            self._launches.convert_rest((self._lenders, 1, 1), experts, out)
 
     def hand_out(self, route: Route, source: Tensor, experts: Tensor | None = None, *, again: bool = False) -> None:
         """Send tokens or their gradients to the ranks that compute them, and offer lent experts.
@@ -433,8 +427,8 @@ class DeviceExchange:
             )  # fmt: skip
         self.meet()
 
-    def fetch(self, route: Route, lent: Tensor, after: torch.cuda.Event | None) -> None:
-        """Begin to fetch borrowed experts, beside what has been launched since, until `end_loans`.
+    def fetch(self, route: Route, lent: Tensor, after: torch.cuda.Event | None) -> torch.cuda.Event | None:
+        """Begin to fetch borrowed experts, beside what has been launched since.
 
         Their blocks find room on processors on which a product runs already, while a product waits for processors that
         they began on: one that is to run beside them is launched before them, and they begin with a meeting.
@@ -443,6 +437,9 @@ class DeviceExchange:
             route: Of the pass.
             lent: [spare, elements], out.
             after: A `mark` behind whatever used `lent` before.
+
+        Returns:
+            When they are there, for `join`.
         """
         launch, blocks = self._launches, (self._lenders, 1, 1)
         with beside(self.device, after):
@@ -450,6 +447,7 @@ class DeviceExchange:
             launch.fetch(blocks, self.offered, self.lent, lent, route.answer, self.peers, self.group.rank)
             self._meet_for_loans(route)
             launch.gather(blocks, self.lent, lent, route.answer, self.peers, self.group.rank)
+            return mark(self.device)
 
     def arrange(self, route: Route, nth: int, where: Tensor) -> tuple[Tensor, Tensor]:
         """What has arrived for a round of the forward pass; what backward needs of it.
@@ -488,7 +486,8 @@ class DeviceExchange:
         return mark(self.device)
 
     def take_back(self, route: Route, gradient: Tensor, scale: float, left: torch.cuda.Event | None) -> None:
-        """Begin to add what borrowers have left, beside what has been launched since, as `fetch` does.
+        """Begin to add what borrowers have left, beside what has been launched since, as `fetch` does, until
+        `end_loans`.
 
         Args:
             route: Of the pass.
@@ -502,7 +501,7 @@ class DeviceExchange:
                 self._launches.take_back((self._lenders, 1, 1), gradient, self.lent, route.answer, self.peers, scale)
 
     def end_loans(self) -> None:
-        """Go on when what `fetch` or `take_back` began is over."""
+        """Go on when `take_back` is over."""
         if self.spare:
             join(self.device)
 
@@ -562,6 +561,7 @@ class DeviceExchange:
         table = self.mailbox.table.numel()
         way = {"WIDTH": shape.hidden, "EACH": 16 // item}
         network = {"WIDTH": shape.width, "GATED": shape.gated, "NAME": shape.activation, **self._inner}
+        owned, inner = {"OWNED": answer.owned, "ELEMENTS": shape.elements}, matrix_sizes(shape)[0]
         moved = {"EACH": way["EACH"], "ELEMENTS": shape.elements}
         loans = {"LENT": LENT, "LOANS": answer.loans}
         piece = {"PIECE": self._piece}
@@ -603,7 +603,8 @@ class DeviceExchange:
                 kernels.place, 4, RANKS=size, PAIRS=self.pairs, ROWS=self.rows, EXPERTS=experts, COLUMNS=columns,
                 FIRST=answer.first, BEGIN=answer.begin, TARGET=answer.target, BLOCK=512,
             ),
-            convert=Launch(kernels.convert, 8, SIZE=answer.owned * shape.elements, BLOCKS=self._few, PIECE=_CONVERTED),
+            convert=Launch(kernels.convert, 8, **owned, BEGIN=0, END=inner, PIECE=_MOVED),
+            convert_rest=Launch(kernels.convert, 4, **owned, BEGIN=inner, END=shape.elements, PIECE=_MOVED),
             hand_out={lenders: hand_out(lenders) for lenders in (0, self._lenders)},
             hand_again=hand_out(0, again=True),
             fetch=Launch(kernels.fetch, 4, **moved, **borrowed, OWNERS=answer.owners, **piece),

@@ -549,11 +549,22 @@ def gather(
 
 
 @program
-def convert(source: tl.tensor, out: tl.tensor, SIZE: tl.constexpr, BLOCKS: tl.constexpr, PIECE: tl.constexpr) -> None:
-    """Numbers [SIZE] in another type, by so many blocks, which leave room for kernels that run beside them."""
-    for nth in range(tl.program_id(0).to(tl.int64), (SIZE + PIECE - 1) // PIECE, BLOCKS):
-        at = nth * PIECE + tl.arange(0, PIECE)
-        tl.store(out + at, tl.load(source + at, mask=at < SIZE).to(out.dtype.element_ty), mask=at < SIZE)
+def convert(
+    source: tl.tensor,
+    out: tl.tensor,
+    OWNED: tl.constexpr,
+    ELEMENTS: tl.constexpr,
+    BEGIN: tl.constexpr,
+    END: tl.constexpr,
+    PIECE: tl.constexpr,
+) -> None:
+    """Elements `BEGIN` to `END` of each expert, [OWNED, ELEMENTS], in another type."""
+    each: tl.constexpr = (END - BEGIN + PIECE - 1) // PIECE
+    for nth in range(tl.program_id(0), OWNED * each, tl.num_programs(0)):
+        element = BEGIN + nth % each * PIECE + tl.arange(0, PIECE)
+        at = tl.full([], nth // each, tl.int64) * ELEMENTS + element
+        value = tl.load(source + at, mask=element < END)
+        tl.store(out + at, value.to(out.dtype.element_ty), mask=element < END)
 
 
 @program

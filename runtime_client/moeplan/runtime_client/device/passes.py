@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moeplan.runtime_client.device.exchange import DeviceExchange, Expert, Route
+from moeplan.runtime_client.device.exchange import DeviceExchange, Route
+from moeplan.runtime_client.device.expert import matrix_sizes, split
 from moeplan.runtime_client.device.mailbox import Turn
 from moeplan.runtime_client.device.products import Rows
 from moeplan.runtime_client.group import join, mark
 
-__all__ = ["Arrivals", "matrix_sizes", "run_pass", "split"]
+__all__ = ["Arrivals", "run_pass"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -95,41 +96,25 @@ class _Pass(torch.autograd.Function):
         # What there is no room for takes no part; the pass fails on all ranks.
         excess = max(len(hidden) - exchange.max_tokens, 0)
         some, chosen, shares = (_aligned(part[: exchange.max_tokens]) for part in (hidden, index, weight))
-        flat, owned, spare = parts[0], len(parts[0]), exchange.spare
-        lent, converting = flat[:0], False
-        if len(parts) > 1:
-            own, computed = None, [*parts]
-        elif spare == 0 and flat.dtype == exchange.dtype:
-            own = _aligned(flat)
-            computed = [own]
-        elif exchange.joined:
-            both = flat.new_empty(owned + spare, flat.shape[1], dtype=exchange.dtype)
-            converted, lent = both.split([owned, spare])
-            own = _aligned(flat)
-            exchange.convert(own, converted)
-            converting = True
-            computed = [both]
-        else:
-            own, lent = _aligned(flat), flat.new_empty(spare, flat.shape[1])
-            computed = [own, lent]
-        route = exchange.plan(chosen, shares, excess, owned + spare, turn)
+        experts = _Experts.of(exchange, parts)
+        if experts.converted is not None:
+            exchange.convert(experts.own, experts.converted)
+        route = exchange.plan(chosen, shares, excess, len(experts.own) + exchange.spare, turn)
         tokens = some.to(exchange.dtype)
-        exchange.hand_out(route, tokens, own)
+        exchange.hand_out(route, tokens, experts.own if exchange.spare else None)
         if arrivals is not None:
             arrivals.forward()
-        where, matrices = torch.empty_like(exchange.where), _matrices(exchange, computed)
+        where, matrices = torch.empty_like(exchange.where), _matrices(exchange, experts.computed)
         scales, kept, products = [], [], exchange.products
         for nth in range(exchange.rounds):
             rows, scale = exchange.arrange(route, nth, where)
-            if converting and nth == 0:
-                join(exchange.device)
             regions = exchange.regions(route, nth)
-            inners = [inner for inner, _ in matrices]
-            if nth == 0 and spare:
-                firsts = _first_and_fetch(exchange, route, regions, rows, inners, lent)
+            firsts = [rows.new_empty(len(rows[each.part]), matrices[0][0].shape[1]) for each in regions]
+            if nth == 0 and (exchange.spare or experts.converted is not None):
+                _multiply_first(exchange, route, experts, regions, rows, firsts)
             else:
-                each = zip(regions, inners, strict=True)
-                firsts = [products.apply(rows[region.part], inner, region.ends) for region, inner in each]
+                for first, region, (inner, _) in zip(firsts, regions, matrices, strict=True):
+                    products.apply(rows[region.part], inner, region.ends, first)
             results = []
             for first, region, (_, outer) in zip(firsts, regions, matrices, strict=True):
                 ends = region.ends
@@ -142,10 +127,12 @@ class _Pass(torch.autograd.Function):
         exchange.collect(route, _beginning(output, len(some)))
         ctx.exchange, ctx.route, ctx.turn, ctx.like = exchange, route, turn, (index.shape, weight.dtype)
         ctx.arrive = None if arrivals is None else arrivals.backward
-        ctx.parts, ctx.computed = len(parts), len(computed)
+        ctx.parts, ctx.computed = len(parts), len(experts.computed)
         if exchange.rounds == 1:
             tokens = tokens.new_empty(0)  # a part of them would keep them all
-        ctx.save_for_backward(*parts, tokens, where, torch.tensor(turn.means, device="cpu"), *computed, *scales, *kept)
+        ctx.save_for_backward(
+            *parts, tokens, where, torch.tensor(turn.means, device="cpu"), *experts.computed, *scales, *kept
+        )
         return output
 
     @staticmethod
@@ -217,24 +204,59 @@ class _Pass(torch.autograd.Function):
         return None, None, None, to_hidden, None, to_choices, *to_parts
 
 
-def _first_and_fetch(
+@dataclass(frozen=True, slots=True, eq=False)
+class _Experts:
+    """What a pass computes with.
+
+    Attributes:
+        own: [owned, elements], those at home, in the type of the weights; of a layout's, the first of two tensors.
+        converted: [owned, elements], room for them in the type that computes, where the weights have another.
+        lent: [spare, elements], room for borrowed ones.
+        computed: All of them, as `_matrices` has it.
+    """
+
+    own: Tensor
+    converted: Tensor | None
+    lent: Tensor
+    computed: Sequence[Tensor]
+
+    @classmethod
+    def of(cls, exchange: DeviceExchange, parts: Sequence[Tensor]) -> _Experts:
+        if len(parts) > 1:
+            return cls(parts[0], None, parts[0][:0], parts)
+        own, spare = _aligned(parts[0]), exchange.spare
+        if spare == 0 and own.dtype == exchange.dtype:
+            return cls(own, None, own[:0], [own])
+        if exchange.joined:
+            both = own.new_empty(len(own) + spare, own.shape[1], dtype=exchange.dtype)
+            converted, lent = both.split([len(own), spare])
+            return cls(own, converted, lent, [both])
+        lent = own.new_empty(spare, own.shape[1])
+        return cls(own, None, lent, [own, lent])
+
+
+def _multiply_first(
     exchange: DeviceExchange,
     route: Route,
+    experts: _Experts,
     regions: Sequence[Rows],
     rows: Tensor,
-    inners: Sequence[Tensor],
-    lent: Tensor,
-) -> list[Tensor]:
-    """The first products of each region; those of `lent` experts, which are fetched beside the others, at last."""
-    home, away = regions[0], regions[-1]
-    owned = len(home.ends) - (len(lent) if home is away else 0)
-    firsts = [rows.new_empty(len(rows[region.part]), inners[0].shape[1]) for region in regions]
-    arranged = mark(exchange.device)
-    exchange.products.apply(rows[home.part], inners[0][:owned], home.ends[:owned], firsts[0])
-    exchange.fetch(route, lent, arranged)
-    exchange.end_loans()
-    exchange.products.apply(rows[away.part], inners[-1][-len(lent) :], away.ends, firsts[-1])
-    return firsts
+    out: Sequence[Tensor],
+) -> None:
+    """The first products, while borrowed experts and the second matrices are still on their way beside them."""
+    device, products, owned, home, away = exchange.device, exchange.products, len(experts.own), regions[0], regions[-1]
+    inners = [inner for inner, _ in _matrices(exchange, experts.computed)]
+    if experts.converted is not None:
+        join(device)
+    arranged = mark(device)
+    products.apply(rows[home.part], inners[0][:owned], home.ends[:owned], out[0])
+    there = exchange.fetch(route, experts.lent, arranged) if exchange.spare else None
+    if experts.converted is not None:
+        exchange.convert_rest(route, experts.own, experts.converted, arranged)
+    if exchange.spare:
+        join(device, there)
+        products.apply(rows[away.part], inners[-1][-exchange.spare :], away.ends, out[-1])
+    join(device)
 
 
 def _matrices(exchange: DeviceExchange, computed: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
@@ -283,14 +305,3 @@ def _aligned(part: Tensor) -> Tensor:
     """The same numbers one after the other, from an address that kernels can read 16 bytes at a time from."""
     part = part.contiguous()
     return part.clone() if part.data_ptr() % 16 else part
-
-
-def matrix_sizes(shape: Expert) -> tuple[int, int]:
-    """Elements of an expert's first and second matrix, which are one after the other in its flat form."""
-    return shape.width * (2 if shape.gated else 1) * shape.hidden, shape.hidden * shape.width
-
-
-def split(shape: Expert, flat: Tensor) -> tuple[Tensor, Tensor]:
-    """The matrices [replicas, width or 2 * width, hidden] and [replicas, hidden, width], views of their flat form."""
-    inner, outer = flat.split(matrix_sizes(shape), dim=1)
-    return inner.unflatten(1, (-1, shape.hidden)), outer.unflatten(1, (shape.hidden, -1))

@@ -17,8 +17,9 @@ from torch.distributed.tensor import DTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from moeplan.runtime_client.device.exchange import DeviceExchange
+from moeplan.runtime_client.device.expert import matrix_sizes
 from moeplan.runtime_client.device.layout_plans import LayoutPlans
-from moeplan.runtime_client.device.passes import Arrivals, matrix_sizes, run_pass
+from moeplan.runtime_client.device.passes import Arrivals, run_pass
 from moeplan.runtime_client.device.shard_memory import PublishedShard, ShardMemory
 from moeplan.runtime_client.group import ExpertGroup, Traffic
 from moeplan.runtime_client.layers.dividing import Division, PlannedLayer
