@@ -111,6 +111,7 @@ def equals_gloo(folder: Path, dtype: torch.dtype, spare: int, shape: ExpertShape
         (2, torch.float32, 2, SHAPE),
         pytest.param(2, torch.float64, 2, SHAPE, marks=SLOW),
         (2, torch.float32, 0, ExpertShape(16, 8, gated=False, activation="relu")),
+        (2, torch.float64, 0, ExpertShape(16, 8, gated=False, activation="relu")),
         (3, torch.float64, 1, ExpertShape(16, 344, activation="gelu")),  # parts of a loan reach both borrowers
     ],
 )
