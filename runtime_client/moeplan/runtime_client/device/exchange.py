@@ -34,6 +34,9 @@ _LENDERS = 128
 _ELEMENTS = 8192
 """Elements of tokens that a block moves at a time."""
 
+_NEVER = 2**31 - 1
+"""More replicas than any expert has."""
+
 _MOVED = 4096
 """Elements of experts that a block moves at a time: few, so that it fits on a processor beside a product's."""
 
@@ -405,7 +408,7 @@ class DeviceExchange:
         """
         with beside(self.device, after):
             if not self.spare:
-                self._meet_for_loans(route)
+                self._launches.pause((1, 1, 1), *self._signals_beside, route.answer)
             self._launches.convert_rest((self._lenders, 1, 1), experts, out)
 
     def hand_out(self, route: Route, source: Tensor, experts: Tensor | None = None, *, again: bool = False) -> None:
@@ -431,7 +434,8 @@ class DeviceExchange:
         """Begin to fetch borrowed experts, beside what has been launched since.
 
         Their blocks find room on processors on which a product runs already, while a product waits for processors that
-        they began on: one that is to run beside them is launched before them, and they begin with a meeting.
+        they began on: one that is to run beside them is launched before them, and they begin after one block that does
+        nothing. Parts of experts with several borrowers come from these, once all ranks have fetched theirs.
 
         Args:
             route: Of the pass.
@@ -443,9 +447,9 @@ class DeviceExchange:
         """
         launch, blocks = self._launches, (self._lenders, 1, 1)
         with beside(self.device, after):
-            self._meet_for_loans(route)
+            launch.pause((1, 1, 1), *self._signals_beside, route.answer)
             launch.fetch(blocks, self.offered, self.lent, lent, route.answer, self.peers, self.group.rank)
-            self._meet_for_loans(route)
+            launch.meet_borrowers((1, 1, 1), *self._signals_beside, route.answer)
             launch.gather(blocks, self.lent, lent, route.answer, self.peers, self.group.rank)
             return mark(self.device)
 
@@ -497,16 +501,13 @@ class DeviceExchange:
         """
         if self.spare:
             with beside(self.device, left):
-                self._meet_for_loans(route)
+                self._launches.meet_for_loans((1, 1, 1), *self._signals_beside, route.answer)
                 self._launches.take_back((self._lenders, 1, 1), gradient, self.lent, route.answer, self.peers, scale)
 
     def end_loans(self) -> None:
         """Go on when `take_back` is over."""
         if self.spare:
             join(self.device)
-
-    def _meet_for_loans(self, route: Route) -> None:
-        self._launches.meet_for_loans((1, 1, 1), *self._signals_beside, route.answer)
 
     def give_back(
         self,
@@ -568,6 +569,9 @@ class DeviceExchange:
         borrowed = {"BORROWED": BORROWED, "SHARED": answer.shared, "SHARERS": answer.sharers}
         rounds = {"AWAY": self.rounds * self.span, "SPAN": self.span}
 
+        def meet_for_loans(replicas: int) -> Launch:
+            return Launch(kernels.meet_for_loans, 1, **lanes, MOST=MOST, REPLICAS=replicas)
+
         def hand_out(lenders: int, again: bool = False) -> Launch:
             return Launch(
                 kernels.hand_out, 8, CHOICES=self.choices, TOKENS=self.max_tokens, **way, ROWS=self.rows,
@@ -590,7 +594,9 @@ class DeviceExchange:
 
         return SimpleNamespace(
             meet=Launch(kernels.meet, 1, **lanes),
-            meet_for_loans=Launch(kernels.meet_for_loans, 1, **lanes, MOST=MOST),
+            pause=meet_for_loans(_NEVER),
+            meet_for_loans=meet_for_loans(1),
+            meet_borrowers=meet_for_loans(2),
             count=Launch(kernels.count, 4, EXPERTS=experts, COLUMNS=columns, BLOCK=32),
             total=Launch(
                 kernels.total, 4, RANKS=size, COLUMNS=columns, ROW=self.mailbox.columns, TOLD=TOLD, BLOCK=16, CHUNKS=256

@@ -155,9 +155,10 @@ def meet_for_loans(
     RANKS: tl.constexpr,
     LANES: tl.constexpr,
     MOST: tl.constexpr,
+    REPLICAS: tl.constexpr,
 ) -> None:
-    """`meet` if any rank lends an expert in the plan, which all ranks see alike."""
-    if tl.load(answer + MOST) > 1:
+    """`meet` if the plan has more than so many replicas of any expert, which all ranks see alike."""
+    if tl.load(answer + MOST) > REPLICAS:
         meet_peers(state, flags, abort, peers, rank, limit, RANKS, LANES)
 
 
