@@ -238,6 +238,9 @@ def failure(folder: Path, kind: str) -> tuple[str, list[str]]:
         dist.barrier()
     assert output.isnan().all()
     assert output.shape == hidden.shape
+    output.backward(torch.ones_like(output))
+    assert own.flat.grad is not None
+    assert own.flat.grad.isnan().any(dim=1).all()
     said = []
     for again in (exchange.check, lambda: exchange.charge(1.0), lambda: own(*batch(0)[:3])):
         with pytest.raises(Exception) as caught:

@@ -83,8 +83,8 @@ class DeviceExchange:
     device that nothing is left, and return. The planner keeps every rank within all rounds.
 
     What goes wrong in a pass (a router's fault, no feasible plan, more than `max_tokens`, a rank that does not come in
-    time) makes its output not a number on all ranks, and that of every later pass; the error is raised by the next pass
-    that sees it, and by `check`. Nothing works after that.
+    time) makes its output and gradients not numbers on all ranks, and those of every later pass; the error is raised by
+    the next pass that sees it, and by `check`. Nothing works after that.
 
     Memory of a rank, in bytes, with b bytes per element, N ranks, T = max_tokens, K spare slots and C = capacity and
     128 rows for each of its experts, or twice as many where lent experts have rows of their own: in symmetric memory
@@ -417,10 +417,11 @@ class DeviceExchange:
         Args:
             route: Of the pass.
             source: [tokens, hidden].
-            experts: [owned, elements], from which those that are lent are offered, converted on the way.
+            experts: [owned, elements], from which those that are lent are offered, converted on the way; with spare
+                slots only.
             again: Only if a rank has rows in later rounds.
         """
-        lenders = 0 if experts is None or not self.spare else self._lenders
+        lenders = 0 if experts is None else self._lenders
         launch = self._launches.hand_again if again else self._launches.hand_out[lenders]
         blocks = lenders + -(-len(source) // self._wide["BLOCK"])
         if blocks:
@@ -531,13 +532,20 @@ class DeviceExchange:
             nth * self.span,
         )  # fmt: skip
 
-    def collect(self, route: Route, out: Tensor) -> None:
-        """Fill ``out`` [tokens, hidden] with the sum of what the ranks gave back."""
-        grid = (-(-len(out) // self._narrow["BLOCK"]), -(-self.shape.hidden // self._narrow["COLUMNS"]), 1)
-        if len(out):
-            self._launches.collect(
-                grid, self.returned, route.target, out, route.answer, self.abort, self.mailbox.words, len(out)
-            )
+    def collect(self, route: Route, out: Tensor, gradients: Tensor | None = None) -> None:
+        """Fill `out` with the sum of what the ranks gave back; if the pass has failed, with what is not a number.
+
+        Args:
+            route: Of the pass.
+            out: [tokens, hidden], out.
+            gradients: In the backward pass: [replicas, elements], of experts' weights, which then are not either.
+        """
+        rows = max(-(-len(out) // self._narrow["BLOCK"]), 1)
+        spoiled, replicas = (out, 0) if gradients is None else (gradients, len(gradients))
+        self._launches.collect(
+            (rows, -(-self.shape.hidden // self._narrow["COLUMNS"]), 1), self.returned, route.target, out, spoiled,
+            route.answer, self.abort, self.mailbox.words, len(out), replicas, spoiled.stride(0),
+        )  # fmt: skip
 
     def activate(self, first: Tensor, end: Tensor) -> Tensor:
         """The activations [rows, width] of the first product."""

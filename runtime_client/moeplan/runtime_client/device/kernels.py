@@ -59,7 +59,7 @@ _UNFILLED = tl.constexpr(2**31 - 1)
 
 def program(function: Callable[..., Any]) -> Any:
     """A Triton kernel, or a part of one, compiled once for all numbers and for all places of single words."""
-    numbers = ["rank", "layer", "tokens", "pairs", "chunks", "excess", "limit", "number", "gathered", "low"]
+    numbers = ["rank", "layer", "tokens", "pairs", "chunks", "excess", "limit", "number", "gathered", "low", "apart"]
     return triton.jit(function, do_not_specialize=[*numbers, "replicas", "first", "loans", "end", "ends", "fills"])
 
 
@@ -830,10 +830,13 @@ def collect(
     returned: tl.tensor,
     target: tl.tensor,
     out: tl.tensor,
+    gradients: tl.tensor,
     answer: tl.tensor,
     abort: tl.tensor,
     host_words: tl.tensor,
     tokens: tl.tensor,
+    replicas: tl.tensor,
+    apart: tl.tensor,
     CHOICES: tl.constexpr,
     ROWS: tl.constexpr,
     AWAY: tl.constexpr,
@@ -849,9 +852,16 @@ def collect(
         returned: [tokens, CHOICES, WIDTH], the sum of a rank and round at the token's first choice that went there.
         target: int32[tokens * CHOICES].
         out: [tokens, WIDTH], out.
+        gradients: Of the weights of experts, `apart` elements from each other; the first element is not a number where
+            the pass has failed.
+        replicas: Experts that have gradients.
     """
     stopped = tl.load(abort, volatile=True)
     failed = (tl.load(answer) != 0) | (stopped != 0)
+    if failed & (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
+        nothing = tl.full([], float("nan"), tl.float32).to(gradients.dtype.element_ty)
+        for replica in range(replicas):
+            tl.store(gradients + tl.full([], replica, tl.int64) * apart, nothing)
     if (stopped != 0) & (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
         tl.store(host_words + ABORTED, stopped)
     token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)

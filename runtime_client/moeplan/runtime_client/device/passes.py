@@ -194,7 +194,7 @@ class _Pass(torch.autograd.Function):
         exchange.end_loans()
         exchange.meet()
         to_hidden = _rows(gradient)
-        exchange.collect(route, _beginning(to_hidden, len(some)))
+        exchange.collect(route, _beginning(to_hidden, len(some)), to_parts[0])
         shape, dtype = ctx.like
         to_choices = torch.empty(shape, dtype=dtype, device=gradient.device)
         pairs = len(some) * exchange.choices
