@@ -152,7 +152,8 @@ def test_a_solve_that_fails_is_marked(start: Start, collector: Collector) -> Non
 
 
 def test_a_collector_that_is_away_holds_nothing_up(start: Start) -> None:
-    daemon = start("--traces", "http://127.0.0.1:1", environment=SOON).serving()
+    one_by_one = SOON | {"OTEL_BSP_MAX_EXPORT_BATCH_SIZE": "1"}  # each is tried for ten seconds
+    daemon = start("--traces", "http://127.0.0.1:1", environment=one_by_one).serving()
     with daemon.client() as client:
         name = client.create_job("alone", small_job()).name
         rank = Rank(client, name, 0, hello={"reports_for": [0, 1]})

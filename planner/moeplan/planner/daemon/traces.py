@@ -38,6 +38,7 @@ class Traces:
 
     def __init__(self, endpoint: str) -> None:
         self._provider: Any = None
+        self._exporter: Any = None
         if not endpoint:
             return
         from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
@@ -47,8 +48,10 @@ class Traces:
 
         ours = Resource({"service.name": "moeplan", "service.version": metadata.version("moeplan")})
         # What OTEL_... variables say of the service, of sampling and of batches wins, as in any program.
-        self._provider = TracerProvider(resource=ours.merge(OTELResourceDetector().detect()))
-        self._provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint=endpoint)))
+        resource = ours.merge(OTELResourceDetector().detect())
+        self._provider = TracerProvider(resource=resource, shutdown_on_exit=False)
+        self._exporter = OTLPSpanExporter(endpoint=endpoint)
+        self._provider.add_span_processor(BatchSpanProcessor(self._exporter))
 
     def of(self, job: str) -> JobTraces:
         """The traces of a job."""
@@ -57,7 +60,11 @@ class Traces:
     async def stop(self) -> None:
         """Send what is left, if that can be done soon."""
         if self._provider is not None:
-            await asyncio.to_thread(self._provider.force_flush, int(FLUSH_S * 1e3))
+            # Flushing takes as long as it takes, whatever limit it is given: opentelemetry-python, issue 4568.
+            flushed = asyncio.ensure_future(asyncio.to_thread(self._provider.force_flush))
+            await asyncio.wait([flushed], timeout=FLUSH_S)
+            await asyncio.to_thread(self._exporter.shutdown)  # gives up a collector that is away
+            await flushed
 
 
 @dataclass(slots=True)
