@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 from rich.progress import track
 
-from moeplan.planner.commands.terminal import show_table
 from moeplan.planner.traces.synthetic import SyntheticTrace, generate
 from moeplan.solvers import Cluster, Layout
 from moeplan.solvers.affinity.placement import crossings, place_by_affinity
-from result_file import Columns, cells, write_result
+from result_file import Columns, write_result
+from result_table import show_rows
 
 CASES = (
     (SyntheticTrace(steps=5, layers=3, experts=8, sources=4, top_k=2), 4, 2),
@@ -44,11 +44,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="file for the results, as JSON")
     arguments = parser.parse_args()
     rows = [measured(*case) for case in track(CASES, transient=True)]
-    show_table(
-        "transitions that leave their node",
-        [title for title, _ in COLUMNS.values()],
-        [cells(row, COLUMNS) for row in rows],
-    )
+    show_rows("transitions that leave their node", rows, COLUMNS)
     if arguments.out:
         write_result(arguments.out, rows)
 

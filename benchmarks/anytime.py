@@ -20,13 +20,13 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from moeplan.planner.commands.terminal import show_table
 from moeplan.planner.traces.trace import Trace
 from moeplan.solvers import Cluster, Demand, Layout, Problem, SolveParameters, SplitRule, evaluate, solve, warm_up
 from moeplan.solvers.exact.model import Effort, Model
 from moeplan.solvers.exact.run import run
 from moeplan.solvers.problem.arrays import Int64
 from result_file import Columns, cells, write_result
+from result_table import show_rows
 
 DEADLINES = {"1_ms": 0.001, "10_ms": 0.01, "100_ms": 0.1, "1_s": 1.0, "10_s": 10.0}
 """Seconds, by the names that results have."""
@@ -153,11 +153,7 @@ def main() -> None:
                     late = max(late, took - seconds)
             rows.append(row)
             print(*cells(row, COLUMNS), sep=" | ", file=sys.stderr, flush=True)
-    show_table(
-        f"Imbalance after a deadline; hybrid late by at most {late * 1e3:.0f} ms",
-        [title for title, _ in COLUMNS.values()],
-        [cells(row, COLUMNS) for row in rows],
-    )
+    show_rows(f"Imbalance after a deadline; hybrid late by at most {late * 1e3:.0f} ms", rows, COLUMNS)
     if arguments.out:
         write_result(arguments.out, rows)
     if arguments.plot:

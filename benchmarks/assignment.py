@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from moeplan.planner.commands.terminal import show_table
 from moeplan.solvers import Assignment, balanced_assignment, optimal_assignment
-from result_file import Columns, cells, write_result
+from result_file import Columns, write_result
+from result_table import show_rows
 
 Scores = npt.NDArray[np.float32]
 
@@ -89,11 +89,7 @@ def main() -> None:
             row["lapjv_ms"] = (time.perf_counter() - start) * 1e3
             row["gap_in_truth"] = float(1 - warm.value / best.value)
         rows.append(row)
-    show_table(
-        "Tokens to experts in equal numbers",
-        [title for title, _ in COLUMNS.values()],
-        [cells(row, COLUMNS) for row in rows],
-    )
+    show_rows("Tokens to experts in equal numbers", rows, COLUMNS)
     if arguments.out:
         write_result(arguments.out, rows)
 

@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 from rich.progress import track
 
-from moeplan.planner.commands.terminal import show_table
 from moeplan.planner.traces.trace import Trace
 from moeplan.solvers import Cluster, Demand, Layout, Problem, SolveParameters, solve, warm_up
-from result_file import Columns, cells, write_result
+from result_file import Columns, write_result
+from result_table import show_rows
 
 TRACE = Path(__file__).parents[1] / "examples" / "traces" / "moe-e64-cut.npz"
 STEPS, DEVICES, SLOTS, SEEDS = 10, 16, 5, range(6)
@@ -46,9 +46,7 @@ def main() -> None:
     warm_up()
     solve(problem)
     rows = [measured(problem, int(moves)) for moves in track(arguments.moves.split(","), transient=True)]
-    show_table(
-        f"{trace.path.name}, layer 0", [title for title, _ in COLUMNS.values()], [cells(row, COLUMNS) for row in rows]
-    )
+    show_rows(f"{trace.path.name}, layer 0", rows, COLUMNS)
     if arguments.out:
         write_result(arguments.out, rows)
 

@@ -12,9 +12,9 @@ import time
 from pathlib import Path
 
 from anytime import synthetic
-from moeplan.planner.commands.terminal import show_table
 from moeplan.solvers import SolveParameters, solve, warm_up
-from result_file import Columns, cells, write_result
+from result_file import Columns, write_result
+from result_table import show_rows
 
 NAME = "E256 D144 C2 zipf 0.6"
 COLUMNS: Columns = {
@@ -43,7 +43,7 @@ def main() -> None:
         plan = solve(problem, parameters=parameters)
         seconds = time.perf_counter() - start
         rows.append({"way": way, "bound": plan.bound, "imbalance": plan.objective, "seconds": seconds})
-    show_table(NAME, [title for title, _ in COLUMNS.values()], [cells(row, COLUMNS) for row in rows])
+    show_rows(NAME, rows, COLUMNS)
     if arguments.out:
         write_result(arguments.out, rows)
 

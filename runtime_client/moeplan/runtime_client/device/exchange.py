@@ -142,7 +142,7 @@ class DeviceExchange:
         elif isinstance(planner, QuotaPlanner):
             _require_homes(planner.options, group.size)
             self.spare = min(int(planner.options.spare[0]), planner.options.experts)
-            self._offers = min(int(np.bincount(planner.options.home).max()), self.spare * (group.size - 1))
+            self._offers = min(_most_owned(planner.options), self.spare * (group.size - 1))
         else:
             raise ValueError(f"planner = {type(planner).__name__}: without the host only QuotaPlanner plans")
         for name, value in (("max_tokens", max_tokens), ("choices", choices), ("rounds", rounds)):
@@ -163,7 +163,7 @@ class DeviceExchange:
         tile = tile_rows(device)
         self.capacity, self.rounds = -(-self.capacity // tile) * tile, rounds
         self.joined = self.spare == 0 or weights != dtype
-        self.span = self.capacity + tile * self._most_experts(planner, group.size)
+        self.span = self.capacity + tile * self._most_experts(planner)
         self.room = self.span * (1 if self.joined else 2)
         self.rows = self.room * rounds
         if group.size * self.rows >= 2**31:
@@ -296,11 +296,11 @@ class DeviceExchange:
         self.check()  # what failed is noted in the mailbox that goes
         self.mailbox = self._open_mailbox(self._lending(options))
 
-    def _most_experts(self, planner: QuotaPlanner | SlotsOfLayouts, ranks: int) -> int:
+    def _most_experts(self, planner: QuotaPlanner | SlotsOfLayouts) -> int:
         """Experts that any rank has rows of, each of which may need zeros to fill its last tile."""
         if isinstance(planner, SlotsOfLayouts):
             return planner.slots
-        owned = int(np.bincount(planner.options.home, minlength=ranks).max())
+        owned = _most_owned(planner.options)
         return owned + self.spare if self.joined else max(owned, self.spare)
 
     def _planning(self, planner: QuotaPlanner | SlotsOfLayouts) -> Planning:
@@ -447,11 +447,12 @@ class DeviceExchange:
             When they are there, for `join`.
         """
         launch, blocks = self._launches, (self._lenders, 1, 1)
+        way = self.offered, self.lent, lent, route.answer, self.peers, self.group.rank
         with beside(self.device, after):
             launch.pause((1, 1, 1), *self._signals_beside, route.answer)
-            launch.fetch(blocks, self.offered, self.lent, lent, route.answer, self.peers, self.group.rank)
+            launch.fetch(blocks, *way)
             launch.meet_borrowers((1, 1, 1), *self._signals_beside, route.answer)
-            launch.gather(blocks, self.lent, lent, route.answer, self.peers, self.group.rank)
+            launch.fetch_others(blocks, *way)
             return mark(self.device)
 
     def arrange(self, route: Route, nth: int, where: Tensor) -> tuple[Tensor, Tensor]:
@@ -574,7 +575,6 @@ class DeviceExchange:
         moved = {"EACH": way["EACH"], "ELEMENTS": shape.elements}
         loans = {"LENT": LENT, "LOANS": answer.loans}
         piece = {"PIECE": self._piece}
-        borrowed = {"BORROWED": BORROWED, "SHARED": answer.shared, "SHARERS": answer.sharers}
         rounds = {"AWAY": self.rounds * self.span, "SPAN": self.span}
 
         def meet_for_loans(replicas: int) -> Launch:
@@ -585,6 +585,12 @@ class DeviceExchange:
                 kernels.hand_out, 8, CHOICES=self.choices, TOKENS=self.max_tokens, **way, ROWS=self.rows,
                 SPAN=self.span, AGAIN=again, FULLEST=FULLEST, LENDERS=lenders, ELEMENTS=shape.elements, **loans,
                 **self._wide, **piece,
+            )  # fmt: skip
+
+        def fetch(others: bool) -> Launch:
+            return Launch(
+                kernels.fetch, 4, **moved, BORROWED=BORROWED, SHARED=answer.shared, SHARERS=answer.sharers,
+                OWNERS=answer.owners, OTHERS=others, **piece,
             )  # fmt: skip
 
         def arrange(backward: bool) -> Launch:
@@ -621,8 +627,8 @@ class DeviceExchange:
             convert_rest=Launch(kernels.convert, 4, **owned, BEGIN=inner, END=shape.elements, PIECE=_MOVED),
             hand_out={lenders: hand_out(lenders) for lenders in (0, self._lenders)},
             hand_again=hand_out(0, again=True),
-            fetch=Launch(kernels.fetch, 4, **moved, **borrowed, OWNERS=answer.owners, **piece),
-            gather=Launch(kernels.gather, 4, **moved, **borrowed, **piece),
+            fetch=fetch(others=False),
+            fetch_others=fetch(others=True),
             arrange=arrange(backward=False),
             arrange_again=arrange(backward=True),
             take_back=Launch(kernels.take_back, 4, **moved, **loans, **piece),
@@ -644,6 +650,11 @@ def _require_homes(options: SpillOptions, ranks: int) -> None:
         raise ValueError("options.spare: every rank must have as many spare slots")
     if options.domain.any():
         raise ValueError("options.domain: all ranks must be of one link domain; leave `exchange` out")
+
+
+def _most_owned(options: SpillOptions) -> int:
+    """Most experts that a rank owns."""
+    return int(np.bincount(options.home).max())
 
 
 def _require_slots(layouts: SlotsOfLayouts, ranks: int) -> None:

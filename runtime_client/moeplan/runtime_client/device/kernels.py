@@ -33,7 +33,6 @@ __all__ = [
     "convert",
     "count",
     "fetch",
-    "gather",
     "give_back",
     "hand_out",
     "lanes",
@@ -484,69 +483,39 @@ def fetch(
     SHARED: tl.constexpr,
     SHARERS: tl.constexpr,
     OWNERS: tl.constexpr,
+    OTHERS: tl.constexpr,
     PIECE: tl.constexpr,
 ) -> None:
-    """Read borrowed experts from their owners. Of one with several borrowers each reads a part, and the others from
-    them (`gather`): it leaves its owner once.
+    """Read borrowed experts from their owners. Of one with several borrowers each reads a part, and then those of the
+    `OTHERS` from them: it leaves its owner once.
 
     Reading leaves the way to memory free for kernels beside it, which writing faster than a link takes it would block.
 
     Args:
         offered: [most that a rank lends, ELEMENTS] in symmetric memory.
-        lent: [slots, ELEMENTS] in symmetric memory, out: parts that others read.
+        lent: [slots, ELEMENTS] in symmetric memory: parts that others read, out where they are read from the owner.
         kept: [slots, ELEMENTS], out.
         answer: The plan.
     """
     block, blocks = tl.program_id(0), tl.num_programs(0)
     for slot in range(tl.load(answer + BORROWED)):
-        at = answer + OWNERS + 2 * slot
-        whole = offered + tl.load(peers + tl.load(at)) * EACH + tl.load(at + 1).to(tl.int64) * ELEMENTS
-        begin, end = tl.load(answer + SHARED + slot), tl.load(answer + SHARED + slot + 1)
-        nth = 0
-        for sharer in range(begin, end):
-            nth += (tl.load(answer + SHARERS + 2 * sharer) < rank).to(tl.int32)
         to = tl.full([], slot, tl.int64) * ELEMENTS
-        for first in range((block * (end - begin) + nth) * PIECE, ELEMENTS, blocks * (end - begin) * PIECE):
-            piece = first + tl.arange(0, PIECE)
-            value = tl.load(whole + piece, mask=piece < ELEMENTS)
-            tl.store(kept + to + piece, value, mask=piece < ELEMENTS)
-            if end - begin > 1:
-                tl.store(lent + to + piece, value, mask=piece < ELEMENTS)
-
-
-@program
-def gather(
-    lent: tl.tensor,
-    kept: tl.tensor,
-    answer: tl.tensor,
-    peers: tl.tensor,
-    rank: tl.tensor,
-    EACH: tl.constexpr,
-    ELEMENTS: tl.constexpr,
-    BORROWED: tl.constexpr,
-    SHARED: tl.constexpr,
-    SHARERS: tl.constexpr,
-    PIECE: tl.constexpr,
-) -> None:
-    """Read the parts of borrowed experts that other borrowers have fetched.
-
-    Args:
-        lent: [slots, ELEMENTS] in symmetric memory.
-        kept: [slots, ELEMENTS], out.
-        answer: The plan.
-    """
-    block, blocks = tl.program_id(0), tl.num_programs(0)
-    for slot in range(tl.load(answer + BORROWED)):
-        to = kept + tl.full([], slot, tl.int64) * ELEMENTS
+        owner, place = tl.load(answer + OWNERS + 2 * slot), tl.load(answer + OWNERS + 2 * slot + 1)
         begin, end = tl.load(answer + SHARED + slot), tl.load(answer + SHARED + slot + 1)
         for sharer in range(begin, end):
             device, other = tl.load(answer + SHARERS + 2 * sharer), tl.load(answer + SHARERS + 2 * sharer + 1)
-            if device != rank:
-                part = lent + tl.load(peers + device) * EACH + other.to(tl.int64) * ELEMENTS
+            if (device != rank) == OTHERS:
+                if OTHERS:
+                    whole = lent + tl.load(peers + device) * EACH + other.to(tl.int64) * ELEMENTS
+                else:
+                    whole = offered + tl.load(peers + owner) * EACH + place.to(tl.int64) * ELEMENTS
                 each = (block * (end - begin) + sharer - begin) * PIECE
                 for first in range(each, ELEMENTS, blocks * (end - begin) * PIECE):
                     piece = first + tl.arange(0, PIECE)
-                    tl.store(to + piece, tl.load(part + piece, mask=piece < ELEMENTS), mask=piece < ELEMENTS)
+                    value = tl.load(whole + piece, mask=piece < ELEMENTS)
+                    tl.store(kept + to + piece, value, mask=piece < ELEMENTS)
+                    if not OTHERS and end - begin > 1:
+                        tl.store(lent + to + piece, value, mask=piece < ELEMENTS)
 
 
 @program

@@ -111,7 +111,7 @@ class _Pass(torch.autograd.Function):
             regions = exchange.regions(route, nth)
             firsts = [rows.new_empty(len(rows[each.part]), matrices[0][0].shape[1]) for each in regions]
             if nth == 0 and (exchange.spare or experts.converted is not None):
-                _multiply_first(exchange, route, experts, regions, rows, firsts)
+                _multiply_first(exchange, route, experts, matrices, regions, rows, firsts)
             else:
                 for first, region, (inner, _) in zip(firsts, regions, matrices, strict=True):
                     products.apply(rows[region.part], inner, region.ends, first)
@@ -239,23 +239,24 @@ def _multiply_first(
     exchange: DeviceExchange,
     route: Route,
     experts: _Experts,
+    matrices: Sequence[tuple[Tensor, Tensor]],
     regions: Sequence[Rows],
     rows: Tensor,
     out: Sequence[Tensor],
 ) -> None:
     """The first products, while borrowed experts and the second matrices are still on their way beside them."""
     device, products, owned, home, away = exchange.device, exchange.products, len(experts.own), regions[0], regions[-1]
-    inners = [inner for inner, _ in _matrices(exchange, experts.computed)]
+    (inner_home, _), (inner_away, _) = matrices[0], matrices[-1]
     if experts.converted is not None:
         join(device)
     arranged = mark(device)
-    products.apply(rows[home.part], inners[0][:owned], home.ends[:owned], out[0])
+    products.apply(rows[home.part], inner_home[:owned], home.ends[:owned], out[0])
     there = exchange.fetch(route, experts.lent, arranged) if exchange.spare else None
     if experts.converted is not None:
         exchange.convert_rest(route, experts.own, experts.converted, arranged)
     if exchange.spare:
         join(device, there)
-        products.apply(rows[away.part], inners[-1][-exchange.spare :], away.ends, out[-1])
+        products.apply(rows[away.part], inner_away[-exchange.spare :], away.ends, out[-1])
     join(device)
 
 
