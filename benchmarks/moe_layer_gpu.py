@@ -15,11 +15,12 @@ draws anew. Fully sharded experts use the layout planned from the step before, o
 plan it.
 
 Times are the fastest of rounds that visit all methods in turn; a step is forward and backward, until the slowest rank
-is done. `ideal` is the imbalance of static expert parallelism: the speed-up if time were proportional to the largest
-load. `gain` is the share of it that was reached, ``(speed-up - 1) / (ideal - 1)``. Memory is the largest rank's
-weights and what a step allocates beside them, gradients included. Planning is what a pass waits for before it can
-dispatch. On CPUs memory is the growth of the resident set, and every process is pinned to one core together with
-gloo's threads.
+is done. What a method reaches of its speed under even loads is told by the same rounds, which have those in turn, too,
+as clocks of GPUs change with what they did before. `ideal` is the imbalance of static expert parallelism: the speed-up
+if time were proportional to the largest load. `gain` is the share of it that was reached,
+``(speed-up - 1) / (ideal - 1)``. Memory is the largest rank's weights and what a step allocates beside them, gradients
+included. Planning is what a pass waits for before it can dispatch. On CPUs memory is the growth of the resident set,
+and every process is pinned to one core together with gloo's threads.
 """
 
 from __future__ import annotations
@@ -484,19 +485,19 @@ def measure(
         f"{str(dtype)[6:]}; {spare} spare slots; {per_token * 1e6:.2f} us per token, {cost:.0f} tokens per transfer"
     )
     table = new_table(title)
-    even: dict[str, float] = {}
+    balanced, evens = Load(), [Method(method.name, method.layer) for method in methods]
     published = dict(zip((load.name for load in LOADS), PUBLISHED.get(name, "").replace("|", "").split(), strict=False))
     memory = dict(zip((load.name for load in LOADS), PUBLISHED_MEMORY.replace("|", "").split(), strict=True))
     for load in loads:
-        for method in methods:
+        for method in (*methods, *evens):
             method.clear()
-        visit(bench, size, load, methods, spare, rounds, dtype)
+        turns = [(load, methods), (balanced, evens)] if load != balanced else [(load, methods)]
+        visit(bench, size, turns, spare, rounds, dtype)
         found = figures(methods)
-        if load.name == "balanced":
-            even = found
+        even = figures(evens) if load != balanced else found
         add_rows(table, load, methods, even, published, memory if name == "gpt-oss-120b" else {})
         static, *others = methods
-        shares = {f"{method.name}_of_even": even[method.name] / found[method.name] for method in methods if even}
+        shares = {f"{method.name}_of_even": even[method.name] / found[method.name] for method in methods}
         rows.append({"layer": name, "ranks": bench.group.size, "tokens": load.name} | found | shares)
         reached = (
             f"{method.name} {min(static.step) / min(method.step):.2f}x, memory {static.memory / method.memory:.2f}x"
@@ -509,46 +510,56 @@ def measure(
 
 
 def visit(
-    bench: Bench, size: Size, load: Load, methods: list[Method], spare: int, rounds: int, dtype: torch.dtype
+    bench: Bench,
+    size: Size,
+    turns: Sequence[tuple[Load, Sequence[Method]]],
+    spare: int,
+    rounds: int,
+    dtype: torch.dtype,
 ) -> None:
-    """Run all methods in turn, round after round; the first round only warms up."""
+    """Run all methods in turn under each load, round after round; the first round only warms up."""
     group = bench.group
     hidden = torch.randn(size.tokens, size.hidden, device=bench.device, dtype=dtype).requires_grad_()
     weight = torch.full((size.tokens, size.choices), 1 / size.choices, device=bench.device, dtype=dtype)
     target = torch.randn_like(hidden)
-    before = gather_counts(group, load.draw(size, group.rank, group.size, 0).to(bench.device), weight, size.experts)
+
+    def drawn(load: Load, step: int) -> tuple[Tensor, Int64]:
+        index = load.draw(size, group.rank, group.size, step).to(bench.device)
+        return index, gather_counts(group, index, weight, size.experts)
+
+    before = [drawn(load, 0)[1] for load, _ in turns]
     for nth in range(rounds + 1):
-        index = load.draw(size, group.rank, group.size, nth + 1).to(bench.device)
-        counts = gather_counts(group, index, weight, size.experts)
-        for method in methods:
-            layer = method.layer
-            if isinstance(layer, FullyShardedExperts):
-                plan_layout(layer, before, spare)
-            layer.zero_grad()
-            hidden.grad = None
-            (parameter,) = layer.parameters()
+        for turn, (load, methods) in enumerate(turns):
+            index, counts = drawn(load, nth + 1)
+            for method in methods:
+                layer = method.layer
+                if isinstance(layer, FullyShardedExperts):
+                    plan_layout(layer, before[turn], spare)
+                layer.zero_grad()
+                hidden.grad = None
+                (parameter,) = layer.parameters()
 
-            def forward(layer: Layer = layer, index: Tensor = index) -> None:
-                with torch.no_grad():
-                    layer(hidden, index, weight)
+                def forward(layer: Layer = layer, index: Tensor = index) -> None:
+                    with torch.no_grad():
+                        layer(hidden, index, weight)
 
-            def step(layer: Layer = layer, index: Tensor = index) -> None:
-                layer(hidden, index, weight).backward(target)
+                def step(layer: Layer = layer, index: Tensor = index) -> None:
+                    layer(hidden, index, weight).backward(target)
 
-            if nth == 0:
-                start = bench.start_peak()
-                step()
-                method.memory = int(bench.largest(bench.peak() - start + parameter.nbytes)) + lasting(layer)
-                forward()
-                continue
-            method.forward.append(bench.seconds(forward))
-            layer.traffic.clear()
-            method.step.append(bench.seconds(step))
-            method.sent.append(bench.mean(layer.traffic.total()))
-            planning, loads = plan_again(bench, layer, index, weight)
-            method.planning.append(planning)
-            method.imbalance.append(float(loads.max() / loads.mean()))
-        before = counts
+                if nth == 0:
+                    start = bench.start_peak()
+                    step()
+                    method.memory = int(bench.largest(bench.peak() - start + parameter.nbytes)) + lasting(layer)
+                    forward()
+                    continue
+                method.forward.append(bench.seconds(forward))
+                layer.traffic.clear()
+                method.step.append(bench.seconds(step))
+                method.sent.append(bench.mean(layer.traffic.total()))
+                planning, loads = plan_again(bench, layer, index, weight)
+                method.planning.append(planning)
+                method.imbalance.append(float(loads.max() / loads.mean()))
+            before[turn] = counts
 
 
 def lasting(layer: Layer) -> int:

@@ -45,7 +45,7 @@ def products_of(seed: int) -> None:
     torch.manual_seed(seed)
     owned, spare = int(rng.integers(1, 6)), int(rng.integers(0, 4))
     shape = AnswerShape(owned + 2, spare + 1, owned, spare)
-    products = Products(shape, CPU)
+    products = Products(shape, CPU, most=1000)
     depth, width = (8 * int(rng.integers(1, 20)) for _ in range(2))
     tokens = (rng.integers(0, 40, owned + spare) * (rng.random(owned + spare) < 0.7)).tolist()
     borrowed = int(rng.integers(0, spare + 1))
@@ -88,9 +88,37 @@ def products_of(seed: int) -> None:
     assert own[:, -8:].isnan().all()
 
 
+def heavy_experts(seed: int) -> None:
+    """Gradients of experts with most of the rows, whose last tiles are summed in parts."""
+    rng = np.random.default_rng(seed)
+    torch.manual_seed(seed)
+    shape = AnswerShape(6, 3, 3, 3)
+    products = Products(shape, CPU, most=1000)
+    height, width = 8 * int(rng.integers(1, 10)) * 2 - 8, 8 * int(rng.integers(1, 20))  # an odd number of tiles
+    heavy = int(rng.integers(0, 3))
+    tokens = rng.integers(0, 9, 6)
+    tokens[[heavy, 3 + heavy]] = rng.integers(100, 300, 2)
+    rows, places = drawn(rng, tokens.tolist())
+    left, right = filled(rows, places, height), filled(rows, places, width)
+    answer = torch.zeros(shape.words, dtype=torch.int32)
+    answer[BORROWED] = 3
+    exact = torch.stack([left[place].T @ right[place] for place in places])
+    out = torch.full((6, height, width), float("nan"))
+    for times in (1, 2):
+        for part, borrowed in ((out[:3], False), (out[3:], True)):
+            home = Rows(rows.part, rows.ends[:3], rows.fills[:3])
+            products._sums.fill_(float("nan"))
+            products.differentiate(left, right, rows if borrowed else home, answer, part, scale=0.5,
+                                   borrowed=borrowed, more=times > 1)  # fmt: skip
+            assert not products._sums.isnan().all(), "nothing was summed in parts"
+        torch.testing.assert_close(out[:3], times * 0.5 * exact[:3], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(out[3:], times * exact[3:], rtol=1e-4, atol=1e-4)
+
+
 def products_of_all(seeds: range) -> None:
     for seed in seeds:
         products_of(seed)
+        heavy_experts(seed)
 
 
 def test_products_are_those_of_each_expert_alone(ranks: Callable[..., list[Any]]) -> None:

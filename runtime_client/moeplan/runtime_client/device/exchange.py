@@ -221,7 +221,7 @@ class DeviceExchange:
         self._inner = _tile(shape.width, _ELEMENTS // 4)  # of several tensors at once
         self._piece = min(_MOVED, _kernels().power_of_2(shape.elements))
         self._launches = self._make_launches()
-        self.products = Products(self.mailbox.shape, device)
+        self.products = Products(self.mailbox.shape, device, self.span)
 
     def __deepcopy__(self, memo: dict[int, object]) -> DeviceExchange:
         """Itself: copies of layers share it, as layers do."""

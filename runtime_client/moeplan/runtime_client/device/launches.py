@@ -51,12 +51,13 @@ class Launch:
     Args:
         kernel: Its constants are its last parameters.
         warps: Warps of a block.
+        registers: The most of a thread, if the compiler should not choose.
         constants: The constants, by name and in the order of the parameters.
     """
 
-    def __init__(self, kernel: Any, warps: int, **constants: object) -> None:
+    def __init__(self, kernel: Any, warps: int, registers: int | None = None, /, **constants: object) -> None:
         self._kernel = kernel
-        self._warps = warps
+        self._options = {"num_warps": warps} | ({} if registers is None else {"maxnreg": registers})
         self._constants = constants
         self._last = tuple(constants.values())
         self._compiled: dict[tuple[torch.dtype, ...], Callable[..., None]] = {}
@@ -69,7 +70,7 @@ class Launch:
             compiled(grid, arguments)
             return
         asked = [part.described() if isinstance(part, Blocks) else part for part in arguments]
-        kernel = self._kernel[grid](*asked, **self._constants, num_warps=self._warps)
+        kernel = self._kernel[grid](*asked, **self._constants, **self._options)
         if kernel is not None:  # Triton's interpreter gives none, and is asked each time
             self._compiled[types] = self._bind(kernel)
 

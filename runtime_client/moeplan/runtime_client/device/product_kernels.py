@@ -11,9 +11,13 @@ import triton.language as tl
 from moeplan.runtime_client.device.kernels import program
 from moeplan.runtime_client.device.routes import LOAN
 
-__all__ = ["differentiate", "multiply"]
+__all__ = ["differentiate", "multiply", "sum_parts"]
 
 _LOAN = tl.constexpr(LOAN)
+_PARTS = tl.constexpr(8)
+"""The most parts that the sums of a tile are made in."""
+_ROWS = tl.constexpr(8)
+"""Rows of a tile whose parts are added at a time."""
 
 
 @program
@@ -82,10 +86,117 @@ def multiply(
 
 
 @program
+def sum_over(
+    left: tl.tensor,
+    right: tl.tensor,
+    begin: tl.tensor,
+    end: tl.tensor,
+    above: tl.tensor,
+    beside: tl.tensor,
+    TILE: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    PIECE: tl.constexpr,
+) -> tl.tensor:
+    """[TILE, COLUMNS]: a tile of a gradient, over the rows from `begin` to `end`."""
+    sums = tl.zeros([TILE, COLUMNS], tl.float32)
+    for row in range(begin, end, PIECE):
+        part = left.load([row, above * TILE])
+        sums = tl.dot(part.T, right.load([row, beside * COLUMNS]), sums)
+    return sums
+
+
+@program
+def cut_of(
+    ends: tl.tensor, fills: tl.tensor, first: tl.tensor, count: tl.tensor, tiles: tl.tensor, LANES: tl.constexpr,
+    MANY: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:  # fmt: skip
+    """Which tiles of gradients are summed in parts, as all blocks would wait for the few that compute them otherwise.
+
+    Those of experts with so many rows that a tile of theirs takes long beside all that a block computes; of each
+    expert the last, which there are too few of for all blocks.
+
+    Returns:
+        bool[LANES], the experts; how many tiles of each; in how many parts, 0 if none are.
+    """
+    lane = tl.arange(0, LANES)
+    begin = tl.load(ends + first + lane - 1, mask=(first + lane > 0) & (lane < count), other=0)
+    rows = tl.load(fills + first + lane, mask=lane < count, other=0) - begin
+    heavy = (rows >= MANY) & (rows > tl.sum(rows) // 8)
+    last = tiles % tl.num_programs(0)
+    most = 2 * tl.num_programs(0) // tl.maximum(last * tl.sum(heavy.to(tl.int32)), 1)
+    return heavy, last, tl.where((last > 0) & (most > 2), tl.minimum(most, _PARTS), 0)
+
+
+@program
+def sum_parts(
+    left: tl.tensor,
+    right: tl.tensor,
+    sums: tl.tensor,
+    ends: tl.tensor,
+    fills: tl.tensor,
+    answer: tl.tensor,
+    replicas: tl.tensor,
+    first: tl.tensor,
+    BORROWED: tl.constexpr,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    LANES: tl.constexpr,
+    MANY: tl.constexpr,
+    TILE: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    PIECE: tl.constexpr,
+    SIDE: tl.constexpr,
+) -> None:
+    """Sums of parts of the rows of what `cut_of` tells, for `differentiate`.
+
+    Args:
+        sums: float32[parts, TILE, COLUMNS], out: of each expert the parts of each of its tiles.
+    """
+    across: tl.constexpr = (WIDTH + COLUMNS - 1) // COLUMNS
+    down: tl.constexpr = (HEIGHT + TILE - 1) // TILE
+    count = replicas
+    if BORROWED >= 0:
+        count = tl.load(answer + BORROWED)
+    heavy, last, parts = cut_of(ends, fills, first, count, down * across, LANES, MANY)
+    nth = tl.cumsum(heavy.to(tl.int32)) - 1
+    for part in range(tl.program_id(0), tl.sum(heavy.to(tl.int32)) * last * parts, tl.num_programs(0)):
+        expert = tl.sum(tl.where(heavy & (nth == part // (last * parts)), tl.arange(0, LANES), 0))
+        above, beside = place_of(down * across - last + part // parts % last, down, across, SIDE)
+        begin = tl.load(ends + first + expert - 1, mask=first + expert > 0, other=0)
+        fill = tl.load(fills + first + expert)
+        size = ((fill - begin + PIECE - 1) // PIECE + parts - 1) // parts * PIECE
+        begin += part % parts * size
+        tile = sum_over(left, right, begin, tl.minimum(begin + size, fill), above, beside, TILE, COLUMNS, PIECE)
+        cell = tl.arange(0, TILE)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+        tl.store(sums + part * (TILE * COLUMNS) + cell, tile)
+
+
+@program
+def keep(
+    tile: tl.tensor,
+    to: tl.tensor,
+    row: tl.tensor,
+    column: tl.tensor,
+    MORE: tl.constexpr,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+) -> None:
+    """Write a tile of a gradient to its place in [HEIGHT, WIDTH], or add it there if there is `MORE`."""
+    i = row + tl.arange(0, tile.shape[0])
+    j = column + tl.arange(0, tile.shape[1])
+    at = to + i[:, None] * WIDTH + j[None, :]
+    inside = (i < HEIGHT)[:, None] & (j < WIDTH)[None, :]
+    if MORE:
+        tile += tl.load(at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(at, tile.to(to.dtype.element_ty), mask=inside)
+
+
+@program
 def differentiate(
     left: tl.tensor,
     right: tl.tensor,
     out: tl.tensor,
+    sums: tl.tensor,
     ends: tl.tensor,
     fills: tl.tensor,
     answer: tl.tensor,
@@ -96,9 +207,11 @@ def differentiate(
     BORROWED: tl.constexpr,
     LENT: tl.constexpr,
     MORE: tl.constexpr,
+    LENGTH: tl.constexpr,
     HEIGHT: tl.constexpr,
     WIDTH: tl.constexpr,
-    LENGTH: tl.constexpr,
+    LANES: tl.constexpr,
+    MANY: tl.constexpr,
     TILE: tl.constexpr,
     COLUMNS: tl.constexpr,
     PIECE: tl.constexpr,
@@ -111,11 +224,12 @@ def differentiate(
         right: Descriptor of [rows, WIDTH], in parts [PIECE, COLUMNS].
         out: [replicas, HEIGHT, WIDTH], out, the replicas `LENGTH` elements apart; if there is `MORE`, added to what is
             there.
+        sums: Of `sum_parts`; read only if some expert has `MANY` rows.
         ends: int32, ends of rows as in `multiply`, those of the first replica in place `first`.
         fills: int32, as `ends`, where the zeros behind an expert's rows begin; at its begin if it has no rows.
         answer: The plan, for experts at home that are lent, which are not scaled: `take_back` does, when it has added
             what borrowers found. Or, where `BORROWED` is not negative, for how many of the replicas are borrowed.
-        replicas: How many; at most so many are borrowed.
+        replicas: How many, at most `LANES`; at most so many are borrowed.
         loans: Place of loans in the plan.
         scale: float, what gradients are multiplied by.
     """
@@ -124,25 +238,33 @@ def differentiate(
     count = replicas
     if BORROWED >= 0:
         count = tl.load(answer + BORROWED)
+    heavy, last, parts = cut_of(ends, fills, first, count, down * across, LANES, MANY)
     if MORE and tl.load(ends + first + replicas - 1) == tl.load(ends + first - 1, mask=first > 0, other=0):
         count = 0
     for tile in range(tl.program_id(0), count * (down * across), tl.num_programs(0)):
         expert = tile // (down * across)
         above, beside = place_of(tile % (down * across), down, across, SIDE)
         begin = tl.load(ends + first + expert - 1, mask=first + expert > 0, other=0)
-        sums = tl.zeros([TILE, COLUMNS], tl.float32)
-        for row in range(begin, tl.load(fills + first + expert), PIECE):
-            part = left.load([row, above * TILE])
-            sums = tl.dot(part.T, right.load([row, beside * COLUMNS]), sums)
+        end = tl.load(fills + first + expert)
+        here, cut = tile % (down * across) - (down * across - last), 0
+        if (parts > 0) & (here >= 0):
+            lane = tl.arange(0, LANES)
+            cut = tl.sum((heavy & (lane == expert)).to(tl.int32)) * parts
+            here += tl.sum((heavy & (lane < expert)).to(tl.int32)) * last
+        factor = 1.0
         if BORROWED < 0:
             sent = 0
             for loan in range(tl.load(answer + LENT)):
                 sent += (tl.load(answer + loans + _LOAN * loan) == expert).to(tl.int32)
-            sums = sums * tl.where(sent > 0, 1.0, scale)
-        i = above * TILE + tl.arange(0, TILE)
-        j = beside * COLUMNS + tl.arange(0, COLUMNS)
-        to = out + expert.to(tl.int64) * LENGTH + i[:, None] * WIDTH + j[None, :]
-        inside = (i < HEIGHT)[:, None] & (j < WIDTH)[None, :]
-        if MORE:
-            sums += tl.load(to, mask=inside, other=0.0).to(tl.float32)
-        tl.store(to, sums.to(out.dtype.element_ty), mask=inside)
+            factor = tl.where(sent > 0, 1.0, scale)
+        to = out + expert.to(tl.int64) * LENGTH
+        if cut > 0:
+            for row in range(0, TILE, _ROWS):
+                cell = (row + tl.arange(0, _ROWS))[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+                some = tl.zeros([_ROWS, COLUMNS], tl.float32)
+                for part in range(cut):
+                    some += tl.load(sums + (here * parts + part) * (TILE * COLUMNS) + cell)
+                keep(some * factor, to, above * TILE + row, beside * COLUMNS, MORE, HEIGHT, WIDTH)
+        else:
+            whole = sum_over(left, right, begin, end, above, beside, TILE, COLUMNS, PIECE)
+            keep(whole * factor, to, above * TILE, beside * COLUMNS, MORE, HEIGHT, WIDTH)

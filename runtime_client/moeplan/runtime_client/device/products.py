@@ -24,6 +24,7 @@ class _Tiles(NamedTuple):
         wide: Columns of either.
         deep: Elements of a row that it reads at a time.
         few: Rows that it reads at a time for a gradient.
+        many: Rows of an expert from which on tiles of its gradient may be summed in parts.
     """
 
     rows: int
@@ -31,9 +32,14 @@ class _Tiles(NamedTuple):
     wide: int
     deep: int
     few: int
+    many: int
 
 
-_ON_GPUS, _ON_CPUS = _Tiles(128, 128, 256, 64, 64), _Tiles(8, 512, 512, 512, 8)  # CPUs interpret each operation
+_ON_GPUS = _Tiles(128, 128, 256, 64, 64, 8192)
+_ON_CPUS = _Tiles(8, 512, 512, 512, 8, 32)  # they interpret each operation
+
+_REGISTERS = 168
+"""Of each thread of products that kernels run beside, as their blocks need the rest."""
 
 _SIDE = 8
 """Tiles above each other that are computed at the same time."""
@@ -69,14 +75,19 @@ class Products:
     Args:
         shape: Places in plans.
         device: This rank's.
+        most: Rows of a product, at most.
     """
 
-    def __init__(self, shape: AnswerShape, device: torch.device) -> None:
+    def __init__(self, shape: AnswerShape, device: torch.device, most: int) -> None:
         self._shape = shape
         self._tiles = _tiles(device)
         is_gpu = device.type == "cuda"
         self._blocks = torch.cuda.get_device_properties(device).multi_processor_count if is_gpu else 2
-        self._launches: dict[tuple[object, ...], Launch] = {}
+        self._launches: dict[tuple[object, ...], tuple[Launch, ...]] = {}
+        self._lanes = 1 << max(shape.owned + shape.spare - 1, 1).bit_length()
+        # One expert cannot hold up all blocks if there are few rows: no tile of its gradient is summed in parts.
+        cells = 2 * self._blocks * self._tiles.high * self._tiles.wide if most >= self._tiles.many else 0
+        self._sums = torch.empty(cells, dtype=torch.float32, device=device)
 
     def apply(self, rows: Tensor, matrices: Tensor, ends: Tensor, out: Tensor | None = None) -> Tensor:
         """[rows, width]: each of ``rows`` [rows, depth] times its expert's of ``matrices`` [replicas, width, depth].
@@ -128,28 +139,36 @@ class Products:
         height, width = out.shape[1:]
         first = len(rows.ends) - len(out) if borrowed else 0
         tiles = self._tiles
-        launch = self._launches.get(key := (height, width, out.stride(0), borrowed, more))
-        if launch is None:
-            launch = self._launches[key] = Launch(
-                _kernels().differentiate, 8, BORROWED=BORROWED if borrowed else -1, LENT=LENT, MORE=more,
-                HEIGHT=height, WIDTH=width, LENGTH=out.stride(0), TILE=tiles.high, COLUMNS=tiles.wide,
-                PIECE=tiles.few, SIDE=_SIDE,
+        launches = self._launches.get(key := (height, width, out.stride(0), borrowed, more))
+        if launches is None:
+            sizes = {"HEIGHT": height, "WIDTH": width, "LANES": self._lanes, "MANY": tiles.many}
+            sizes |= {"TILE": tiles.high, "COLUMNS": tiles.wide, "PIECE": tiles.few, "SIDE": _SIDE}
+            of = {"BORROWED": BORROWED if borrowed else -1}
+            launches = self._launches[key] = (
+                Launch(_kernels().sum_parts, 8, **of, **sizes),
+                Launch(
+                    _kernels().differentiate, 8, None if more else _REGISTERS, **of, LENT=LENT, MORE=more,
+                    LENGTH=out.stride(0), **sizes,
+                ),
             )  # fmt: skip
-        launch(
-            (self._blocks, 1, 1), Blocks(left, (tiles.few, tiles.high)), Blocks(right, (tiles.few, tiles.wide)), out,
-            rows.ends, rows.fills, answer, len(out), first, self._shape.loans, scale,
-        )  # fmt: skip
+        parts, whole = launches
+        grid = self._blocks, 1, 1
+        factors = Blocks(left, (tiles.few, tiles.high)), Blocks(right, (tiles.few, tiles.wide))
+        if len(self._sums):
+            parts(grid, *factors, self._sums, rows.ends, rows.fills, answer, len(out), first)
+        whole(grid, *factors, out, self._sums, rows.ends, rows.fills, answer, len(out), first, self._shape.loans, scale)
 
     def _multiply(self, rows: Tensor, matrices: Tensor, ends: Tensor, out: Tensor, *, turned: bool) -> None:
         depth, width, tiles = rows.shape[1], out.shape[1], self._tiles
-        launch = self._launches.get(key := (width, depth, turned))
-        if launch is None:
-            lanes = 1 << max(self._shape.owned + self._shape.spare - 1, 1).bit_length()
-            launch = self._launches[key] = Launch(
-                _kernels().multiply, 8, LANES=lanes, WIDTH=width, DEPTH=depth, TURNED=turned, TILE=tiles.rows,
-                COLUMNS=tiles.wide, PIECE=tiles.deep, SIDE=_SIDE,
+        launches = self._launches.get(key := (width, depth, turned))
+        if launches is None:
+            launches = self._launches[key] = (
+                Launch(
+                    _kernels().multiply, 8, LANES=self._lanes, WIDTH=width, DEPTH=depth, TURNED=turned,
+                    TILE=tiles.rows, COLUMNS=tiles.wide, PIECE=tiles.deep, SIDE=_SIDE,
+                ),
             )  # fmt: skip
-        launch(
+        launches[0](
             (self._blocks, 1, 1), Blocks(rows, (tiles.rows, tiles.deep)),
             Blocks(matrices, (1, tiles.wide, tiles.deep) if turned else (1, tiles.deep, tiles.wide)),
             Blocks(out, (tiles.rows, tiles.wide)), ends, len(matrices), len(ends) - len(matrices),
