@@ -293,7 +293,7 @@ def spoilt(folder: Path) -> bool:
     memory._abort.fill_(1)
     gradient = torch.ones(len(own[0]._placement.experts), memory.group.size * memory.width)
     published, placement = memory.open(), own[0]._placement
-    flat, _ = memory.gather(published, placement, memory.show(published, placement, own[0].shard))
+    flat, _ = memory.show_and_gather(published, placement, own[0].shard)
     flat.requires_grad_()
     flat.register_hook(lambda found: found)
     total: list[Tensor] = []

@@ -22,16 +22,20 @@ __all__ = ["Arrivals", "run_pass"]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Arrivals:
-    """What brings experts that are on their way, called between sending tokens and computing with them.
+    """What brings experts that are on their way.
 
-    Not before, as weights that set out then would hold up the tokens on the links.
+    Called between sending tokens and computing with them, as weights that set out before would hold up the tokens on
+    the links.
 
     Attributes:
         forward: Makes the current stream wait for the experts.
-        backward: Likewise in the backward pass, for the first tensor of experts and those on its memory.
+        ahead: Begins to bring those of the next layer, if there is one, beside the first product, before which the
+            argument is a `mark`.
+        backward: As `forward` in the backward pass, for the first tensor of experts and those on its memory.
     """
 
     forward: Callable[[], None]
+    ahead: Callable[[torch.cuda.Event | None], None] | None
     backward: Callable[[Tensor], None]
 
 
@@ -110,11 +114,14 @@ class _Pass(torch.autograd.Function):
             rows, scale = exchange.arrange(route, nth, where)
             regions = exchange.regions(route, nth)
             firsts = [rows.new_empty(len(rows[each.part]), matrices[0][0].shape[1]) for each in regions]
+            arranged = mark(exchange.device)
             if nth == 0 and (exchange.spare or experts.converted is not None):
-                _multiply_first(exchange, route, experts, matrices, regions, rows, firsts)
+                _multiply_first(exchange, route, experts, matrices, regions, rows, firsts, arranged)
             else:
                 for first, region, (inner, _) in zip(firsts, regions, matrices, strict=True):
                     products.apply(rows[region.part], inner, region.ends, first)
+            if nth == 0 and arrivals is not None and arrivals.ahead is not None:
+                arrivals.ahead(arranged)
             results = []
             for first, region, (_, outer) in zip(firsts, regions, matrices, strict=True):
                 ends = region.ends
@@ -243,13 +250,13 @@ def _multiply_first(
     regions: Sequence[Rows],
     rows: Tensor,
     out: Sequence[Tensor],
+    arranged: torch.cuda.Event | None,
 ) -> None:
     """The first products, while borrowed experts and the second matrices are still on their way beside them."""
     device, products, owned, home, away = exchange.device, exchange.products, len(experts.own), regions[0], regions[-1]
     (inner_home, _), (inner_away, _) = matrices[0], matrices[-1]
     if experts.converted is not None:
         join(device)
-    arranged = mark(device)
     products.apply(rows[home.part], inner_home[:owned], home.ends[:owned], out[0])
     there = exchange.fetch(route, experts.lent, arranged) if exchange.spare else None
     if experts.converted is not None:

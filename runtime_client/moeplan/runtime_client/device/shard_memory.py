@@ -209,65 +209,79 @@ class ShardMemory:
         memory = self._make(self._ranks, self.experts * self.width * self.dtype.itemsize, self.device)
         return PublishedShard(memory.view(0, shape, self.dtype), _addresses(memory), memory)
 
-    def show(self, published: PublishedShard, placed: Placed, shard: Tensor, *, room: int = 0) -> Tensor:
-        """Show all ranks a shard as it is now, and begin with the weights of this rank's slots. All ranks call it.
+    def show_and_gather(
+        self,
+        published: PublishedShard,
+        placed: Placed,
+        shard: Tensor,
+        *,
+        room: int = 0,
+        after: torch.cuda.Event | None = None,
+    ) -> tuple[Tensor, torch.cuda.Event | None]:
+        """Show all ranks a shard as it is now, and begin to gather the experts of this rank's slots.
+
+        All ranks call it.
 
         Args:
             published: Of the layer.
-            placed: Whose experts will be gathered.
+            placed: Whose experts.
             shard: [experts, width], this rank's part of every expert.
-            room: Rows behind the weights, for what is gathered later.
+            room: Rows of memory behind the weights, for what is gathered later.
+            after: Behind what to begin, beside a product that has been launched since, which keeps its processors: a
+                meeting goes ahead, during which it begins. By default behind all that has been launched.
 
         Returns:
-            [slots + room, N * width], new memory in which what this rank owns itself is written; see `gather`.
+            [slots + room, N * width], new memory, and when the slots are whole; see `wait`.
         """
-        line = self._gathering
-        with on_stream(line.stream):
+        line, slots = self._gathering, len(placed.experts)
+        with on_stream(line.stream, after):
             # On this stream, so that memory is reused in its order.
-            flat = self._weights(len(placed.experts) + room)
+            flat = self._weights(slots + room)
             part = shard.detach().contiguous()
             if part.data_ptr() % 16:  # another layer's may not be
                 part = part.clone()
             if line.stream is not None:  # a layout may go before this has run, of which nothing else waits for it
                 placed.slot.record_stream(line.stream)
-            if published.read == line.meetings:  # others may be reading what was there before
+            if after is not None or published.read == line.meetings:  # others may be reading what was there before
                 line.meet()
             self._show((self._blocks, 1, 1), part, published.rows, flat, placed.slot, self.group.rank)
             line.meet()
-        return flat
+            self._copy(published, placed, flat, others=True)
+            # Ranks that have not met shall compute nothing that looks right.
+            self._spoil((slots // _SPOILED + 1, 1, 1), flat, self._abort, self._failed, slots)
+            return flat, line.mark()
 
     def gather(
         self,
         published: PublishedShard,
         placed: Filled,
-        flat: Tensor | None = None,
         *,
         into: tuple[torch.UntypedStorage, int] | None = None,
         room: int = 0,
     ) -> tuple[Tensor, torch.cuda.Event | None]:
-        """Begin to copy the experts of this rank's slots. All ranks call it, and all of them with `flat` or without.
+        """Begin to gather experts as shards were shown last, this rank's too. All ranks call it.
 
         Args:
             published: Of the layer.
             placed: Whose experts.
-            flat: What `show` has just returned; by default shards are copied as they were shown last, this rank's too.
-            into: Without it: memory to write, of any size, and the first row there; by default new memory.
+            into: Memory to write, of any size, and the first row there; by default new memory.
             room: Rows of new memory behind what is copied.
 
         Returns:
-            [slots + room, N * width], and when the slots are whole; see `wait`.
+            As `show_and_gather`.
         """
         line, slots = self._gathering, len(placed.experts)
         with on_stream(line.stream):
-            shown = flat is not None
-            if flat is None:
-                flat = self._weights(slots + room) if into is None else self._weights(slots, *into)
-            copies, peers = self._gathering_of(placed, others=shown)
-            copies.at(flat.data_ptr(), published.addresses[peers]).start(line.stream)
-            published.read = line.meetings
-            if shown:  # so that ranks which have not met compute nothing that looks right
-                self._spoil((slots // _SPOILED + 1, 1, 1), flat, self._abort, self._failed, slots)
+            flat = self._weights(slots + room) if into is None else self._weights(slots, *into)
+            self._copy(published, placed, flat, others=False)
             return flat, line.mark()
+
+    def _copy(self, published: PublishedShard, placed: Filled, flat: Tensor, *, others: bool) -> None:
+        """Begin to copy experts to their places in `flat`; only parts that `others` own, or all."""
+        line = self._gathering
+        copies, peers = self._gathering_of(placed, others=others)
+        copies.at(flat.data_ptr(), published.addresses[peers]).start(line.stream)
+        published.read = line.meetings
 
     def _weights(self, rows: int, storage: torch.UntypedStorage | None = None, first: int = 0) -> Tensor:
         """Memory [rows, N * width] for weights, new or from a row of a storage on."""

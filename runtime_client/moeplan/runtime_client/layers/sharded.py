@@ -380,15 +380,12 @@ class FullyShardedExperts(ExpertLayer):
         this = _Pass(self, placement, dtype)
         matrices = this.gather(this.land(), [gathering], matrix_sizes(self.shape))
         follower = self._follower()
-        # Shown while the device waits for the plan, and under way once tokens are, beside the products.
-        after = None if follower is None else follower._prefetch(later=True)
-
-        def arrive() -> None:
-            gathering.finish(matrices[0])
-            if isinstance(after, DirectGathering):
-                after.set_out()
-
-        output = run_pass(exchange, turn, matrices, rows, index, weight, dtype, Arrivals(arrive, this.bring_back))
+        arrivals = Arrivals(
+            lambda: gathering.finish(matrices[0]),
+            None if follower is None else follower._prefetch,
+            this.bring_back,
+        )
+        output = run_pass(exchange, turn, matrices, rows, index, weight, dtype, arrivals)
         this.free(output, matrices[0])
         return output
 
@@ -396,11 +393,10 @@ class FullyShardedExperts(ExpertLayer):
         """Start gathering the weights of the next forward pass. Every rank calls it at the same point, or none."""
         self._prefetch()
 
-    def _prefetch(self, *, later: bool = False) -> Gathering | DirectGathering:
+    def _prefetch(self, after: torch.cuda.Event | None = None) -> None:
         if self._ahead is not None:
             self._ahead.drop()
-        self._ahead = self._start(self._placed(), self._dtype(), "weights.forward", later=later)
-        return self._ahead
+        self._ahead = self._start(self._placed(), self._dtype(), "weights.forward", after=after)
 
     def _placed(self) -> Placement:
         """The layout, with its tables where the weights are now."""
@@ -416,11 +412,10 @@ class FullyShardedExperts(ExpertLayer):
         storage: torch.UntypedStorage | None = None,
         first: int = 0,
         *,
-        later: bool = False,
+        after: torch.cuda.Event | None = None,
     ) -> Gathering | DirectGathering:
-        """Begin to gather weights; copy engines write them into a storage from row `first` on, or into new memory.
-
-        They may set out `later`, which `DirectGathering` describes.
+        """Begin to gather weights; copy engines write them into a storage from row `first` on, or into new memory, and
+        begin behind what `after` marks.
         """
         memory = self.memory
         if memory is None:
@@ -443,7 +438,7 @@ class FullyShardedExperts(ExpertLayer):
                 shown=shown,
                 into=None if storage is None else (storage, first),
                 room=0 if self.planner is None else int(self._lent(self.planner)[self.group.rank]),
-                later=later,
+                after=after,
             )
         self.traffic[purpose] += gathering.sent
         return gathering

@@ -173,7 +173,7 @@ class Gathering:
 
 
 class DirectGathering:
-    """As `Gathering`, by copies straight from the ranks' memory into the weights' own; see `set_out`.
+    """As `Gathering`, by copies straight from the ranks' memory into the weights' own.
 
     Args:
         shard: [experts, width], this rank's part of every expert.
@@ -183,7 +183,7 @@ class DirectGathering:
         shown: Whether other ranks know these weights already, from a gathering before.
         into: Memory that the weights go to, of any size, and the first row there; by default new memory.
         room: Rows of new memory behind the weights, for what is gathered later.
-        later: Whether to leave it to the caller when the weights set out; by default they do at once.
+        after: Behind what to begin, beside a product that has been launched since; by default behind all that has been.
 
     Attributes:
         storage: Memory that the weights go to.
@@ -200,30 +200,19 @@ class DirectGathering:
         shown: bool,
         into: tuple[torch.UntypedStorage, int] | None = None,
         room: int = 0,
-        later: bool = False,
+        after: torch.cuda.Event | None = None,
     ) -> None:
         self.placement = placement
         self.version = version_of(shard)
         self.dtype = memory.dtype
         self._memory = memory
-        self._published = published
-        self._arrival: torch.cuda.Event | None = None
-        self._is_out = shown
         if shown:
             self._flat, self._arrival = memory.gather(published, placement, into=into, room=room)
         else:
             assert isinstance(placement, Placement), "what is lent has been shown with the layout"
-            self._flat = memory.show(published, placement, shard, room=room)
-            if not later:
-                self.set_out()
+            self._flat, self._arrival = memory.show_and_gather(published, placement, shard, room=room, after=after)
         to_others = sum(placement.filled) - len(placement.experts)
         self.sent = to_others * shard.shape[1] * memory.dtype.itemsize
-
-    def set_out(self) -> None:
-        """Begin to copy what other ranks own, if that has not begun."""
-        if not self._is_out:
-            self._is_out = True
-            _, self._arrival = self._memory.gather(self._published, self.placement, self._flat)
 
     @property
     def storage(self) -> torch.UntypedStorage:
@@ -236,7 +225,6 @@ class DirectGathering:
 
     def finish(self, flat: Tensor) -> None:
         """Wait until the weights are in `flat`, the rows that they were sent to; as of `Gathering`."""
-        self.set_out()
         self._memory.wait(self._arrival)
 
     def drop(self) -> None:
