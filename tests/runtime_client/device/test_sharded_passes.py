@@ -50,33 +50,34 @@ def make_layers(
     folder: Path,
     *,
     dtype: torch.dtype = torch.float32,
+    computing: torch.dtype | None = torch.float32,
     reshard: bool = True,
     count: int = 2,
     slots: int = EXPERTS,
-    capacity: int | None = None,
-    rounds: int = 1,
-    tokens: int = TOKENS,
+    **limits: int | None,
 ) -> tuple[Layers, Layers, DeviceExchange]:
-    """Layers on gloo and without the host, with equal weights of this type, computing in float32."""
+    """Layers on gloo and without the host, with equal weights of this type; `computing` None: as autocast to float16
+    has it.
+    """
     fill_unused_memory()
-    group, limit = make_group(), timedelta(hours=1)
+    group, wait = make_group(), {"time_limit": timedelta(hours=1)}
     for name in ("shards", "tokens"):
         (folder / name).mkdir(exist_ok=True)
+    on_way: dict[str, Any] = {"device": CPU, "dtype": computing or torch.float16} | wait
     memory = ShardMemory(
-        group, SHAPE.elements, EXPERTS, slots=EXPERTS, device=CPU, dtype=torch.float32, time_limit=limit,
-        memory=shared_memory(folder / "shards"),
-    )  # fmt: skip
+        group, SHAPE.elements, EXPERTS, slots=EXPERTS, memory=shared_memory(folder / "shards"), **on_way
+    )
+    sizes: dict[str, Any] = {"max_tokens": TOKENS} | limits
     exchange = DeviceExchange(
-        group, SlotsOfLayouts(EXPERTS, slots), SHAPE, max_tokens=tokens, choices=CHOICES, device=CPU,
-        dtype=torch.float32, capacity=capacity, rounds=rounds, time_limit=limit,
-        memory=shared_memory(folder / "tokens"),
+        group, SlotsOfLayouts(EXPERTS, slots), SHAPE, choices=CHOICES, memory=shared_memory(folder / "tokens"), **sizes,
+        **on_way,
     )  # fmt: skip
     kinds: list[list[FullyShardedExperts]] = []
     ways: list[dict[str, Any]] = [{}, {"memory": memory, "exchange": exchange}]
     for way in ways:
         layers = [
             FullyShardedExperts(
-                SHAPE, EXPERTS, group, reshard=reshard, compute_dtype=torch.float32, dtype=dtype, **way
+                SHAPE, EXPERTS, group, reshard=reshard, compute_dtype=computing, dtype=dtype, **way
             )
             for _ in range(count)
         ]  # fmt: skip
@@ -142,7 +143,7 @@ def test_passes_equal_those_on_collectives(
 
 def overflows(folder: Path) -> list[float]:
     """Rounds that the rows of a rank take, where most slots of the exchange are empty."""
-    gloo, own, exchange = make_layers(folder, count=1, capacity=64, rounds=4, tokens=90)
+    gloo, own, exchange = make_layers(folder, count=1, capacity=64, rounds=4, max_tokens=90)
     fullest = []
     for tokens in (90 - dist.get_rank(), 7):
         parts = batch(0, tokens, 1.5)
@@ -218,6 +219,23 @@ def test_a_refused_pass_leaves_the_next_ones_right(ranks: Launch, tmp_path: Path
     ranks(2, begins_twice, tmp_path, timeout_s=200)
 
 
+def under_autocast(folder: Path) -> None:
+    gloo, own, exchange = make_layers(folder, computing=None)
+    for seed in range(2):
+        for layers in (gloo, own):
+            use(layers, seed)
+        parts = uneven_batch(seed)
+        with torch.autocast("cpu", torch.float16):
+            for known, found in zip(answers(gloo, parts), answers(own, parts), strict=True):
+                assert known.numel() == 0 or (known - found).abs().max() <= 0.01 * known.abs().max()
+    exchange.check()
+    exchange.mailbox.close()
+
+
+def test_layers_gather_ahead_in_the_type_of_autocast(ranks: Launch, tmp_path: Path) -> None:
+    ranks(2, under_autocast, tmp_path, timeout_s=200)
+
+
 def unusual(folder: Path, kind: str) -> None:
     gloo, own, exchange = make_layers(folder)
     if kind == "frozen":
@@ -243,7 +261,7 @@ def test_experts_may_be_frozen_or_copied_and_have_no_tokens(ranks: Launch, tmp_p
 def failure(folder: Path, kind: str) -> tuple[str, str]:
     """The name of the error that `check` raises, and its message."""
     tokens = 4 * TOKENS
-    _, own, exchange = make_layers(folder, tokens=tokens, capacity=tokens * CHOICES if kind == "rows" else None)
+    _, own, exchange = make_layers(folder, max_tokens=tokens, capacity=tokens * CHOICES if kind == "rows" else None)
     layer = own[0]
     if kind == "layouts" and dist.get_rank() == 1:
         use([layer], 1)

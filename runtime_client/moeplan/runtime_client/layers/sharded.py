@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 from typing import Any, ClassVar
 
@@ -382,7 +383,7 @@ class FullyShardedExperts(ExpertLayer):
         follower = self._follower()
         arrivals = Arrivals(
             lambda: gathering.finish(matrices[0]),
-            None if follower is None else follower._prefetch,
+            None if follower is None else partial(follower._prefetch, follower._dtype()),
             this.bring_back,
         )
         output = run_pass(exchange, turn, matrices, rows, index, weight, dtype, arrivals)
@@ -391,12 +392,12 @@ class FullyShardedExperts(ExpertLayer):
 
     def prefetch(self) -> None:
         """Start gathering the weights of the next forward pass. Every rank calls it at the same point, or none."""
-        self._prefetch()
+        self._prefetch(self._dtype())
 
-    def _prefetch(self, after: torch.cuda.Event | None = None) -> None:
+    def _prefetch(self, dtype: torch.dtype, after: torch.cuda.Event | None = None) -> None:
         if self._ahead is not None:
             self._ahead.drop()
-        self._ahead = self._start(self._placed(), self._dtype(), "weights.forward", after=after)
+        self._ahead = self._start(self._placed(), dtype, "weights.forward", after=after)
 
     def _placed(self) -> Placement:
         """The layout, with its tables where the weights are now."""
