@@ -209,6 +209,26 @@ def rounds_equal_nccl(ranks: Ranks) -> str:
     return f"rows of three rounds and of one: largest error on NCCL {theirs:.1e}, without the host {ours:.1e}"
 
 
+def many_rows_equal_nccl(ranks: Ranks) -> str:
+    """Gradients of experts with so many rows that some of their tiles are summed in parts."""
+    told = []
+    for spare in (0, 2):
+        nccl, own, exchange = ranks.layers(spare=spare, max_tokens=9 * TOKENS)
+        assert len(exchange.products._sums), "there is room for too few rows"
+        exact = ranks.exact(nccl)
+        for seed, skew in enumerate((3, 1000)):
+            batch = ranks.batch(seed, 9 * TOKENS, skew=skew)
+            doubles = tuple(part.double() if part.is_floating_point() else part for part in batch)
+            found = answers(own, batch)
+            told.append(compare(answers(exact, doubles), answers(nccl, batch), found))
+            for one, other in zip(found, answers(own, batch), strict=True):
+                assert torch.equal(one, other)
+        exchange.check()
+        exchange.mailbox.close()
+    theirs, ours = (max(errors) for errors in zip(*told, strict=True))
+    return f"largest error on NCCL {theirs:.1e}, without the host {ours:.1e}, the same bits each time"
+
+
 def deterministic(ranks: Ranks) -> str:
     _, own, exchange = ranks.layers(count=3)
     batch = ranks.batch(5)
@@ -642,7 +662,7 @@ def sharded_layouts_differ(ranks: Ranks) -> str:
 CHECKS = (
     sharded_equals_nccl, sharded_in_flight, sharded_host_is_free, sharded_layouts_differ, copies_equal_nccl,
     copies_lend, copies_in_flight, copies_beside_products, copies_miss_a_rank, equals_nccl, rounds_equal_nccl,
-    deterministic, in_flight, host_is_free, beside_an_all_reduce, replays, captured_steps_train,
+    many_rows_equal_nccl, deterministic, in_flight, host_is_free, beside_an_all_reduce, replays, captured_steps_train,
     others_do_not_replay, loan_has_a_price, bad_router, too_many_tokens, too_little_room, other_layer, rank_missing,
 )  # fmt: skip
 
