@@ -9,9 +9,9 @@ Prints tables last; first it checks outputs and gradients of all methods against
 there if they differ. `--check` stops after that, and ``--trace FILE.npz`` (``counts[step, layer, source, expert]``)
 adds the real loads of its last step, for layers with as many experts.
 
-Loads: `balanced` deals all (token, choice) pairs out evenly; ``80 % on 4`` sends each pair with probability 0.8 to
-one of the first four experts, otherwise to one of the others (so a token may choose an expert twice). Every step
-draws anew. Fully sharded experts use the layout planned from the step before, off the critical path as a daemon would
+Loads: `balanced` deals all (token, choice) pairs out evenly, in random order; ``80 % on 4`` sends each pair with
+probability 0.8 to one of the first four experts, otherwise to one of the others. Either way a token may choose an
+expert twice, and its experts are on any ranks. Every step draws anew. Fully sharded experts use the layout planned from the step before, off the critical path as a daemon would
 plan it.
 
 Times are the fastest of rounds that visit all methods in turn; a step is forward and backward, until the slowest rank
@@ -122,7 +122,7 @@ class Load:
             others = torch.randint(self.hot, size.experts, (pairs,), generator=random)
             chosen = torch.where(hot, torch.randint(self.hot, (pairs,), generator=random), others)
         else:
-            chosen = (torch.arange(pairs) + rank * pairs) % size.experts
+            chosen = (torch.randperm(pairs, generator=random) + rank * pairs) % size.experts
         return chosen.view(size.tokens, size.choices)
 
 
