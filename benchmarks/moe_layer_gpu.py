@@ -11,8 +11,8 @@ adds the real loads of its last step, for layers with as many experts.
 
 Loads: `balanced` deals all (token, choice) pairs out evenly, in random order; ``80 % on 4`` sends each pair with
 probability 0.8 to one of the first four experts, otherwise to one of the others. Either way a token may choose an
-expert twice, and its experts are on any ranks. Every step draws anew. Fully sharded experts use the layout planned from the step before, off the critical path as a daemon would
-plan it.
+expert twice, and its experts are on any ranks. Every step draws anew. Fully sharded experts use the layout planned
+from the step before, off the critical path as a daemon would plan it.
 
 Times are the fastest of rounds that visit all methods in turn; a step is forward and backward, until the slowest rank
 is done. What a method reaches of its speed under even loads is told by the same rounds, which have those in turn, too,
