@@ -71,13 +71,18 @@ def lend_and_return(folder: Path) -> list[int]:
     )  # fmt: skip
     mine = np.flatnonzero(np.array(HOME) == rank).tolist()
     none = torch.empty(0, SHAPE.hidden)
-    rng, launch, turn = np.random.default_rng(3), exchange._launches.fetch, 0
+    rng, launches, turn = np.random.default_rng(3), exchange._launches, 0
 
-    def fetch_late(*arguments: Any) -> None:  # later on one rank than on another
-        time.sleep(0.02 * ((turn + rank) % RANKS))
-        launch(*arguments)
+    def late(launch: Callable[..., None]) -> Callable[..., None]:
+        """The launch, later on one rank than on another."""
 
-    exchange._launches.fetch = fetch_late
+        def wait(*arguments: Any) -> None:
+            time.sleep(0.02 * ((turn + rank) % RANKS))
+            launch(*arguments)
+
+        return wait
+
+    launches.offer, launches.fetch = late(launches.offer), late(launches.fetch)
     places = slots = 0
     for turn in range(16):
         loans = draw_loans(rng)
@@ -91,7 +96,12 @@ def lend_and_return(folder: Path) -> list[int]:
         )
         route = route_of(exchange, loans)
         exchange.meet()  # that of the plan
-        exchange.hand_out(route, none, torch.stack([weights(expert, turn) for expert in mine]))
+        own = torch.stack([weights(expert, turn) for expert in mine])
+        if turn % 2:
+            exchange.offer(route, own)
+        exchange.hand_out(route, none)
+        if turn % 2 == 0:
+            exchange.offer(route, own)
         lent = torch.empty(SPARE, SHAPE.elements)
         exchange.fetch(route, lent, None)
         for slot, (_, expert) in enumerate(borrowed[rank]):
@@ -105,8 +115,8 @@ def lend_and_return(folder: Path) -> list[int]:
         exchange.end_loans()
         for row, expert in enumerate(mine):
             found = [found_by(expert, borrower, turn) for e, borrower in sorted(loans) if e == expert]
-            own = torch.ones(SHAPE.elements)
-            assert torch.equal(gradient[row], sum(found, own) * SCALE if found else own), (turn, expert)
+            before = torch.ones(SHAPE.elements)
+            assert torch.equal(gradient[row], sum(found, before) * SCALE if found else before), (turn, expert)
         exchange.meet()
     exchange.check()
     exchange.mailbox.close()

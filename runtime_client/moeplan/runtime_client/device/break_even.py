@@ -63,10 +63,12 @@ def measure_transfer(exchange: DeviceExchange) -> float:
     to_inner, to_outer = split(exchange.shape, exchange.lent)
 
     def lend(route: Route) -> None:
-        exchange.hand_out(route, rows[:0], experts)
+        exchange.offer(route, experts)
+        exchange.hand_out(route, rows[:0])
         # Beside products, as in a pass: that of experts at home, and one that does not need gradients of weights.
         ready = mark(device)
         exchange.products.apply(rows, inner, some)
+        exchange.step_aside(route, ready)
         join(device, exchange.fetch(route, lent, ready))
         for left, right, out in ((to_first, rows, to_inner), (rows, to_first[:, : exchange.shape.width], to_outer)):
             exchange.products.differentiate(left, right, borrowed, route.answer, out, borrowed=True)

@@ -397,51 +397,68 @@ class DeviceExchange:
         with beside(self.device):
             self._launches.convert((self._few, 1, 1), experts, out)
 
-    def convert_rest(self, route: Route, experts: Tensor, out: Tensor, after: torch.cuda.Event | None) -> None:
-        """Begin to convert their second matrices, as `fetch` fetches, until `join`.
+    def convert_rest(self, experts: Tensor, out: Tensor, after: torch.cuda.Event | None) -> None:
+        """Begin to convert their second matrices, until `join`.
 
         Args:
-            route: Of the pass.
             experts: As in `convert`; so is `out`.
             out: Where to.
-            after: A `mark` behind whatever used `out` before.
+            after: As in `step_aside`.
         """
         with beside(self.device, after):
-            if not self.spare:
-                self._launches.pause((1, 1, 1), *self._signals_beside, route.answer)
             self._launches.convert_rest((self._lenders, 1, 1), experts, out)
 
-    def hand_out(self, route: Route, source: Tensor, experts: Tensor | None = None, *, again: bool = False) -> None:
-        """Send tokens or their gradients to the ranks that compute them, and offer lent experts.
+    def hand_out(self, route: Route, source: Tensor, *, again: bool = False) -> None:
+        """Send tokens or their gradients to the ranks that compute them.
 
         Args:
             route: Of the pass.
             source: [tokens, hidden].
-            experts: [owned, elements], from which those that are lent are offered, converted on the way; with spare
-                slots only.
             again: Only if a rank has rows in later rounds.
         """
-        lenders = 0 if experts is None else self._lenders
-        launch = self._launches.hand_again if again else self._launches.hand_out[lenders]
-        blocks = lenders + -(-len(source) // self._wide["BLOCK"])
-        if blocks:
+        launch = self._launches.hand_again if again else self._launches.hand_out
+        if len(source):
             launch(
-                (blocks, 1, 1), source, route.target, self.arrived, self.peers, source if experts is None else experts,
-                self.offered, route.answer, len(source), self.group.rank,
+                (-(-len(source) // self._wide["BLOCK"]), 1, 1), source, route.target, self.arrived, self.peers,
+                route.answer, len(source), self.group.rank,
             )  # fmt: skip
         self.meet()
 
-    def fetch(self, route: Route, lent: Tensor, after: torch.cuda.Event | None) -> torch.cuda.Event | None:
-        """Begin to fetch borrowed experts, beside what has been launched since.
+    def step_aside(self, route: Route, after: torch.cuda.Event | None) -> None:
+        """Let a product begin that has been launched, before what will run beside it.
 
-        Their blocks find room on processors on which a product runs already, while a product waits for processors that
-        they began on: one that is to run beside them is launched before them, and they begin after one block that does
-        nothing. Parts of experts with several borrowers come from these, once all ranks have fetched theirs.
+        Blocks of others find room on processors on which a product runs already, while a product waits for processors
+        that they began on. So they begin after one block that does nothing.
+
+        Args:
+            route: Of the pass.
+            after: A `mark` before the product.
+        """
+        with beside(self.device, after):
+            self._launches.pause((1, 1, 1), *self._signals_beside, route.answer)
+
+    def offer(self, route: Route, experts: Tensor, after: torch.cuda.Event | None = None) -> None:
+        """Begin to offer lent experts, converted on the way, to the ranks that borrow them; with spare slots only.
+
+        Args:
+            route: Of the pass.
+            experts: [owned, elements].
+            after: As in `step_aside`; by default behind all that has been launched.
+        """
+        launch = self._launches
+        with beside(self.device, after):
+            launch.offer((self._lenders, 1, 1), experts, self.offered, route.answer)
+            launch.meet_for_loans((1, 1, 1), *self._signals_beside, route.answer)
+
+    def fetch(self, route: Route, lent: Tensor, after: torch.cuda.Event | None) -> torch.cuda.Event | None:
+        """Begin to fetch borrowed experts, which their owners have begun to offer.
+
+        Parts of experts with several borrowers come from these, once all ranks have fetched theirs.
 
         Args:
             route: Of the pass.
             lent: [spare, elements], out.
-            after: A `mark` behind whatever used `lent` before.
+            after: As in `step_aside`.
 
         Returns:
             When they are there, for `join`.
@@ -449,7 +466,6 @@ class DeviceExchange:
         launch, blocks = self._launches, (self._lenders, 1, 1)
         way = self.offered, self.lent, lent, route.answer, self.peers, self.group.rank
         with beside(self.device, after):
-            launch.pause((1, 1, 1), *self._signals_beside, route.answer)
             launch.fetch(blocks, *way)
             launch.meet_borrowers((1, 1, 1), *self._signals_beside, route.answer)
             launch.fetch_others(blocks, *way)
@@ -580,11 +596,10 @@ class DeviceExchange:
         def meet_for_loans(replicas: int) -> Launch:
             return Launch(kernels.meet_for_loans, 1, **lanes, MOST=MOST, REPLICAS=replicas)
 
-        def hand_out(lenders: int, again: bool = False) -> Launch:
+        def hand_out(again: bool) -> Launch:
             return Launch(
                 kernels.hand_out, 8, CHOICES=self.choices, TOKENS=self.max_tokens, **way, ROWS=self.rows,
-                SPAN=self.span, AGAIN=again, FULLEST=FULLEST, LENDERS=lenders, ELEMENTS=shape.elements, **loans,
-                **self._wide, **piece,
+                SPAN=self.span, AGAIN=again, FULLEST=FULLEST, **self._wide,
             )  # fmt: skip
 
         def fetch(others: bool) -> Launch:
@@ -625,8 +640,9 @@ class DeviceExchange:
             ),
             convert=Launch(kernels.convert, 8, **owned, BEGIN=0, END=inner, PIECE=_MOVED),
             convert_rest=Launch(kernels.convert, 4, **owned, BEGIN=inner, END=shape.elements, PIECE=_MOVED),
-            hand_out={lenders: hand_out(lenders) for lenders in (0, self._lenders)},
-            hand_again=hand_out(0, again=True),
+            hand_out=hand_out(again=False),
+            hand_again=hand_out(again=True),
+            offer=Launch(kernels.offer, 4, ELEMENTS=shape.elements, **loans, **piece),
             fetch=fetch(others=False),
             fetch_others=fetch(others=True),
             arrange=arrange(backward=False),

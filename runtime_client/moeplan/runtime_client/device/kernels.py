@@ -38,6 +38,7 @@ __all__ = [
     "lanes",
     "meet",
     "meet_for_loans",
+    "offer",
     "place",
     "plan",
     "power_of_2",
@@ -403,8 +404,6 @@ def hand_out(
     target: tl.tensor,
     arrived: tl.tensor,
     peers: tl.tensor,
-    experts: tl.tensor,
-    offered: tl.tensor,
     answer: tl.tensor,
     tokens: tl.tensor,
     rank: tl.tensor,
@@ -416,57 +415,63 @@ def hand_out(
     SPAN: tl.constexpr,
     AGAIN: tl.constexpr,
     FULLEST: tl.constexpr,
-    LENDERS: tl.constexpr,
-    ELEMENTS: tl.constexpr,
-    LENT: tl.constexpr,
-    LOANS: tl.constexpr,
     BLOCK: tl.constexpr,
     COLUMNS: tl.constexpr,
-    PIECE: tl.constexpr,
 ) -> None:
-    """Write each token once to every rank that computes one of its choices, and offer lent experts.
+    """A block for each `BLOCK` tokens: write each token once to every rank that computes one of its choices.
 
-    The first `LENDERS` blocks offer; each of the others moves `BLOCK` tokens. If it is done `AGAIN`, then only where a
-    rank has more rows than the `SPAN` of a round, of which nothing was kept.
+    If it is done `AGAIN`, then only where a rank has more rows than the `SPAN` of a round, of which nothing was kept.
 
     Args:
         source: [tokens, WIDTH].
         target: int32[tokens * CHOICES].
         arrived: [ranks, TOKENS, WIDTH] in symmetric memory, out.
+        answer: The plan.
+    """
+    if AGAIN and tl.load(answer + FULLEST) <= SPAN:
+        return
+    token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    there = token < tokens
+    row = (rank * TOKENS + token).to(tl.int64)
+    for first in range(0, WIDTH, COLUMNS):
+        column = first + tl.arange(0, COLUMNS)
+        inside = (column < WIDTH)[None, :]
+        values = tl.load(source + token.to(tl.int64)[:, None] * WIDTH + column[None, :], mask=there[:, None] & inside)
+        for choice in tl.static_range(CHOICES):
+            goal = tl.load(target + token * CHOICES + choice, mask=there, other=-1)
+            leads = leads_to(target, token, there, goal, choice, CHOICES, ROWS, ROWS, ROWS)
+            units = tl.load(peers + goal // ROWS, mask=leads, other=0)
+            to = arrived + units[:, None] * EACH + row[:, None] * WIDTH + column[None, :]
+            tl.store(to, values, mask=leads[:, None] & inside)
+
+
+@program
+def offer(
+    experts: tl.tensor,
+    offered: tl.tensor,
+    answer: tl.tensor,
+    ELEMENTS: tl.constexpr,
+    LENT: tl.constexpr,
+    LOANS: tl.constexpr,
+    PIECE: tl.constexpr,
+) -> None:
+    """Write lent experts to where borrowers can read them, in the type that computes.
+
+    Args:
         experts: [owned, ELEMENTS], this rank's.
         offered: [most that a rank lends, ELEMENTS] in symmetric memory, out: those that this rank lends, by row.
         answer: The plan.
     """
-    block = tl.program_id(0)
-    if AGAIN and tl.load(answer + FULLEST) <= SPAN:
-        return
-    if block < LENDERS:
-        place = tl.full([], -1, tl.int64)
-        for loan in range(tl.load(answer + LENT)):
-            at = answer + LOANS + _LOAN * loan
-            if tl.load(at + 3) == 0:  # its first borrower
-                place += 1
-                mine = experts + tl.load(at).to(tl.int64) * ELEMENTS
-                for first in range(block * PIECE, ELEMENTS, LENDERS * PIECE):
-                    piece = first + tl.arange(0, PIECE)
-                    value = tl.load(mine + piece, mask=piece < ELEMENTS).to(offered.dtype.element_ty)
-                    tl.store(offered + place * ELEMENTS + piece, value, mask=piece < ELEMENTS)
-    else:
-        token = (block - LENDERS) * BLOCK + tl.arange(0, BLOCK)
-        there = token < tokens
-        row = (rank * TOKENS + token).to(tl.int64)
-        for first in range(0, WIDTH, COLUMNS):
-            column = first + tl.arange(0, COLUMNS)
-            inside = (column < WIDTH)[None, :]
-            values = tl.load(
-                source + token.to(tl.int64)[:, None] * WIDTH + column[None, :], mask=there[:, None] & inside
-            )
-            for choice in tl.static_range(CHOICES):
-                goal = tl.load(target + token * CHOICES + choice, mask=there, other=-1)
-                leads = leads_to(target, token, there, goal, choice, CHOICES, ROWS, ROWS, ROWS)
-                units = tl.load(peers + goal // ROWS, mask=leads, other=0)
-                to = arrived + units[:, None] * EACH + row[:, None] * WIDTH + column[None, :]
-                tl.store(to, values, mask=leads[:, None] & inside)
+    place = tl.full([], -1, tl.int64)
+    for loan in range(tl.load(answer + LENT)):
+        at = answer + LOANS + _LOAN * loan
+        if tl.load(at + 3) == 0:  # its first borrower
+            place += 1
+            mine = experts + tl.load(at).to(tl.int64) * ELEMENTS
+            for first in range(tl.program_id(0) * PIECE, ELEMENTS, tl.num_programs(0) * PIECE):
+                piece = first + tl.arange(0, PIECE)
+                value = tl.load(mine + piece, mask=piece < ELEMENTS).to(offered.dtype.element_ty)
+                tl.store(offered + place * ELEMENTS + piece, value, mask=piece < ELEMENTS)
 
 
 @program

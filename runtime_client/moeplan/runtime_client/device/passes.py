@@ -105,7 +105,9 @@ class _Pass(torch.autograd.Function):
             exchange.convert(experts.own, experts.converted)
         route = exchange.plan(chosen, shares, excess, len(experts.own) + exchange.spare, turn)
         tokens = some.to(exchange.dtype)
-        exchange.hand_out(route, tokens, experts.own if exchange.spare else None)
+        if exchange.spare and experts.converted is None:
+            exchange.offer(route, experts.own)  # while tokens set out
+        exchange.hand_out(route, tokens)
         if arrivals is not None:
             arrivals.forward()
         where, matrices = torch.empty_like(exchange.where), _matrices(exchange, experts.computed)
@@ -258,9 +260,14 @@ def _multiply_first(
     if experts.converted is not None:
         join(device)
     products.apply(rows[home.part], inner_home[:owned], home.ends[:owned], out[0])
-    there = exchange.fetch(route, experts.lent, arranged) if exchange.spare else None
+    exchange.step_aside(route, arranged)
+    there = None
+    if exchange.spare:
+        if experts.converted is not None:
+            exchange.offer(route, experts.own, arranged)
+        there = exchange.fetch(route, experts.lent, arranged)
     if experts.converted is not None:
-        exchange.convert_rest(route, experts.own, experts.converted, arranged)
+        exchange.convert_rest(experts.own, experts.converted, arranged)
     if exchange.spare:
         join(device, there)
         products.apply(rows[away.part], inner_away[-exchange.spare :], away.ends, out[-1])
