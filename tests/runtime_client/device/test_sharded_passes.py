@@ -219,6 +219,85 @@ def test_a_refused_pass_leaves_the_next_ones_right(ranks: Launch, tmp_path: Path
     ranks(2, begins_twice, tmp_path, timeout_s=200)
 
 
+def between_layers(folder: Path) -> None:
+    """What the first layer has begun to gather for the next is of no use, wanted twice, or wanted later."""
+    gloo, own, exchange = make_layers(folder, count=3)
+    for layers in (gloo, own):
+        use(layers, 0)
+    hidden, index, weight, gradient = uneven_batch(0)
+    found = []
+    for layers in (gloo, own):
+        first, second, third = layers
+        for layer in layers:
+            layer.shard.grad = None
+        first.prefetch()
+        output = hidden + first(hidden, index, weight) / 100
+        use([second], 1)  # another layout
+        output = hidden + second(output, index, weight) / 100
+        third.load_experts(0, torch.full((1, SHAPE.elements), 0.1))  # other weights
+        output = hidden + third(output, index, weight) / 100
+        output = hidden + first(output, index, weight) / 100  # a layer that runs twice, and the next after another one
+        with torch.no_grad():
+            output = hidden + third(output, index, weight) / 100
+        second.prefetch()  # and begins anew
+        output = hidden + second(output, index, weight) / 100
+        output = hidden + second(output, index, weight) / 100
+        first(output, index, weight)  # whose output is not used
+        output.backward(gradient)
+        found.append([output.detach(), *(layer.shard.grad for layer in layers if layer.shard.grad is not None)])
+    assert_close(*found)
+    parts = uneven_batch(1)
+    assert_close(answers(gloo, parts), answers(own, parts))
+    # Layers that gather by collectives before or after those that do not.
+    for order in ((0, 1), (1, 0)):
+        plain, mixed = [gloo[0], gloo[1]], [(gloo, own)[kind][place] for place, kind in enumerate(order)]
+        for layers in (plain, mixed):
+            chain(layers)
+            use(layers, 2)
+            found[layers is mixed] = answers(layers, parts)
+        assert_close(*found)
+    exchange.check()
+    exchange.mailbox.close()
+
+
+def test_what_is_gathered_ahead_may_be_of_no_use(ranks: Launch, tmp_path: Path) -> None:
+    ranks(2, between_layers, tmp_path, timeout_s=200)
+
+
+def no_memory(*_: object) -> Tensor:
+    raise MemoryError
+
+
+def breaks_off(folder: Path) -> None:
+    """Passes that end in an error behind the first product, before or after the next layer is on its way."""
+    gloo, own, exchange = make_layers(folder)
+    parts = uneven_batch(0)
+    own[1].compute_dtype = torch.float64
+    for layers in (gloo, own):
+        use(layers, 0)
+    with pytest.raises(ValueError, match=r"dtype = torch\.float64: the memory was made for"):
+        own[0](*parts[:3])
+    own[1].compute_dtype = torch.float32
+    assert_close(answers(gloo, parts), answers(own, parts))
+    for change in range(3):  # the next pass has the same layouts and weights, other layouts, or other weights
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(exchange, "activate", no_memory)
+            with pytest.raises(MemoryError):
+                own[0](*parts[:3])
+        for layers in (gloo, own):
+            if change == 1:
+                use(layers, 1)
+            if change == 2:
+                layers[1].load_experts(0, torch.full((1, SHAPE.elements), 0.1))
+        assert_close(answers(gloo, parts), answers(own, parts))
+    exchange.check()
+    exchange.mailbox.close()
+
+
+def test_passes_that_break_off_leave_the_next_ones_right(ranks: Launch, tmp_path: Path) -> None:
+    ranks(2, breaks_off, tmp_path, timeout_s=200)
+
+
 def under_autocast(folder: Path) -> None:
     gloo, own, exchange = make_layers(folder, computing=None)
     for seed in range(2):
