@@ -143,7 +143,7 @@ def test_passes_equal_those_on_collectives(
 
 def overflows(folder: Path) -> list[float]:
     """Rounds that the rows of a rank take, where most slots of the exchange are empty."""
-    gloo, own, exchange = make_layers(folder, count=1, capacity=64, rounds=4, max_tokens=90)
+    gloo, own, exchange = make_layers(folder, capacity=64, rounds=4, max_tokens=90)
     fullest = []
     for tokens in (90 - dist.get_rank(), 7):
         parts = batch(0, tokens, 1.5)
@@ -232,6 +232,8 @@ def between_layers(folder: Path) -> None:
             layer.shard.grad = None
         first.prefetch()
         output = hidden + first(hidden, index, weight) / 100
+        assert second._ahead is not None
+        assert third._ahead is None
         use([second], 1)  # another layout
         output = hidden + second(output, index, weight) / 100
         third.load_experts(0, torch.full((1, SHAPE.elements), 0.1))  # other weights
