@@ -149,6 +149,8 @@ def overflows(folder: Path) -> list[float]:
         parts = batch(0, tokens, 1.5)
         assert_close(answers(gloo, parts), answers(own, parts))
         fullest.append(int(exchange.mailbox.answer[FULLEST]) / exchange.span)
+    for one, other in zip(gloo, own, strict=True):  # weights are gathered once for all rounds
+        assert one.traffic["weights.forward"] == other.traffic["weights.forward"]
     exchange.check()
     exchange.mailbox.close()
     return fullest
@@ -225,28 +227,34 @@ def between_layers(folder: Path) -> None:
     for layers in (gloo, own):
         use(layers, 0)
     hidden, index, weight, gradient = uneven_batch(0)
+
+    def run(layer: FullyShardedExperts, outputs: list[Tensor]) -> None:
+        outputs.append(hidden + layer(outputs[-1], index, weight) / 100)
+
     found = []
     for layers in (gloo, own):
         first, second, third = layers
-        for layer in layers:
-            layer.shard.grad = None
+        outputs = [hidden]
         first.prefetch()
-        output = hidden + first(hidden, index, weight) / 100
+        run(first, outputs)
         assert second._ahead is not None
         assert third._ahead is None
         use([second], 1)  # another layout
-        output = hidden + second(output, index, weight) / 100
+        run(second, outputs)
         third.load_experts(0, torch.full((1, SHAPE.elements), 0.1))  # other weights
-        output = hidden + third(output, index, weight) / 100
-        output = hidden + first(output, index, weight) / 100  # a layer that runs twice, and the next after another one
+        run(third, outputs)
+        run(first, outputs)  # a layer that runs twice, and the next after another one
         with torch.no_grad():
-            output = hidden + third(output, index, weight) / 100
+            run(third, [*outputs])
         second.prefetch()  # and begins anew
-        output = hidden + second(output, index, weight) / 100
-        output = hidden + second(output, index, weight) / 100
-        first(output, index, weight)  # whose output is not used
-        output.backward(gradient)
-        found.append([output.detach(), *(layer.shard.grad for layer in layers if layer.shard.grad is not None)])
+        run(second, outputs)
+        run(second, outputs)
+        run(first, [*outputs])  # whose output is not used
+        outputs[-1].backward(gradient)
+        grads = [layer.shard.grad for layer in layers if layer.shard.grad is not None]
+        found.append([output.detach() for output in outputs] + [grad.clone() for grad in grads])
+        for layer in layers:
+            layer.shard.grad = None
     assert_close(*found)
     parts = uneven_batch(1)
     assert_close(answers(gloo, parts), answers(own, parts))
