@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from moeplan.runtime_client.device.launches import Launch
 from moeplan.runtime_client.device.products import Products, Rows, tile_rows
 from moeplan.runtime_client.device.routes import BORROWED, LENT, LOAN, AnswerShape
 
@@ -115,10 +116,82 @@ def heavy_experts(seed: int) -> None:
         torch.testing.assert_close(out[3:], times * exact[3:], rtol=1e-4, atol=1e-4)
 
 
+class _Nothing(Launch):
+    """Leaves memory as it is."""
+
+    def __call__(self, *_: Any) -> None:
+        pass
+
+
+def many_tiles(seed: int) -> bool:
+    """Gradients of many tiles by any number of blocks, whose parts have no more room than they need; whether there were
+    parts.
+    """
+    rng = np.random.default_rng(seed)
+    torch.manual_seed(seed)
+    owned, spare = int(rng.integers(1, 5)), int(rng.integers(1, 4))
+    shape = AnswerShape(owned + 2, spare + 1, owned, spare)
+    products = Products(shape, CPU, most=1000)
+    high, wide = 8 * int(rng.integers(1, 3)), 16
+    products._tiles = products._tiles._replace(high=high, wide=wide)
+    products._blocks = int(rng.integers(1, 14))
+    room = torch.empty(2, 2 * products._blocks * high * wide)
+    products._sums, behind = room
+    height, width = (8 * int(rng.integers(1, 7)) for _ in range(2))
+    borrowed = int(rng.integers(0, spare + 1))
+    tokens = rng.integers(0, 9, owned + spare)
+    heavy = rng.random(owned + spare) < rng.choice([0.3, 0.9])
+    tokens[heavy] = rng.integers(31, 80, int(heavy.sum()))
+    tokens[owned + borrowed :] = 0
+    rows, places = drawn(rng, tokens.tolist())
+    left, right = filled(rows, places, height), filled(rows, places, width)
+    answer = torch.zeros(shape.words, dtype=torch.int32)
+    answer[LENT], answer[BORROWED] = 1, borrowed
+    answer[shape.loans] = lent = int(rng.integers(owned))
+    exact = torch.stack([left[place].T @ right[place] for place in places])
+    exact[:owned] *= 0.5
+    exact[lent] *= 2
+    some = Rows(rows.part, rows.ends[:-1], rows.fills[:-1])  # of all but one
+    summed = False
+    for each, first, count in ((rows, 0, owned), (rows, owned, spare), (some, 0, int(rng.integers(1, owned + 1)))):
+        out, borrows = torch.full((spare + owned, height, width), float("nan")), first > 0
+        known = exact[first : first + (borrowed if borrows else count)]
+        for times in (1, 2):
+            room.fill_(float("nan"))
+            how = left, right, each, answer, out[:count]
+            products.differentiate(*how, scale=0.5, borrowed=borrows, more=times > 1)
+            torch.testing.assert_close(out[: len(known)], times * known, rtol=1e-4, atol=1e-4)
+            assert out[len(known) :].isnan().all()
+            assert behind.isnan().all()
+        parts = not products._sums.isnan().all()
+        products._launches = {key: (_Nothing(None, 1), whole) for key, (_, whole) in products._launches.items()}
+        products._sums.fill_(float("nan"))
+        products.differentiate(*how, scale=0.5, borrowed=borrows)
+        assert out[: len(known)].isnan().any() == parts  # what is summed in parts is not computed again
+        products._launches.clear()
+        summed |= parts
+    return summed
+
+
+def few_rows(most: int) -> None:
+    """A gradient of as many rows as there are at most, too few for parts or just enough."""
+    torch.manual_seed(most)
+    products = Products(AnswerShape(3, 1, 1, 1), CPU, most)
+    rows, (place, _) = drawn(np.random.default_rng(most), [most, 0])
+    left, right = filled(rows, [place], 16), filled(rows, [place], 24)
+    out = torch.full((1, 16, 24), float("nan"))
+    products.differentiate(left, right, rows, torch.zeros(99, dtype=torch.int32), out)
+    torch.testing.assert_close(out[0], left[place].T @ right[place], rtol=1e-4, atol=1e-4)
+    assert (len(products._sums) > 0) == (most >= products._tiles.many)
+
+
 def products_of_all(seeds: range) -> None:
     for seed in seeds:
         products_of(seed)
         heavy_experts(seed)
+    for most in (31, 32):
+        few_rows(most)
+    assert sum(many_tiles(seed) for seed in seeds) > len(seeds) // 2
 
 
 def test_products_are_those_of_each_expert_alone(ranks: Callable[..., list[Any]]) -> None:

@@ -143,12 +143,14 @@ def test_passes_equal_those_on_collectives(
 
 def overflows(folder: Path) -> list[float]:
     """Rounds that the rows of a rank take, where most slots of the exchange are empty."""
-    gloo, own, exchange = make_layers(folder, count=1, capacity=64, rounds=4, max_tokens=90)
+    gloo, own, exchange = make_layers(folder, capacity=64, rounds=4, max_tokens=90)
     fullest = []
     for tokens in (90 - dist.get_rank(), 7):
         parts = batch(0, tokens, 1.5)
         assert_close(answers(gloo, parts), answers(own, parts))
         fullest.append(int(exchange.mailbox.answer[FULLEST]) / exchange.span)
+    for one, other in zip(gloo, own, strict=True):  # weights are gathered once for all rounds
+        assert one.traffic["weights.forward"] == other.traffic["weights.forward"]
     exchange.check()
     exchange.mailbox.close()
     return fullest
@@ -217,6 +219,93 @@ def begins_twice(folder: Path) -> None:
 
 def test_a_refused_pass_leaves_the_next_ones_right(ranks: Launch, tmp_path: Path) -> None:
     ranks(2, begins_twice, tmp_path, timeout_s=200)
+
+
+def between_layers(folder: Path) -> None:
+    """What the first layer has begun to gather for the next is of no use, wanted twice, or wanted later."""
+    gloo, own, exchange = make_layers(folder, count=3)
+    for layers in (gloo, own):
+        use(layers, 0)
+    hidden, index, weight, gradient = uneven_batch(0)
+
+    def run(layer: FullyShardedExperts, outputs: list[Tensor]) -> None:
+        outputs.append(hidden + layer(outputs[-1], index, weight) / 100)
+
+    found = []
+    for layers in (gloo, own):
+        first, second, third = layers
+        outputs = [hidden]
+        first.prefetch()
+        run(first, outputs)
+        assert second._ahead is not None
+        assert third._ahead is None
+        use([second], 1)  # another layout
+        run(second, outputs)
+        third.load_experts(0, torch.full((1, SHAPE.elements), 0.1))  # other weights
+        run(third, outputs)
+        run(first, outputs)  # a layer that runs twice, and the next after another one
+        with torch.no_grad():
+            run(third, [*outputs])
+        second.prefetch()  # and begins anew
+        run(second, outputs)
+        run(second, outputs)
+        run(first, [*outputs])  # whose output is not used
+        outputs[-1].backward(gradient)
+        grads = [layer.shard.grad for layer in layers if layer.shard.grad is not None]
+        found.append([output.detach() for output in outputs] + [grad.clone() for grad in grads])
+        for layer in layers:
+            layer.shard.grad = None
+    assert_close(*found)
+    parts = uneven_batch(1)
+    assert_close(answers(gloo, parts), answers(own, parts))
+    # Layers that gather by collectives before or after those that do not.
+    for order in ((0, 1), (1, 0)):
+        plain, mixed = [gloo[0], gloo[1]], [(gloo, own)[kind][place] for place, kind in enumerate(order)]
+        for layers in (plain, mixed):
+            chain(layers)
+            use(layers, 2)
+            found[layers is mixed] = answers(layers, parts)
+        assert_close(*found)
+    exchange.check()
+    exchange.mailbox.close()
+
+
+def test_what_is_gathered_ahead_may_be_of_no_use(ranks: Launch, tmp_path: Path) -> None:
+    ranks(2, between_layers, tmp_path, timeout_s=200)
+
+
+def no_memory(*_: object) -> Tensor:
+    raise MemoryError
+
+
+def breaks_off(folder: Path) -> None:
+    """Passes that end in an error behind the first product, before or after the next layer is on its way."""
+    gloo, own, exchange = make_layers(folder)
+    parts = uneven_batch(0)
+    own[1].compute_dtype = torch.float64
+    for layers in (gloo, own):
+        use(layers, 0)
+    with pytest.raises(ValueError, match=r"dtype = torch\.float64: the memory was made for"):
+        own[0](*parts[:3])
+    own[1].compute_dtype = torch.float32
+    assert_close(answers(gloo, parts), answers(own, parts))
+    for change in range(3):  # the next pass has the same layouts and weights, other layouts, or other weights
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(exchange, "activate", no_memory)
+            with pytest.raises(MemoryError):
+                own[0](*parts[:3])
+        for layers in (gloo, own):
+            if change == 1:
+                use(layers, 1)
+            if change == 2:
+                layers[1].load_experts(0, torch.full((1, SHAPE.elements), 0.1))
+        assert_close(answers(gloo, parts), answers(own, parts))
+    exchange.check()
+    exchange.mailbox.close()
+
+
+def test_passes_that_break_off_leave_the_next_ones_right(ranks: Launch, tmp_path: Path) -> None:
+    ranks(2, breaks_off, tmp_path, timeout_s=200)
 
 
 def under_autocast(folder: Path) -> None:
