@@ -108,7 +108,12 @@ class Load:
     def name(self) -> str:
         if self.trace is not None:
             return "trace"
-        return f"{self.share:.0%} on {self.hot}".replace("%", " %") if self.hot else "balanced"
+        return "balanced" if self.is_even else f"{self.share:.0%} on {self.hot}".replace("%", " %")
+
+    @property
+    def is_even(self) -> bool:
+        """Whether all experts get as many pairs."""
+        return self.trace is None and not self.hot
 
     def draw(self, size: Size, rank: int, ranks: int, step: int) -> Tensor:
         """int64[tokens, choices], the experts of one rank's tokens."""
@@ -485,16 +490,16 @@ def measure(
         f"{str(dtype)[6:]}; {spare} spare slots; {per_token * 1e6:.2f} us per token, {cost:.0f} tokens per transfer"
     )
     table = new_table(title)
-    balanced, evens = Load(), [Method(method.name, method.layer) for method in methods]
+    evens = [Method(method.name, method.layer) for method in methods]
     published = dict(zip((load.name for load in LOADS), PUBLISHED.get(name, "").replace("|", "").split(), strict=False))
     memory = dict(zip((load.name for load in LOADS), PUBLISHED_MEMORY.replace("|", "").split(), strict=True))
     for load in loads:
         for method in (*methods, *evens):
             method.clear()
-        turns = [(load, methods), (balanced, evens)] if load != balanced else [(load, methods)]
+        turns = [(load, methods)] if load.is_even else [(load, methods), (Load(), evens)]
         visit(bench, size, turns, spare, rounds, dtype)
         found = figures(methods)
-        even = figures(evens) if load != balanced else found
+        even = found if load.is_even else figures(evens)
         add_rows(table, load, methods, even, published, memory if name == "gpt-oss-120b" else {})
         static, *others = methods
         shares = {f"{method.name}_of_even": even[method.name] / found[method.name] for method in methods}
@@ -650,7 +655,7 @@ def add_rows(
             f"{method.memory / 2**30:.3f}",
             f"{static.memory / method.memory:.2f}",
             memory.get(load.name, "") if is_llep else "",
-            f"{method.memory / 2**30 / even['static_gib']:.2f}" if even else "",
+            f"{method.memory / 2**30 / even['static_gib']:.2f}",
             f"{1e6 * statistics.median(method.planning):.0f}",
             "" if method.name == "device" else f"{statistics.median(method.sent) / 1e6:.1f}",
             end_section=method is methods[-1],

@@ -70,7 +70,9 @@ class Rows:
 
 
 class Products:
-    """Products of matrices by expert, in the order of sums of the device's tiles, whatever the number of rows.
+    """Products of matrices by expert, in the order of sums of the device's tiles.
+
+    Sums do not depend on the number of rows, but for some of the gradients of experts that have most of them.
 
     Args:
         shape: Places in plans.
