@@ -514,6 +514,16 @@ def measure(
     return table
 
 
+@dataclass(frozen=True)
+class Batch:
+    """Tokens of a rank, their experts and weights, and the gradient of what comes out."""
+
+    hidden: Tensor
+    index: Tensor
+    weight: Tensor
+    target: Tensor
+
+
 def visit(
     bench: Bench,
     size: Size,
@@ -528,43 +538,48 @@ def visit(
     weight = torch.full((size.tokens, size.choices), 1 / size.choices, device=bench.device, dtype=dtype)
     target = torch.randn_like(hidden)
 
-    def drawn(load: Load, step: int) -> tuple[Tensor, Int64]:
+    def drawn(load: Load, step: int) -> tuple[Batch, Int64]:
         index = load.draw(size, group.rank, group.size, step).to(bench.device)
-        return index, gather_counts(group, index, weight, size.experts)
+        return Batch(hidden, index, weight, target), gather_counts(group, index, weight, size.experts)
 
     before = [drawn(load, 0)[1] for load, _ in turns]
     for nth in range(rounds + 1):
         for turn, (load, methods) in enumerate(turns):
-            index, counts = drawn(load, nth + 1)
+            batch, counts = drawn(load, nth + 1)
             for method in methods:
-                layer = method.layer
-                if isinstance(layer, FullyShardedExperts):
-                    plan_layout(layer, before[turn], spare)
-                layer.zero_grad()
-                hidden.grad = None
-                (parameter,) = layer.parameters()
-
-                def forward(layer: Layer = layer, index: Tensor = index) -> None:
-                    with torch.no_grad():
-                        layer(hidden, index, weight)
-
-                def step(layer: Layer = layer, index: Tensor = index) -> None:
-                    layer(hidden, index, weight).backward(target)
-
-                if nth == 0:
-                    start = bench.start_peak()
-                    step()
-                    method.memory = int(bench.largest(bench.peak() - start + parameter.nbytes)) + lasting(layer)
-                    forward()
-                    continue
-                method.forward.append(bench.seconds(forward))
-                layer.traffic.clear()
-                method.step.append(bench.seconds(step))
-                method.sent.append(bench.mean(layer.traffic.total()))
-                planning, loads = plan_again(bench, layer, index, weight)
-                method.planning.append(planning)
-                method.imbalance.append(float(loads.max() / loads.mean()))
+                if isinstance(method.layer, FullyShardedExperts):
+                    plan_layout(method.layer, before[turn], spare)
+                run(bench, method, batch, warming=nth == 0)
             before[turn] = counts
+
+
+def run(bench: Bench, method: Method, batch: Batch, *, warming: bool) -> None:
+    """Measure a step and a forward pass of a method; or, while it is `warming`, its memory."""
+    layer, tokens = method.layer, (batch.hidden, batch.index, batch.weight)
+    layer.zero_grad()
+    batch.hidden.grad = None
+    (parameter,) = layer.parameters()
+
+    def forward() -> None:
+        with torch.no_grad():
+            layer(*tokens)
+
+    def step() -> None:
+        layer(*tokens).backward(batch.target)
+
+    if warming:
+        start = bench.start_peak()
+        step()
+        method.memory = int(bench.largest(bench.peak() - start + parameter.nbytes)) + lasting(layer)
+        forward()
+        return
+    method.forward.append(bench.seconds(forward))
+    layer.traffic.clear()
+    method.step.append(bench.seconds(step))
+    method.sent.append(bench.mean(layer.traffic.total()))
+    planning, loads = plan_again(bench, layer, batch.index, batch.weight)
+    method.planning.append(planning)
+    method.imbalance.append(float(loads.max() / loads.mean()))
 
 
 def lasting(layer: Layer) -> int:

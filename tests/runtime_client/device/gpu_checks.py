@@ -173,21 +173,37 @@ def compare(exact: list[Tensor], nccl: list[Tensor], own: list[Tensor]) -> tuple
     return worst[0], worst[1]
 
 
+@dataclass(frozen=True)
+class Known:
+    """Layers with the same weights in double precision, and on NCCL."""
+
+    exact: Sequence[ExpertLayer]
+    nccl: Sequence[ExpertLayer]
+
+    def errors(self, batch: tuple[Tensor, ...], found: list[Tensor]) -> tuple[float, float]:
+        """Largest errors of a batch's answers on NCCL, and of those that were found; see `compare`."""
+        doubles = tuple(part.double() if part.is_floating_point() else part for part in batch)
+        return compare(answers(self.exact, doubles), answers(self.nccl, batch), found)
+
+
+def largest(errors: list[tuple[float, float]]) -> str:
+    theirs, ours = (max(each) for each in zip(*errors, strict=True))
+    return f"largest error on NCCL {theirs:.1e}, without the host {ours:.1e}"
+
+
 def equals_nccl(ranks: Ranks) -> str:
     told = []
     for dtype in (torch.float32, torch.bfloat16):
         for spare in (0, 2):
             nccl, own, exchange = ranks.layers(dtype=dtype, spare=spare)
-            exact = ranks.exact(nccl)
+            known = Known(ranks.exact(nccl), nccl)
             for seed in range(4):
                 tokens = (TOKENS, 7, 0)[(seed + ranks.group.rank) % 3]
                 batch = ranks.batch(seed, tokens, skew=(1, 3, 10, 1000)[seed])
-                doubles = tuple(part.double() if part.is_floating_point() else part for part in batch)
-                told.append(compare(answers(exact, doubles), answers(nccl, batch), answers(own, batch)))
+                told.append(known.errors(batch, answers(own, batch)))
             exchange.check()
             exchange.mailbox.close()
-    theirs, ours = (max(errors) for errors in zip(*told, strict=True))
-    return f"largest error on NCCL {theirs:.1e}, without the host {ours:.1e}"
+    return largest(told)
 
 
 def rounds_equal_nccl(ranks: Ranks) -> str:
@@ -195,18 +211,16 @@ def rounds_equal_nccl(ranks: Ranks) -> str:
     for dtype in (torch.float32, torch.bfloat16):
         for spare in (0, 2):
             nccl, own, exchange = ranks.layers(dtype=dtype, spare=spare, capacity=704, rounds=4)
-            exact = ranks.exact(nccl)
+            known = Known(ranks.exact(nccl), nccl)
             for seed, tokens in enumerate((TOKENS, 7)):
                 batch = ranks.batch(seed, tokens, skew=1.2)
-                doubles = tuple(part.double() if part.is_floating_point() else part for part in batch)
                 found = answers(own, batch)
-                told.append(compare(answers(exact, doubles), answers(nccl, batch), found))
+                told.append(known.errors(batch, found))
                 for one, other in zip(found, answers(own, batch, again=True), strict=True):
                     assert torch.equal(one, other)
             exchange.check()
             exchange.mailbox.close()
-    theirs, ours = (max(errors) for errors in zip(*told, strict=True))
-    return f"rows of three rounds and of one: largest error on NCCL {theirs:.1e}, without the host {ours:.1e}"
+    return f"rows of three rounds and of one: {largest(told)}"
 
 
 def many_rows_equal_nccl(ranks: Ranks) -> str:
@@ -215,18 +229,16 @@ def many_rows_equal_nccl(ranks: Ranks) -> str:
     for spare in (0, 2):
         nccl, own, exchange = ranks.layers(spare=spare, max_tokens=9 * TOKENS)
         assert len(exchange.products._sums), "there is room for too few rows"
-        exact = ranks.exact(nccl)
+        known = Known(ranks.exact(nccl), nccl)
         for seed, skew in enumerate((3, 1000)):
             batch = ranks.batch(seed, 9 * TOKENS, skew=skew)
-            doubles = tuple(part.double() if part.is_floating_point() else part for part in batch)
             found = answers(own, batch)
-            told.append(compare(answers(exact, doubles), answers(nccl, batch), found))
+            told.append(known.errors(batch, found))
             for one, other in zip(found, answers(own, batch), strict=True):
                 assert torch.equal(one, other)
         exchange.check()
         exchange.mailbox.close()
-    theirs, ours = (max(errors) for errors in zip(*told, strict=True))
-    return f"largest error on NCCL {theirs:.1e}, without the host {ours:.1e}, the same bits each time"
+    return f"{largest(told)}, the same bits each time"
 
 
 def deterministic(ranks: Ranks) -> str:
@@ -615,18 +627,16 @@ def sharded_equals_nccl(ranks: Ranks) -> str:
         for seed in range(5):
             tokens = (TOKENS, 7, 0)[(seed + ranks.group.rank) % 3]
             batch = ranks.batch(seed, tokens, skew=(1, 3, 10, 1000, 2)[seed])
-            doubles = tuple(part.double() if part.is_floating_point() else part for part in batch)
             for layers in (exact, nccl, own):
                 ranks.place(layers, seed)
             found = answers(own, batch)
-            told.append(compare(answers(exact, doubles), answers(nccl, batch), found))
+            told.append(Known(exact, nccl).errors(batch, found))
             for again in (False, True):
                 for one, other in zip(found, answers(own, batch, again=again), strict=True):
                     assert torch.equal(one, other), (reshard, seed, again)
         exchange.check()
         exchange.mailbox.close()
-    theirs, ours = (max(errors) for errors in zip(*told, strict=True))
-    return f"largest error on NCCL {theirs:.1e}, without the host {ours:.1e}, the same bits each time"
+    return f"{largest(told)}, the same bits each time"
 
 
 def sharded_in_flight(ranks: Ranks) -> str:

@@ -164,11 +164,11 @@ def many_tiles(seed: int) -> bool:
             assert out[len(known) :].isnan().all()
             assert behind.isnan().all()
         parts = not products._sums.isnan().all()
-        products._launches = {key: (_Nothing(None, 1), whole) for key, (_, whole) in products._launches.items()}
+        products._gradients = {key: (_Nothing(None, 1), whole) for key, (_, whole) in products._gradients.items()}
         products._sums.fill_(float("nan"))
         products.differentiate(*how, scale=0.5, borrowed=borrows)
         assert out[: len(known)].isnan().any() == parts  # what is summed in parts is not computed again
-        products._launches.clear()
+        products._gradients.clear()
         summed |= parts
     return summed
 

@@ -438,17 +438,18 @@ class DeviceExchange:
             self._launches.pause((1, 1, 1), *self._signals_beside, route.answer)
 
     def offer(self, route: Route, experts: Tensor, after: torch.cuda.Event | None = None) -> None:
-        """Begin to offer lent experts, converted on the way, to the ranks that borrow them; with spare slots only.
+        """Begin to offer lent experts, converted on the way, to the ranks that borrow them.
 
         Args:
             route: Of the pass.
             experts: [owned, elements].
             after: As in `step_aside`; by default behind all that has been launched.
         """
-        launch = self._launches
+        if not self.spare:
+            return
         with beside(self.device, after):
-            launch.offer((self._lenders, 1, 1), experts, self.offered, route.answer)
-            launch.meet_for_loans((1, 1, 1), *self._signals_beside, route.answer)
+            self._launches.offer((self._lenders, 1, 1), experts, self.offered, route.answer)
+            self._launches.meet_for_loans((1, 1, 1), *self._signals_beside, route.answer)
 
     def fetch(self, route: Route, lent: Tensor, after: torch.cuda.Event | None) -> torch.cuda.Event | None:
         """Begin to fetch borrowed experts, which their owners have begun to offer.
@@ -463,6 +464,8 @@ class DeviceExchange:
         Returns:
             When they are there, for `join`.
         """
+        if not self.spare:
+            return None
         launch, blocks = self._launches, (self._lenders, 1, 1)
         way = self.offered, self.lent, lent, route.answer, self.peers, self.group.rank
         with beside(self.device, after):

@@ -105,7 +105,7 @@ class _Pass(torch.autograd.Function):
             exchange.convert(experts.own, experts.converted)
         route = exchange.plan(chosen, shares, excess, len(experts.own) + exchange.spare, turn)
         tokens = some.to(exchange.dtype)
-        if exchange.spare and experts.converted is None:
+        if experts.converted is None:
             exchange.offer(route, experts.own)  # while tokens set out
         exchange.hand_out(route, tokens)
         if arrivals is not None:
@@ -261,11 +261,9 @@ def _multiply_first(
         join(device)
     products.apply(rows[home.part], inner_home[:owned], home.ends[:owned], out[0])
     exchange.step_aside(route, arranged)
-    there = None
-    if exchange.spare:
-        if experts.converted is not None:
-            exchange.offer(route, experts.own, arranged)
-        there = exchange.fetch(route, experts.lent, arranged)
+    if experts.converted is not None:
+        exchange.offer(route, experts.own, arranged)
+    there = exchange.fetch(route, experts.lent, arranged)
     if experts.converted is not None:
         exchange.convert_rest(experts.own, experts.converted, arranged)
     if exchange.spare:

@@ -106,6 +106,15 @@ def sum_over(
 
 
 @program
+def count_of(answer: tl.tensor, replicas: tl.tensor, BORROWED: tl.constexpr) -> tl.tensor:
+    """How many of the replicas have gradients: those that are borrowed by the plan, or, if it is negative, all."""
+    count = replicas
+    if BORROWED >= 0:
+        count = tl.load(answer + BORROWED)
+    return count
+
+
+@program
 def cut_of(
     ends: tl.tensor, fills: tl.tensor, first: tl.tensor, count: tl.tensor, tiles: tl.tensor, LANES: tl.constexpr,
     MANY: tl.constexpr,
@@ -147,21 +156,19 @@ def sum_parts(
     PIECE: tl.constexpr,
     SIDE: tl.constexpr,
 ) -> None:
-    """Sums of parts of the rows of what `cut_of` tells, for `differentiate`.
+    """Sums of parts of the rows of what `cut_of` tells, for `differentiate`, which has the other arguments, too.
 
     Args:
         sums: float32[parts, TILE, COLUMNS], out: of each expert the parts of each of its tiles.
     """
     across: tl.constexpr = (WIDTH + COLUMNS - 1) // COLUMNS
     down: tl.constexpr = (HEIGHT + TILE - 1) // TILE
-    count = replicas
-    if BORROWED >= 0:
-        count = tl.load(answer + BORROWED)
-    heavy, last, parts = cut_of(ends, fills, first, count, down * across, LANES, MANY)
+    tiles: tl.constexpr = down * across
+    heavy, last, parts = cut_of(ends, fills, first, count_of(answer, replicas, BORROWED), tiles, LANES, MANY)
     nth = tl.cumsum(heavy.to(tl.int32)) - 1
     for part in range(tl.program_id(0), tl.sum(heavy.to(tl.int32)) * last * parts, tl.num_programs(0)):
         expert = tl.sum(tl.where(heavy & (nth == part // (last * parts)), tl.arange(0, LANES), 0))
-        above, beside = place_of(down * across - last + part // parts % last, down, across, SIDE)
+        above, beside = place_of(tiles - last + part // parts % last, down, across, SIDE)
         begin = tl.load(ends + first + expert - 1, mask=first + expert > 0, other=0)
         fill = tl.load(fills + first + expert)
         size = ((fill - begin + PIECE - 1) // PIECE + parts - 1) // parts * PIECE
@@ -224,7 +231,7 @@ def differentiate(
         right: Descriptor of [rows, WIDTH], in parts [PIECE, COLUMNS].
         out: [replicas, HEIGHT, WIDTH], out, the replicas `LENGTH` elements apart; if there is `MORE`, added to what is
             there.
-        sums: Of `sum_parts`; read only if some expert has `MANY` rows.
+        sums: Of `sum_parts`; read only if some expert has `MANY` rows, if that is not 0.
         ends: int32, ends of rows as in `multiply`, those of the first replica in place `first`.
         fills: int32, as `ends`, where the zeros behind an expert's rows begin; at its begin if it has no rows.
         answer: The plan, for experts at home that are lent, which are not scaled: `take_back` does, when it has added
@@ -235,22 +242,24 @@ def differentiate(
     """
     across: tl.constexpr = (WIDTH + COLUMNS - 1) // COLUMNS
     down: tl.constexpr = (HEIGHT + TILE - 1) // TILE
-    count = replicas
-    if BORROWED >= 0:
-        count = tl.load(answer + BORROWED)
-    heavy, last, parts = cut_of(ends, fills, first, count, down * across, LANES, MANY)
+    tiles: tl.constexpr = down * across
+    count = count_of(answer, replicas, BORROWED)
+    if MANY > 0:
+        heavy, last, parts = cut_of(ends, fills, first, count, tiles, LANES, MANY)
     if MORE and tl.load(ends + first + replicas - 1) == tl.load(ends + first - 1, mask=first > 0, other=0):
         count = 0
-    for tile in range(tl.program_id(0), count * (down * across), tl.num_programs(0)):
-        expert = tile // (down * across)
-        above, beside = place_of(tile % (down * across), down, across, SIDE)
+    for tile in range(tl.program_id(0), count * tiles, tl.num_programs(0)):
+        expert = tile // tiles
+        above, beside = place_of(tile % tiles, down, across, SIDE)
         begin = tl.load(ends + first + expert - 1, mask=first + expert > 0, other=0)
         end = tl.load(fills + first + expert)
-        here, cut = tile % (down * across) - (down * across - last), 0
-        if (parts > 0) & (here >= 0):
-            lane = tl.arange(0, LANES)
-            cut = tl.sum((heavy & (lane == expert)).to(tl.int32)) * parts
-            here += tl.sum((heavy & (lane < expert)).to(tl.int32)) * last
+        here, cut = 0, 0
+        if MANY > 0:
+            here = tile % tiles - (tiles - last)
+            if (parts > 0) & (here >= 0):
+                lane = tl.arange(0, LANES)
+                cut = tl.sum((heavy & (lane == expert)).to(tl.int32)) * parts
+                here += tl.sum((heavy & (lane < expert)).to(tl.int32)) * last
         factor = 1.0
         if BORROWED < 0:
             sent = 0
@@ -263,7 +272,7 @@ def differentiate(
                 cell = (row + tl.arange(0, _ROWS))[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
                 some = tl.zeros([_ROWS, COLUMNS], tl.float32)
                 for part in range(cut):
-                    some += tl.load(sums + (here * parts + part) * (TILE * COLUMNS) + cell)
+                    some += tl.load(sums + (here * cut + part) * (TILE * COLUMNS) + cell)
                 keep(some * factor, to, above * TILE + row, beside * COLUMNS, MORE, HEIGHT, WIDTH)
         else:
             whole = sum_over(left, right, begin, end, above, beside, TILE, COLUMNS, PIECE)

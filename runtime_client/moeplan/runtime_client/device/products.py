@@ -85,7 +85,8 @@ class Products:
         self._tiles = _tiles(device)
         is_gpu = device.type == "cuda"
         self._blocks = torch.cuda.get_device_properties(device).multi_processor_count if is_gpu else 2
-        self._launches: dict[tuple[object, ...], tuple[Launch, ...]] = {}
+        self._launches: dict[tuple[object, ...], Launch] = {}
+        self._gradients: dict[tuple[object, ...], tuple[Launch, Launch]] = {}
         self._lanes = 1 << max(shape.owned + shape.spare - 1, 1).bit_length()
         # One expert cannot hold up all blocks if there are few rows: no tile of its gradient is summed in parts.
         cells = 2 * self._blocks * self._tiles.high * self._tiles.wide if most >= self._tiles.many else 0
@@ -141,12 +142,13 @@ class Products:
         height, width = out.shape[1:]
         first = len(rows.ends) - len(out) if borrowed else 0
         tiles = self._tiles
-        launches = self._launches.get(key := (height, width, out.stride(0), borrowed, more))
+        launches = self._gradients.get(key := (height, width, out.stride(0), borrowed, more))
         if launches is None:
-            sizes = {"HEIGHT": height, "WIDTH": width, "LANES": self._lanes, "MANY": tiles.many}
+            many = tiles.many if len(self._sums) else 0
+            sizes = {"HEIGHT": height, "WIDTH": width, "LANES": self._lanes, "MANY": many}
             sizes |= {"TILE": tiles.high, "COLUMNS": tiles.wide, "PIECE": tiles.few, "SIDE": _SIDE}
             of = {"BORROWED": BORROWED if borrowed else -1}
-            launches = self._launches[key] = (
+            launches = self._gradients[key] = (
                 Launch(_kernels().sum_parts, 8, **of, **sizes),
                 Launch(
                     _kernels().differentiate, 8, None if more else _REGISTERS, **of, LENT=LENT, MORE=more,
@@ -162,15 +164,13 @@ class Products:
 
     def _multiply(self, rows: Tensor, matrices: Tensor, ends: Tensor, out: Tensor, *, turned: bool) -> None:
         depth, width, tiles = rows.shape[1], out.shape[1], self._tiles
-        launches = self._launches.get(key := (width, depth, turned))
-        if launches is None:
-            launches = self._launches[key] = (
-                Launch(
-                    _kernels().multiply, 8, LANES=self._lanes, WIDTH=width, DEPTH=depth, TURNED=turned,
-                    TILE=tiles.rows, COLUMNS=tiles.wide, PIECE=tiles.deep, SIDE=_SIDE,
-                ),
+        launch = self._launches.get(key := (width, depth, turned))
+        if launch is None:
+            launch = self._launches[key] = Launch(
+                _kernels().multiply, 8, LANES=self._lanes, WIDTH=width, DEPTH=depth, TURNED=turned, TILE=tiles.rows,
+                COLUMNS=tiles.wide, PIECE=tiles.deep, SIDE=_SIDE,
             )  # fmt: skip
-        launches[0](
+        launch(
             (self._blocks, 1, 1), Blocks(rows, (tiles.rows, tiles.deep)),
             Blocks(matrices, (1, tiles.wide, tiles.deep) if turned else (1, tiles.deep, tiles.wide)),
             Blocks(out, (tiles.rows, tiles.wide)), ends, len(matrices), len(ends) - len(matrices),
