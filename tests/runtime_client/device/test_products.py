@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.util import find_spec
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from moeplan.runtime_client.device.launches import Launch
-from moeplan.runtime_client.device.products import Products, Rows, tile_rows
+from moeplan.runtime_client.device.products import Owned, Products, Rows, tile_rows
 from moeplan.runtime_client.device.routes import BORROWED, LENT, LOAN, AnswerShape
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="Triton has wheels for Linux only")
@@ -28,7 +29,8 @@ def drawn(rng: np.random.Generator, tokens: list[int]) -> tuple[Rows, list[slice
     begins = ends - sizes
     fills = begins + tokens
     room = int(ends[-1]) + tile * int(rng.integers(1, 3))
-    rows = Rows(slice(0, room), torch.from_numpy(ends.astype(np.int32)), torch.from_numpy(fills.astype(np.int32)))
+    places = (torch.from_numpy(part.astype(np.int32)) for part in (ends, fills))
+    rows = Rows(torch.zeros(99, dtype=torch.int32), slice(0, room), *places)
     return rows, [slice(int(begin), int(end)) for begin, end in zip(begins, fills, strict=True)]
 
 
@@ -73,6 +75,7 @@ def products_of(seed: int) -> None:
     answer = torch.zeros(shape.words, dtype=torch.int32)
     answer[LENT], answer[BORROWED] = len(lent), borrowed
     answer[shape.loans + LOAN * torch.arange(len(lent))] = torch.from_numpy(lent.astype(np.int32))
+    rows = replace(rows, answer=answer)
     exact = torch.stack([left[place].T @ right[place] for place in places])
     scales = torch.full((owned, 1, 1), 0.25)
     scales[lent] = 1.0
@@ -80,8 +83,8 @@ def products_of(seed: int) -> None:
     inside = own[:, 8:-8].unflatten(1, (width, depth))
     theirs = torch.full((spare, width, depth), 7.0)
     for times in (1, 2):  # a round, and another one, which is added
-        products.differentiate(left, right, rows, answer, inside, scale=0.25, more=times > 1)
-        products.differentiate(left, right, rows, answer, theirs, borrowed=True, more=times > 1)
+        products.differentiate(left, right, rows, inside, scale=0.25, more=times > 1)
+        products.differentiate(left, right, rows, theirs, borrowed=True, more=times > 1)
         torch.testing.assert_close(inside.float(), times * scales * exact[:owned], rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(theirs[:borrowed], times * exact[owned : owned + borrowed], rtol=1e-4, atol=1e-4)
     assert (theirs[borrowed:] == 7.0).all()  # nobody's, and left alone
@@ -103,17 +106,51 @@ def heavy_experts(seed: int) -> None:
     left, right = filled(rows, places, height), filled(rows, places, width)
     answer = torch.zeros(shape.words, dtype=torch.int32)
     answer[BORROWED] = 3
+    rows = replace(rows, answer=answer)
     exact = torch.stack([left[place].T @ right[place] for place in places])
     out = torch.full((6, height, width), float("nan"))
     for times in (1, 2):
         for part, borrowed in ((out[:3], False), (out[3:], True)):
-            home = Rows(rows.part, rows.ends[:3], rows.fills[:3])
+            home = Rows(answer, rows.part, rows.ends[:3], rows.fills[:3])
             products._sums.fill_(float("nan"))
-            products.differentiate(left, right, rows if borrowed else home, answer, part, scale=0.5,
-                                   borrowed=borrowed, more=times > 1)  # fmt: skip
+            how = left, right, rows if borrowed else home, part
+            products.differentiate(*how, scale=0.5, borrowed=borrowed, more=times > 1)
             assert not products._sums.isnan().all(), "nothing was summed in parts"
         torch.testing.assert_close(out[:3], times * 0.5 * exact[:3], rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(out[3:], times * exact[3:], rtol=1e-4, atol=1e-4)
+
+
+def owned_parts(seed: int) -> None:
+    """Gradients of which parts go elsewhere, scaled: for some experts, and wherever parts begin and end."""
+    rng = np.random.default_rng(seed)
+    torch.manual_seed(seed)
+    replicas = int(rng.integers(1, 5))
+    products = Products(AnswerShape(replicas, 0, replicas, 0), CPU, most=1000)
+    rows, places = drawn(rng, [int(rng.choice([0, 5, 9, 200])) for _ in range(replicas)])
+    height, width = (8 * int(rng.integers(1, 9)) for _ in range(2))
+    left, right = filled(rows, places, height), filled(rows, places, width)
+    begin, part = int(rng.integers(-height * width, height * width)), int(rng.integers(1, 2 * height * width))
+    dtype = torch.float64 if seed % 3 == 0 else torch.float32
+    expected = torch.full((replicas, height, width), float("nan"), dtype=torch.float16)
+    products.differentiate(left, right, rows, expected)
+    line = torch.from_numpy(rng.permutation(2 * replicas)[:replicas].astype(np.int32))
+    line[torch.from_numpy(rng.random(replicas) < 0.3)] = -1
+    total = torch.full((2 * replicas, part), -7.0, dtype=dtype)
+    out = torch.full_like(expected, -7.0)
+    products.differentiate(left, right, rows, out, owned=Owned(total, line, begin, 1 / 3))
+    apart = torch.zeros(height * width, dtype=torch.bool)
+    apart[max(begin, 0) : max(begin + part, 0)] = True
+    found, known = out.flatten(1), expected.flatten(1)
+    for replica, to in enumerate(line.tolist()):
+        there = apart & (to >= 0)
+        assert torch.equal(found[replica, ~there], known[replica, ~there])
+        assert (found[replica, there] == -7.0).all()
+        first = max(-begin, 0)
+        if to >= 0:
+            got, wanted = total[to, first : first + int(apart.sum())], known[replica, apart].to(dtype)
+            assert torch.equal(got, wanted * torch.tensor(1 / 3, dtype=dtype))
+            total[to, first : first + int(apart.sum())] = -7.0
+    assert (total == -7.0).all()  # and nowhere else
 
 
 class _Nothing(Launch):
@@ -151,14 +188,15 @@ def many_tiles(seed: int) -> bool:
     exact = torch.stack([left[place].T @ right[place] for place in places])
     exact[:owned] *= 0.5
     exact[lent] *= 2
-    some = Rows(rows.part, rows.ends[:-1], rows.fills[:-1])  # of all but one
+    rows = replace(rows, answer=answer)
+    some = replace(rows, ends=rows.ends[:-1], fills=rows.fills[:-1])  # of all but one
     summed = False
     for each, first, count in ((rows, 0, owned), (rows, owned, spare), (some, 0, int(rng.integers(1, owned + 1)))):
         out, borrows = torch.full((spare + owned, height, width), float("nan")), first > 0
         known = exact[first : first + (borrowed if borrows else count)]
         for times in (1, 2):
             room.fill_(float("nan"))
-            how = left, right, each, answer, out[:count]
+            how = left, right, each, out[:count]
             products.differentiate(*how, scale=0.5, borrowed=borrows, more=times > 1)
             torch.testing.assert_close(out[: len(known)], times * known, rtol=1e-4, atol=1e-4)
             assert out[len(known) :].isnan().all()
@@ -180,7 +218,7 @@ def few_rows(most: int) -> None:
     rows, (place, _) = drawn(np.random.default_rng(most), [most, 0])
     left, right = filled(rows, [place], 16), filled(rows, [place], 24)
     out = torch.full((1, 16, 24), float("nan"))
-    products.differentiate(left, right, rows, torch.zeros(99, dtype=torch.int32), out)
+    products.differentiate(left, right, rows, out)
     torch.testing.assert_close(out[0], left[place].T @ right[place], rtol=1e-4, atol=1e-4)
     assert (len(products._sums) > 0) == (most >= products._tiles.many)
 
@@ -189,6 +227,7 @@ def products_of_all(seeds: range) -> None:
     for seed in seeds:
         products_of(seed)
         heavy_experts(seed)
+        owned_parts(seed)
     for most in (31, 32):
         few_rows(most)
     assert sum(many_tiles(seed) for seed in seeds) > len(seeds) // 2

@@ -219,7 +219,7 @@ def lends(folder: Path, reshard: bool) -> int:
     for layers in (gloo, own):
         for layer in layers:
             layer.layout = Layout.contiguous(EXPERTS, np.full(group.size, -(-EXPERTS // group.size), np.int32))
-        layers[0].prefetch()  # nothing is lent yet, so it leaves no room
+        layers[0].prefetch()  # nothing is lent yet, so it leaves no room, and does not show what may be lent
         for layer in layers:
             layer.planner = QuotaPlanner(SpillOptions.uniform(EXPERTS, group.size, 2), group.size)
     lent = 0

@@ -59,7 +59,6 @@ def measure_transfer(exchange: DeviceExchange) -> float:
     inner, _ = split(exchange.shape, weights)
     to_first = torch.randn(_ROWS, inner.shape[1], device=device).to(exchange.dtype)
     one_tile = torch.full((exchange.spare,), tile, dtype=torch.int32, device=device)
-    borrowed = Rows(slice(0, tile), one_tile, one_tile)
     to_inner, to_outer = split(exchange.shape, exchange.lent)
 
     def lend(route: Route) -> None:
@@ -71,7 +70,8 @@ def measure_transfer(exchange: DeviceExchange) -> float:
         exchange.step_aside(route, ready)
         join(device, exchange.fetch(route, lent, ready))
         for left, right, out in ((to_first, rows, to_inner), (rows, to_first[:, : exchange.shape.width], to_outer)):
-            exchange.products.differentiate(left, right, borrowed, route.answer, out, borrowed=True)
+            borrowed = Rows(route.answer, slice(0, tile), one_tile, one_tile)
+            exchange.products.differentiate(left, right, borrowed, out, borrowed=True)
         left_at = exchange.leave(exchange.lent)
         exchange.products.apply_back(to_first, inner, some)
         exchange.take_back(route, gradient, 1.0, left_at)
@@ -98,9 +98,9 @@ def _products(exchange: DeviceExchange, weights: Tensor, rows: Tensor, ends: Ten
     products.apply(active, outer, ends)
     products.apply_back(rows, outer, ends)
     to_inner, to_outer = split(shape, torch.empty_like(weights, dtype=exchange.weights))
-    part = Rows(slice(0, len(rows)), ends, ends)
-    products.differentiate(rows, active, part, answer, to_outer)
-    products.differentiate(first, rows, part, answer, to_inner)
+    part = Rows(answer, slice(0, len(rows)), ends, ends)
+    products.differentiate(rows, active, part, to_outer)
+    products.differentiate(first, rows, part, to_inner)
     products.apply_back(first, inner, ends)
 
 

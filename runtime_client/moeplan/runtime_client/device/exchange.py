@@ -380,11 +380,11 @@ class DeviceExchange:
         if self.rounds > 1:
             ends, fills = ((part - nth * self.span).clamp_(0, self.span) for part in (ends, fills))
         if self.joined:
-            return [Rows(slice(0, self.room), ends, fills)]
+            return [Rows(route.answer, slice(0, self.room), ends, fills)]
         owned = self.mailbox.shape.owned
         return [
-            Rows(slice(0, self.span), ends[:owned], fills[:owned]),
-            Rows(slice(self.span, self.room), ends[owned:], fills[owned:]),
+            Rows(route.answer, slice(0, self.span), ends[:owned], fills[:owned]),
+            Rows(route.answer, slice(self.span, self.room), ends[owned:], fills[owned:]),
         ]
 
     def convert(self, experts: Tensor, out: Tensor) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 from moeplan.runtime_client.device.exchange import DeviceExchange, Route
 from moeplan.runtime_client.device.expert import matrix_sizes, split
 from moeplan.runtime_client.device.mailbox import Turn
-from moeplan.runtime_client.device.products import Rows
+from moeplan.runtime_client.device.products import Owned, Rows
 from moeplan.runtime_client.group import join, mark
 
 __all__ = ["Arrivals", "run_pass"]
@@ -32,11 +32,13 @@ class Arrivals:
         ahead: Begins to bring those of the next layer, if there is one, beside the first product, before which the
             argument is a `mark`.
         backward: As `forward` in the backward pass, for the first tensor of experts and those on its memory.
+        owned: Makes room for what this rank owns of gradients in the backward pass.
     """
 
     forward: Callable[[], None]
     ahead: Callable[[torch.cuda.Event | None], None] | None
     backward: Callable[[Tensor], None]
+    owned: Callable[[], Owned]
 
 
 def run_pass(
@@ -135,7 +137,7 @@ class _Pass(torch.autograd.Function):
         output = _rows(hidden)
         exchange.collect(route, _beginning(output, len(some)))
         ctx.exchange, ctx.route, ctx.turn, ctx.like = exchange, route, turn, (index.shape, weight.dtype)
-        ctx.arrive = None if arrivals is None else arrivals.backward
+        ctx.arrive, ctx.own = (None, None) if arrivals is None else (arrivals.backward, arrivals.owned)
         ctx.parts, ctx.computed = len(parts), len(experts.computed)
         if exchange.rounds == 1:
             tokens = tokens.new_empty(0)  # a part of them would keep them all
@@ -174,6 +176,7 @@ class _Pass(torch.autograd.Function):
             lent = _wide(lent)
         to_parts = [_rows(part) for part in parts] if to_flat is None else [to_flat]
         to_own, to_lent = _matrices(exchange, to_parts)[0], split(exchange.shape, lent)
+        owned = _by_matrix(ctx.own(), to_parts) if apart else (None, None)
         with torch.autocast(gradient.device.type, enabled=False):
             for nth in range(exchange.rounds):
                 arrived, to_weight = exchange.arrange_again(route, nth, where), torch.empty_like(scales[nth])
@@ -187,10 +190,10 @@ class _Pass(torch.autograd.Function):
                     )
                     factors = (to_first, rows[nth][part]), (arrived[part], scaled)
                     of_home, of_lent = each == 0, exchange.spare > 0 and each == len(regions) - 1
-                    for (left, right), own, borrowed in zip(factors, to_own, to_lent, strict=True):
-                        how = left, right, region, route.answer
+                    for (left, right), own, part, borrowed in zip(factors, to_own, owned, to_lent, strict=True):
+                        how = left, right, region
                         if of_home:
-                            products.differentiate(*how, own, scale=ctx.turn.scale, more=nth > 0)
+                            products.differentiate(*how, own, scale=ctx.turn.scale, more=nth > 0, owned=part)
                         if of_lent:
                             products.differentiate(*how, borrowed, borrowed=True, more=nth > 0)
                     back.append((to_first, inner, ends))
@@ -279,6 +282,12 @@ def _matrices(exchange: DeviceExchange, computed: Sequence[Tensor]) -> list[tupl
         inner, outer = computed
         return [(inner.unflatten(1, (-1, shape.hidden)), outer.unflatten(1, (shape.hidden, -1)))]
     return [split(shape, flat) for flat in computed]
+
+
+def _by_matrix(owned: Owned, gradients: Sequence[Tensor]) -> list[Owned]:
+    """The same for each matrix of an expert, [replicas, elements], which follow one another in it."""
+    places = accumulate([part.shape[1] for part in gradients[:-1]], initial=0)
+    return [replace(owned, begin=owned.begin - place) for place in places]
 
 
 def _cut(tensors: Sequence[Tensor], *lengths: int) -> list[list[Tensor]]:

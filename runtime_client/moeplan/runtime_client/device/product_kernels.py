@@ -187,15 +187,31 @@ def keep(
     MORE: tl.constexpr,
     HEIGHT: tl.constexpr,
     WIDTH: tl.constexpr,
+    total: tl.tensor,
+    line: tl.tensor,
+    LOW: tl.constexpr,
+    PART: tl.constexpr,
+    SCALE: tl.constexpr,
 ) -> None:
-    """Write a tile of a gradient to its place in [HEIGHT, WIDTH], or add it there if there is `MORE`."""
+    """Write a tile of a gradient to its place in [HEIGHT, WIDTH], or add it there if there is `MORE`.
+
+    Elements `LOW` to ``LOW + PART - 1`` go to a line of [lines, PART] instead, scaled, unless `line` is negative.
+    """
     i = row + tl.arange(0, tile.shape[0])
     j = column + tl.arange(0, tile.shape[1])
     at = to + i[:, None] * WIDTH + j[None, :]
     inside = (i < HEIGHT)[:, None] & (j < WIDTH)[None, :]
     if MORE:
         tile += tl.load(at, mask=inside, other=0.0).to(tl.float32)
-    tl.store(at, tile.to(to.dtype.element_ty), mask=inside)
+    kept = tile.to(to.dtype.element_ty)
+    if PART > 0 and line >= 0:
+        element = i[:, None] * WIDTH + j[None, :]
+        apart = (element >= LOW) & (element < LOW + PART)
+        wide = kept.to(tl.float64 if total.dtype.element_ty == tl.float64 else tl.float32)
+        tl.store(total + line * PART + (element - LOW), wide * SCALE, mask=inside & apart)
+        tl.store(at, kept, mask=inside & (apart == 0))
+    else:
+        tl.store(at, kept, mask=inside)
 
 
 @program
@@ -207,6 +223,8 @@ def differentiate(
     ends: tl.tensor,
     fills: tl.tensor,
     answer: tl.tensor,
+    total: tl.tensor,
+    line: tl.tensor,
     replicas: tl.tensor,
     first: tl.tensor,
     loans: tl.tensor,
@@ -215,6 +233,9 @@ def differentiate(
     LENT: tl.constexpr,
     MORE: tl.constexpr,
     LENGTH: tl.constexpr,
+    LOW: tl.constexpr,
+    PART: tl.constexpr,
+    SCALE: tl.constexpr,
     HEIGHT: tl.constexpr,
     WIDTH: tl.constexpr,
     LANES: tl.constexpr,
@@ -236,6 +257,9 @@ def differentiate(
         fills: int32, as `ends`, where the zeros behind an expert's rows begin; at its begin if it has no rows.
         answer: The plan, for experts at home that are lent, which are not scaled: `take_back` does, when it has added
             what borrowers found. Or, where `BORROWED` is not negative, for how many of the replicas are borrowed.
+        total: [lines, PART], out, if `PART` is not 0: elements `LOW` to ``LOW + PART - 1`` of gradients, multiplied by
+            `SCALE` after they are rounded as `out` is, where others would go.
+        line: int32[replicas], which line each replica has; a negative number for none, and all of it goes to `out`.
         replicas: How many, at most `LANES`; at most so many are borrowed.
         loans: Place of loans in the plan.
         scale: float, what gradients are multiplied by.
@@ -266,14 +290,21 @@ def differentiate(
             for loan in range(tl.load(answer + LENT)):
                 sent += (tl.load(answer + loans + _LOAN * loan) == expert).to(tl.int32)
             factor = tl.where(sent > 0, 1.0, scale)
-        to = out + expert.to(tl.int64) * LENGTH
+        to, own = out + expert.to(tl.int64) * LENGTH, tl.full([], -1, tl.int64)
+        if PART > 0:
+            own = tl.load(line + expert).to(tl.int64)
         if cut > 0:
             for row in range(0, TILE, _ROWS):
                 cell = (row + tl.arange(0, _ROWS))[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
                 some = tl.zeros([_ROWS, COLUMNS], tl.float32)
                 for part in range(cut):
                     some += tl.load(sums + (here * cut + part) * (TILE * COLUMNS) + cell)
-                keep(some * factor, to, above * TILE + row, beside * COLUMNS, MORE, HEIGHT, WIDTH)
+                keep(
+                    some * factor, to, above * TILE + row, beside * COLUMNS, MORE, HEIGHT, WIDTH, total, own, LOW, PART,
+                    SCALE,
+                )  # fmt: skip
         else:
             whole = sum_over(left, right, begin, end, above, beside, TILE, COLUMNS, PIECE)
-            keep(whole * factor, to, above * TILE, beside * COLUMNS, MORE, HEIGHT, WIDTH)
+            keep(
+                whole * factor, to, above * TILE, beside * COLUMNS, MORE, HEIGHT, WIDTH, total, own, LOW, PART, SCALE
+            )  # fmt: skip

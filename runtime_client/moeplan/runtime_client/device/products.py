@@ -12,7 +12,7 @@ from torch import Tensor
 from moeplan.runtime_client.device.launches import Blocks, Launch
 from moeplan.runtime_client.device.routes import BORROWED, LENT, AnswerShape
 
-__all__ = ["Products", "Rows", "tile_rows"]
+__all__ = ["Owned", "Products", "Rows", "tile_rows"]
 
 
 class _Tiles(NamedTuple):
@@ -39,7 +39,7 @@ _ON_GPUS = _Tiles(128, 128, 256, 64, 64, 8192)
 _ON_CPUS = _Tiles(8, 512, 512, 512, 8, 32)  # they interpret each operation
 
 _REGISTERS = 168
-"""Of each thread of products that kernels run beside, as their blocks need the rest."""
+"""Of each thread of products that kernels run beside, as their blocks need the rest. Beside others, none does."""
 
 _SIDE = 8
 """Tiles above each other that are computed at the same time."""
@@ -59,14 +59,33 @@ class Rows:
     """Which rows of a round a product computes.
 
     Attributes:
+        answer: The plan.
         part: The rows of its experts.
         ends: int32[replicas], where those of each expert end, counted from the first of the part: multiples of a tile.
         fills: int32[replicas], where zeros begin that fill up the last tile.
     """
 
+    answer: Tensor
     part: slice
     ends: Tensor
     fills: Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Owned:
+    """Parts of gradients that are whole already, and where they go: what a rank owns of experts in its slots alone.
+
+    Attributes:
+        total: [experts, width], out: parts of the gradients of all experts.
+        line: int32[replicas], the expert of each replica, -1 if there are others of it.
+        begin: Element of the matrix that the parts begin with, counted from its first; below 0 if they begin before it.
+        scale: What the parts are multiplied by, after they are rounded as the gradients are.
+    """
+
+    total: Tensor
+    line: Tensor
+    begin: int
+    scale: float
 
 
 class Products:
@@ -119,12 +138,12 @@ class Products:
         left: Tensor,
         right: Tensor,
         rows: Rows,
-        answer: Tensor,
         out: Tensor,
         *,
         scale: float = 1.0,
         borrowed: bool = False,
         more: bool = False,
+        owned: Owned | None = None,
     ) -> None:
         """Gradients of experts' matrices, the sum over rows of ``left`` times ``right``.
 
@@ -132,17 +151,20 @@ class Products:
             left: [rows, height].
             right: [rows, width].
             rows: Which belong to which expert.
-            answer: The plan.
             out: [replicas, height, width], out, in any distance: of the first experts of `rows`; of the last, if they
                 are `borrowed`, as many as that are.
             scale: What gradients of experts at home are multiplied by, but for those that are lent.
             borrowed: Whether they are lent experts.
             more: Whether they are added to what is there.
+            owned: Where parts of them go instead.
         """
         height, width = out.shape[1:]
         first = len(rows.ends) - len(out) if borrowed else 0
         tiles = self._tiles
-        launches = self._gradients.get(key := (height, width, out.stride(0), borrowed, more))
+        low, part, factor = 0, 0, 1.0
+        if owned is not None:
+            low, part, factor = owned.begin, owned.total.shape[1], owned.scale
+        launches = self._gradients.get(key := (height, width, out.stride(0), borrowed, more, low, part, factor))
         if launches is None:
             many = tiles.many if len(self._sums) else 0
             sizes = {"HEIGHT": height, "WIDTH": width, "LANES": self._lanes, "MANY": many}
@@ -151,16 +173,20 @@ class Products:
             launches = self._gradients[key] = (
                 Launch(_kernels().sum_parts, 8, **of, **sizes),
                 Launch(
-                    _kernels().differentiate, 8, None if more else _REGISTERS, **of, LENT=LENT, MORE=more,
-                    LENGTH=out.stride(0), **sizes,
+                    _kernels().differentiate, 8, None if more or owned else _REGISTERS, **of, LENT=LENT, MORE=more,
+                    LENGTH=out.stride(0), LOW=low, PART=part, SCALE=factor, **sizes,
                 ),
             )  # fmt: skip
         parts, whole = launches
         grid = self._blocks, 1, 1
         factors = Blocks(left, (tiles.few, tiles.high)), Blocks(right, (tiles.few, tiles.wide))
         if len(self._sums):
-            parts(grid, *factors, self._sums, rows.ends, rows.fills, answer, len(out), first)
-        whole(grid, *factors, out, self._sums, rows.ends, rows.fills, answer, len(out), first, self._shape.loans, scale)
+            parts(grid, *factors, self._sums, rows.ends, rows.fills, rows.answer, len(out), first)
+        own = (out, rows.ends) if owned is None else (owned.total, owned.line)
+        whole(
+            grid, *factors, out, self._sums, rows.ends, rows.fills, rows.answer, *own, len(out), first,
+            self._shape.loans, scale,
+        )  # fmt: skip
 
     def _multiply(self, rows: Tensor, matrices: Tensor, ends: Tensor, out: Tensor, *, turned: bool) -> None:
         depth, width, tiles = rows.shape[1], out.shape[1], self._tiles

@@ -22,7 +22,9 @@ def show(
     shown: tl.tensor,
     weights: tl.tensor,
     slots: tl.tensor,
+    wanted: tl.tensor,
     rank: tl.tensor,
+    SHOWN: tl.constexpr,
     EXPERTS: tl.constexpr,
     RANKS: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -35,22 +37,26 @@ def show(
 
     Args:
         shard: [EXPERTS, WIDTH].
-        shown: [EXPERTS, WIDTH], out.
+        shown: [EXPERTS, WIDTH], out for the experts that others want.
         weights: [slots, RANKS * WIDTH], out in the columns that this rank owns.
         slots: int32[EXPERTS], the slot of each on this rank, -1 if it has none.
+        wanted: bool[EXPERTS], those that others read.
+        SHOWN: Whether others have them already, so that only the rank's own slots are filled.
     """
     pieces: tl.constexpr = (WIDTH + PIECE - 1) // PIECE
     for nth in range(tl.program_id(0).to(tl.int64), EXPERTS * pieces, BLOCKS):
         expert = nth // pieces
         at = nth % pieces * PIECE + tl.arange(0, PIECE)
-        part = tl.load(shard + expert * WIDTH + at, mask=at < WIDTH)
-        if shown.dtype.element_ty != tl.float64:
-            part = part.to(tl.float32)  # as torch does on the way from float64 to 16 bits
-        part = part.to(shown.dtype.element_ty)
-        tl.store(shown + expert * WIDTH + at, part, mask=at < WIDTH)
         slot = tl.load(slots + expert).to(tl.int64)
-        if slot >= 0:
-            tl.store(weights + (slot * RANKS + rank) * WIDTH + at, part, mask=at < WIDTH)
+        if not SHOWN or slot >= 0:
+            part = tl.load(shard + expert * WIDTH + at, mask=at < WIDTH)
+            if shown.dtype.element_ty != tl.float64:
+                part = part.to(tl.float32)  # as torch does on the way from float64 to 16 bits
+            part = part.to(shown.dtype.element_ty)
+            if not SHOWN and tl.load(wanted + expert) != 0:
+                tl.store(shown + expert * WIDTH + at, part, mask=at < WIDTH)
+            if slot >= 0:
+                tl.store(weights + (slot * RANKS + rank) * WIDTH + at, part, mask=at < WIDTH)
 
 
 @program
@@ -60,12 +66,14 @@ def add_replicas(
     after: tl.tensor,
     order: tl.tensor,
     start: tl.tensor,
+    added: tl.tensor,
     total: tl.tensor,
     abort: tl.tensor,
     failed: tl.tensor,
     rank: tl.tensor,
     begin: tl.tensor,
     end: tl.tensor,
+    rows: tl.tensor,
     EXPERTS: tl.constexpr,
     RANKS: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -77,7 +85,7 @@ def add_replicas(
     BLOCKS: tl.constexpr,
     PIECE: tl.constexpr,
 ) -> None:
-    """Add up this rank's part of the gradients of each expert's replicas, in order.
+    """Add up this rank's part of the gradients of experts' replicas, in order.
 
     By so many blocks, which leave room for kernels that run beside them.
 
@@ -88,7 +96,8 @@ def add_replicas(
         after: [end - begin, ...], the other columns.
         order: int64[replicas], replicas by expert.
         start: int64[EXPERTS + 1], where those of each expert begin in `order`.
-        total: [EXPERTS, WIDTH], out; not a number if a meeting has failed.
+        added: int64[rows], the experts.
+        total: [EXPERTS, WIDTH], out for these; all of it is not a number if a meeting has failed.
         abort: int64, not 0 if one has.
         failed: int64 in memory of the host, out: the same.
         STRIDE: Elements from a row of `gradient` to the next, and ``STRIDE_AFTER`` of `after`; constants, so that
@@ -100,8 +109,10 @@ def add_replicas(
     if tl.program_id(0) == 0:
         tl.store(failed, aborted)
     pieces: tl.constexpr = (WIDTH + PIECE - 1) // PIECE
-    for item in range(tl.program_id(0).to(tl.int64), EXPERTS * pieces, BLOCKS):
+    experts = tl.where(aborted != 0, EXPERTS, rows)
+    for item in range(tl.program_id(0).to(tl.int64), experts * pieces, BLOCKS):
         expert = item // pieces
+        expert = tl.load(added + expert, mask=aborted == 0, other=expert)
         at = item % pieces * PIECE + tl.arange(0, PIECE)
         inside = at < WIDTH
         sums = tl.zeros([PIECE], tl.float64 if DOUBLE else tl.float32)

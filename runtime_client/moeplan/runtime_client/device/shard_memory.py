@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Protocol
@@ -37,13 +38,17 @@ class Filled(Protocol):
 
     @property
     def experts(self) -> list[int]: ...
+    @property
+    def slot(self) -> Tensor: ...
 
 
 class Placed(Filled, Protocol):
     """A layout on one rank, as `Placement` has it: the filled slots of all ranks are numbered in their order."""
 
     @property
-    def slot(self) -> Tensor: ...
+    def elsewhere(self) -> Tensor: ...
+    @property
+    def shared(self) -> Tensor: ...
     @property
     def begin(self) -> int: ...
     @property
@@ -54,10 +59,10 @@ class Placed(Filled, Protocol):
 
 @dataclass(slots=True, eq=False)
 class PublishedShard:
-    """A layer's shards as all ranks read them.
+    """A layer's shards as other ranks read them.
 
     Attributes:
-        rows: [experts, width] in symmetric memory, this rank's.
+        rows: [experts, width] in symmetric memory, this rank's, of the experts that others have had since.
         addresses: int64[ranks], where each rank's begins as seen from here.
         held: What the addresses depend on.
         read: Meetings before the last gathering; as many now mean that other ranks may still be reading. -1 before the
@@ -143,13 +148,14 @@ class ShardMemory:
         self._add: dict[tuple[torch.dtype, int, int, int, float], Launch] = {}
         self._add_replicas = shard_kernels.add_replicas
         self._blocks = kernels.blocks_beside(self.device)
-        self._show = Launch(
-            shard_kernels.show, 8, EXPERTS=experts, RANKS=size, WIDTH=self.width, BLOCKS=self._blocks, PIECE=_PIECE
-        )
+        sizes = {"EXPERTS": experts, "RANKS": size, "WIDTH": self.width, "BLOCKS": self._blocks, "PIECE": _PIECE}
+        self._show, self._show_own = (Launch(shard_kernels.show, 8, SHOWN=shown, **sizes) for shown in (False, True))
+        self._all = torch.ones(experts, dtype=torch.bool, device=self.device)
+        self._every = torch.arange(experts, device=self.device)
         self._spoil = Launch(shard_kernels.spoil, 1, ROW=size * self.width, BLOCK=_SPOILED)
         # Other ranks first, each rank beginning with another.
         self._peers = np.array([(rank + step) % size for step in range(1, size + 1)])
-        self._gathered: WeakKeyDictionary[Filled, dict[bool, tuple[Copies, Int64]]] = WeakKeyDictionary()
+        self._gathered: WeakKeyDictionary[Filled, tuple[Copies, Int64]] = WeakKeyDictionary()
 
     def __deepcopy__(self, memo: dict[int, object]) -> ShardMemory:
         """Itself: copies of layers share it, as layers do."""
@@ -215,10 +221,10 @@ class ShardMemory:
         placed: Placed,
         shard: Tensor,
         *,
-        room: int = 0,
+        room: int | None = None,
         after: torch.cuda.Event | None = None,
     ) -> tuple[Tensor, torch.cuda.Event | None]:
-        """Show all ranks a shard as it is now, and begin to gather the experts of this rank's slots.
+        """Show other ranks a shard as it is now, and begin to gather the experts of this rank's slots.
 
         All ranks call it.
 
@@ -226,7 +232,8 @@ class ShardMemory:
             published: Of the layer.
             placed: Whose experts.
             shard: [experts, width], this rank's part of every expert.
-            room: Rows of memory behind the weights, for what is gathered later.
+            room: Rows of memory behind the weights, for what this rank is lent beyond the layout and gathers later;
+                None if no rank is lent any.
             after: Behind what to begin, beside a product that has been launched since, which keeps its processors: a
                 meeting goes ahead, during which it begins. By default behind all that has been launched.
 
@@ -236,17 +243,14 @@ class ShardMemory:
         line, slots = self._gathering, len(placed.experts)
         with on_stream(line.stream, after):
             # On this stream, so that memory is reused in its order.
-            flat = self._weights(slots + room)
-            part = shard.detach().contiguous()
-            if part.data_ptr() % 16:  # another layer's may not be
-                part = part.clone()
-            if line.stream is not None:  # a layout may go before this has run, of which nothing else waits for it
-                placed.slot.record_stream(line.stream)
+            flat = self._weights(slots + (room or 0))
+            wanted = placed.elsewhere if room is None else self._all
+            self._hold(placed.slot, wanted)
             if after is not None or published.read == line.meetings:  # others may be reading what was there before
                 line.meet()
-            self._show((self._blocks, 1, 1), part, published.rows, flat, placed.slot, self.group.rank)
+            self._show((self._blocks, 1, 1), _part(shard), published.rows, flat, placed.slot, wanted, self.group.rank)
             line.meet()
-            self._copy(published, placed, flat, others=True)
+            self._copy(published, placed, flat)
             # Ranks that have not met shall compute nothing that looks right.
             self._spoil((slots // _SPOILED + 1, 1, 1), flat, self._abort, self._failed, slots)
             return flat, line.mark()
@@ -255,31 +259,43 @@ class ShardMemory:
         self,
         published: PublishedShard,
         placed: Filled,
+        shard: Tensor,
         *,
         into: tuple[torch.UntypedStorage, int] | None = None,
-        room: int = 0,
+        room: int | None = None,
     ) -> tuple[Tensor, torch.cuda.Event | None]:
-        """Begin to gather experts as shards were shown last, this rank's too. All ranks call it.
+        """Begin to gather experts as shards were shown last, which are the same still. All ranks call it.
 
         Args:
             published: Of the layer.
             placed: Whose experts.
+            shard: As in `show_and_gather`.
             into: Memory to write, of any size, and the first row there; by default new memory.
-            room: Rows of new memory behind what is copied.
+            room: As in `show_and_gather`, in new memory.
 
         Returns:
             As `show_and_gather`.
         """
         line, slots = self._gathering, len(placed.experts)
         with on_stream(line.stream):
-            flat = self._weights(slots + room) if into is None else self._weights(slots, *into)
-            self._copy(published, placed, flat, others=False)
+            flat = self._weights(slots + (room or 0)) if into is None else self._weights(slots, *into)
+            self._hold(placed.slot)
+            self._copy(published, placed, flat)
+            self._show_own(
+                (self._blocks, 1, 1), _part(shard), published.rows, flat, placed.slot, self._all, self.group.rank
+            )
             return flat, line.mark()
 
-    def _copy(self, published: PublishedShard, placed: Filled, flat: Tensor, *, others: bool) -> None:
-        """Begin to copy experts to their places in `flat`; only parts that `others` own, or all."""
+    def _hold(self, *tables: Tensor) -> None:
+        """Keep tables of a layout until the line has read them: the layout may go before, which waits for nothing."""
+        if self._gathering.stream is not None:
+            for table in tables:
+                table.record_stream(self._gathering.stream)
+
+    def _copy(self, published: PublishedShard, placed: Filled, flat: Tensor) -> None:
+        """Begin to copy the parts of experts that other ranks own to their places in `flat`."""
         line = self._gathering
-        copies, peers = self._gathering_of(placed, others=others)
+        copies, peers = self._gathering_of(placed)
         copies.at(flat.data_ptr(), published.addresses[peers]).start(line.stream)
         published.read = line.meetings
 
@@ -294,25 +310,30 @@ class ShardMemory:
         flat = torch.empty(0, dtype=self.dtype, device=self.device)
         return flat.set_(storage, first * width, (rows, width), (width, 1))
 
-    def _gathering_of(self, placed: Filled, *, others: bool) -> tuple[Copies, Int64]:
-        """Copies from shards of ranks into weights, from addresses of the ranks and to one of the weights on.
+    def _gathering_of(self, placed: Filled) -> tuple[Copies, Int64]:
+        """Copies from shards of other ranks into weights, from addresses of the ranks and to one of the weights on.
 
         Returns:
-            The copies, without this rank's of `others`, and int64[copies], the rank of each.
+            The copies, and int64[copies], the rank of each.
         """
-        known = self._gathered.setdefault(placed, {})
-        if others not in known:
+        known = self._gathered.get(placed)
+        if known is None:
             size, row = self.group.size, self.width * self.dtype.itemsize
             parts = np.array(stretches(placed.experts), np.int64).reshape(-1, 4)
-            ranks = self._peers[: size - others]
-            peers = ranks.repeat(len(parts))
-            place, first, step, length = np.tile(parts, (len(ranks), 1)).T
+            peers = self._peers[:-1].repeat(len(parts))
+            place, first, step, length = np.tile(parts, (size - 1, 1)).T
             copies = Copies(row, length, row * (size * place + peers), size * row, row * first, row * step)
-            known[others] = copies, peers
-        return known[others]
+            known = self._gathered[placed] = copies, peers
+        return known
+
+    def room_for(self, shard: Tensor) -> Tensor:
+        """Memory like a shard for its gradient, that products may write parts of which are whole, for `give_back`."""
+        self.release()  # the stream of the gradients may still have use for this memory
+        with nullcontext() if self.returning is None else torch.cuda.stream(self.returning):
+            return torch.empty_like(shard, requires_grad=False)
 
     def give_back(
-        self, gradients: Sequence[Tensor], placed: Placed, like: Tensor, scale: float = 1.0
+        self, gradients: Sequence[Tensor], placed: Placed, like: Tensor, scale: float = 1.0, total: Tensor | None = None
     ) -> tuple[Tensor, torch.cuda.Event | None]:
         """Begin to send gradients of this rank's slots to the owners of the parts, which add up those of an expert.
 
@@ -323,6 +344,7 @@ class ShardMemory:
             placed: The layout that the slots were gathered by.
             like: [experts, width], the shard.
             scale: What sums are multiplied by.
+            total: Of `room_for`, with what needs no sum: this rank's part of the experts that are in its slots alone.
 
         Returns:
             [experts, width] in the dtype of `like`, and when it is whole; see `wait`.
@@ -332,14 +354,15 @@ class ShardMemory:
         first, last = gradients[0], gradients[-1]
         arrived, addresses = self._rooms[self._returns % _ROOMS]
         self.release()
+        added = self._every if total is None else placed.shared
+        total = self.room_for(like) if total is None else total
         with on_stream(line.stream):
-            total = torch.empty_like(like, requires_grad=False)
             self._sending(addresses, placed.begin, gradients).start(line.stream)
             # Before it, all ranks have added up what was in the other room, so that they may write there afterwards.
             line.meet()
             self._adding(like.dtype, first.shape[1], first.stride(0), last.stride(0), scale)(
-                (self._blocks, 1, 1), arrived, first, last, placed.order, placed.start, total, self._abort,
-                self._failed, self.group.rank, placed.begin, placed.begin + len(first),
+                (self._blocks, 1, 1), arrived, first, last, placed.order, placed.start, added, total, self._abort,
+                self._failed, self.group.rank, placed.begin, placed.begin + len(first), len(added),
             )  # fmt: skip
             arrival = line.mark()
         self._returns += 1
@@ -407,6 +430,12 @@ class _Line:
     def mark(self) -> torch.cuda.Event | None:
         """When what is queued on this line will be over; None on CPUs, where it is."""
         return None if self.stream is None else self.stream.record_event()
+
+
+def _part(shard: Tensor) -> Tensor:
+    """The same numbers one after the other, from an address that kernels can read 16 bytes at a time from."""
+    part = shard.detach().contiguous()
+    return part.clone() if part.data_ptr() % 16 else part  # another layer's may not be
 
 
 def _addresses(memory: SymmetricMemory, place: int = 0) -> Int64:

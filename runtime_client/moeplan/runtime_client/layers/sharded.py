@@ -21,6 +21,7 @@ from moeplan.runtime_client.device.exchange import DeviceExchange
 from moeplan.runtime_client.device.expert import matrix_sizes
 from moeplan.runtime_client.device.layout_plans import LayoutPlans
 from moeplan.runtime_client.device.passes import Arrivals, run_pass
+from moeplan.runtime_client.device.products import Owned
 from moeplan.runtime_client.device.shard_memory import PublishedShard, ShardMemory
 from moeplan.runtime_client.group import ExpertGroup, Traffic
 from moeplan.runtime_client.layers.dividing import Division, PlannedLayer
@@ -128,6 +129,7 @@ class FullyShardedExperts(ExpertLayer):
         self._require_divided(self._division)
         self._planner: MovableSpillPlanner | None = None
         self._spilling: Spilling | None = None
+        self._ahead: Gathering | DirectGathering | None = None
         self.reshard = reshard
         self.memory = memory
         self._published: PublishedShard | None = None
@@ -141,7 +143,6 @@ class FullyShardedExperts(ExpertLayer):
         self.layout = layout
         self.planner = planner
         self._order: list[FullyShardedExperts] = []
-        self._ahead: Gathering | DirectGathering | None = None
         self._latest: _Pass | None = None
         self._made: MadePasses[_Made] = MadePasses()
 
@@ -180,6 +181,9 @@ class FullyShardedExperts(ExpertLayer):
             require_passes(planner, self.group.size)
             require_speed(planner, self._division.cluster)
         self._require_room(self.layout, planner)
+        if self._planner is None and planner is not None and self._ahead is not None:
+            self._ahead.drop()  # ranks have been shown what the layout gives them, and no more
+            self._ahead = None
         self._planner = planner
 
     def _require_room(self, layout: Layout, planner: MovableSpillPlanner | None) -> None:
@@ -343,7 +347,7 @@ class FullyShardedExperts(ExpertLayer):
         made = made or _Made(placement, *self.route(counts))
         slots, width = made.slots, placement.layout.slots.shape[1]
         if slots.shape[1] > width:  # something is lent, as every rank knows
-            lent = Slots(slots[:, width:], group, placement.device)
+            lent = Slots(slots[:, width:], self.experts, group, placement.device)
             behind = gatherings[0].storage, len(placement.experts)
             gatherings.append(self._start(lent, dtype, "weights.forward", *behind))
             placement = Placement(Layout(slots, self.experts), group, placement.device)
@@ -385,6 +389,7 @@ class FullyShardedExperts(ExpertLayer):
             lambda: gathering.finish(matrices[0]),
             None if follower is None else partial(follower._prefetch, follower._dtype()),
             this.bring_back,
+            this.own,
         )
         output = run_pass(exchange, turn, matrices, rows, index, weight, dtype, arrivals)
         this.free(output, matrices[0])
@@ -438,18 +443,19 @@ class FullyShardedExperts(ExpertLayer):
                 self._published,
                 shown=shown,
                 into=None if storage is None else (storage, first),
-                room=0 if self.planner is None else int(self._lent(self.planner)[self.group.rank]),
+                room=None if self.planner is None else int(self._lent(self.planner)[self.group.rank]),
                 after=after,
             )
         self.traffic[purpose] += gathering.sent
         return gathering
 
-    def _return(self, gradients: Sequence[Tensor], placement: Placement, scale: float) -> Returning | DirectReturning:
+    def _return(self, gradients: Sequence[Tensor], this: _Pass) -> Returning | DirectReturning:
         """Begin to return the gradients of slots, in parts of their columns; copy engines' are scaled on the way."""
         if self.memory is None:
             (gradient,) = gradients
-            return Returning(gradient, placement, self.group, self.traffic)
-        return DirectReturning(gradients, placement, self.memory, self.shard, self.traffic, scale)
+            return Returning(gradient, this.placement, self.group, self.traffic)
+        total, this.total = this.total, None
+        return DirectReturning(gradients, this.placement, self.memory, self.shard, self.traffic, this.scale, total)
 
     def _take_ahead(self, placement: Placement, dtype: torch.dtype) -> Gathering | DirectGathering | None:
         ahead, self._ahead = self._ahead, None
@@ -510,6 +516,7 @@ class _Pass:
         self.freed = False
         self.arriving: Gathering | DirectGathering | None = None
         self.returning: Returning | DirectReturning | None = None
+        self.total: Tensor | None = None
         # Weak, because autograd alone decides how long the weights are wanted.
         self.storage: StorageWeakRef | None = None
         self.size = 0
@@ -581,6 +588,13 @@ class _Pass:
         if self.before is not None:
             self.before.start()
 
+    def own(self) -> Owned:
+        """Where products write what this rank owns of the gradients of experts that are in its slots alone."""
+        layer = self.layer
+        assert layer.memory is not None, "passes without the host have one"
+        self.total = layer.memory.room_for(layer.shard)
+        return Owned(self.total, self.placement.alone, layer.group.rank * layer.shard.shape[1], self.scale)
+
 
 class _Land(torch.autograd.Function):
     """Identity on the shard; its backward adds up the gradients that have come back from the slots.
@@ -636,7 +650,7 @@ class _Gather(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         this: _Pass = ctx.this
-        this.returning = this.layer._return(gradients, this.placement, this.scale)
+        this.returning = this.layer._return(gradients, this)
         # Only tells _Land to run; the true gradient is still travelling. Of another type it would be written out.
         return gradients[0].new_zeros((), dtype=ctx.dtype).expand(ctx.shape), None, None, None
 

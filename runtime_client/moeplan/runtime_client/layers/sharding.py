@@ -46,6 +46,7 @@ class Slots:
 
     Args:
         table: int32[ranks, width], the expert of each slot, -1 where it is empty.
+        experts: Number of experts.
         group: The ranks.
         device: Where the weights are.
 
@@ -53,17 +54,21 @@ class Slots:
         device: Where its tables are.
         experts: Experts of this rank's filled slots, in slot order.
         slots: Their slots.
+        slot: int32[experts], which of this rank's filled slots has each expert, -1 if none.
         filled: Filled slots of each rank.
         replicas: int64[replicas], the expert of every replica in the order of devices and slots.
     """
 
-    def __init__(self, table: Int32, group: ExpertGroup, device: torch.device) -> None:
+    def __init__(self, table: Int32, experts: int, group: ExpertGroup, device: torch.device) -> None:
         filled = table != EMPTY
         self.device = device
         self.experts: list[int] = table[group.rank][filled[group.rank]].tolist()
         self.slots: list[int] = np.flatnonzero(filled[group.rank]).tolist()
         self.filled: list[int] = filled.sum(axis=1).tolist()
         self.replicas = torch.from_numpy(table[filled].astype(np.int64)).to(device)
+        slot = np.full(experts, -1, np.int32)
+        slot[self.experts] = np.arange(len(self.experts))
+        self.slot = torch.from_numpy(slot).to(device)
 
 
 class Placement(Slots):
@@ -72,7 +77,9 @@ class Placement(Slots):
     Attributes:
         layout: The layout.
         fingerprint: Number that differs between layouts (up to collisions of 62 bits).
-        slot: int32[experts], which of this rank's filled slots has each expert, -1 if none.
+        elsewhere: bool[experts], those that other ranks have.
+        alone: int32[filled slots of this rank], the expert of each, -1 if there are other replicas of it.
+        shared: int64[n], the experts that are not on this rank alone.
         begin: Number of replicas on the ranks before this one.
         order: int64[replicas], positions in `replicas` by expert, ascending for each.
         start: int64[experts + 1], where those of each expert begin in `order`.
@@ -87,14 +94,17 @@ class Placement(Slots):
             raise ValueError(
                 f"layout.devices = {layout.devices}: the group has {group.size} ranks; plan for as many devices"
             )
-        super().__init__(layout.slots, group, device)
+        super().__init__(layout.slots, layout.experts, group, device)
         self.layout = layout
         self.fingerprint = fingerprint(layout.slots.tobytes(), str(layout.slots.shape).encode())
         self.begin = sum(self.filled[: group.rank])
-        slot = np.full(layout.experts, -1, np.int32)
-        slot[self.experts] = np.arange(len(self.experts))
-        tables = (torch.from_numpy(table).to(device) for table in (slot, *_by_expert(layout)))
-        self.slot, self.order, self.start, self.first, self.several, *self.rounds = tables
+        here = np.array(self.experts, np.int32)
+        elsewhere = layout.replicas > np.bincount(here, minlength=layout.experts)
+        alone = np.where(elsewhere[here], np.int32(-1), here)
+        tables = elsewhere, alone, np.flatnonzero(elsewhere), *_by_expert(layout)
+        self.elsewhere, self.alone, self.shared, self.order, self.start, self.first, self.several, *self.rounds = (
+            torch.from_numpy(table).to(device) for table in tables
+        )
 
 
 def _by_expert(layout: Layout) -> list[Int64]:
@@ -182,7 +192,7 @@ class DirectGathering:
         published: Of this layer in it.
         shown: Whether other ranks know these weights already, from a gathering before.
         into: Memory that the weights go to, of any size, and the first row there; by default new memory.
-        room: Rows of new memory behind the weights, for what is gathered later.
+        room: As in `ShardMemory.show_and_gather`.
         after: Behind what to begin, beside a product that has been launched since; by default behind all that has been.
 
     Attributes:
@@ -199,7 +209,7 @@ class DirectGathering:
         *,
         shown: bool,
         into: tuple[torch.UntypedStorage, int] | None = None,
-        room: int = 0,
+        room: int | None = None,
         after: torch.cuda.Event | None = None,
     ) -> None:
         self.placement = placement
@@ -207,7 +217,7 @@ class DirectGathering:
         self.dtype = memory.dtype
         self._memory = memory
         if shown:
-            self._flat, self._arrival = memory.gather(published, placement, into=into, room=room)
+            self._flat, self._arrival = memory.gather(published, placement, shard, into=into, room=room)
         else:
             assert isinstance(placement, Placement), "what is lent has been shown with the layout"
             self._flat, self._arrival = memory.show_and_gather(published, placement, shard, room=room, after=after)
@@ -296,6 +306,7 @@ class DirectReturning:
         shard: [experts, width], for its type.
         traffic: Counter of the bytes sent.
         scale: What gradients are multiplied by.
+        total: As in `ShardMemory.give_back`.
     """
 
     def __init__(
@@ -306,9 +317,10 @@ class DirectReturning:
         shard: Tensor,
         traffic: Traffic,
         scale: float,
+        total: Tensor | None,
     ) -> None:
         self._memory = memory
-        self._total, self._arrival = memory.give_back(gradients, placement, shard, scale)
+        self._total, self._arrival = memory.give_back(gradients, placement, shard, scale, total)
         slots, others = len(placement.experts), memory.group.size - 1
         traffic["gradients"] += slots * others * shard.shape[1] * gradients[0].element_size()
 
