@@ -176,7 +176,7 @@ class _Pass(torch.autograd.Function):
             lent = _wide(lent)
         to_parts = [_rows(part) for part in parts] if to_flat is None else [to_flat]
         to_own, to_lent = _matrices(exchange, to_parts)[0], split(exchange.shape, lent)
-        owned = _by_matrix(ctx.own(), to_parts) if apart else (None, None)
+        owned = _by_matrix(ctx.own(), to_parts) if apart and ctx.needs_input_grad[-1] else (None, None)
         with torch.autocast(gradient.device.type, enabled=False):
             for nth in range(exchange.rounds):
                 arrived, to_weight = exchange.arrange_again(route, nth, where), torch.empty_like(scales[nth])

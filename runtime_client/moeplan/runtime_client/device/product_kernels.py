@@ -204,12 +204,14 @@ def keep(
     if MORE:
         tile += tl.load(at, mask=inside, other=0.0).to(tl.float32)
     kept = tile.to(to.dtype.element_ty)
-    if PART > 0 and line >= 0:
+    begin, end = row * WIDTH, tl.minimum(row + tile.shape[0], HEIGHT) * WIDTH
+    if PART > 0 and ((line >= 0) & (end > LOW) & (begin < LOW + PART)):
         element = i[:, None] * WIDTH + j[None, :]
         apart = (element >= LOW) & (element < LOW + PART)
         wide = kept.to(tl.float64 if total.dtype.element_ty == tl.float64 else tl.float32)
         tl.store(total + line * PART + (element - LOW), wide * SCALE, mask=inside & apart)
-        tl.store(at, kept, mask=inside & (apart == 0))
+        if (begin < LOW) | (end > LOW + PART):  # not all of it
+            tl.store(at, kept, mask=inside & (apart == 0))
     else:
         tl.store(at, kept, mask=inside)
 
