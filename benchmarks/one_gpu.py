@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from moeplan.runtime_client.device.exchange import DeviceExchange
+from moeplan.runtime_client.device.exchange import DeviceExchange, SlotsOfLayouts
 from moeplan.runtime_client.device.expert import Expert
 from moeplan.runtime_client.device.memory import SymmetricMemory
 from moeplan.runtime_client.group import ExpertGroup
@@ -33,7 +33,7 @@ def process_of_one() -> Iterator[torch.device]:
 def exchange_of_one(
     rank: int,
     ranks: int,
-    planner: QuotaPlanner,
+    planner: QuotaPlanner | SlotsOfLayouts,
     shape: Expert,
     device: torch.device,
     *,

@@ -1,0 +1,198 @@
+"""Fully sharded experts of one rank of two on one GPU, beside resident ones in the same layout: what sharding costs.
+
+    python benchmarks/one_rank_sharded.py --size fine large gpt-oss --json one-rank-sharded.json
+
+A forward and a backward pass of the example's model under even loads, with the host ahead of the device. The other rank
+is made up as in `one_rank.py`: it is at every meeting, and its memory is this rank's, so the numbers of results mean
+nothing. What travels is copied within the GPU, by its processors, where copies over a link would not take them: with
+gradients that are not sent ("sharded, unsent") it is a little less than what sharding costs, with them a little more.
+`training.py` measures it on several GPUs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from rich.progress import track
+from torch import Tensor, nn
+
+from moe_layer_gpu import ROOM
+from moeplan.runtime_client.device.exchange import DeviceExchange, SlotsOfLayouts
+from moeplan.runtime_client.device.memory import SymmetricMemory
+from moeplan.runtime_client.device.shard_memory import ShardMemory
+from moeplan.runtime_client.group import ExpertGroup
+from moeplan.runtime_client.layers.resident import ResidentExperts
+from moeplan.runtime_client.layers.sharded import FullyShardedExperts, chain
+from moeplan.solvers import QuotaPlanner, SpillOptions
+from one_gpu import exchange_of_one, process_of_one, write_result_of_one
+
+sys.path.append(str(Path(__file__).parents[1] / "examples"))
+from moe_lm import SIZES, Experts, Model, Size
+
+RANKS, WARM = 2, 3
+AHEAD = 120_000_000
+"""Cycles that the device sleeps while the host launches a step."""
+
+
+class Unsent(ShardMemory):
+    """Gradients stay where they are; what is added up is what was in the rooms before."""
+
+    def _sending(self, *_: object) -> Any:
+        return _Nothing()
+
+
+class _Nothing:
+    def start(self, _: object) -> None:
+        pass
+
+
+class Even(nn.Module):
+    """A router that gives all experts as many tokens."""
+
+    def __init__(self, size: Size, device: torch.device) -> None:
+        super().__init__()
+        pairs = torch.arange(size.tokens * size.choices, device=device) % size.experts
+        self.index = pairs.view(size.tokens, size.choices)
+        self.weight = torch.full(self.index.shape, 1 / size.choices, device=device)
+
+    def forward(self, _: Tensor) -> tuple[Tensor, Tensor]:
+        """Weights [tokens, choices] and experts int64[tokens, choices]."""
+        return self.weight, self.index
+
+
+class Rank:
+    """Rank 0 of two, with one model for each kind of experts."""
+
+    def __init__(self, size: Size, device: torch.device) -> None:
+        self.size, self.device = size, device
+        group = ExpertGroup(0, RANKS, dist.group.WORLD, dist.group.WORLD)
+        planner = QuotaPlanner(SpillOptions.uniform(size.experts, RANKS, 0), RANKS)
+        self.exchanges = [self.exchange(planner), self.exchange(SlotsOfLayouts(size.experts, size.experts // RANKS))]
+        by_planner, by_layout = self.exchanges
+
+        def sharded(kind: type[ShardMemory]) -> list[FullyShardedExperts]:
+            memory = kind(
+                group, size.shape.elements, size.experts, slots=size.experts // RANKS, device=device,
+                memory=self.memory,
+            )  # fmt: skip
+            for line in (memory._gathering, memory._returning):
+                line._signals[1].fill_(2**62)
+            layers = [
+                FullyShardedExperts(
+                    size.shape, size.experts, group, memory=memory, exchange=by_layout, reshard=False, device=device
+                )
+                for _ in range(size.blocks)
+            ]
+            chain(layers)
+            return layers
+
+        resident = [
+            ResidentExperts(size.shape, size.experts, group, planner=planner, exchange=by_planner, device=device)
+            for _ in range(size.blocks)
+        ]
+        self.layers: dict[str, Sequence[Experts]] = {
+            "resident": resident,
+            "sharded": sharded(ShardMemory),
+            "sharded, unsent": sharded(Unsent),
+        }
+        for layer in (each for layers in self.layers.values() for each in layers):
+            (weights,) = layer.parameters()
+            nn.init.normal_(weights, std=size.hidden**-0.5)
+        self.model = Model(size, resident).to(device)
+        for block in self.model.blocks:
+            block.router = Even(size, device)
+        self.text = torch.randint(256, (size.batch, size.sequence + 1), device=device)
+
+    def memory(self, group: dist.ProcessGroup, size: int, device: torch.device) -> SymmetricMemory:
+        """This rank's memory in place of both's, with numbers in it like weights."""
+        own = torch.empty(size, dtype=torch.uint8, device=device)
+        own[: size // 2 * 2].view(torch.bfloat16).normal_(std=self.size.hidden**-0.5)
+        own[:1024] = 0  # meetings, where there are some
+        return SymmetricMemory.of_addresses(own, [own.data_ptr()] * RANKS)
+
+    def exchange(self, planner: QuotaPlanner | SlotsOfLayouts) -> DeviceExchange:
+        """An exchange whose other rank tells what this one tells, but that it holds the same experts."""
+        size = self.size
+        exchange = exchange_of_one(
+            0, RANKS, planner, size.shape, self.device, max_tokens=size.tokens, choices=size.choices,
+            capacity=int(ROOM * size.tokens * size.choices),
+        )  # fmt: skip
+        own, other = exchange.table
+        plan = exchange._launches.plan
+
+        def plan_of_both(grid: tuple[int, int, int], *arguments: object) -> None:
+            other.copy_(own)
+            other[size.experts + 5] += 1
+            plan(grid, *arguments)
+
+        exchange._launches.plan = plan_of_both
+        return exchange
+
+    def step(self, kind: str) -> tuple[float, float]:
+        """Milliseconds of the forward pass and of the backward pass."""
+        layers = self.layers[kind]
+        for block, experts in zip(self.model.blocks, layers, strict=True):
+            block.experts = experts
+        begin, middle, end = (torch.cuda.Event(enable_timing=True) for _ in range(3))
+        torch.cuda._sleep(AHEAD)
+        begin.record()
+        if isinstance(first := layers[0], FullyShardedExperts):
+            with torch.autocast("cuda", torch.bfloat16):
+                first.prefetch()
+        loss = self.model(self.text)
+        middle.record()
+        loss.backward()
+        end.record()
+        torch.cuda.synchronize()
+        for exchange in self.exchanges:
+            exchange.check()
+        self.model.zero_grad()
+        return begin.elapsed_time(middle), middle.elapsed_time(end)
+
+    def measure(self, steps: int) -> list[dict[str, Any]]:
+        """A row for each kind of experts, which take turns."""
+        times: dict[str, list[tuple[float, float]]] = {kind: [] for kind in self.layers}
+        for _ in range(WARM + steps):
+            for kind, taken in times.items():
+                taken.append(self.step(kind))
+        rows = []
+        for kind, taken in times.items():
+            forward, backward = (statistics.median(each) for each in zip(*taken[WARM:], strict=True))
+            whole = statistics.median(map(sum, taken[WARM:]))
+            rows.append({"experts": kind, "forward_ms": forward, "backward_ms": backward, "both_ms": whole})
+        for row in rows:
+            row["of_resident"] = row["both_ms"] / rows[0]["both_ms"]
+        return rows
+
+
+def main() -> None:
+    """Measure, print, and write JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", nargs="+", choices=SIZES, default=["fine"])
+    parser.add_argument("--steps", type=int, default=10, help="of each kind of experts, after some that do not count")
+    parser.add_argument("--commit", help="name of this checkout, where git cannot tell")
+    parser.add_argument("--json", type=Path)
+    given = parser.parse_args()
+    rows = []
+    with process_of_one() as device:
+        for name in track(given.size, "sizes"):
+            rank = Rank(SIZES[name], device)
+            for row in rank.measure(given.steps):
+                rows.append({"size": name, **row})
+                print(rows[-1], flush=True)
+            for exchange in rank.exchanges:
+                exchange.mailbox.close()
+            del rank  # its memory, before the next has its own
+    if given.json:
+        write_result_of_one(given.json, rows, given.commit)
+
+
+if __name__ == "__main__":
+    main()
