@@ -190,10 +190,10 @@ class _Pass(torch.autograd.Function):
                     )
                     factors = (to_first, rows[nth][part]), (arrived[part], scaled)
                     of_home, of_lent = each == 0, exchange.spare > 0 and each == len(regions) - 1
-                    for (left, right), own, part, borrowed in zip(factors, to_own, owned, to_lent, strict=True):
+                    for (left, right), own, mine, borrowed in zip(factors, to_own, owned, to_lent, strict=True):
                         how = left, right, region
                         if of_home:
-                            products.differentiate(*how, own, scale=ctx.turn.scale, more=nth > 0, owned=part)
+                            products.differentiate(*how, own, scale=ctx.turn.scale, more=nth > 0, owned=mine)
                         if of_lent:
                             products.differentiate(*how, borrowed, borrowed=True, more=nth > 0)
                     back.append((to_first, inner, ends))

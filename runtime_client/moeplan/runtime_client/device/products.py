@@ -39,7 +39,7 @@ _ON_GPUS = _Tiles(128, 128, 256, 64, 64, 8192)
 _ON_CPUS = _Tiles(8, 512, 512, 512, 8, 32)  # they interpret each operation
 
 _REGISTERS = 168
-"""Of each thread of products that kernels run beside, as their blocks need the rest. Beside others, none does."""
+"""Of each thread of products that kernels run beside, as their blocks need the rest; others have what they want."""
 
 _SIDE = 8
 """Tiles above each other that are computed at the same time."""
@@ -78,7 +78,8 @@ class Owned:
     Attributes:
         total: [experts, width], out: parts of the gradients of all experts.
         line: int32[replicas], the expert of each replica, -1 if there are others of it.
-        begin: Element of the matrix that the parts begin with, counted from its first; below 0 if they begin before it.
+        begin: Element that the parts begin with, counted from the first of an expert, or of the matrix that is meant;
+            below 0 if they begin before that.
         scale: What the parts are multiplied by, after they are rounded as the gradients are.
     """
 

@@ -150,8 +150,8 @@ class ShardMemory:
         self._blocks = kernels.blocks_beside(self.device)
         sizes = {"EXPERTS": experts, "RANKS": size, "WIDTH": self.width, "BLOCKS": self._blocks, "PIECE": _PIECE}
         self._show, self._show_own = (Launch(shard_kernels.show, 8, SHOWN=shown, **sizes) for shown in (False, True))
-        self._all = torch.ones(experts, dtype=torch.bool, device=self.device)
-        self._every = torch.arange(experts, device=self.device)
+        self._all_wanted = torch.ones(experts, dtype=torch.bool, device=self.device)
+        self._all_experts = torch.arange(experts, device=self.device)
         self._spoil = Launch(shard_kernels.spoil, 1, ROW=size * self.width, BLOCK=_SPOILED)
         # Other ranks first, each rank beginning with another.
         self._peers = np.array([(rank + step) % size for step in range(1, size + 1)])
@@ -244,7 +244,7 @@ class ShardMemory:
         with on_stream(line.stream, after):
             # On this stream, so that memory is reused in its order.
             flat = self._weights(slots + (room or 0))
-            wanted = placed.elsewhere if room is None else self._all
+            wanted = placed.elsewhere if room is None else self._all_wanted
             self._hold(placed.slot, wanted)
             if after is not None or published.read == line.meetings:  # others may be reading what was there before
                 line.meet()
@@ -282,7 +282,7 @@ class ShardMemory:
             self._hold(placed.slot)
             self._copy(published, placed, flat)
             self._show_own(
-                (self._blocks, 1, 1), _part(shard), published.rows, flat, placed.slot, self._all, self.group.rank
+                (self._blocks, 1, 1), _part(shard), published.rows, flat, placed.slot, self._all_wanted, self.group.rank
             )
             return flat, line.mark()
 
@@ -354,7 +354,7 @@ class ShardMemory:
         first, last = gradients[0], gradients[-1]
         arrived, addresses = self._rooms[self._returns % _ROOMS]
         self.release()
-        added = self._every if total is None else placed.shared
+        added = self._all_experts if total is None else placed.shared
         total = self.room_for(like) if total is None else total
         with on_stream(line.stream):
             self._sending(addresses, placed.begin, gradients).start(line.stream)
