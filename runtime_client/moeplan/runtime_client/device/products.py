@@ -38,7 +38,7 @@ class _Tiles(NamedTuple):
 _ON_GPUS = _Tiles(128, 128, 256, 64, 64, 8192)
 _ON_CPUS = _Tiles(8, 512, 512, 512, 8, 32)  # they interpret each operation
 
-_REGISTERS = 168
+_REGISTERS = 176
 """Of each thread of products that kernels run beside, as their blocks need the rest; others have what they want."""
 
 _SIDE = 8
