@@ -265,6 +265,28 @@ def test_ranks_meet_for_the_weights_of_each_forward_pass(ranks: Launch, tmp_path
         assert others == [4, 4]  # and one, so that nobody reads the weights before
 
 
+def shows(folder: Path) -> list[int]:
+    """The experts that a rank shows for a layout, and once more than that may be gathered."""
+    _, own, memory = make_layers(folder, count=1, slots=EXPERTS + 2)
+    layer = own[0]
+    layer.layout = Layout.contiguous(EXPERTS, np.array([3, 3], np.int32))
+    layer._published = memory.open()
+    found = []
+    for planner in (None, QuotaPlanner(SpillOptions.uniform(EXPERTS, 2, 2), 2)):
+        layer._published.rows.fill_(-7.0)
+        layer.planner = planner
+        layer.prefetch()
+        found += (layer._published.rows != -7.0).any(dim=1).nonzero().flatten().tolist()
+    layer(*batch(0)[:3])
+    return found
+
+
+def test_ranks_are_shown_what_they_may_gather(ranks: Launch, tmp_path: Path) -> None:
+    of_others = {0: [3, 4], 1: [0, 1, 2]}
+    for rank, found in enumerate(ranks(2, shows, tmp_path)):
+        assert found == of_others[rank] + [*range(EXPERTS)]
+
+
 def missing(folder: Path) -> str:
     """Rank 1 comes to a pass too late."""
     _, own, memory = make_layers(folder, count=1, limit=timedelta(milliseconds=0.2))
