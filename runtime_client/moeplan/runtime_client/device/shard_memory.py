@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Protocol
@@ -328,9 +327,13 @@ class ShardMemory:
 
     def room_for(self, shard: Tensor) -> Tensor:
         """Memory like a shard for its gradient, that products may write parts of which are whole, for `give_back`."""
-        self.release()  # the stream of the gradients may still have use for this memory
-        with nullcontext() if self.returning is None else torch.cuda.stream(self.returning):
+        if self.returning is None:
             return torch.empty_like(shard, requires_grad=False)
+        with torch.cuda.stream(self.returning):
+            room = torch.empty_like(shard, requires_grad=False)
+        # That stream may still read what was there before, which autograd has let go: it adds to earlier gradients.
+        torch.cuda.current_stream(self.device).wait_stream(self.returning)
+        return room
 
     def give_back(
         self, gradients: Sequence[Tensor], placed: Placed, like: Tensor, scale: float = 1.0, total: Tensor | None = None
