@@ -129,26 +129,33 @@ def owned_parts(seed: int) -> None:
     rows, places = drawn(rng, [int(rng.choice([0, 5, 9, 200])) for _ in range(replicas)])
     height, width = (8 * int(rng.integers(1, 9)) for _ in range(2))
     left, right = filled(rows, places, height), filled(rows, places, width)
-    begin, part = int(rng.integers(-height * width, height * width)), int(rng.integers(1, 2 * height * width))
+    part = int(rng.integers(1, 2 * height * width))
     dtype = torch.float64 if seed % 3 == 0 else torch.float32
     expected = torch.full((replicas, height, width), float("nan"), dtype=torch.float16)
     products.differentiate(left, right, rows, expected)
     line = torch.from_numpy(rng.permutation(2 * replicas)[:replicas].astype(np.int32))
     line[torch.from_numpy(rng.random(replicas) < 0.3)] = -1
-    total = torch.full((2 * replicas, part), -7.0, dtype=dtype)
-    out = torch.full_like(expected, -7.0)
-    products.differentiate(left, right, rows, out, owned=Owned(total, line, begin, 1 / 3))
-    apart = torch.zeros(height * width, dtype=torch.bool)
+    one, other = rng.integers(-height * width, height * width, 2).tolist()
+    for begin, scale in ((one, 1 / 3), (other, 1 / 3), (other, 0.7)):
+        total = torch.full((2 * replicas, part), -7.0, dtype=dtype)
+        out = torch.full_like(expected, -7.0)
+        products.differentiate(left, right, rows, out, owned=Owned(total, line, begin, scale))
+        assert_apart(expected.flatten(1), out.flatten(1), Owned(total, line, begin, scale))
+
+
+def assert_apart(known: Tensor, found: Tensor, owned: Owned) -> None:
+    """The parts of gradients [replicas, elements] are where they belong, scaled, and nothing else has been written."""
+    total, line, begin, part = owned.total, owned.line, owned.begin, owned.total.shape[1]
+    apart = torch.zeros(known.shape[1], dtype=torch.bool)
     apart[max(begin, 0) : max(begin + part, 0)] = True
-    found, known = out.flatten(1), expected.flatten(1)
     for replica, to in enumerate(line.tolist()):
         there = apart & (to >= 0)
         assert torch.equal(found[replica, ~there], known[replica, ~there])
         assert (found[replica, there] == -7.0).all()
         first = max(-begin, 0)
         if to >= 0:
-            got, wanted = total[to, first : first + int(apart.sum())], known[replica, apart].to(dtype)
-            assert torch.equal(got, wanted * torch.tensor(1 / 3, dtype=dtype))
+            got, wanted = total[to, first : first + int(apart.sum())], known[replica, apart].to(total.dtype)
+            assert torch.equal(got, wanted * torch.tensor(owned.scale, dtype=total.dtype))
             total[to, first : first + int(apart.sum())] = -7.0
     assert (total == -7.0).all()  # and nowhere else
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from copy import deepcopy
+from dataclasses import replace
 from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
@@ -272,7 +273,9 @@ def shows(folder: Path) -> list[int]:
     layer.layout = Layout.contiguous(EXPERTS, np.array([3, 3], np.int32))
     layer._published = memory.open()
     found = []
-    for planner in (None, QuotaPlanner(SpillOptions.uniform(EXPERTS, 2, 2), 2)):
+    options = SpillOptions.uniform(EXPERTS, 2, 2)
+    uneven = replace(options, spare=np.array([0, 2], np.int32))  # rank 0 is lent nothing, and lends
+    for planner in (None, QuotaPlanner(options, 2), None, QuotaPlanner(uneven, 2)):
         layer._published.rows.fill_(-7.0)
         layer.planner = planner
         layer.prefetch()
@@ -284,7 +287,74 @@ def shows(folder: Path) -> list[int]:
 def test_ranks_are_shown_what_they_may_gather(ranks: Launch, tmp_path: Path) -> None:
     of_others = {0: [3, 4], 1: [0, 1, 2]}
     for rank, found in enumerate(ranks(2, shows, tmp_path)):
-        assert found == of_others[rank] + [*range(EXPERTS)]
+        assert found == 2 * [*of_others[rank], *range(EXPERTS)]
+
+
+def changes(folder: Path, kind: str) -> None:
+    """What a pass reads may change before a reentrant checkpoint runs it again; on some ranks it was shown already."""
+    gloo, own, _ = make_layers(folder, count=1, slots=EXPERTS + 2)
+    first = Layout(np.array([[0, 1, 2], [3, 4, -1]], np.int32), EXPERTS)
+    others = {"swapped": [[3, 4, -1], [0, 1, 2]], "grown": [[0, 1, 2], [2, 3, 4]]}
+    found = []
+    for layers in (gloo, own):
+        layers[0].layout = first
+        hidden, index, weight, gradient = batch(0)
+        hidden.requires_grad_()
+        output = checkpoint(layers[0], hidden, index, weight, use_reentrant=True)
+        if kind == "lent":
+            layers[0].planner = QuotaPlanner(SpillOptions.uniform(EXPERTS, 2, 2), 2)
+        else:
+            layers[0].layout = Layout(np.array(others[kind], np.int32), EXPERTS)
+        output.backward(gradient)
+        assert hidden.grad is not None
+        found.append([output.detach(), hidden.grad, *gradients(layers)])
+    assert_same(*found)
+
+
+@pytest.mark.parametrize("kind", ["swapped", "grown", "lent"])
+def test_a_reentrant_checkpoint_runs_by_the_layout_of_now(ranks: Launch, tmp_path: Path, kind: str) -> None:
+    ranks(2, changes, tmp_path, kind, timeout_s=100)
+
+
+def steps_within(folder: Path) -> None:
+    """An optimizer steps within the backward pass, as hooks let it, and the next weights set out at once."""
+    gloo, own, _ = make_layers(folder, count=1)
+    found = []
+    for layers in (gloo, own):
+        layer = layers[0]
+
+        def step(shard: Tensor, layer: FullyShardedExperts = layer) -> None:
+            assert shard.grad is not None
+            shard.data -= shard.grad
+            layer.prefetch()
+
+        hook = layer.shard.register_post_accumulate_grad_hook(step)
+        forward(layers, *batch(0)[:3]).backward(batch(0)[3])
+        hook.remove()
+        layer.shard.grad = None
+        found.append(answers(layers, batch(1)))
+    assert_same(*found)
+
+
+def test_weights_may_set_out_within_a_backward_pass(ranks: Launch, tmp_path: Path) -> None:
+    ranks(2, steps_within, tmp_path)
+
+
+def rewritten(folder: Path) -> str:
+    """Frozen experts that are loaded between a forward pass and its backward, of which autograd says nothing."""
+    _, own, _ = make_layers(folder, count=1)
+    own[0].shard.requires_grad_(False)
+    hidden, index, weight, gradient = batch(0)
+    output = own[0](hidden.requires_grad_(), index, weight)
+    load_alike(own)
+    with pytest.raises(RuntimeError) as caught:
+        output.backward(gradient)
+    return str(caught.value)
+
+
+def test_experts_that_change_before_a_backward_pass_are_refused(ranks: Launch, tmp_path: Path) -> None:
+    for message in ranks(2, rewritten, tmp_path):
+        assert "its experts have changed since the forward pass of this backward" in message
 
 
 def missing(folder: Path) -> str:

@@ -108,6 +108,34 @@ def answers(layers: Layers, parts: Sequence[Tensor], *, recompute: bool = False)
     return [part.clone() for part in found if part is not None]
 
 
+def watched(folder: Path) -> None:
+    """With autograd looking for what is not a number or without, and a scale that changes before the backward pass."""
+    gloo, own, exchange = make_layers(folder)
+    for watches in (False, True):
+        found = []
+        for layers in (gloo, own):
+            use(layers, 0)
+            ExpertGradients(torch.nn.ModuleList(layers))
+            hidden, index, weight, gradient = uneven_batch(0, 1.0)
+            output = hidden.requires_grad_()
+            with torch.autograd.set_detect_anomaly(watches and layers is own):
+                for layer in layers:
+                    output = output + layer(output, index, weight)
+                for layer in layers:
+                    layer.scale *= 3
+                output.backward(gradient)
+            parts = output.detach(), hidden.grad, *(layer.shard.grad for layer in layers)
+            found.append([part.clone() for part in parts if part is not None])
+            for layer in layers:
+                layer.scale, layer.shard.grad = layer.scale / 3, None
+        assert_close(*found)
+    exchange.mailbox.close()
+
+
+def test_anomaly_mode_finds_nothing(ranks: Launch, tmp_path: Path) -> None:
+    ranks(2, watched, tmp_path, timeout_s=100)
+
+
 def trains(folder: Path, dtype: torch.dtype, reshard: bool) -> None:
     gloo, own, exchange = make_layers(folder, dtype=dtype, reshard=reshard)
     for layers in (gloo, own):

@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from moeplan.runtime_client.device.exchange import DeviceExchange, Route
 from moeplan.runtime_client.device.expert import matrix_sizes, split
+from moeplan.runtime_client.device.launches import aligned
 from moeplan.runtime_client.device.mailbox import Turn
 from moeplan.runtime_client.device.products import Owned, Rows
 from moeplan.runtime_client.group import join, mark
@@ -101,7 +102,7 @@ class _Pass(torch.autograd.Function):
     ) -> Tensor:
         # What there is no room for takes no part; the pass fails on all ranks.
         excess = max(len(hidden) - exchange.max_tokens, 0)
-        some, chosen, shares = (_aligned(part[: exchange.max_tokens]) for part in (hidden, index, weight))
+        some, chosen, shares = (aligned(part[: exchange.max_tokens]) for part in (hidden, index, weight))
         experts = _Experts.of(exchange, parts)
         if experts.converted is not None:
             exchange.convert(experts.own, experts.converted)
@@ -166,7 +167,7 @@ class _Pass(torch.autograd.Function):
             exchange.hand_out(route, tokens, again=True)
             rows += [exchange.arrange_again(route, nth, where) for nth in range(1, exchange.rounds)]
             exchange.meet()
-        some = _aligned(gradient[: exchange.max_tokens].to(exchange.dtype))
+        some = aligned(gradient[: exchange.max_tokens].to(exchange.dtype))
         exchange.hand_out(route, some)
         if ctx.arrive is not None:
             ctx.arrive(parts[0])
@@ -176,7 +177,8 @@ class _Pass(torch.autograd.Function):
             lent = _wide(lent)
         to_parts = [_rows(part) for part in parts] if to_flat is None else [to_flat]
         to_own, to_lent = _matrices(exchange, to_parts)[0], split(exchange.shape, lent)
-        owned = _by_matrix(ctx.own(), to_parts) if apart and ctx.needs_input_grad[-1] else (None, None)
+        # Autograd looks at the gradients of parts in anomaly mode, and would find memory that nothing was written to.
+        own_apart = apart and ctx.needs_input_grad[-1] and not torch.is_anomaly_enabled()
         with torch.autocast(gradient.device.type, enabled=False):
             for nth in range(exchange.rounds):
                 arrived, to_weight = exchange.arrange_again(route, nth, where), torch.empty_like(scales[nth])
@@ -190,6 +192,8 @@ class _Pass(torch.autograd.Function):
                     )
                     factors = (to_first, rows[nth][part]), (arrived[part], scaled)
                     of_home, of_lent = each == 0, exchange.spare > 0 and each == len(regions) - 1
+                    # Here and no sooner, as this waits for gradients of the layer after.
+                    owned = _by_matrix(ctx.own(), to_parts) if own_apart and of_home else (None, None)
                     for (left, right), own, mine, borrowed in zip(factors, to_own, owned, to_lent, strict=True):
                         how = left, right, region
                         if of_home:
@@ -236,7 +240,7 @@ class _Experts:
     def of(cls, exchange: DeviceExchange, parts: Sequence[Tensor]) -> _Experts:
         if len(parts) > 1:
             return cls(parts[0], None, parts[0][:0], parts)
-        own, spare = _aligned(parts[0]), exchange.spare
+        own, spare = aligned(parts[0]), exchange.spare
         if spare == 0 and own.dtype == exchange.dtype:
             return cls(own, None, own[:0], [own])
         if exchange.joined:
@@ -321,9 +325,3 @@ def _beginning(rows: Tensor, count: int) -> Tensor:
         return rows
     rows[count:] = float("nan")
     return rows[:count]
-
-
-def _aligned(part: Tensor) -> Tensor:
-    """The same numbers one after the other, from an address that kernels can read 16 bytes at a time from."""
-    part = part.contiguous()
-    return part.clone() if part.data_ptr() % 16 else part

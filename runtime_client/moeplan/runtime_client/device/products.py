@@ -157,7 +157,7 @@ class Products:
             scale: What gradients of experts at home are multiplied by, but for those that are lent.
             borrowed: Whether they are lent experts.
             more: Whether they are added to what is there.
-            owned: Where parts of them go instead.
+            owned: Where parts of them go instead; not with `more`.
         """
         height, width = out.shape[1:]
         first = len(rows.ends) - len(out) if borrowed else 0

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moeplan.runtime_client.device.launches import Launch
+from moeplan.runtime_client.device.launches import Launch, aligned
 from moeplan.runtime_client.device.memory import UNIT, SymmetricMemory, places, symmetric_memory
 from moeplan.runtime_client.device.peer_copies import Copies, stretches
 from moeplan.runtime_client.errors import MissedPassError
@@ -66,12 +66,14 @@ class PublishedShard:
         held: What the addresses depend on.
         read: Meetings before the last gathering; as many now mean that other ranks may still be reading. -1 before the
             first, when there is nothing to read.
+        shown: For the layer to say what rows were written for last; None if none were.
     """
 
     rows: Tensor
     addresses: Int64
     held: object
     read: int = -1
+    shown: object = None
 
 
 class ShardMemory:
@@ -247,7 +249,8 @@ class ShardMemory:
             self._hold(placed.slot, wanted)
             if after is not None or published.read == line.meetings:  # others may be reading what was there before
                 line.meet()
-            self._show((self._blocks, 1, 1), _part(shard), published.rows, flat, placed.slot, wanted, self.group.rank)
+            part = aligned(shard.detach())
+            self._show((self._blocks, 1, 1), part, published.rows, flat, placed.slot, wanted, self.group.rank)
             line.meet()
             self._copy(published, placed, flat)
             # Ranks that have not met shall compute nothing that looks right.
@@ -280,9 +283,8 @@ class ShardMemory:
             flat = self._weights(slots + (room or 0)) if into is None else self._weights(slots, *into)
             self._hold(placed.slot)
             self._copy(published, placed, flat)
-            self._show_own(
-                (self._blocks, 1, 1), _part(shard), published.rows, flat, placed.slot, self._all_wanted, self.group.rank
-            )
+            part, rank = aligned(shard.detach()), self.group.rank
+            self._show_own((self._blocks, 1, 1), part, published.rows, flat, placed.slot, self._all_wanted, rank)
             return flat, line.mark()
 
     def _hold(self, *tables: Tensor) -> None:
@@ -433,12 +435,6 @@ class _Line:
     def mark(self) -> torch.cuda.Event | None:
         """When what is queued on this line will be over; None on CPUs, where it is."""
         return None if self.stream is None else self.stream.record_event()
-
-
-def _part(shard: Tensor) -> Tensor:
-    """The same numbers one after the other, from an address that kernels can read 16 bytes at a time from."""
-    part = shard.detach().contiguous()
-    return part.clone() if part.data_ptr() % 16 else part  # another layer's may not be
 
 
 def _addresses(memory: SymmetricMemory, place: int = 0) -> Int64:

@@ -402,7 +402,7 @@ class FullyShardedExperts(ExpertLayer):
     def _prefetch(self, dtype: torch.dtype, after: torch.cuda.Event | None = None) -> None:
         if self._ahead is not None:
             self._ahead.drop()
-        self._ahead = self._start(self._placed(), dtype, "weights.forward", after=after)
+        self._ahead = self._start(self._placed(), dtype, "weights.forward", after=after, anew=True)
 
     def _placed(self) -> Placement:
         """The layout, with its tables where the weights are now."""
@@ -419,9 +419,13 @@ class FullyShardedExperts(ExpertLayer):
         first: int = 0,
         *,
         after: torch.cuda.Event | None = None,
+        anew: bool = False,
     ) -> Gathering | DirectGathering:
-        """Begin to gather weights; copy engines write them into a storage from row `first` on, or into new memory, and
-        begin behind what `after` marks.
+        """Begin to gather weights; copy engines write them into a storage from row `first` on, which are weights of a
+        pass that others have been shown, or into new memory, and begin behind what `after` marks.
+
+        A pass that runs again within a backward pass does not show once more what others have been shown for it; with
+        `anew` weights are shown in any case.
         """
         memory = self.memory
         if memory is None:
@@ -434,8 +438,14 @@ class FullyShardedExperts(ExpertLayer):
             if self._published is None:
                 self._published = memory.open()
             # Between a forward pass and its backward weights stay as they are, and within one; at any other time they
-            # may have changed, and in ways that autograd does not see.
-            shown = self._published.read >= 0 and (in_backward() or first > 0)
+            # may have changed, and in ways that autograd does not see. A checkpoint that is reentrant may run a pass
+            # again by another layout or planner than it showed weights for. All ranks must find the same here.
+            shown = storage is not None
+            if isinstance(placement, Placement) and not shown:
+                lends, version = self.planner is not None, self.shard._version
+                wanted = (version, None if lends else placement.fingerprint)
+                shown = in_backward() and not anew and self._published.shown in (wanted, (version, None))
+                self._published.shown = self._published.shown if shown else wanted
             gathering = DirectGathering(
                 self.shard,
                 placement,
@@ -517,6 +527,7 @@ class _Pass:
         self.arriving: Gathering | DirectGathering | None = None
         self.returning: Returning | DirectReturning | None = None
         self.total: Tensor | None = None
+        self.version = layer.shard._version
         # Weak, because autograd alone decides how long the weights are wanted.
         self.storage: StorageWeakRef | None = None
         self.size = 0
@@ -564,6 +575,11 @@ class _Pass:
     def start(self) -> None:
         """Begin to gather the weights again, if they have been freed and are still wanted."""
         if self.freed and self.arriving is None and self.storage and not self.storage.expired():
+            if self.version != self.layer.shard._version and self.layer.memory is not None:
+                raise RuntimeError(
+                    f"{self.layer.title}: its experts have changed since the forward pass of this backward, which "
+                    "gathers them again. Change them once all backward passes of a step are over"
+                )
             storage = torch.UntypedStorage._new_with_weak_ptr(self.storage.cdata)
             self.arriving = self.layer._start(self.placement, self.dtype, "weights.backward", storage)
 

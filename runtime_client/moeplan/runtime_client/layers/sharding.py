@@ -78,7 +78,7 @@ class Placement(Slots):
         layout: The layout.
         fingerprint: Number that differs between layouts (up to collisions of 62 bits).
         elsewhere: bool[experts], those that other ranks have.
-        alone: int32[filled slots of this rank], the expert of each, -1 if there are other replicas of it.
+        alone: int32[filled slots of this rank], the expert of each, -1 if other ranks have it, too.
         shared: int64[n], the experts that are not on this rank alone.
         begin: Number of replicas on the ranks before this one.
         order: int64[replicas], positions in `replicas` by expert, ascending for each.
