@@ -43,6 +43,15 @@ def filled(rows: Rows, places: list[slice], width: int) -> Tensor:
     return values
 
 
+def apart(rows: Rows, owned: int) -> tuple[Rows, slice]:
+    """Lent experts in rows of their own, which begin where those at home end; these rows."""
+    begin = int(rows.ends[owned - 1])
+    lent = Rows(
+        rows.answer, slice(0, rows.part.stop - begin), *(part[owned:] - begin for part in (rows.ends, rows.fills))
+    )
+    return lent, slice(begin, rows.part.stop)
+
+
 def products_of(seed: int) -> None:
     rng = np.random.default_rng(seed)
     torch.manual_seed(seed)
@@ -81,15 +90,23 @@ def products_of(seed: int) -> None:
     scales[lent] = 1.0
     own = torch.full((owned, width * depth + 16), float("nan"), dtype=torch.float64)
     inside = own[:, 8:-8].unflatten(1, (width, depth))
-    theirs = torch.full((spare, width, depth), 7.0)
-    for times in (1, 2):  # a round, and another one, which is added
-        products.differentiate(left, right, rows, inside, scale=0.25, more=times > 1)
-        products.differentiate(left, right, rows, theirs, borrowed=True, more=times > 1)
-        torch.testing.assert_close(inside.float(), times * scales * exact[:owned], rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(theirs[:borrowed], times * exact[owned : owned + borrowed], rtol=1e-4, atol=1e-4)
-    assert (theirs[borrowed:] == 7.0).all()  # nobody's, and left alone
-    assert own[:, :8].isnan().all()
-    assert own[:, -8:].isnan().all()
+    lent_to = torch.full((spare, width * depth + 8), 7.0)
+    theirs = lent_to[:, 8:].unflatten(1, (width, depth))
+    away, here = apart(rows, owned)
+    for together in (True, False):
+        for times in (1, 2):  # a round, and another one, which is added
+            if together and spare:
+                products.differentiate(left, right, rows, inside, theirs, scale=0.25, more=times > 1)
+            else:
+                products.differentiate(left, right, rows, inside, scale=0.25, more=times > 1)
+            if not together and spare:  # in rows of their own
+                products.differentiate(left[here], right[here], away, None, theirs, scale=0.25, more=times > 1)
+            torch.testing.assert_close(inside.float(), times * scales * exact[:owned], rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(theirs[:borrowed], times * exact[owned : owned + borrowed], rtol=1e-4, atol=1e-4)
+        assert (theirs[borrowed:] == 7.0).all()  # nobody's, and left alone
+        assert (lent_to[:, :8] == 7.0).all()
+        assert own[:, :8].isnan().all()
+        assert own[:, -8:].isnan().all()
 
 
 def heavy_experts(seed: int) -> None:
@@ -98,7 +115,9 @@ def heavy_experts(seed: int) -> None:
     torch.manual_seed(seed)
     shape = AnswerShape(6, 3, 3, 3)
     products = Products(shape, CPU, most=1000)
-    height, width = 8 * int(rng.integers(1, 10)) * 2 - 8, 8 * int(rng.integers(1, 20))  # an odd number of tiles
+    products._tiles, products._blocks = products._tiles._replace(high=256, wide=256), 4  # a tile for all of a gradient
+    products._sums = torch.empty(2 * 4 * 256 * 256)
+    height, width = 8 * int(rng.integers(1, 10)) * 2 - 8, 8 * int(rng.integers(1, 20))
     heavy = int(rng.integers(0, 3))
     tokens = rng.integers(0, 9, 6)
     tokens[[heavy, 3 + heavy]] = rng.integers(100, 300, 2)
@@ -108,16 +127,17 @@ def heavy_experts(seed: int) -> None:
     answer[BORROWED] = 3
     rows = replace(rows, answer=answer)
     exact = torch.stack([left[place].T @ right[place] for place in places])
+    home, (away, here) = Rows(answer, rows.part, rows.ends[:3], rows.fills[:3]), apart(rows, 3)
     out = torch.full((6, height, width), float("nan"))
-    for times in (1, 2):
-        for part, borrowed in ((out[:3], False), (out[3:], True)):
-            home = Rows(answer, rows.part, rows.ends[:3], rows.fills[:3])
-            products._sums.fill_(float("nan"))
-            how = left, right, rows if borrowed else home, part
-            products.differentiate(*how, scale=0.5, borrowed=borrowed, more=times > 1)
-            assert not products._sums.isnan().all(), "nothing was summed in parts"
-        torch.testing.assert_close(out[:3], times * 0.5 * exact[:3], rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(out[3:], times * exact[3:], rtol=1e-4, atol=1e-4)
+    alone = (left, right, home, out[:3], None), (left[here], right[here], away, None, out[3:])
+    for calls in (alone, ((left, right, rows, out[:3], out[3:]),)):
+        for times in (1, 2):
+            for how in calls:
+                products._sums.fill_(float("nan"))
+                products.differentiate(*how, scale=0.5, more=times > 1)
+                assert not products._sums.isnan().all(), "nothing was summed in parts"
+            torch.testing.assert_close(out[:3], times * 0.5 * exact[:3], rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(out[3:], times * exact[3:], rtol=1e-4, atol=1e-4)
 
 
 def owned_parts(seed: int) -> None:
@@ -191,27 +211,35 @@ def many_tiles(seed: int) -> bool:
     left, right = filled(rows, places, height), filled(rows, places, width)
     answer = torch.zeros(shape.words, dtype=torch.int32)
     answer[LENT], answer[BORROWED] = 1, borrowed
-    answer[shape.loans] = lent = int(rng.integers(owned))
+    answer[shape.loans] = sent = int(rng.integers(owned))
     exact = torch.stack([left[place].T @ right[place] for place in places])
     exact[:owned] *= 0.5
-    exact[lent] *= 2
+    exact[sent] *= 2
     rows = replace(rows, answer=answer)
     some = replace(rows, ends=rows.ends[:-1], fills=rows.fills[:-1])  # of all but one
+    away, here = apart(rows, owned)
+    lent, few = exact[owned : owned + borrowed], int(rng.integers(1, owned + 1))
     summed = False
-    for each, first, count in ((rows, 0, owned), (rows, owned, spare), (some, 0, int(rng.integers(1, owned + 1)))):
-        out, borrows = torch.full((spare + owned, height, width), float("nan")), first > 0
-        known = exact[first : first + (borrowed if borrows else count)]
+    for each, part, home, spares in (
+        (rows, slice(None), owned, spare),
+        (away, here, 0, spare),
+        (rows, slice(None), owned, 0),
+        (some, slice(None), few, 0),
+    ):
+        out = torch.full((home + spares, height, width), float("nan"))
+        to = out[:home] if home else None, out[home:] if spares else None
+        known = torch.cat([exact[:home], lent[: borrowed * min(spares, 1)]])
         for times in (1, 2):
             room.fill_(float("nan"))
-            how = left, right, each, out[:count]
-            products.differentiate(*how, scale=0.5, borrowed=borrows, more=times > 1)
+            how = left[part], right[part], each, *to
+            products.differentiate(*how, scale=0.5, more=times > 1)
             torch.testing.assert_close(out[: len(known)], times * known, rtol=1e-4, atol=1e-4)
             assert out[len(known) :].isnan().all()
             assert behind.isnan().all()
         parts = not products._sums.isnan().all()
         products._gradients = {key: (_Nothing(None, 1), whole) for key, (_, whole) in products._gradients.items()}
         products._sums.fill_(float("nan"))
-        products.differentiate(*how, scale=0.5, borrowed=borrows)
+        products.differentiate(*how, scale=0.5)
         assert out[: len(known)].isnan().any() == parts  # what is summed in parts is not computed again
         products._gradients.clear()
         summed |= parts

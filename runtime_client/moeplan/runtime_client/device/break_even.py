@@ -71,7 +71,7 @@ def measure_transfer(exchange: DeviceExchange) -> float:
         join(device, exchange.fetch(route, lent, ready))
         for left, right, out in ((to_first, rows, to_inner), (rows, to_first[:, : exchange.shape.width], to_outer)):
             borrowed = Rows(route.answer, slice(0, tile), one_tile, one_tile)
-            exchange.products.differentiate(left, right, borrowed, out, borrowed=True)
+            exchange.products.differentiate(left, right, borrowed, None, out)
         left_at = exchange.leave(exchange.lent)
         exchange.products.apply_back(to_first, inner, some)
         exchange.take_back(route, gradient, 1.0, left_at)

@@ -470,8 +470,9 @@ class DeviceExchange:
         way = self.offered, self.lent, lent, route.answer, self.peers, self.group.rank
         with beside(self.device, after):
             launch.fetch(blocks, *way)
-            launch.meet_borrowers((1, 1, 1), *self._signals_beside, route.answer)
-            launch.fetch_others(blocks, *way)
+            if self.group.size > 2:
+                launch.meet_borrowers((1, 1, 1), *self._signals_beside, route.answer)
+                launch.fetch_others(blocks, *way)
             return mark(self.device)
 
     def arrange(self, route: Route, nth: int, where: Tensor) -> tuple[Tensor, Tensor]:

@@ -60,7 +60,8 @@ _UNFILLED = tl.constexpr(2**31 - 1)
 def program(function: Callable[..., Any]) -> Any:
     """A Triton kernel, or a part of one, compiled once for all numbers and for all places of single words."""
     numbers = ["rank", "layer", "tokens", "pairs", "chunks", "excess", "limit", "number", "gathered", "low", "apart"]
-    return triton.jit(function, do_not_specialize=[*numbers, "replicas", "first", "loans", "end", "ends", "fills"])
+    numbers += ["replicas", "first", "home", "loans", "end", "ends", "fills"]
+    return triton.jit(function, do_not_specialize=numbers)
 
 
 # Signals

@@ -195,11 +195,8 @@ class _Pass(torch.autograd.Function):
                     # Here and no sooner, as this waits for gradients of the layer after.
                     owned = _by_matrix(ctx.own(), to_parts) if own_apart and of_home else (None, None)
                     for (left, right), own, mine, borrowed in zip(factors, to_own, owned, to_lent, strict=True):
-                        how = left, right, region
-                        if of_home:
-                            products.differentiate(*how, own, scale=ctx.turn.scale, more=nth > 0, owned=mine)
-                        if of_lent:
-                            products.differentiate(*how, borrowed, borrowed=True, more=nth > 0)
+                        to = own if of_home else None, borrowed if of_lent else None
+                        products.differentiate(left, right, region, *to, scale=ctx.turn.scale, more=nth > 0, owned=mine)
                     back.append((to_first, inner, ends))
                 is_last = nth == exchange.rounds - 1
                 left = exchange.leave(lent) if is_last else None

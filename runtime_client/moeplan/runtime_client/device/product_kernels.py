@@ -106,19 +106,20 @@ def sum_over(
 
 
 @program
-def count_of(answer: tl.tensor, replicas: tl.tensor, BORROWED: tl.constexpr) -> tl.tensor:
-    """How many of the replicas have gradients: those that are borrowed by the plan, or, if it is negative, all."""
-    count = replicas
+def count_of(answer: tl.tensor, home: tl.tensor, BORROWED: tl.constexpr) -> tl.tensor:
+    """How many replicas have gradients: those at home, and behind them those that are borrowed by the plan, unless
+    `BORROWED`, where it says how many, is negative.
+    """
+    count = home
     if BORROWED >= 0:
-        count = tl.load(answer + BORROWED)
+        count += tl.load(answer + BORROWED)
     return count
 
 
 @program
 def cut_of(
-    ends: tl.tensor, fills: tl.tensor, first: tl.tensor, count: tl.tensor, tiles: tl.tensor, LANES: tl.constexpr,
-    MANY: tl.constexpr,
-) -> tuple[tl.tensor, tl.tensor, tl.tensor]:  # fmt: skip
+    ends: tl.tensor, fills: tl.tensor, count: tl.tensor, tiles: tl.tensor, LANES: tl.constexpr, MANY: tl.constexpr
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
     """Which tiles of gradients are summed in parts, as all blocks would wait for the few that compute them otherwise.
 
     Those of experts with so many rows that a tile of theirs takes long beside all that a block computes; of each
@@ -128,8 +129,8 @@ def cut_of(
         bool[LANES], the experts; how many tiles of each; in how many parts, 0 if none are.
     """
     lane = tl.arange(0, LANES)
-    begin = tl.load(ends + first + lane - 1, mask=(first + lane > 0) & (lane < count), other=0)
-    rows = tl.load(fills + first + lane, mask=lane < count, other=0) - begin
+    begin = tl.load(ends + lane - 1, mask=(lane > 0) & (lane < count), other=0)
+    rows = tl.load(fills + lane, mask=lane < count, other=0) - begin
     heavy = (rows >= MANY) & (rows > tl.sum(rows) // 8)
     last = tiles % tl.num_programs(0)
     most = 2 * tl.num_programs(0) // tl.maximum(last * tl.sum(heavy.to(tl.int32)), 1)
@@ -144,8 +145,7 @@ def sum_parts(
     ends: tl.tensor,
     fills: tl.tensor,
     answer: tl.tensor,
-    replicas: tl.tensor,
-    first: tl.tensor,
+    home: tl.tensor,
     BORROWED: tl.constexpr,
     HEIGHT: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -164,13 +164,13 @@ def sum_parts(
     across: tl.constexpr = (WIDTH + COLUMNS - 1) // COLUMNS
     down: tl.constexpr = (HEIGHT + TILE - 1) // TILE
     tiles: tl.constexpr = down * across
-    heavy, last, parts = cut_of(ends, fills, first, count_of(answer, replicas, BORROWED), tiles, LANES, MANY)
+    heavy, last, parts = cut_of(ends, fills, count_of(answer, home, BORROWED), tiles, LANES, MANY)
     nth = tl.cumsum(heavy.to(tl.int32)) - 1
     for part in range(tl.program_id(0), tl.sum(heavy.to(tl.int32)) * last * parts, tl.num_programs(0)):
         expert = tl.sum(tl.where(heavy & (nth == part // (last * parts)), tl.arange(0, LANES), 0))
         above, beside = place_of(tiles - last + part // parts % last, down, across, SIDE)
-        begin = tl.load(ends + first + expert - 1, mask=first + expert > 0, other=0)
-        fill = tl.load(fills + first + expert)
+        begin = tl.load(ends + expert - 1, mask=expert > 0, other=0)
+        fill = tl.load(fills + expert)
         size = ((fill - begin + PIECE - 1) // PIECE + parts - 1) // parts * PIECE
         begin += part % parts * size
         tile = sum_over(left, right, begin, tl.minimum(begin + size, fill), above, beside, TILE, COLUMNS, PIECE)
@@ -179,7 +179,7 @@ def sum_parts(
 
 
 @program
-def keep(
+def write(
     tile: tl.tensor,
     to: tl.tensor,
     row: tl.tensor,
@@ -217,24 +217,55 @@ def keep(
 
 
 @program
+def keep(
+    tile: tl.tensor,
+    out: tl.tensor,
+    lent: tl.tensor,
+    expert: tl.tensor,
+    home: tl.tensor,
+    row: tl.tensor,
+    column: tl.tensor,
+    BORROWED: tl.constexpr,
+    LENGTH: tl.constexpr,
+    APART: tl.constexpr,
+    MORE: tl.constexpr,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    total: tl.tensor,
+    line: tl.tensor,
+    LOW: tl.constexpr,
+    PART: tl.constexpr,
+    SCALE: tl.constexpr,
+) -> None:
+    """`write` a tile where the gradient of its expert belongs, with those of others at home or of borrowed ones."""
+    if BORROWED >= 0 and expert >= home:
+        place = (expert - home).to(tl.int64) * APART
+        write(tile, lent + place, row, column, MORE, HEIGHT, WIDTH, total, line, 0, 0, 1.0)
+    else:
+        place = expert.to(tl.int64) * LENGTH
+        write(tile, out + place, row, column, MORE, HEIGHT, WIDTH, total, line, LOW, PART, SCALE)
+
+
+@program
 def differentiate(
     left: tl.tensor,
     right: tl.tensor,
     out: tl.tensor,
+    lent: tl.tensor,
     sums: tl.tensor,
     ends: tl.tensor,
     fills: tl.tensor,
     answer: tl.tensor,
     total: tl.tensor,
     line: tl.tensor,
-    replicas: tl.tensor,
-    first: tl.tensor,
+    home: tl.tensor,
     loans: tl.tensor,
     scale: tl.tensor,
     BORROWED: tl.constexpr,
     LENT: tl.constexpr,
     MORE: tl.constexpr,
     LENGTH: tl.constexpr,
+    APART: tl.constexpr,
     LOW: tl.constexpr,
     PART: tl.constexpr,
     SCALE: tl.constexpr,
@@ -252,33 +283,35 @@ def differentiate(
     Args:
         left: Descriptor of [rows, HEIGHT], in parts [PIECE, TILE].
         right: Descriptor of [rows, WIDTH], in parts [PIECE, COLUMNS].
-        out: [replicas, HEIGHT, WIDTH], out, the replicas `LENGTH` elements apart; if there is `MORE`, added to what is
+        out: [home, HEIGHT, WIDTH], out, experts at home, `LENGTH` elements apart; if there is `MORE`, added to what is
             there.
+        lent: [spare, HEIGHT, WIDTH], out, likewise those that are borrowed, `APART` elements apart; not used if
+            `BORROWED` is negative.
         sums: Of `sum_parts`; read only if some expert has `MANY` rows, if that is not 0.
-        ends: int32, ends of rows as in `multiply`, those of the first replica in place `first`.
+        ends: int32, ends of rows as in `multiply`, of experts at home and of borrowed ones behind them.
         fills: int32, as `ends`, where the zeros behind an expert's rows begin; at its begin if it has no rows.
-        answer: The plan, for experts at home that are lent, which are not scaled: `take_back` does, when it has added
-            what borrowers found. Or, where `BORROWED` is not negative, for how many of the replicas are borrowed.
+        answer: The plan: which experts at home are lent, which are not scaled, as `take_back` does that when it has
+            added what borrowers found; and at `BORROWED`, unless that is negative, how many are borrowed.
         total: [lines, PART], out, if `PART` is not 0: elements `LOW` to ``LOW + PART - 1`` of gradients, multiplied by
-            `SCALE` after they are rounded as `out` is, where others would go.
-        line: int32[replicas], which line each replica has; a negative number for none, and all of it goes to `out`.
-        replicas: How many, at most `LANES`; at most so many are borrowed.
+            `SCALE` after they are rounded as `out` is, where experts at home would have them.
+        line: int32[home], which line each has; a negative number for none, and all of it goes to `out`.
+        home: How many experts are at home, with the borrowed ones at most `LANES`.
         loans: Place of loans in the plan.
-        scale: float, what gradients are multiplied by.
+        scale: float, what gradients of experts at home are multiplied by.
     """
     across: tl.constexpr = (WIDTH + COLUMNS - 1) // COLUMNS
     down: tl.constexpr = (HEIGHT + TILE - 1) // TILE
     tiles: tl.constexpr = down * across
-    count = count_of(answer, replicas, BORROWED)
+    count = count_of(answer, home, BORROWED)
     if MANY > 0:
-        heavy, last, parts = cut_of(ends, fills, first, count, tiles, LANES, MANY)
-    if MORE and tl.load(ends + first + replicas - 1) == tl.load(ends + first - 1, mask=first > 0, other=0):
+        heavy, last, parts = cut_of(ends, fills, count, tiles, LANES, MANY)
+    if MORE and tl.load(ends + count - 1, mask=count > 0, other=0) == 0:
         count = 0
     for tile in range(tl.program_id(0), count * tiles, tl.num_programs(0)):
         expert = tile // tiles
         above, beside = place_of(tile % tiles, down, across, SIDE)
-        begin = tl.load(ends + first + expert - 1, mask=first + expert > 0, other=0)
-        end = tl.load(fills + first + expert)
+        begin = tl.load(ends + expert - 1, mask=expert > 0, other=0)
+        end = tl.load(fills + expert)
         here, cut = 0, 0
         if MANY > 0:
             here = tile % tiles - (tiles - last)
@@ -286,15 +319,13 @@ def differentiate(
                 lane = tl.arange(0, LANES)
                 cut = tl.sum((heavy & (lane == expert)).to(tl.int32)) * parts
                 here += tl.sum((heavy & (lane < expert)).to(tl.int32)) * last
-        factor = 1.0
-        if BORROWED < 0:
-            sent = 0
-            for loan in range(tl.load(answer + LENT)):
-                sent += (tl.load(answer + loans + _LOAN * loan) == expert).to(tl.int32)
-            factor = tl.where(sent > 0, 1.0, scale)
-        to, own = out + expert.to(tl.int64) * LENGTH, tl.full([], -1, tl.int64)
+        sent = (expert >= home).to(tl.int32)
+        for loan in range(tl.load(answer + LENT)):
+            sent += (tl.load(answer + loans + _LOAN * loan) == expert).to(tl.int32)
+        factor = tl.where(sent > 0, 1.0, scale)
+        own = tl.full([], -1, tl.int64)
         if PART > 0:
-            own = tl.load(line + expert).to(tl.int64)
+            own = tl.load(line + expert, mask=expert < home, other=-1).to(tl.int64)
         if cut > 0:
             for row in range(0, TILE, _ROWS):
                 cell = (row + tl.arange(0, _ROWS))[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
@@ -302,11 +333,12 @@ def differentiate(
                 for part in range(cut):
                     some += tl.load(sums + (here * cut + part) * (TILE * COLUMNS) + cell)
                 keep(
-                    some * factor, to, above * TILE + row, beside * COLUMNS, MORE, HEIGHT, WIDTH, total, own, LOW, PART,
-                    SCALE,
+                    some * factor, out, lent, expert, home, above * TILE + row, beside * COLUMNS, BORROWED, LENGTH,
+                    APART, MORE, HEIGHT, WIDTH, total, own, LOW, PART, SCALE,
                 )  # fmt: skip
         else:
             whole = sum_over(left, right, begin, end, above, beside, TILE, COLUMNS, PIECE)
             keep(
-                whole * factor, to, above * TILE, beside * COLUMNS, MORE, HEIGHT, WIDTH, total, own, LOW, PART, SCALE
+                whole * factor, out, lent, expert, home, above * TILE, beside * COLUMNS, BORROWED, LENGTH, APART, MORE,
+                HEIGHT, WIDTH, total, own, LOW, PART, SCALE,
             )  # fmt: skip

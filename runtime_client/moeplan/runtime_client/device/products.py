@@ -139,10 +139,10 @@ class Products:
         left: Tensor,
         right: Tensor,
         rows: Rows,
-        out: Tensor,
+        home: Tensor | None,
+        lent: Tensor | None = None,
         *,
         scale: float = 1.0,
-        borrowed: bool = False,
         more: bool = False,
         owned: Owned | None = None,
     ) -> None:
@@ -151,41 +151,42 @@ class Products:
         Args:
             left: [rows, height].
             right: [rows, width].
-            rows: Which belong to which expert.
-            out: [replicas, height, width], out, in any distance: of the first experts of `rows`; of the last, if they
-                are `borrowed`, as many as that are.
+            rows: Which belong to which expert: to those at home, and behind them to lent ones.
+            home: [replicas, height, width], out, in any distance: of the experts at home; None if `rows` has none.
+            lent: [spare, height, width], out, likewise: of the lent ones, as many as are borrowed; None if `rows` has
+                none.
             scale: What gradients of experts at home are multiplied by, but for those that are lent.
-            borrowed: Whether they are lent experts.
             more: Whether they are added to what is there.
-            owned: Where parts of them go instead; not with `more`.
+            owned: Where parts of those at home go instead; not with `more`.
         """
-        height, width = out.shape[1:]
-        first = len(rows.ends) - len(out) if borrowed else 0
-        tiles = self._tiles
+        to = [part for part in (home, lent) if part is not None]
+        height, width = to[0].shape[1:]
+        tiles, spares = self._tiles, lent is not None
         low, part, factor = 0, 0, 1.0
         if owned is not None:
             low, part, factor = owned.begin, owned.total.shape[1], owned.scale
-        launches = self._gradients.get(key := (height, width, out.stride(0), borrowed, more, low, part, factor))
+        apart = to[0].stride(0), to[-1].stride(0)
+        launches = self._gradients.get(key := (height, width, *apart, spares, more, low, part, factor))
         if launches is None:
             many = tiles.many if len(self._sums) else 0
             sizes = {"HEIGHT": height, "WIDTH": width, "LANES": self._lanes, "MANY": many}
             sizes |= {"TILE": tiles.high, "COLUMNS": tiles.wide, "PIECE": tiles.few, "SIDE": _SIDE}
-            of = {"BORROWED": BORROWED if borrowed else -1}
+            of = {"BORROWED": BORROWED if spares else -1}
             launches = self._gradients[key] = (
                 Launch(_kernels().sum_parts, 8, **of, **sizes),
                 Launch(
                     _kernels().differentiate, 8, None if more or owned else _REGISTERS, **of, LENT=LENT, MORE=more,
-                    LENGTH=out.stride(0), LOW=low, PART=part, SCALE=factor, **sizes,
+                    LENGTH=apart[0], APART=apart[1], LOW=low, PART=part, SCALE=factor, **sizes,
                 ),
             )  # fmt: skip
         parts, whole = launches
-        grid = self._blocks, 1, 1
+        grid, at_home = (self._blocks, 1, 1), 0 if home is None else len(home)
         factors = Blocks(left, (tiles.few, tiles.high)), Blocks(right, (tiles.few, tiles.wide))
         if len(self._sums):
-            parts(grid, *factors, self._sums, rows.ends, rows.fills, rows.answer, len(out), first)
-        own = (out, rows.ends) if owned is None else (owned.total, owned.line)
+            parts(grid, *factors, self._sums, rows.ends, rows.fills, rows.answer, at_home)
+        own = (to[0], rows.ends) if owned is None else (owned.total, owned.line)
         whole(
-            grid, *factors, out, self._sums, rows.ends, rows.fills, rows.answer, *own, len(out), first,
+            grid, *factors, to[0], to[-1], self._sums, rows.ends, rows.fills, rows.answer, *own, at_home,
             self._shape.loans, scale,
         )  # fmt: skip
 
