@@ -17,7 +17,7 @@ from moeplan.runtime_client.device.launches import Launch, aligned
 from moeplan.runtime_client.device.memory import UNIT, SymmetricMemory, places, symmetric_memory
 from moeplan.runtime_client.device.peer_copies import Copies, stretches
 from moeplan.runtime_client.errors import MissedPassError
-from moeplan.runtime_client.group import ExpertGroup, on_stream
+from moeplan.runtime_client.group import ExpertGroup, on_stream, switched_to
 from moeplan.solvers.problem.arrays import Int32, Int64
 
 __all__ = ["PublishedShard", "ShardMemory"]
@@ -331,7 +331,7 @@ class ShardMemory:
         """Memory like a shard for its gradient, that products may write parts of which are whole, for `give_back`."""
         if self.returning is None:
             return torch.empty_like(shard, requires_grad=False)
-        with torch.cuda.stream(self.returning):
+        with switched_to(self.returning):
             room = torch.empty_like(shard, requires_grad=False)
         # That stream may still read what was there before, which autograd has let go: it adds to earlier gradients.
         torch.cuda.current_stream(self.device).wait_stream(self.returning)

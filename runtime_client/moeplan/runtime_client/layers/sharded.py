@@ -23,7 +23,7 @@ from moeplan.runtime_client.device.layout_plans import LayoutPlans
 from moeplan.runtime_client.device.passes import Arrivals, run_pass
 from moeplan.runtime_client.device.products import Owned
 from moeplan.runtime_client.device.shard_memory import PublishedShard, ShardMemory
-from moeplan.runtime_client.group import ExpertGroup, Traffic
+from moeplan.runtime_client.group import ExpertGroup, Traffic, switched_to
 from moeplan.runtime_client.layers.dividing import Division, PlannedLayer
 from moeplan.runtime_client.layers.expert_layer import ExpertLayer
 from moeplan.runtime_client.layers.feed_forward import ExpertShape, feed_forward
@@ -181,9 +181,6 @@ class FullyShardedExperts(ExpertLayer):
             require_passes(planner, self.group.size)
             require_speed(planner, self._division.cluster)
         self._require_room(self.layout, planner)
-        if self._planner is None and planner is not None and self._ahead is not None:
-            self._ahead.drop()  # ranks have been shown what the layout gives them, and no more
-            self._ahead = None
         self._planner = planner
 
     def _require_room(self, layout: Layout, planner: MovableSpillPlanner | None) -> None:
@@ -431,21 +428,24 @@ class FullyShardedExperts(ExpertLayer):
         if memory is None:
             with unseen():
                 return Gathering(self.shard, placement, self.group, dtype, self.traffic, purpose)
-        for name, own, other in (("dtype", dtype, memory.dtype), ("device", self.shard.device, memory.device)):
-            if own != other:
-                raise ValueError(f"{self.title}: {name} = {own}: the memory was made for {other}")
+        if dtype != memory.dtype:
+            raise ValueError(
+                f"{self.title}: dtype = {dtype}: the memory was made for {memory.dtype}. Give the layer "
+                f"compute_dtype={memory.dtype}, or run it under autocast, and prefetch() as well"
+            )
+        if self.shard.device != memory.device:
+            raise ValueError(f"{self.title}: device = {self.shard.device}: the memory was made for {memory.device}")
         with unseen():
             if self._published is None:
                 self._published = memory.open()
             # Between a forward pass and its backward weights stay as they are, and within one; at any other time they
             # may have changed, and in ways that autograd does not see. A checkpoint that is reentrant may run a pass
-            # again by another layout or planner than it showed weights for. All ranks must find the same here.
+            # again by another layout or planner than it showed weights for.
             shown = storage is not None
             if isinstance(placement, Placement) and not shown:
-                lends, version = self.planner is not None, self.shard._version
-                wanted = (version, None if lends else placement.fingerprint)
-                shown = in_backward() and not anew and self._published.shown in (wanted, (version, None))
-                self._published.shown = self._published.shown if shown else wanted
+                shown = in_backward() and not anew and self._have_been_shown(placement)
+                if not shown:
+                    self._published.shown = self._shows(placement)
             gathering = DirectGathering(
                 self.shard,
                 placement,
@@ -459,6 +459,15 @@ class FullyShardedExperts(ExpertLayer):
         self.traffic[purpose] += gathering.sent
         return gathering
 
+    def _shows(self, placement: Placement) -> tuple[int, int | None]:
+        """What others are shown for a pass: which weights, and of which layout; of all experts where ranks may lend."""
+        return self.shard._version, None if self.planner is not None else placement.fingerprint
+
+    def _have_been_shown(self, placement: Placement) -> bool:
+        """Whether others were last shown what a pass asks for, by what all ranks find alike; without memory always."""
+        published = self._published
+        return published is None or published.shown in (self._shows(placement), (self.shard._version, None))
+
     def _return(self, gradients: Sequence[Tensor], this: _Pass) -> Returning | DirectReturning:
         """Begin to return the gradients of slots, in parts of their columns; copy engines' are scaled on the way."""
         if self.memory is None:
@@ -470,9 +479,9 @@ class FullyShardedExperts(ExpertLayer):
     def _take_ahead(self, placement: Placement, dtype: torch.dtype) -> Gathering | DirectGathering | None:
         ahead, self._ahead = self._ahead, None
         now = placement, version_of(self.shard), dtype
-        if ahead is None or (ahead.placement, ahead.version, ahead.dtype) == now:
+        if ahead is None or ((ahead.placement, ahead.version, ahead.dtype) == now and self._have_been_shown(placement)):
             return ahead
-        # The layout or the weights have changed since, on every rank alike.
+        # The layout, the planner or the weights have changed since, on every rank alike.
         ahead.drop()
         return None
 
@@ -540,7 +549,7 @@ class _Pass:
         memory = self.layer.memory
         returning = None if memory is None else memory.returning
         # Its backward runs on the stream of its forward, so that no other waits for the gradients.
-        with nullcontext() if returning is None else torch.cuda.stream(returning):
+        with nullcontext() if returning is None else switched_to(returning):
             weights = self.layer._weights_of_pass(scaled=memory is not None)
             landed: Tensor = _Land.apply(weights, self)  # type: ignore[no-untyped-call]
         return landed
