@@ -43,23 +43,19 @@ class Rank:
         planner = QuotaPlanner(SpillOptions.uniform(size.experts, RANKS, spare), RANKS)
         self.exchange = exchange_of_one(
             rank, RANKS, planner, size.shape, device, max_tokens=size.tokens, choices=size.choices,
-            capacity=int(ROOM * size.tokens * size.choices),
+            capacity=int(ROOM * size.tokens * size.choices), differ=self.tell,
         )  # fmt: skip
         if slow:
             self.exchange.offered = torch.zeros_like(self.exchange.offered, device="cpu", pin_memory=True)
         self.others = torch.zeros(size.experts, dtype=torch.int32, device=device)
-        self.plan, self.exchange._launches.plan = self.exchange._launches.plan, self.plan_of_both
         random = torch.Generator(device).manual_seed(0)
         flat = torch.randn(size.experts // RANKS, size.shape.elements, generator=random, device=device)
         self.experts = (flat / size.hidden**0.5).requires_grad_()
         self.hidden = torch.randn(size.tokens, size.hidden, generator=random, device=device).bfloat16().requires_grad_()
 
-    def plan_of_both(self, grid: tuple[int, int, int], *arguments: object) -> None:
-        """Plan, once the other rank has told its counts and otherwise what this one has."""
-        own, other = (self.exchange.table[rank] for rank in (self.rank, 1 - self.rank))
-        other.copy_(own)
-        other[: self.size.experts].copy_(self.others)
-        self.plan(grid, *arguments)
+    def tell(self, row: Tensor) -> None:
+        """The other rank has counts of its own, and otherwise tells what this one does."""
+        row[: self.size.experts].copy_(self.others)
 
     def step(self, index: Tensor, weight: Tensor) -> tuple[float, float]:
         """Milliseconds of a forward pass and of its backward."""

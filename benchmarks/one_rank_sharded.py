@@ -2,11 +2,12 @@
 
     python benchmarks/one_rank_sharded.py --size fine large gpt-oss --json one-rank-sharded.json
 
-A forward and a backward pass of the example's model under even loads, with the host ahead of the device. The other rank
-is made up as in `one_rank.py`: it is at every meeting, and its memory is this rank's, so the numbers of results mean
-nothing. What travels is copied within the GPU, by its processors, where copies over a link would not take them: with
-gradients that are not sent ("sharded, unsent") it is a little less than what sharding costs, with them a little more.
-`training.py` measures it on several GPUs.
+A forward and a backward pass of the example's model under even loads, with the host ahead of the device, and how long
+the host takes to launch them: with the backward pass in this thread, and in autograd's own. The other rank is made up
+as in `one_rank.py`: it is at every meeting, and its memory is this rank's, so the numbers of results mean nothing. What
+travels is copied within the GPU, by its processors, where copies over a link would not take them: with gradients that
+are not sent ("sharded, unsent") it is a little less than what sharding costs, with them a little more. `training.py`
+measures it on several GPUs.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -31,7 +33,7 @@ from moeplan.runtime_client.group import ExpertGroup
 from moeplan.runtime_client.layers.resident import ResidentExperts
 from moeplan.runtime_client.layers.sharded import FullyShardedExperts, chain
 from moeplan.solvers import QuotaPlanner, SpillOptions
-from one_gpu import exchange_of_one, process_of_one, write_result_of_one
+from one_gpu import exchange_of_one, memory_of_one, process_of_one, write_result_of_one
 
 sys.path.append(str(Path(__file__).parents[1] / "examples"))
 from moe_lm import SIZES, Experts, Model, Size
@@ -111,62 +113,65 @@ class Rank:
         self.text = torch.randint(256, (size.batch, size.sequence + 1), device=device)
 
     def memory(self, group: dist.ProcessGroup, size: int, device: torch.device) -> SymmetricMemory:
-        """This rank's memory in place of both's, with numbers in it like weights."""
-        own = torch.empty(size, dtype=torch.uint8, device=device)
-        own[: size // 2 * 2].view(torch.bfloat16).normal_(std=self.size.hidden**-0.5)
-        own[:1024] = 0  # meetings, where there are some
-        return SymmetricMemory.of_addresses(own, [own.data_ptr()] * RANKS)
+        """This rank's memory in place of both's, with numbers in it like weights behind the meetings."""
+        memory = memory_of_one(size, device, RANKS)
+        memory.own[1024 : size // 2 * 2].view(torch.bfloat16).normal_(std=self.size.hidden**-0.5)
+        return memory
 
     def exchange(self, planner: QuotaPlanner | SlotsOfLayouts) -> DeviceExchange:
-        """An exchange whose other rank tells what this one tells, but that it holds the same experts."""
         size = self.size
-        exchange = exchange_of_one(
+
+        def differ(row: Tensor) -> None:
+            """The other rank tells what this one does, but that it holds the same experts."""
+            row[size.experts + 5] += 1
+
+        return exchange_of_one(
             0, RANKS, planner, size.shape, self.device, max_tokens=size.tokens, choices=size.choices,
-            capacity=int(ROOM * size.tokens * size.choices),
+            capacity=int(ROOM * size.tokens * size.choices), differ=differ,
         )  # fmt: skip
-        own, other = exchange.table
-        plan = exchange._launches.plan
 
-        def plan_of_both(grid: tuple[int, int, int], *arguments: object) -> None:
-            other.copy_(own)
-            other[size.experts + 5] += 1
-            plan(grid, *arguments)
-
-        exchange._launches.plan = plan_of_both
-        return exchange
-
-    def step(self, kind: str) -> tuple[float, float]:
-        """Milliseconds of the forward pass and of the backward pass."""
+    def step(self, kind: str, *, own_thread: bool) -> tuple[float, float, float]:
+        """Milliseconds of the forward pass, of the backward pass (in a thread of its own?), and of launching both."""
         layers = self.layers[kind]
         for block, experts in zip(self.model.blocks, layers, strict=True):
             block.experts = experts
         begin, middle, end = (torch.cuda.Event(enable_timing=True) for _ in range(3))
         torch.cuda._sleep(AHEAD)
+        start = perf_counter()
         begin.record()
         if isinstance(first := layers[0], FullyShardedExperts):
             with torch.autocast("cuda", torch.bfloat16):
                 first.prefetch()
         loss = self.model(self.text)
         middle.record()
-        loss.backward()
+        with torch.autograd.set_multithreading_enabled(own_thread):
+            loss.backward()
         end.record()
+        launched = 1e3 * (perf_counter() - start)
         torch.cuda.synchronize()
         for exchange in self.exchanges:
             exchange.check()
         self.model.zero_grad()
-        return begin.elapsed_time(middle), middle.elapsed_time(end)
+        return begin.elapsed_time(middle), middle.elapsed_time(end), launched
 
     def measure(self, steps: int) -> list[dict[str, Any]]:
         """A row for each kind of experts, which take turns."""
-        times: dict[str, list[tuple[float, float]]] = {kind: [] for kind in self.layers}
+        times: dict[tuple[str, bool], list[tuple[float, float, float]]] = {
+            (kind, own_thread): [] for kind in self.layers for own_thread in (False, True)
+        }
         for _ in range(WARM + steps):
-            for kind, taken in times.items():
-                taken.append(self.step(kind))
+            for (kind, own_thread), taken in times.items():
+                taken.append(self.step(kind, own_thread=own_thread))
         rows = []
-        for kind, taken in times.items():
-            forward, backward = (statistics.median(each) for each in zip(*taken[WARM:], strict=True))
-            whole = statistics.median(map(sum, taken[WARM:]))
-            rows.append({"experts": kind, "forward_ms": forward, "backward_ms": backward, "both_ms": whole})
+        for kind in self.layers:
+            taken = times[kind, False][WARM:]
+            forward, backward, host = (statistics.median(each) for each in zip(*taken, strict=True))
+            whole = statistics.median(forward + backward for forward, backward, _ in taken)
+            threads = statistics.median(host for *_, host in times[kind, True][WARM:])
+            rows.append(
+                {"experts": kind, "forward_ms": forward, "backward_ms": backward, "both_ms": whole}
+                | {"host_ms": host, "host_own_thread_ms": threads}
+            )
         for row in rows:
             row["of_resident"] = row["both_ms"] / rows[0]["both_ms"]
         return rows
