@@ -2,8 +2,8 @@
 
     python benchmarks/one_rank_sharded.py --size fine large gpt-oss --json one-rank-sharded.json
 
-A forward and a backward pass of the example's model under even loads, with the host ahead of the device, and how long
-the host takes to launch them: with the backward pass in this thread, and in autograd's own. The other rank is made up
+A forward and a backward pass of the example's model under even loads, with the host ahead of the device; and how long
+the host takes to launch them, with the backward pass in this thread and in autograd's own. The other rank is made up
 as in `one_rank.py`: it is at every meeting, and its memory is this rank's, so the numbers of results mean nothing. What
 travels is copied within the GPU, by its processors, where copies over a link would not take them: with gradients that
 are not sent ("sharded, unsent") it is a little less than what sharding costs, with them a little more. `training.py`
@@ -39,6 +39,9 @@ sys.path.append(str(Path(__file__).parents[1] / "examples"))
 from moe_lm import SIZES, Experts, Model, Size
 
 RANKS, WARM = 2, 3
+TURNS = 4
+"""How often kinds of experts take turns in launching some steps."""
+
 AHEAD = 120_000_000
 """Cycles that the device sleeps while the host launches a step."""
 
@@ -130,48 +133,68 @@ class Rank:
             capacity=int(ROOM * size.tokens * size.choices), differ=differ,
         )  # fmt: skip
 
-    def step(self, kind: str, *, own_thread: bool) -> tuple[float, float, float]:
-        """Milliseconds of the forward pass, of the backward pass (in a thread of its own?), and of launching both."""
-        layers = self.layers[kind]
-        for block, experts in zip(self.model.blocks, layers, strict=True):
+    def use(self, kind: str) -> None:
+        """Have the model use experts of a kind."""
+        for block, experts in zip(self.model.blocks, self.layers[kind], strict=True):
             block.experts = experts
-        begin, middle, end = (torch.cuda.Event(enable_timing=True) for _ in range(3))
-        torch.cuda._sleep(AHEAD)
-        start = perf_counter()
-        begin.record()
-        if isinstance(first := layers[0], FullyShardedExperts):
+
+    def forward(self) -> Tensor:
+        if isinstance(first := self.model.blocks[0].experts, FullyShardedExperts):
             with torch.autocast("cuda", torch.bfloat16):
                 first.prefetch()
-        loss = self.model(self.text)
-        middle.record()
-        with torch.autograd.set_multithreading_enabled(own_thread):
-            loss.backward()
-        end.record()
-        launched = 1e3 * (perf_counter() - start)
+        loss: Tensor = self.model(self.text)
+        return loss
+
+    def end_step(self) -> None:
         torch.cuda.synchronize()
         for exchange in self.exchanges:
             exchange.check()
         self.model.zero_grad()
-        return begin.elapsed_time(middle), middle.elapsed_time(end), launched
+
+    def time_of_device(self, kind: str) -> tuple[float, float]:
+        """Milliseconds of the forward pass and of the backward pass."""
+        self.use(kind)
+        begin, middle, end = (torch.cuda.Event(enable_timing=True) for _ in range(3))
+        torch.cuda._sleep(AHEAD)
+        begin.record()
+        loss = self.forward()
+        middle.record()
+        loss.backward()
+        end.record()
+        self.end_step()
+        return begin.elapsed_time(middle), middle.elapsed_time(end)
+
+    def time_of_host(self, kind: str, *, own_thread: bool) -> float:
+        """Milliseconds until both passes are launched, the backward pass by autograd's own thread or by this one."""
+        self.use(kind)
+        begin = perf_counter()
+        loss = self.forward()
+        with torch.autograd.set_multithreading_enabled(own_thread):
+            loss.backward()
+        launched = perf_counter()
+        self.end_step()
+        return 1e3 * (launched - begin)
 
     def measure(self, steps: int) -> list[dict[str, Any]]:
         """A row for each kind of experts, which take turns."""
-        times: dict[tuple[str, bool], list[tuple[float, float, float]]] = {
-            (kind, own_thread): [] for kind in self.layers for own_thread in (False, True)
-        }
+        device: dict[str, list[tuple[float, float]]] = {kind: [] for kind in self.layers}
         for _ in range(WARM + steps):
-            for (kind, own_thread), taken in times.items():
-                taken.append(self.step(kind, own_thread=own_thread))
+            for kind, taken in device.items():
+                taken.append(self.time_of_device(kind))
+        host: dict[tuple[str, bool], list[float]] = {}
+        for turn in range(TURNS):
+            for kind in self.layers:
+                for own_thread in (turn % 2 == 0, turn % 2 == 1):
+                    # The first begins with memory as another kind has left it.
+                    taken_here = [self.time_of_host(kind, own_thread=own_thread) for _ in range(1 + steps // 2)]
+                    host.setdefault((kind, own_thread), []).extend(taken_here[1:])
         rows = []
-        for kind in self.layers:
-            taken = times[kind, False][WARM:]
-            forward, backward, host = (statistics.median(each) for each in zip(*taken, strict=True))
-            whole = statistics.median(forward + backward for forward, backward, _ in taken)
-            threads = statistics.median(host for *_, host in times[kind, True][WARM:])
-            rows.append(
-                {"experts": kind, "forward_ms": forward, "backward_ms": backward, "both_ms": whole}
-                | {"host_ms": host, "host_own_thread_ms": threads}
-            )
+        for kind, taken in device.items():
+            forward, backward = (statistics.median(each) for each in zip(*taken[WARM:], strict=True))
+            row = {"experts": kind, "forward_ms": forward, "backward_ms": backward}
+            row |= {"both_ms": statistics.median(map(sum, taken[WARM:]))}
+            row |= {"host_ms": statistics.median(host[kind, False])}
+            rows.append(row | {"host_own_thread_ms": statistics.median(host[kind, True])})
         for row in rows:
             row["of_resident"] = row["both_ms"] / rows[0]["both_ms"]
         return rows
