@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar
@@ -26,7 +28,7 @@ from moeplan.runtime_client.device.break_even import measure_transfer
 from moeplan.runtime_client.device.exchange import DeviceExchange, SlotsOfLayouts
 from moeplan.runtime_client.device.shard_memory import ShardMemory
 from moeplan.runtime_client.errors import LayoutMismatchError, MissedPassError, PassError, RouterError
-from moeplan.runtime_client.group import ExpertGroup
+from moeplan.runtime_client.group import ExpertGroup, switched_to
 from moeplan.runtime_client.layers.expert_layer import ExpertLayer
 from moeplan.runtime_client.layers.feed_forward import ExpertShape
 from moeplan.runtime_client.layers.resident import ResidentExperts
@@ -515,6 +517,26 @@ def beside_an_all_reduce(ranks: Ranks) -> str:
     return "the same bits as without"
 
 
+def streams_nest(ranks: Ranks) -> str:
+    """Layers switch to the streams that they share within each other, and in several threads at a time."""
+    stream, both_in = torch.cuda.Stream(ranks.device), threading.Barrier(2)
+
+    def enter(_: int) -> None:
+        torch.cuda.set_device(ranks.device)
+        before = torch.cuda.current_stream()
+        with switched_to(stream):
+            both_in.wait()
+            with switched_to(stream):
+                assert torch.cuda.current_stream() == stream
+            assert torch.cuda.current_stream() == stream
+            both_in.wait()
+        assert torch.cuda.current_stream() == before
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(enter, range(2)))
+    return "within each other and in two threads"
+
+
 def loan_has_a_price(ranks: Ranks) -> str:
     _, own, exchange = ranks.layers()
     price = measure_transfer(exchange)
@@ -670,10 +692,11 @@ def sharded_layouts_differ(ranks: Ranks) -> str:
 
 
 CHECKS = (
-    sharded_equals_nccl, sharded_in_flight, sharded_host_is_free, sharded_layouts_differ, copies_equal_nccl,
-    copies_lend, copies_in_flight, copies_beside_products, copies_miss_a_rank, equals_nccl, rounds_equal_nccl,
-    many_rows_equal_nccl, deterministic, in_flight, host_is_free, beside_an_all_reduce, replays, captured_steps_train,
-    others_do_not_replay, loan_has_a_price, bad_router, too_many_tokens, too_little_room, other_layer, rank_missing,
+    streams_nest, sharded_equals_nccl, sharded_in_flight, sharded_host_is_free, sharded_layouts_differ,
+    copies_equal_nccl, copies_lend, copies_in_flight, copies_beside_products, copies_miss_a_rank, equals_nccl,
+    rounds_equal_nccl, many_rows_equal_nccl, deterministic, in_flight, host_is_free, beside_an_all_reduce, replays,
+    captured_steps_train, others_do_not_replay, loan_has_a_price, bad_router, too_many_tokens, too_little_room,
+    other_layer, rank_missing,
 )  # fmt: skip
 
 

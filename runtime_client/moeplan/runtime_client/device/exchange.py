@@ -454,7 +454,8 @@ class DeviceExchange:
     def fetch(self, route: Route, lent: Tensor, after: torch.cuda.Event | None) -> torch.cuda.Event | None:
         """Begin to fetch borrowed experts, which their owners have begun to offer.
 
-        Parts of experts with several borrowers come from these, once all ranks have fetched theirs.
+        Parts of experts with several borrowers, of which there are none on two ranks, come from these, once all ranks
+        have fetched theirs.
 
         Args:
             route: Of the pass.
