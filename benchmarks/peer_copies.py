@@ -178,7 +178,7 @@ def measure(gather: Gather, arriving: int, device: torch.device, left: Tensor, r
     alone = products()
     torch.cuda.synchronize()
     dist.barrier()
-    for _ in range(int(2e-3 * alone / each) + 2):
+    for _ in range(int(2e-3 * slowest(alone, device) / each) + 2):  # as many on all ranks, or collectives hang
         gather(stream)
     beside = products()
     torch.cuda.synchronize()
