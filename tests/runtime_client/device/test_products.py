@@ -163,6 +163,32 @@ def owned_parts(seed: int) -> None:
         assert_apart(expected.flatten(1), out.flatten(1), Owned(total, line, begin, scale))
 
 
+def beside_lent(seed: int) -> None:
+    """Parts go elsewhere for experts at home alone; lent ones are in any distance, by the same products."""
+    torch.manual_seed(seed)
+    owned, spare, height, width = 3, 2, 16, 24
+    shape = AnswerShape(5, 3, owned, spare)
+    products = Products(shape, CPU, most=1000)
+    rows, places = drawn(np.random.default_rng(seed), [9, 5, 0, 7, 12])
+    left, right = filled(rows, places, height), filled(rows, places, width)
+    answer = torch.zeros(shape.words, dtype=torch.int32)
+    answer[BORROWED] = spare
+    rows = replace(rows, answer=answer)
+    exact = torch.stack([left[place].T @ right[place] for place in places])
+    line = torch.tensor([2, -1, 0, 1, 1], dtype=torch.int32)  # behind the first three: what must not be read
+    for room in (0, 8):
+        home = torch.full((owned, height, width), 7.0)
+        lent = torch.full((spare, height * width + room), 7.0)[:, : height * width].unflatten(1, (height, width))
+        products.differentiate(left, right, rows, home, lent, scale=0.5)
+        torch.testing.assert_close(lent, exact[owned:], rtol=1e-4, atol=1e-4)
+        lent.fill_(7.0)
+        total = torch.full((owned, 40), -7.0)
+        products.differentiate(left, right, rows, home, lent, scale=0.5, owned=Owned(total, line[:owned], 8, 2.0))
+        torch.testing.assert_close(lent, exact[owned:], rtol=1e-4, atol=1e-4)
+        assert (total[1] == -7.0).all()
+        torch.testing.assert_close(total[[2, 0]], exact[[0, 2]].flatten(1)[:, 8:48], rtol=1e-4, atol=1e-4)
+
+
 def assert_apart(known: Tensor, found: Tensor, owned: Owned) -> None:
     """The parts of gradients [replicas, elements] are where they belong, scaled, and nothing else has been written."""
     total, line, begin, part = owned.total, owned.line, owned.begin, owned.total.shape[1]
@@ -263,6 +289,7 @@ def products_of_all(seeds: range) -> None:
         products_of(seed)
         heavy_experts(seed)
         owned_parts(seed)
+    beside_lent(0)
     for most in (31, 32):
         few_rows(most)
     assert sum(many_tiles(seed) for seed in seeds) > len(seeds) // 2

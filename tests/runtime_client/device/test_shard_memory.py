@@ -290,30 +290,41 @@ def test_ranks_are_shown_what_they_may_gather(ranks: Launch, tmp_path: Path) -> 
         assert found == 2 * [*of_others[rank], *range(EXPERTS)]
 
 
-def changes(folder: Path, kind: str) -> None:
-    """What a pass reads may change before a reentrant checkpoint runs it again; on some ranks it was shown already."""
-    gloo, own, _ = make_layers(folder, count=1, slots=EXPERTS + 2)
+def changes(folder: Path, kind: str) -> bool:
+    """What a pass reads may change before a reentrant checkpoint runs it again; on some ranks it was shown already.
+
+    Returns:
+        Whether ranks were shown experts anew.
+    """
+    gloo, own, memory = make_layers(folder, count=1, slots=EXPERTS + 2)
     first = Layout(np.array([[0, 1, 2], [3, 4, -1]], np.int32), EXPERTS)
     others = {"swapped": [[3, 4, -1], [0, 1, 2]], "grown": [[0, 1, 2], [2, 3, 4]]}
-    found = []
+    lender = QuotaPlanner(SpillOptions.uniform(EXPERTS, 2, 2), 2)
+    found, met = [], 0
     for layers in (gloo, own):
         layers[0].layout = first
+        layers[0].planner = lender if kind == "lent no more" else None
         hidden, index, weight, gradient = batch(0)
         hidden.requires_grad_()
         output = checkpoint(layers[0], hidden, index, weight, use_reentrant=True)
-        if kind == "lent":
-            layers[0].planner = QuotaPlanner(SpillOptions.uniform(EXPERTS, 2, 2), 2)
-        else:
+        if kind in others:
             layers[0].layout = Layout(np.array(others[kind], np.int32), EXPERTS)
+        elif kind == "loaded":
+            layers[0].load_experts(0, torch.arange(EXPERTS * SHAPE.elements).view(EXPERTS, -1) / 500)
+        else:
+            layers[0].planner = lender if kind == "lent" else None
+        met = memory.meetings
         output.backward(gradient)
         assert hidden.grad is not None
         found.append([output.detach(), hidden.grad, *gradients(layers)])
     assert_same(*found)
+    return memory.meetings > met
 
 
-@pytest.mark.parametrize("kind", ["swapped", "grown", "lent"])
+@pytest.mark.parametrize("kind", ["swapped", "grown", "lent", "lent no more", "loaded"])
 def test_a_reentrant_checkpoint_runs_by_the_layout_of_now(ranks: Launch, tmp_path: Path, kind: str) -> None:
-    ranks(2, changes, tmp_path, kind, timeout_s=100)
+    anew = kind != "lent no more"  # then all had been shown
+    assert ranks(2, changes, tmp_path, kind, timeout_s=100) == [anew, anew]
 
 
 def steps_within(folder: Path) -> None:

@@ -454,8 +454,7 @@ class DeviceExchange:
     def fetch(self, route: Route, lent: Tensor, after: torch.cuda.Event | None) -> torch.cuda.Event | None:
         """Begin to fetch borrowed experts, which their owners have begun to offer.
 
-        Parts of experts with several borrowers, of which there are none on two ranks, come from these, once all ranks
-        have fetched theirs.
+        Parts of experts with several borrowers come from these, once all ranks have fetched theirs.
 
         Args:
             route: Of the pass.
@@ -471,7 +470,7 @@ class DeviceExchange:
         way = self.offered, self.lent, lent, route.answer, self.peers, self.group.rank
         with beside(self.device, after):
             launch.fetch(blocks, *way)
-            if self.group.size > 2:
+            if self.group.size > 2:  # or no expert has several borrowers
                 launch.meet_borrowers((1, 1, 1), *self._signals_beside, route.answer)
                 launch.fetch_others(blocks, *way)
             return mark(self.device)

@@ -237,7 +237,7 @@ def keep(
     PART: tl.constexpr,
     SCALE: tl.constexpr,
 ) -> None:
-    """`write` a tile where the gradient of its expert belongs, with those of others at home or of borrowed ones."""
+    """`write` a tile to the gradient of its expert: among those of experts at home, or of borrowed ones."""
     if BORROWED >= 0 and expert >= home:
         place = (expert - home).to(tl.int64) * APART
         write(tile, lent + place, row, column, MORE, HEIGHT, WIDTH, total, line, 0, 0, 1.0)
@@ -320,7 +320,7 @@ def differentiate(
                 cut = tl.sum((heavy & (lane == expert)).to(tl.int32)) * parts
                 here += tl.sum((heavy & (lane < expert)).to(tl.int32)) * last
         sent = (expert >= home).to(tl.int32)
-        for loan in range(tl.load(answer + LENT)):
+        for loan in range(tl.load(answer + LENT, mask=expert < home, other=0)):
             sent += (tl.load(answer + loans + _LOAN * loan) == expert).to(tl.int32)
         factor = tl.where(sent > 0, 1.0, scale)
         own = tl.full([], -1, tl.int64)

@@ -153,13 +153,13 @@ class Products:
             right: [rows, width].
             rows: Which belong to which expert: to those at home, and behind them to lent ones.
             home: [replicas, height, width], out, in any distance: of the experts at home; None if `rows` has none.
-            lent: [spare, height, width], out, likewise: of the lent ones, as many as are borrowed; None if `rows` has
-                none.
+            lent: [spare, height, width], out, likewise: of the lent ones, as many as are borrowed; None if there are
+                none, or theirs are not wanted.
             scale: What gradients of experts at home are multiplied by, but for those that are lent.
             more: Whether they are added to what is there.
             owned: Where parts of those at home go instead; not with `more`.
         """
-        to = [part for part in (home, lent) if part is not None]
+        to = [part for part in (home, lent) if part is not None]  # one stands in for the other, and is not written so
         height, width = to[0].shape[1:]
         tiles, spares = self._tiles, lent is not None
         low, part, factor = 0, 0, 1.0
