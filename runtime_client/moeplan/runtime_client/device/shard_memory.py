@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Protocol
@@ -329,13 +330,16 @@ class ShardMemory:
 
     def room_for(self, shard: Tensor) -> Tensor:
         """Memory like a shard for its gradient, that products may write parts of which are whole, for `give_back`."""
-        if self.returning is None:
-            return torch.empty_like(shard, requires_grad=False)
-        with switched_to(self.returning):
-            room = torch.empty_like(shard, requires_grad=False)
-        # That stream may still read what was there before, which autograd has let go: it adds to earlier gradients.
-        torch.cuda.current_stream(self.device).wait_stream(self.returning)
+        room = self._like(shard)
+        if self.returning is not None:
+            # That stream may still read what was there before, which autograd has let go: it adds to earlier gradients.
+            torch.cuda.current_stream(self.device).wait_stream(self.returning)
         return room
+
+    def _like(self, shard: Tensor) -> Tensor:
+        """Memory for the gradient of a shard, of the stream that adds it up."""
+        with nullcontext() if self.returning is None else switched_to(self.returning):
+            return torch.empty_like(shard, requires_grad=False)
 
     def give_back(
         self, gradients: Sequence[Tensor], placed: Placed, like: Tensor, scale: float = 1.0, total: Tensor | None = None
@@ -360,7 +364,7 @@ class ShardMemory:
         arrived, addresses = self._rooms[self._returns % _ROOMS]
         self.release()
         added = self._all_experts if total is None else placed.shared
-        total = self.room_for(like) if total is None else total
+        total = self._like(like) if total is None else total
         with on_stream(line.stream):
             self._sending(addresses, placed.begin, gradients).start(line.stream)
             # Before it, all ranks have added up what was in the other room, so that they may write there afterwards.
