@@ -129,7 +129,7 @@ class Model(nn.Module):
 
 def backward(loss: Tensor, shared: Sequence[nn.Parameter], group: ExpertGroup) -> None:
     """Gradients of the mean loss over the ranks; those of experts hold the tokens of all ranks already."""
-    # In this thread: launched by one of autograd's own, a step of `large` takes the host 2 to 7 ms longer.
+    # In this thread: launched by one of autograd's own, a step of `large` takes the host 4 to 7 ms longer.
     with torch.autograd.set_multithreading_enabled(False):
         (loss / group.size).backward()
     flat = torch.cat([weight.grad.flatten() for weight in shared if weight.grad is not None])

@@ -321,7 +321,7 @@ def switched_to(stream: torch.cuda.Stream) -> AbstractContextManager[Any]:
 
     As `torch.cuda.stream`, which takes the host some 10 us, several times a layer.
     """
-    if not hasattr(stream, "__enter__"):  # before torch 2.7 or so
+    if not hasattr(stream, "__enter__"):  # in older torch
         return torch.cuda.stream(stream)
     # An object for this use: it keeps what was current before, and so can be entered once, by one thread.
     number, index, kind = stream.stream_id, stream.device_index, stream.device_type
