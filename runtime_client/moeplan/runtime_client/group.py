@@ -7,7 +7,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import cache
@@ -316,11 +316,13 @@ def on_stream(stream: torch.cuda.Stream | None, after: torch.cuda.Event | None =
         yield
 
 
-def switched_to(stream: torch.cuda.Stream) -> AbstractContextManager[Any]:
-    """Queue what follows on a stream, which waits for nothing.
+def switched_to(stream: torch.cuda.Stream | None) -> AbstractContextManager[Any]:
+    """Queue what follows on a stream, which waits for nothing; None: where it is.
 
     As `torch.cuda.stream`, which takes the host some 10 us, several times a layer.
     """
+    if stream is None:
+        return nullcontext()
     if not hasattr(stream, "__enter__"):  # in older torch
         return torch.cuda.stream(stream)
     # An object for this use: it keeps what was current before, and so can be entered once, by one thread.

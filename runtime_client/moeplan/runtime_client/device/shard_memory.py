@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Protocol
@@ -338,7 +337,7 @@ class ShardMemory:
 
     def _like(self, shard: Tensor) -> Tensor:
         """Memory for the gradient of a shard, of the stream that adds it up."""
-        with nullcontext() if self.returning is None else switched_to(self.returning):
+        with switched_to(self.returning):
             return torch.empty_like(shard, requires_grad=False)
 
     def give_back(

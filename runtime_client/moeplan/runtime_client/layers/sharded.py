@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
@@ -549,7 +548,7 @@ class _Pass:
         memory = self.layer.memory
         returning = None if memory is None else memory.returning
         # Its backward runs on the stream of its forward, so that no other waits for the gradients.
-        with nullcontext() if returning is None else switched_to(returning):
+        with switched_to(returning):
             weights = self.layer._weights_of_pass(scaled=memory is not None)
             landed: Tensor = _Land.apply(weights, self)  # type: ignore[no-untyped-call]
         return landed
