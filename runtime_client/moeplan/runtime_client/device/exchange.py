@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from moeplan.runtime_client.device.desk import ABORTED, ANSWERED, LAYER, REQUEST, TOLD
 from moeplan.runtime_client.device.expert import Expert, matrix_sizes
-from moeplan.runtime_client.device.launches import Launch, is_captured
+from moeplan.runtime_client.device.launches import Launch, blocks_beside, is_captured, lanes, power_of_2, processors
 from moeplan.runtime_client.device.layout_plans import LayoutPlans
 from moeplan.runtime_client.device.mailbox import Mailbox, Planning, Turn
 from moeplan.runtime_client.device.memory import SymmetricMemory, places, symmetric_memory
@@ -30,6 +30,9 @@ __all__ = ["DeviceExchange", "Route", "SlotsOfLayouts"]
 
 _LENDERS = 128
 """Blocks that move lent experts and their gradients: as many as it takes to fill a link with reads from another GPU."""
+
+_CHUNK = 128
+"""Choices whose order a block finds by comparing all with all."""
 
 _ELEMENTS = 8192
 """Elements of tokens that a block moves at a time."""
@@ -216,10 +219,10 @@ class DeviceExchange:
         self._signals = self.state, self.flags, *told
         self._signals_beside = self.state_beside, self.flags_beside, *told
         self._lenders = _LENDERS if device.type == "cuda" else 1
-        self._blocks, self._few = _kernels().processors(device), _kernels().blocks_beside(device)
+        self._blocks, self._few = processors(device), blocks_beside(device)
         self._wide, self._narrow = _tile(hidden, _ELEMENTS), _tile(hidden, _ELEMENTS // 2)
         self._inner = _tile(shape.width, _ELEMENTS // 4)  # of several tensors at once
-        self._piece = min(_MOVED, _kernels().power_of_2(shape.elements))
+        self._piece = min(_MOVED, power_of_2(shape.elements))
         self._launches = self._make_launches()
         self.products = Products(self.mailbox.shape, device, self.span)
 
@@ -349,7 +352,7 @@ class DeviceExchange:
         launch, mailbox, shape = self._launches, self.mailbox, self.mailbox.shape
         self._is_captured |= is_captured(index)
         pairs = index.numel()
-        chunks, columns = -(-pairs // _kernels().CHUNK), shape.experts + 2
+        chunks, columns = -(-pairs // _CHUNK), shape.experts + 2
         self._turns[turn.layer] = turn
         told = self._nothing_told if turn.layout is None else turn.layout
         if turn.checks:
@@ -584,9 +587,12 @@ class DeviceExchange:
 
     def _make_launches(self) -> SimpleNamespace:
         """Every kernel with its constants."""
-        kernels, shape, answer = _kernels(), self.shape, self.mailbox.shape
-        size, item = self.group.size, self.dtype.itemsize
-        lanes = {"RANKS": size, "LANES": kernels.lanes(size)}
+        # They need Triton, which is not everywhere.
+        from moeplan.runtime_client.device import loan_kernels, plan_kernels, signal_kernels, token_kernels
+        from moeplan.runtime_client.device.activation_kernels import activate, activate_backward
+
+        shape, answer, size, item = self.shape, self.mailbox.shape, self.group.size, self.dtype.itemsize
+        ranks = {"RANKS": size, "LANES": lanes(size)}
         experts, columns = answer.experts, answer.experts + 2
         table = self.mailbox.table.numel()
         way = {"WIDTH": shape.hidden, "EACH": 16 // item}
@@ -598,68 +604,69 @@ class DeviceExchange:
         rounds = {"AWAY": self.rounds * self.span, "SPAN": self.span}
 
         def meet_for_loans(replicas: int) -> Launch:
-            return Launch(kernels.meet_for_loans, 1, **lanes, MOST=MOST, REPLICAS=replicas)
+            return Launch(signal_kernels.meet_for_loans, 1, **ranks, MOST=MOST, REPLICAS=replicas)
 
         def hand_out(again: bool) -> Launch:
             return Launch(
-                kernels.hand_out, 8, CHOICES=self.choices, TOKENS=self.max_tokens, **way, ROWS=self.rows,
+                token_kernels.hand_out, 8, CHOICES=self.choices, TOKENS=self.max_tokens, **way, ROWS=self.rows,
                 SPAN=self.span, AGAIN=again, FULLEST=FULLEST, **self._wide,
             )  # fmt: skip
 
         def fetch(others: bool) -> Launch:
             return Launch(
-                kernels.fetch, 4, **moved, BORROWED=BORROWED, SHARED=answer.shared, SHARERS=answer.sharers,
+                loan_kernels.fetch, 4, **moved, BORROWED=BORROWED, SHARED=answer.shared, SHARERS=answer.sharers,
                 OWNERS=answer.owners, OTHERS=others, **piece,
             )  # fmt: skip
 
         def arrange(backward: bool) -> Launch:
             return Launch(
-                kernels.arrange, 8, CHOICES=self.choices, GROUP_TOKENS=self.group_tokens, JOINED=self.joined, **rounds,
-                WIDTH=shape.hidden, BACKWARD=backward, **self._wide, ENDS=answer.home_ends, FILLS=answer.fills,
-                OWNED=answer.owned, REPLICAS=answer.owned + answer.spare,
+                token_kernels.arrange, 8, CHOICES=self.choices, GROUP_TOKENS=self.group_tokens, JOINED=self.joined,
+                **rounds, WIDTH=shape.hidden, BACKWARD=backward, **self._wide, ENDS=answer.home_ends,
+                FILLS=answer.fills, OWNED=answer.owned, REPLICAS=answer.owned + answer.spare,
             )  # fmt: skip
 
         def give_back(backward: bool) -> Launch:
             return Launch(
-                kernels.give_back, 8, CHOICES=self.choices, TOKENS=self.max_tokens, GROUP_TOKENS=self.group_tokens,
-                JOINED=self.joined, **rounds, **way, BACKWARD=backward, **self._wide,
+                token_kernels.give_back, 8, CHOICES=self.choices, TOKENS=self.max_tokens,
+                GROUP_TOKENS=self.group_tokens, JOINED=self.joined, **rounds, **way, BACKWARD=backward, **self._wide,
             )  # fmt: skip
 
         return SimpleNamespace(
-            meet=Launch(kernels.meet, 1, **lanes),
+            meet=Launch(signal_kernels.meet, 1, **ranks),
             pause=meet_for_loans(_NEVER),
             meet_for_loans=meet_for_loans(1),
             meet_borrowers=meet_for_loans(2),
-            count=Launch(kernels.count, 4, EXPERTS=experts, COLUMNS=columns, BLOCK=32),
+            count=Launch(plan_kernels.count, 4, EXPERTS=experts, COLUMNS=columns, CHUNK=_CHUNK, BLOCK=32),
             total=Launch(
-                kernels.total, 4, RANKS=size, COLUMNS=columns, ROW=self.mailbox.columns, TOLD=TOLD, BLOCK=16, CHUNKS=256
+                plan_kernels.total, 4, RANKS=size, COLUMNS=columns, ROW=self.mailbox.columns, TOLD=TOLD, BLOCK=16,
+                CHUNKS=256,
             ),
             plan=Launch(
-                kernels.plan, 1, **lanes, TABLE=table, ANSWER=answer.words, REQUEST=REQUEST, LAYER=LAYER,
+                plan_kernels.plan, 1, **ranks, TABLE=table, ANSWER=answer.words, REQUEST=REQUEST, LAYER=LAYER,
                 ANSWERED=ANSWERED, ABORTED=ABORTED, BLOCK=4096,
             ),
             place=Launch(
-                kernels.place, 4, RANKS=size, PAIRS=self.pairs, ROWS=self.rows, EXPERTS=experts, COLUMNS=columns,
-                FIRST=answer.first, BEGIN=answer.begin, TARGET=answer.target, BLOCK=512,
+                plan_kernels.place, 4, RANKS=size, PAIRS=self.pairs, ROWS=self.rows, EXPERTS=experts, COLUMNS=columns,
+                CHUNK=_CHUNK, FIRST=answer.first, BEGIN=answer.begin, TARGET=answer.target, BLOCK=512,
             ),
-            convert=Launch(kernels.convert, 8, **owned, BEGIN=0, END=inner, PIECE=_MOVED),
-            convert_rest=Launch(kernels.convert, 4, **owned, BEGIN=inner, END=shape.elements, PIECE=_MOVED),
+            convert=Launch(loan_kernels.convert, 8, **owned, BEGIN=0, END=inner, PIECE=_MOVED),
+            convert_rest=Launch(loan_kernels.convert, 4, **owned, BEGIN=inner, END=shape.elements, PIECE=_MOVED),
             hand_out=hand_out(again=False),
             hand_again=hand_out(again=True),
-            offer=Launch(kernels.offer, 4, ELEMENTS=shape.elements, **loans, **piece),
+            offer=Launch(loan_kernels.offer, 4, ELEMENTS=shape.elements, **loans, **piece),
             fetch=fetch(others=False),
             fetch_others=fetch(others=True),
             arrange=arrange(backward=False),
             arrange_again=arrange(backward=True),
-            take_back=Launch(kernels.take_back, 4, **moved, **loans, **piece),
+            take_back=Launch(loan_kernels.take_back, 4, **moved, **loans, **piece),
             give_back=give_back(backward=False),
             give_gradients=give_back(backward=True),
             collect=Launch(
-                kernels.collect, 8, CHOICES=self.choices, ROWS=self.rows, **rounds, WIDTH=shape.hidden,
+                token_kernels.collect, 8, CHOICES=self.choices, ROWS=self.rows, **rounds, WIDTH=shape.hidden,
                 ABORTED=ABORTED, **self._narrow,
             ),
-            activate=Launch(kernels.activate, 4, **network),
-            activate_backward=Launch(kernels.activate_backward, 4, **network),
+            activate=Launch(activate, 4, **network),
+            activate_backward=Launch(activate_backward, 4, **network),
         )  # fmt: skip
 
 
@@ -687,12 +694,5 @@ def _require_slots(layouts: SlotsOfLayouts, ranks: int) -> None:
 
 def _tile(width: int, elements: int) -> dict[str, int]:
     """Rows and columns that a block moves at a time."""
-    columns = min(_kernels().power_of_2(width), 1024)
+    columns = min(power_of_2(width), 1024)
     return {"BLOCK": max(elements // columns, 1), "COLUMNS": columns}
-
-
-def _kernels() -> ModuleType:
-    """The module of kernels, which needs Triton."""
-    from moeplan.runtime_client.device import kernels
-
-    return kernels

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Blocks", "Launch", "aligned", "is_captured"]
+__all__ = ["Blocks", "Launch", "aligned", "blocks_beside", "is_captured", "lanes", "power_of_2", "processors"]
 
 
 def aligned(part: Tensor) -> Tensor:
@@ -91,3 +91,23 @@ class Launch:
             run(*grid, stream_of(device), function, metadata, None, None, None, *arguments, *last)
 
         return launch
+
+
+def lanes(ranks: int) -> int:
+    """Lanes of a block that looks at all ranks at once."""
+    return max(power_of_2(ranks), 2)
+
+
+def power_of_2(size: int) -> int:
+    """The smallest power of two that is at least `size`, which is at least 1."""
+    return 1 << (size - 1).bit_length()
+
+
+def processors(device: torch.device) -> int:
+    """Blocks that fill the device when each does many rows; two on CPUs."""
+    return 8 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
+def blocks_beside(device: torch.device) -> int:
+    """Blocks that fill the links to the device's memory, and leave room for others on its processors."""
+    return max(processors(device) // 4, 1)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import triton.language as tl
 
-from moeplan.runtime_client.device.kernels import program
+from moeplan.runtime_client.device.programs import program
 from moeplan.runtime_client.device.routes import LOAN
 
 __all__ = ["differentiate", "multiply", "sum_parts"]

@@ -2,18 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
-import triton
 import triton.language as tl
 
+from moeplan.runtime_client.device.programs import program
+
 __all__ = ["add_replicas", "show", "spoil"]
-
-
-def program(function: Callable[..., Any]) -> Any:
-    """A Triton kernel, compiled once for all numbers."""
-    return triton.jit(function, do_not_specialize=["rank", "begin", "end", "rows"])
 
 
 @program
@@ -73,7 +66,7 @@ def add_replicas(
     rank: tl.tensor,
     begin: tl.tensor,
     end: tl.tensor,
-    rows: tl.tensor,
+    count: tl.tensor,
     EXPERTS: tl.constexpr,
     RANKS: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -96,7 +89,7 @@ def add_replicas(
         after: [end - begin, ...], the other columns.
         order: int64[replicas], replicas by expert.
         start: int64[EXPERTS + 1], where those of each expert begin in `order`.
-        added: int64[rows], the experts.
+        added: int64[count], the experts.
         total: [EXPERTS, WIDTH], out for these; all of it is not a number if a meeting has failed.
         abort: int64, not 0 if one has.
         failed: int64 in memory of the host, out: the same.
@@ -109,7 +102,7 @@ def add_replicas(
     if tl.program_id(0) == 0:
         tl.store(failed, aborted)
     pieces: tl.constexpr = (WIDTH + PIECE - 1) // PIECE
-    experts = tl.where(aborted != 0, EXPERTS, rows)
+    experts = tl.where(aborted != 0, EXPERTS, count)
     for item in range(tl.program_id(0).to(tl.int64), experts * pieces, BLOCKS):
         expert = item // pieces
         expert = tl.load(added + expert, mask=aborted == 0, other=expert)
@@ -136,17 +129,17 @@ def spoil(
     weights: tl.tensor,
     abort: tl.tensor,
     failed: tl.tensor,
-    rows: tl.tensor,
+    count: tl.tensor,
     ROW: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
     """Make the first element of each row not a number if a meeting has failed, and tell the host.
 
     Args:
-        weights: [rows, ROW].
+        weights: [count, ROW].
         abort: int64, not 0 if a meeting has failed.
         failed: int64 in memory of the host, out: the same.
-        rows: Number of rows.
+        count: Number of rows.
     """
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     aborted = tl.load(abort, volatile=True)
@@ -154,4 +147,4 @@ def spoil(
         tl.store(failed, aborted)
     if aborted != 0:
         nothing = tl.full([BLOCK], float("nan"), tl.float32).to(weights.dtype.element_ty)
-        tl.store(weights + row.to(tl.int64) * ROW, nothing, mask=row < rows)
+        tl.store(weights + row.to(tl.int64) * ROW, nothing, mask=row < count)

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moeplan.runtime_client.device.launches import Launch, aligned
+from moeplan.runtime_client.device.launches import Launch, aligned, blocks_beside, lanes
 from moeplan.runtime_client.device.memory import UNIT, SymmetricMemory, places, symmetric_memory
 from moeplan.runtime_client.device.peer_copies import Copies, stretches
 from moeplan.runtime_client.errors import MissedPassError
@@ -121,7 +121,7 @@ class ShardMemory:
             raise ValueError("group of one rank: nothing travels; leave `memory` out")
         if slots < 1:
             raise ValueError(f"slots = {slots}: must be at least 1")
-        from moeplan.runtime_client.device import kernels, shard_kernels  # which need Triton
+        from moeplan.runtime_client.device import shard_kernels  # which needs Triton
 
         self.group, self.experts, self.slots, self.dtype = group, experts, slots, dtype
         self.elements, self.width = elements, -(-elements // group.size)
@@ -148,7 +148,7 @@ class ShardMemory:
         self._held: tuple[Sequence[Tensor], torch.cuda.Event | None] | None = None
         self._add: dict[tuple[torch.dtype, int, int, int, float], Launch] = {}
         self._add_replicas = shard_kernels.add_replicas
-        self._blocks = kernels.blocks_beside(self.device)
+        self._blocks = blocks_beside(self.device)
         sizes = {"EXPERTS": experts, "RANKS": size, "WIDTH": self.width, "BLOCKS": self._blocks, "PIECE": _PIECE}
         self._show, self._show_own = (Launch(shard_kernels.show, 8, SHOWN=shown, **sizes) for shown in (False, True))
         self._all_wanted = torch.ones(experts, dtype=torch.bool, device=self.device)
@@ -420,7 +420,7 @@ class _Line:
     """Transfers of one kind, which follow one another on a stream of their own, and meetings of all ranks between."""
 
     def __init__(self, shared: SymmetricMemory, flags: Tensor, abort: Tensor, rank: int, limit_ns: int) -> None:
-        from moeplan.runtime_client.device import kernels  # which need Triton
+        from moeplan.runtime_client.device import signal_kernels  # which needs Triton
 
         device = flags.device
         # Before others, as few blocks of theirs keep other ranks waiting.
@@ -428,7 +428,7 @@ class _Line:
         self.meetings = 0
         state = torch.zeros(1, dtype=torch.int64, device=device)
         self._signals = (state, flags, abort, shared.peers, rank, limit_ns)
-        self._launch = Launch(kernels.meet, 1, RANKS=len(flags), LANES=kernels.lanes(len(flags)))
+        self._launch = Launch(signal_kernels.meet, 1, RANKS=len(flags), LANES=lanes(len(flags)))
 
     def meet(self) -> None:
         """All ranks: what their kernels and copies on this line wrote before, all see after."""
