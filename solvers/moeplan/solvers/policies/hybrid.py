@@ -9,7 +9,7 @@
 4. Local search (see `search.local`, or `search.even` where every replica takes an even share) from the best of them;
    where it stalls, large neighbourhoods (see `neighbourhoods`), or other numbers of replicas (see `search.recount`)
    where every replica takes an even share; and one step of a stronger bound, or if asked for, all of them (see
-   `configurations`).
+   `exact.stronger_bounds`).
 5. Interchangeable devices are renamed so that the fewest replicas move. A limit of moves holds throughout: a
    construction that exceeds it is cut to the arrivals that it may have, and the search never steps over it.
 6. One load vector says nothing of how loads change. Where no layout is in force, a short search on it and on a
@@ -19,40 +19,38 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import chain, count, islice
 
 import numpy as np
 
-from moeplan.solvers.construct import sliding_window as window
-from moeplan.solvers.construct.fill import fill
-from moeplan.solvers.construct.packing import pack, swap
-from moeplan.solvers.construct.partition import grouping
 from moeplan.solvers.construct.regions import divisions, narrowings
 from moeplan.solvers.construct.repair import repair, table
-from moeplan.solvers.construct.replica_counts import adams_replicas
-from moeplan.solvers.construct.tiers import tiered
-from moeplan.solvers.exact import configurations
 from moeplan.solvers.exact.model import Effort
 from moeplan.solvers.exact.of_problem import any_layout, proven_by, whole
 from moeplan.solvers.exact.run import building_s, run
+from moeplan.solvers.exact.stronger_bounds import stronger_bounds
 from moeplan.solvers.objective import score as scores
+from moeplan.solvers.objective.judging import judged, reordered, rule_of, score_of
 from moeplan.solvers.plan.parameters import SolveParameters
 from moeplan.solvers.plan.termination import Termination
-from moeplan.solvers.policies.base import base
-from moeplan.solvers.policies.eplb import eplb
-from moeplan.solvers.policies.flexmoe import flexmoe
-from moeplan.solvers.policies.laer import laer
 from moeplan.solvers.policies.registry import ALL_LIMITS, Progress, policy
-from moeplan.solvers.policies.static import static
-from moeplan.solvers.policies.symi import symi
+from moeplan.solvers.policies.starts import (
+    BLOCK_STARTS,
+    constructions,
+    current_layouts,
+    of_block,
+    of_regions,
+    repairs,
+    widened,
+    window_applies,
+    window_layout,
+)
 from moeplan.solvers.problem.arrays import Bool, Float64, Int32, Int64
-from moeplan.solvers.problem.clock import NEVER, end_of, time_now
-from moeplan.solvers.problem.cluster import Cluster
+from moeplan.solvers.problem.clock import end_of, time_now
 from moeplan.solvers.problem.demand import Demand
 from moeplan.solvers.problem.errors import ProblemError
-from moeplan.solvers.problem.even_bounds import places_bound
 from moeplan.solvers.problem.forecast import drifted
 from moeplan.solvers.problem.layout import EMPTY, Layout, placed_in
 from moeplan.solvers.problem.limit_kernels import limit_arrays
@@ -68,29 +66,14 @@ from moeplan.solvers.search.neighbourhoods import neighbour
 from moeplan.solvers.search.recount import recounted
 from moeplan.solvers.search.rooms import Room, rooms
 from moeplan.solvers.split.flow import optimal_quota
-from moeplan.solvers.split.memory import best_quota, planning_speed, token_caps
-from moeplan.solvers.split.rules import Split, split
+from moeplan.solvers.split.memory import memory_limited, planning_speed
+from moeplan.solvers.split.rules import Split
 
 SEARCHED = (SplitRule.OPTIMAL, SplitRule.EVEN)
 """Rules that the local search knows."""
 
 EVEN_PER_CANDIDATE = 8
 """Layouts whose even split is scored for one candidate of the work limit: nothing needs to be split anew."""
-
-TIERS = (2, 4, 8)
-"""Tiers of experts between which spare slots are shifted, for an even split."""
-
-MOST_FOR_BASE = 1_024
-"""Slots up to which BASE's layout is tried: its linear assignment takes their cube, minutes for ten thousand."""
-
-BASE_S, BASE_FROM_SOURCES_S = 1.2e-9, 6e-9
-"""Seconds that it takes for each slot, device and expert, and where it looks at where tokens come from."""
-
-PUBLISHED_TAKE = 2
-"""Time that the slowest published policies take over that of longest-first packing with swaps; but for `base`."""
-
-ROUNDS = 1_000
-"""Most exchanges of a construction's own descent, or the number of experts where there are more."""
 
 PRICED = 0.3
 """Part of a search with limited moves during which arrivals cost something, so that the most useful ones come first: at
@@ -120,9 +103,6 @@ score."""
 
 IN_BLOCKS = 400
 """Candidates for each block of a large cluster."""
-
-BLOCK_STARTS = 4
-"""Constructions of each, the first ones."""
 
 BLOCK_GAP = 1e-3
 """Distance from its bound at which a block is good enough."""
@@ -183,9 +163,9 @@ def hybrid(problem: Problem, parameters: SolveParameters) -> Iterator[Progress]:
     start = time.perf_counter()
     deadline = None if parameters.deadline_s is None else start + parameters.deadline_s
     kept = _with_groups(problem)
-    if kept.demand.scenarios == 1 and kept.current is None and _perfect(kept) and _window_applies(kept):
+    if kept.demand.scenarios == 1 and kept.current is None and _perfect(kept) and window_applies(kept):
         state = _Search(kept, parameters, deadline)
-        state.take(_window(kept, end_of(deadline)))  # perfect, by the theorem
+        state.take(window_layout(kept, end_of(deadline)))  # perfect, by the theorem
         yield state.progress()
         state.widen()
         yield state.progress()
@@ -268,7 +248,7 @@ class _Search:
     @property
     def _time_for_proof(self) -> bool:
         """True if a first step of a stronger bound, which halves the gap as a rule, applies and fits into the time."""
-        return self._time_for(FIRST_PROOF_S) and _rule(self.problem) in SEARCHED
+        return self._time_for(FIRST_PROOF_S) and rule_of(self.problem) in SEARCHED
 
     def _time_for(self, seconds: float) -> bool:
         """True if more than so much time is left."""
@@ -282,7 +262,7 @@ class _Search:
             known = self._divided[1] if self._divided is not None and self._divided[0] is self.best else None
             if self.problem.current is not None:
                 keep_slots(self.problem.current.slots, slots)
-                known = None if known is None else _reordered(known, self.best, slots)
+                known = None if known is None else reordered(known, self.best, slots)
             self._shown, self._shown_split = Layout(slots, self.problem.experts), known
         return Progress(self._shown, self.bound, self.ended, self._shown_split)
 
@@ -319,7 +299,7 @@ class _Search:
         if self.best is None:  # what is only preferred was not found
             return
         yield from self.in_blocks()
-        if _rule(self.problem) in SEARCHED:  # constructions are judged by any
+        if rule_of(self.problem) in SEARCHED:  # constructions are judged by any
             yield from self.search()
 
     def construct(self) -> Iterator[Progress]:
@@ -327,7 +307,7 @@ class _Search:
         if not self.limits.simple or _lost(problem) or _crowded(problem):
             yield from self._within_limits()
             return
-        for slots in chain(_starts(problem), self._constructions(problem, self._construct_by)):
+        for slots in chain(current_layouts(problem), self._constructions(problem, self._construct_by)):
             for within in self._within_moves(slots):
                 if self.take(within):
                     yield self.progress()
@@ -337,8 +317,8 @@ class _Search:
                 break
 
     def _constructions(self, problem: Problem, deadline: float | None) -> Iterator[Int32]:
-        """`_constructions` of the problem, or of one like it."""
-        for slots in _constructions(problem, self.parameters, deadline):
+        """`constructions` of the problem, or of one like it."""
+        for slots in constructions(problem, self.parameters, deadline):
             self.constructed = True
             yield slots
 
@@ -346,14 +326,14 @@ class _Search:
     def _tried_enough(self) -> bool:
         """True if no further construction is worth its time; where none fits, the search for one needs some of it."""
         part = TO_CONSTRUCT**2 if self.preferring else TO_CONSTRUCT
-        if self.best is None and _rule(self.problem) in SEARCHED and self._spent >= part:
+        if self.best is None and rule_of(self.problem) in SEARCHED and self._spent >= part:
             return True
         return self.score <= self.target or self.late
 
     @property
     def _may_divide(self) -> bool:
         """True if blocks of devices may be planned apart."""
-        anywhere = self.limits.simple and not self.limits.moves_limited and _rule(self.problem) is SplitRule.OPTIMAL
+        anywhere = self.limits.simple and not self.limits.moves_limited and rule_of(self.problem) is SplitRule.OPTIMAL
         return anywhere and divisible(self.problem)
 
     def _after(self, part: float) -> float | None:
@@ -381,8 +361,8 @@ class _Search:
         effort = replace(parameters, work_limit=work, target_gap=max(parameters.target_gap, BLOCK_GAP))
         blocks = []
         for devices, experts in blocks_of(problem, self._end):
-            part = _Search(_of_block(problem, devices, experts), effort, self.deadline)
-            for start in islice(_constructions(part.problem, effort, self.deadline), BLOCK_STARTS):
+            part = _Search(of_block(problem, devices, experts), effort, self.deadline)
+            for start in islice(constructions(part.problem, effort, self.deadline), BLOCK_STARTS):
                 part.take(start)
             blocks.append((devices, experts, part))
             if self.late:
@@ -434,7 +414,7 @@ class _Search:
         for slots, limits in (
             repaired
             for wanted in chain(current, self._constructions(problem, self.deadline))
-            for repaired in _repairs(problem, wanted, lambda: self._balance_by(part), near=divided)
+            for repaired in repairs(problem, wanted, lambda: self._balance_by(part), near=divided)
         ):
             if self.take(slots):
                 self.limits = limits
@@ -448,13 +428,13 @@ class _Search:
         Each division is searched a little before it is judged: a region with fewer slots to spare is worse until then.
         """
         problem = self.problem
-        if self.limits.regions == 1 or self.limits.moves_limited or _rule(problem) not in SEARCHED:
+        if self.limits.regions == 1 or self.limits.moves_limited or rule_of(problem) not in SEARCHED:
             return
         if _memory_limited(problem):  # which regions made without it would not fit
             return
         for region in divisions(problem, self._after(TO_DIVIDE)):
             limits = problem.limits.narrowed(region)
-            wanted = _of_regions(problem, region, self.parameters, self.deadline)
+            wanted = of_regions(problem, region, self.parameters, self.deadline)
             slots = repair(problem, limits, wanted, stay=False)
             if slots is None:
                 continue
@@ -478,7 +458,7 @@ class _Search:
         """Where memory is tight, layouts that leave slots empty; where nothing fits yet, a search for what does."""
         problem, end = self.problem, self._give_up
         ways = []
-        for room in rooms(problem) if _rule(problem) in SEARCHED else ():
+        for room in rooms(problem) if rule_of(problem) in SEARCHED else ():
             for slots, limits in self._starts_in(room):
                 self._try(slots, room.fast, limits)
                 if (not self.late or self._may_judge(end)) and self.take(slots):
@@ -527,7 +507,7 @@ class _Search:
             for slots, limits in (
                 repaired
                 for wanted in self._constructions(problem, deadline)
-                for repaired in _repairs(problem, wanted, self._balance_by)
+                for repaired in repairs(problem, wanted, self._balance_by)
             ):
                 if self.take(slots):
                     self.limits = limits
@@ -550,7 +530,7 @@ class _Search:
                 limits = replace(narrowed, capacity=apart.capacity)
                 slots = repair(apart, limits, wanted, stay=limits.moves_limited)
                 if slots is not None:
-                    yield _widen(slots, problem), limits
+                    yield widened(slots, problem), limits
 
     def _take_any(self, deadline: float | None) -> None:
         """Take any valid layout, which exists by the model's split even where ours does not fit the memory."""
@@ -596,21 +576,23 @@ class _Search:
                     return
                 exact = False
             if idle >= STALL and not self.over:
-                if _rule(problem) is SplitRule.OPTIMAL and not price:  # few moves are better spent by taking some back
+                if (
+                    rule_of(problem) is SplitRule.OPTIMAL and not price
+                ):  # few moves are better spent by taking some back
                     self._neighbourhoods(rng)
                 if parameters.prove or (proofs is None and self._time_for_proof):
-                    proofs = proofs or _proofs(self.required, self._reached(), self.deadline)
+                    proofs = proofs or stronger_bounds(self.required, self._reached(), self.deadline)
                     self.bounds = next(proofs, self.bounds)
             yield self.progress()
         if proofs is None and self.work >= STALL and self.score > self.target and self._time_for_proof:
-            self.bounds = next(_proofs(self.required, self._reached(), self.deadline), self.bounds)
+            self.bounds = next(stronger_bounds(self.required, self._reached(), self.deadline), self.bounds)
             yield self.progress()
 
     def widen(self) -> None:
         """Where there is one load vector, take a layout that is as good on it and suits loads near it, if found."""
         problem, parameters = self.problem, self.parameters
         known = problem.demand.scenarios > 1 or not problem.demand.spread or problem.current is not None
-        if known or problem.devices == 1 or _rule(problem) is not SplitRule.OPTIMAL or self.late:
+        if known or problem.devices == 1 or rule_of(problem) is not SplitRule.OPTIMAL or self.late:
             return
         work = min(WIDENING, parameters.candidates)
         near = replace(problem, demand=drifted(problem.demand))
@@ -654,7 +636,7 @@ class _Search:
         slots = start.copy()
         effort = self._effort(steps, price)
         of, splits = self._splits
-        if _rule(problem) is SplitRule.EVEN:
+        if rule_of(problem) is SplitRule.EVEN:
             reached = self._improve(slots, self.scenarios, self.limits, effort)
         else:
             if splits is None or of is not start:
@@ -676,7 +658,7 @@ class _Search:
     def _may_recount(self) -> bool:
         """True if packing replicas anew may help: only slots limit them, and one load vector is all that counts."""
         problem = self.problem
-        one = problem.demand.scenarios == 1 and _rule(problem) is SplitRule.EVEN
+        one = problem.demand.scenarios == 1 and rule_of(problem) is SplitRule.EVEN
         return one and self.limits.none and not _memory_limited(problem)
 
     def _recount(self) -> None:
@@ -694,7 +676,7 @@ class _Search:
             self.work += packings * packing
             if self.late:
                 return
-            slots, steps = _widen(packed, problem), min(PER_RECOUNT, max(1, candidates - self.work))
+            slots, steps = widened(packed, problem), min(PER_RECOUNT, max(1, candidates - self.work))
             if self._improve(slots, self.scenarios, self.limits, self._effort(steps, 0.0)) < self.score:
                 for within in self._within_moves(slots):
                     self.take(within)
@@ -706,7 +688,7 @@ class _Search:
 
     def _improve(self, slots: Int32, measure: Scenarios, limits: Limits, burst: Burst) -> float:
         """A burst of search from a layout that is changed in place, under any measure; what it reaches."""
-        if _rule(self.problem) is SplitRule.EVEN:
+        if rule_of(self.problem) is SplitRule.EVEN:
             cheap = burst._replace(steps=burst.steps * EVEN_PER_CANDIDATE)
             return improve_even(slots, measure, limit_arrays(limits), cheap)
         cuts = no_cuts(self.problem.devices, measure.tokens)
@@ -732,7 +714,7 @@ class _Search:
             self._narrow_to(answer.placed)
         if self.preferring:
             return answer.status == "optimal"
-        if _rule(problem) is SplitRule.EVEN:  # the model's shares are rounded down
+        if rule_of(problem) is SplitRule.EVEN:  # the model's shares are rounded down
             self.proven = max(self.proven, min(self.score, proven_by(problem, answer)))
             return self.score <= self.target
         if answer.status != "optimal" or problem.tail < 1:  # the model rounds the mean of a tail
@@ -750,147 +732,8 @@ class _Search:
 def _burst(problem: Problem) -> int:
     """Candidates between two looks at the clock."""
     visits = problem.demand.scenarios * int(problem.capacity.sum()) * 16
-    longest = LONGEST_BURST // (EVEN_PER_CANDIDATE if _rule(problem) is SplitRule.EVEN else 1)
+    longest = LONGEST_BURST // (EVEN_PER_CANDIDATE if rule_of(problem) is SplitRule.EVEN else 1)
     return min(max(8, WORK_PER_BURST // visits), longest)
-
-
-def _of_block(problem: Problem, devices: Int64, experts: Int64) -> Problem:
-    """The problem of some devices and experts, apart from all others."""
-    cluster = Cluster(problem.capacity[devices], np.zeros(len(devices), np.int64), problem.cluster.speed[devices])
-    demand = Demand.of(problem.loads[:, np.newaxis, experts], problem.demand.weights)
-    return Problem(cluster, demand, tail=problem.tail, split_rule=problem.split_rule)
-
-
-def _proofs(problem: Problem, reached: Float64, deadline: float | None) -> Iterator[Float64]:
-    """Stronger and stronger bounds, of equal devices the scenario with the widest gap first; of an even split at once.
-
-    Args:
-        problem: The problem.
-        reached: float64[scenarios], the largest load per speed that some layout reaches.
-        deadline: Time on `time.perf_counter` to end at.
-
-    Yields:
-        float64[scenarios], as `plan.bound`.
-    """
-    capacity, speed = problem.capacity, problem.cluster.speed
-    low = problem.lower_bound.copy()
-    if _rule(problem) is SplitRule.EVEN:
-        alive, most = capacity > 0, problem.limits.most
-        for s, loads in enumerate(problem.loads):
-            if deadline is None or time.perf_counter() < deadline:
-                low[s] = places_bound(loads, speed[alive], capacity[alive], most, low[s])
-        yield scores.relative(problem, low)
-        return
-    if not configurations.applies(problem.experts, capacity, speed):
-        return
-    gap = (scores.relative(problem, reached) - scores.bound(problem)) * problem.demand.weights
-    for s in np.argsort(-gap, kind="stable"):
-        for value in configurations.configuration_bounds(
-            problem.loads[s], problem.devices, int(capacity[0]), low[s] * speed[0], reached[s] * speed[0], deadline
-        ):
-            low[s] = value / speed[0]
-            yield scores.relative(problem, low)
-
-
-def _repairs(
-    problem: Problem, wanted: Int32, deadline: Callable[[], float | None], *, near: bool = False
-) -> Iterator[tuple[Int32, Limits]]:
-    """A layout, int32[devices, width], repaired under each narrowing of the limits that allows it, or the nearest one.
-
-    A repair uses every slot, so where a further replica may hurt, the layout comes first as it is, if it may.
-    """
-    placed = placed_in(wanted, problem.experts)
-    valid = bool(placed.any(axis=0).all() and (placed.sum(axis=1) <= problem.capacity).all())
-    if _rule(problem) is not SplitRule.OPTIMAL and valid and broken(problem.limits, placed) is None:
-        yield wanted, next(narrowings(problem, placed, deadline))
-    in_force = problem.current is not None and wanted is problem.current.slots
-    kept = problem.limits.moves_limited and not in_force  # units stay where they are, or nearly
-    narrowed = chain(
-        narrowings(problem, problem.limits.held, deadline) if kept and problem.limits.regions > 1 else (),
-        islice(narrowings(problem, placed, deadline), 1 if near and not in_force else None),
-    )
-    for limits in narrowed:
-        stay = problem.current is not None and (in_force or limits.moves_limited)
-        slots = repair(problem, limits, wanted, stay=stay)
-        if slots is not None:
-            yield slots, limits
-
-
-def _of_regions(problem: Problem, region: Int32, parameters: SolveParameters, deadline: float | None) -> Int32:
-    """The best construction of every region alone, int32[devices, width]; `region` is int32[units], that of each."""
-    slots = np.full((problem.devices, problem.cluster.max_slots), EMPTY, np.int32)
-    for r in range(problem.limits.regions):
-        devices = np.flatnonzero((problem.limits.region == r) & (problem.capacity > 0))
-        experts = np.flatnonzero(region[problem.limits.unit] == r)
-        if len(experts):
-            part = _of_block(problem, devices, experts)
-            found = list(islice(_constructions(part, parameters, deadline), BLOCK_STARTS))
-            best = found[0] if len(found) == 1 else min(found, key=lambda slots: score_of(part, slots))
-            slots[devices, : best.shape[1]] = np.where(best == EMPTY, EMPTY, experts[best])
-    return slots
-
-
-def _starts(problem: Problem) -> Iterator[Int32]:
-    """The current layout, int32[devices, width], as it is, and with its empty slots put to use."""
-    if problem.current is None:
-        return
-    slots = table(problem, problem.current.placed)
-    yield slots
-    filled = slots.copy()
-    fill(filled, problem.mean_load, problem.capacity, NEVER)
-    yield filled
-
-
-def _constructions(problem: Problem, parameters: SolveParameters, deadline: float | None) -> Iterator[Int32]:
-    """int32[devices, width] layouts from the mean load, the one most likely to be perfect first.
-
-    There is at least one, and none more that would not be whole by the deadline, a time on `time.perf_counter`.
-    """
-    loads, capacity, speed = problem.mean_load, problem.capacity, problem.cluster.speed
-    end = end_of(deadline)
-    first = False
-    if _window_applies(problem):
-        yield _window(problem, end)
-    elif (capacity == capacity[0]).all() and (speed == speed[0]).all():
-        slots = grouping(loads, problem.devices, int(capacity[0]), ROUNDS, end)
-        fill(slots, loads, capacity, end)
-        yield _widen(slots, problem)
-    else:
-        first = True
-    start = time_now()
-    replicas = adams_replicas(loads, int(capacity.sum()), problem.devices)
-    slots = pack(loads, replicas, capacity, speed, NEVER if first else end)
-    if time_now() >= end and not first:
-        return
-    swap(slots, loads / replicas, speed, max(ROUNDS, problem.experts), end)
-    fill(slots, loads, capacity, end)
-    took = time_now() - start
-    yield _widen(slots, problem)
-    for published in (eplb, flexmoe, laer, symi, static, base):
-        if published is base and (capacity.sum() > MOST_FOR_BASE or time_now() + _base_s(problem) >= end):
-            continue
-        if time_now() + PUBLISHED_TAKE * took >= end:
-            return
-        try:
-            slots = _widen(published(problem, parameters).slots.copy(), problem)
-        except ProblemError:  # EPLB's groups may not fit its nodes
-            continue
-        if _rule(problem) is not SplitRule.OPTIMAL:
-            yield slots.copy()  # a further replica may hurt where its tokens are not divided for the best
-        fill(slots, loads, capacity, end)
-        yield slots
-    if _rule(problem) is SplitRule.EVEN:
-        for tiers in TIERS:
-            slots = tiered(loads, capacity, speed, min(tiers, problem.experts), end)
-            replicas = np.maximum(np.bincount(slots[slots != EMPTY], minlength=problem.experts), 1)
-            swap(slots, loads / replicas, speed, ROUNDS, end)
-            yield _widen(slots, problem)
-
-
-def _base_s(problem: Problem) -> float:
-    """Seconds that BASE's layout takes: an assignment of a few experts a device for each of its slots."""
-    each = BASE_S if problem.demand.sources == 1 else BASE_FROM_SOURCES_S
-    return each * int(problem.capacity.sum()) * problem.devices * problem.experts
 
 
 def _with_groups(problem: Problem) -> Problem:
@@ -902,7 +745,7 @@ def _with_groups(problem: Problem) -> Problem:
     except ProblemError:  # groups do not fit, or contradict a domain or a pin
         return problem
     start = problem.current or Layout.contiguous(problem.experts, problem.capacity)
-    return problem if next(_repairs(kept, start.slots, lambda: None), None) is None else kept
+    return problem if next(repairs(kept, start.slots, lambda: None), None) is None else kept
 
 
 def _crowded(problem: Problem) -> bool:
@@ -917,67 +760,21 @@ def _lost(problem: Problem) -> bool:
 
 def _perfect(problem: Problem) -> bool:
     """True if nothing but slots limits a layout, so that the theorem of the sliding window holds."""
-    return problem.limits.free and not _memory_limited(problem) and _rule(problem) is SplitRule.OPTIMAL
+    return problem.limits.free and not _memory_limited(problem) and rule_of(problem) is SplitRule.OPTIMAL
 
 
 def _memory_limited(problem: Problem) -> bool:
     """True if the tokens that a device may compute depend on its replicas."""
-    return problem.cluster.memory_bytes is not None and problem.expert.activation_bytes > 0
+    return memory_limited(problem.cluster, problem.expert)
 
 
 def _small(problem: Problem, solver: str) -> bool:
     """True if there is an exact model of the whole problem for that solver, and it is small enough to be solved."""
     variables = problem.demand.scenarios * problem.devices * problem.experts
     small = problem.devices <= SMALL_DEVICES and variables <= SMALL_VARIABLES
-    return small and (_rule(problem) is SplitRule.OPTIMAL or (_rule(problem) is SplitRule.EVEN and solver == "cpsat"))
-
-
-def _window_applies(problem: Problem) -> bool:
-    return window.applies(problem.experts, problem.capacity, problem.cluster.speed)
-
-
-def _window(problem: Problem, end: float) -> Int32:
-    """The layout of the sliding window for the mean load, with its spare slots put to use."""
-    experts, width = np.arange(problem.experts), int(problem.capacity[0])
-    slots = window.sliding_window(problem.mean_load, experts, problem.devices, width)
-    fill(slots, problem.mean_load, problem.capacity, end)
-    return _widen(slots, problem)
-
-
-def _widen(slots: Int32, problem: Problem) -> Int32:
-    """The same layout with one column per slot of the widest device."""
-    missing = problem.cluster.max_slots - slots.shape[1]
-    return np.pad(slots, ((0, 0), (0, missing)), constant_values=EMPTY) if missing else slots
-
-
-def _rule(problem: Problem) -> SplitRule:
-    return problem.split_rule or SplitRule.OPTIMAL
-
-
-def score_of(problem: Problem, slots: Int32) -> float:
-    """The objective of a layout under the split rule asked for; infinite where it does not fit the memory."""
-    return judged(problem, slots)[0]
-
-
-def judged(problem: Problem, slots: Int32, end: float = NEVER) -> tuple[float, Split | None]:
-    """`score_of`, and how the tokens are divided, if that took long; for `end` see `split`."""
-    rule = _rule(problem)
-    if rule is SplitRule.OPTIMAL:
-        quota, _, fits = best_quota(problem, slots)
-        return scores.score(problem, quota) if fits else np.inf, Split(rule, quota)
-    divided = split(problem, Layout.trusted(slots, problem.experts), rule, end)
-    caps = token_caps(problem.cluster, problem.expert, (slots != EMPTY).sum(axis=1))
-    fits = caps is None or bool((divided.quota.sum(axis=2) <= caps).all())
-    return scores.score(problem, divided.quota) if fits else np.inf, None if rule is SplitRule.EVEN else divided
-
-
-def _reordered(divided: Split, slots: Int32, to: Int32) -> Split:
-    """The split of a layout, int32[devices, width], for one with the same replicas on each device in other slots."""
-    quota = np.empty_like(divided.quota)
-    device = np.arange(len(slots))[:, np.newaxis]
-    before, after = np.argsort(slots, axis=1), np.argsort(to, axis=1)
-    quota[:, device, after] = divided.quota[:, device, before]
-    return replace(divided, quota=quota)
+    return small and (
+        rule_of(problem) is SplitRule.OPTIMAL or (rule_of(problem) is SplitRule.EVEN and solver == "cpsat")
+    )
 
 
 def _arrivals(current: Layout, slots: Int32) -> int:

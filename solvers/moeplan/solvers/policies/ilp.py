@@ -12,10 +12,11 @@ from moeplan.solvers.construct.repair import table
 from moeplan.solvers.exact.model import Effort
 from moeplan.solvers.exact.of_problem import proven_by, whole
 from moeplan.solvers.exact.run import require, run
+from moeplan.solvers.objective.judging import score_of
 from moeplan.solvers.objective.score import bound, objective
 from moeplan.solvers.plan.parameters import SolveParameters
 from moeplan.solvers.plan.termination import Termination
-from moeplan.solvers.policies.hybrid import hybrid, score_of
+from moeplan.solvers.policies.hybrid import hybrid
 from moeplan.solvers.policies.registry import ALL_LIMITS, Progress, policy
 from moeplan.solvers.problem.errors import ProblemError
 from moeplan.solvers.problem.layout import Layout

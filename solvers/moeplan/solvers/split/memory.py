@@ -15,7 +15,7 @@ from moeplan.solvers.problem.layout import EMPTY
 from moeplan.solvers.problem.problem import ExpertSpec, Problem
 from moeplan.solvers.split.flow import optimal_quota
 
-__all__ = ["best_quota", "planning_speed", "quota_in_memory", "token_caps"]
+__all__ = ["best_quota", "memory_limited", "planning_speed", "quota_in_memory", "token_caps"]
 
 HALVINGS = 40
 
@@ -23,13 +23,14 @@ FIRST_STEP = 1 / 64
 """Part of the least level without the limit that bisection first goes beyond it: as a rule memory costs little."""
 
 
-def _limited(cluster: Cluster, expert: ExpertSpec) -> bool:
+def memory_limited(cluster: Cluster, expert: ExpertSpec) -> bool:
+    """True if the tokens that a device may compute depend on its replicas."""
     return cluster.memory_bytes is not None and expert.activation_bytes > 0
 
 
 def token_caps(cluster: Cluster, expert: ExpertSpec, replicas: Int64) -> Float64 | None:
     """float64[devices]: tokens whose activations fit beside so many replicas, int64[devices]; None without a limit."""
-    if not _limited(cluster, expert):
+    if not memory_limited(cluster, expert):
         return None
     assert cluster.memory_bytes is not None
     left = cluster.memory_bytes - replicas * (expert.weight_bytes + expert.state_bytes)
@@ -52,7 +53,7 @@ def quota_in_memory(cluster: Cluster, expert: ExpertSpec, slots: Int32, loads: I
     """
     speed = cluster.speed
     quota, tight = optimal_quota(slots, loads, speed)
-    if not _limited(cluster, expert):
+    if not memory_limited(cluster, expert):
         return quota, tight, True
     caps = token_caps(cluster, expert, (slots != EMPTY).sum(axis=1))
     assert caps is not None
