@@ -340,6 +340,90 @@ def test_what_a_layer_gives_may_be_changed_in_place(ranks: Launch, kind: str) ->
     ranks(2, add_in_place, kind)
 
 
+class InPlace(torch.optim.SGD):
+    """Writes through ``.data``, as older optimizers do."""
+
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    parameter.data.add_(parameter.grad.sign(), alpha=-0.05)
+
+
+ORDERS: list[tuple[int, ...]] = [
+    (0, 1, 2),
+    (0, 1),
+    (2,),
+    (0, 2),
+    (1, 2),
+    (2, 1, 0),
+    (1, 0),
+    (2, 0),
+    (0, 0, 1),
+    (0, 1, 2),
+]
+"""In which layers of a chain run, some of them left out: alike on all ranks."""
+
+
+def gather_ahead(make: Callable[..., torch.optim.Optimizer], early: bool) -> None:
+    """Layers in a chain compute as others that gather nothing ahead, whatever the order and whatever changes them."""
+    group, sets = make_group(), []
+    for _ in range(2):
+        layers = [FullyShardedExperts(SHAPE, EXPERTS, group, dtype=torch.float64) for _ in range(3)]
+        for nth, layer in enumerate(layers):
+            layer.load_experts(0, make_flat(seed=nth))
+        sets.append((layers, make([layer.shard for layer in layers])))
+    chain(sets[0][0])
+    for step, order in enumerate(ORDERS):
+        outputs = []
+        for layers, optimizer in sets:
+            hidden, index, weight = make_batch(group.rank, step)
+            output = hidden
+            for place in order:
+                output = output + layers[place](output, index, weight)
+            outputs.append(output.detach())
+            output.square().mean().backward()
+            if early and layers is sets[0][0]:
+                layers[ORDERS[(step + 1) % len(ORDERS)][0]].prefetch()
+            optimizer.step()
+            optimizer.zero_grad()
+        torch.testing.assert_close(*outputs, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("early", [False, True])
+@pytest.mark.parametrize("fused", [False, True])
+def test_weights_gathered_ahead_are_those_of_the_step(ranks: Launch, fused: bool, early: bool) -> None:
+    ranks(2, gather_ahead, partial(torch.optim.AdamW, lr=0.1, fused=fused), early)
+
+
+def test_weights_gathered_ahead_are_those_of_the_step_where_versions_do_not_tell(ranks: Launch) -> None:
+    ranks(2, gather_ahead, InPlace, False)
+
+
+def differentiate_twice(kind: str) -> list[str]:
+    """Gradients of gradients, of a sum too, whose own gradient is constant."""
+    group, told = make_group(), []
+    for create_graph, of_square in ((False, False), (True, False), (True, True)):
+        layer = make_layer(kind, group)
+        layer.load_experts(0, make_flat())
+        hidden, index, weight = make_batch(group.rank)
+        output = layer(hidden.requires_grad_(), index, weight)
+        loss = (output.square() if of_square else output).sum()
+        try:
+            torch.autograd.grad(loss, hidden, create_graph=create_graph)
+        except RuntimeError as error:
+            told.append(str(error))
+    return told
+
+
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_of_gradients_are_refused(ranks: Launch, kind: str, size: int) -> None:
+    for told in ranks(size, differentiate_twice, kind):
+        assert len(told) == 2
+        assert all("Leave create_graph out" in each for each in told)
+
+
 def copy_layers(kind: str) -> None:
     """A copy computes the same with weights of its own, on the same process groups, beside the original."""
     group = make_group()

@@ -248,6 +248,53 @@ def test_replicas_that_would_part_are_refused(ranks: Launch, kind: str, line: st
             assert each in told
 
 
+def part_in_backwards(line: str) -> list[str]:
+    """What replicas are told where they run other backward passes: each rank is an expert group of its own."""
+    rank = dist.get_rank()
+    model = make_ours("resident", make_group(1))
+    ExpertGradients(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    wrapped = DistributedDataParallel(model, find_unused_parameters=True)
+    told = []
+    for step in range(4):
+        try:
+            if line == "another layer" and step == 2:
+                model.blocks[rank].requires_grad_(False)
+            elif line == "more micro-batches" and step == 2:
+                for nth in range(1 + rank):
+                    with wrapped.no_sync():
+                        wrapped(words_of(10 + nth, rank, 2)).backward()
+            wrapped(words_of(step, rank, 2)).backward()
+        except RanksDifferError as error:
+            told.append(f"{step}: {error}")
+            break
+        optimizer.step()
+        optimizer.zero_grad()
+    return told
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("nothing", []),
+        (
+            "another layer",
+            ["2: ranks [0, 1] hold", "rank 0 blocks.1.experts after 2 steps; rank 1 blocks.0"],
+        ),
+        (
+            "more micro-batches",
+            ["ranks [0, 1] hold", "0.experts after 3 steps; rank 1 blocks.1.experts, blocks.0.experts after 2"],
+        ),
+    ],
+)
+def test_replicas_that_average_what_does_not_belong_together_are_refused(
+    ranks: Launch, line: str, words: list[str]
+) -> None:
+    for told in ranks(2, part_in_backwards, line):
+        assert len(told) == bool(words)
+        assert all(each in told[0] for each in words)
+
+
 def train_with_penalty(kind: str, how: str, mean: bool, group_size: int | None) -> None:
     """Weight decay written as a loss, in one process and on ranks."""
     models = [fused_model(), make_ours(kind, make_group(group_size))]

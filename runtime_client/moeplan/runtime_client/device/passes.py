@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from moeplan.runtime_client.derivatives import once_differentiable
 from moeplan.runtime_client.device.exchange import DeviceExchange, Route
 from moeplan.runtime_client.device.expert import matrix_sizes, split
 from moeplan.runtime_client.device.launches import aligned

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from moeplan.runtime_client.derivatives import once_differentiable
 from moeplan.runtime_client.integrations.versions import require_version
 from moeplan.solvers.problem.arrays import Int32, integers
 from moeplan.solvers.problem.errors import ProblemError

@@ -13,11 +13,11 @@ from typing import Any, ClassVar, Self
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from moeplan.runtime_client.derivatives import once_differentiable
 from moeplan.runtime_client.device.launches import is_captured
 from moeplan.runtime_client.device.mailbox import Turn
 from moeplan.runtime_client.group import ExpertGroup, Traffic

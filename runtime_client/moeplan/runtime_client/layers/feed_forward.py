@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from moeplan.runtime_client.derivatives import once_differentiable
 from moeplan.runtime_client.layers.copies import copy_strided
 from moeplan.runtime_client.layers.fusing import fused
 

@@ -10,9 +10,9 @@ from typing import Any, ClassVar, cast
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
 
+from moeplan.runtime_client.derivatives import once_differentiable
 from moeplan.runtime_client.device.exchange import DeviceExchange
 from moeplan.runtime_client.device.passes import run_pass
 from moeplan.runtime_client.group import ExpertGroup, Traffic, Transfer, beside, join

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from moeplan.runtime_client.derivatives import once_differentiable
 from moeplan.runtime_client.errors import RouterError
 from moeplan.runtime_client.group import ExpertGroup, Traffic
 from moeplan.runtime_client.layers.copies import scatter_rows

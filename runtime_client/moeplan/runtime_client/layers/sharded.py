@@ -12,10 +12,10 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from moeplan.runtime_client.derivatives import once_differentiable
 from moeplan.runtime_client.device.exchange import DeviceExchange
 from moeplan.runtime_client.device.expert import matrix_sizes
 from moeplan.runtime_client.device.layout_plans import LayoutPlans
@@ -23,6 +23,7 @@ from moeplan.runtime_client.device.passes import Arrivals, run_pass
 from moeplan.runtime_client.device.products import Owned
 from moeplan.runtime_client.device.shard_memory import PublishedShard, ShardMemory
 from moeplan.runtime_client.group import ExpertGroup, Traffic, switched_to
+from moeplan.runtime_client.layers.changes import changes_of
 from moeplan.runtime_client.layers.dividing import Division, PlannedLayer
 from moeplan.runtime_client.layers.expert_layer import ExpertLayer
 from moeplan.runtime_client.layers.feed_forward import ExpertShape, feed_forward
@@ -128,7 +129,7 @@ class FullyShardedExperts(ExpertLayer):
         self._require_divided(self._division)
         self._planner: MovableSpillPlanner | None = None
         self._spilling: Spilling | None = None
-        self._ahead: Gathering | DirectGathering | None = None
+        self._ahead: _Ahead | None = None
         self.reshard = reshard
         self.memory = memory
         self._published: PublishedShard | None = None
@@ -141,7 +142,7 @@ class FullyShardedExperts(ExpertLayer):
             layout = Layout.contiguous(experts, np.full(group.size, math.ceil(experts / group.size), np.int32))
         self.layout = layout
         self.planner = planner
-        self._order: list[FullyShardedExperts] = []
+        self._chain = _Chain()
         self._latest: _Pass | None = None
         self._made: MadePasses[_Made] = MadePasses()
 
@@ -324,6 +325,7 @@ class FullyShardedExperts(ExpertLayer):
         return parts.transpose(0, 1).flatten(1)[:, : self.shape.elements] if here else None
 
     def _run(self, rows: Tensor, index: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        self._chain.begin(self)
         if self.exchange is not None and self._dividing is not None:
             return self._run_without_host(self.exchange, self._dividing, rows, index, weight, dtype)
         placement, group = self._placed(), self.group
@@ -352,7 +354,7 @@ class FullyShardedExperts(ExpertLayer):
         route = find_route(slots, made.send, made.receive, index)
         (arrived,) = dispatch(group, route, rows, self.traffic, [sum(route.receive)])
         if follower is not None:
-            follower.prefetch()
+            follower._prefetch(follower._dtype(), self._chain.sweep)
         (flat,) = this.gather(landed, gatherings)
         results = feed_forward(self.shape, flat, arrived, [route.rows[slot] for slot in placement.slots])
         results = this.guard(results, flat)
@@ -383,7 +385,7 @@ class FullyShardedExperts(ExpertLayer):
         follower = self._follower()
         arrivals = Arrivals(
             lambda: gathering.finish(matrices[0]),
-            None if follower is None else partial(follower._prefetch, follower._dtype()),
+            None if follower is None else partial(follower._prefetch, follower._dtype(), self._chain.sweep),
             this.bring_back,
             this.own,
         )
@@ -392,13 +394,17 @@ class FullyShardedExperts(ExpertLayer):
         return output
 
     def prefetch(self) -> None:
-        """Start gathering the weights of the next forward pass. Every rank calls it at the same point, or none."""
-        self._prefetch(self._dtype())
+        """Start gathering the weights of the next forward pass. Every rank calls it at the same point, or none.
 
-    def _prefetch(self, dtype: torch.dtype, after: torch.cuda.Event | None = None) -> None:
+        Call it behind whatever changes the weights: what is written through ``.data`` afterwards, nobody sees.
+        """
+        self._prefetch(self._dtype(), None)
+
+    def _prefetch(self, dtype: torch.dtype, sweep: int | None, after: torch.cuda.Event | None = None) -> None:
         if self._ahead is not None:
-            self._ahead.drop()
-        self._ahead = self._start(self._placed(), dtype, "weights.forward", after=after, anew=True)
+            self._ahead.gathering.drop()
+        gathering = self._start(self._placed(), dtype, "weights.forward", after=after, anew=True)
+        self._ahead = _Ahead(gathering, self._chain, self._chain.backwards, sweep)
 
     def _placed(self) -> Placement:
         """The layout, with its tables where the weights are now."""
@@ -458,14 +464,14 @@ class FullyShardedExperts(ExpertLayer):
         self.traffic[purpose] += gathering.sent
         return gathering
 
-    def _shows(self, placement: Placement) -> tuple[int, int | None]:
+    def _shows(self, placement: Placement) -> tuple[tuple[int, int], int | None]:
         """What others are shown for a pass: which weights, and of which layout; of all experts where ranks may lend."""
-        return self.shard._version, None if self.planner is not None else placement.fingerprint
+        return changes_of(self.shard), None if self.planner is not None else placement.fingerprint
 
     def _have_been_shown(self, placement: Placement) -> bool:
         """Whether others were last shown what a pass asks for, by what all ranks find alike; without memory always."""
         published = self._published
-        return published is None or published.shown in (self._shows(placement), (self.shard._version, None))
+        return published is None or published.shown in (self._shows(placement), (changes_of(self.shard), None))
 
     def _return(self, gradients: Sequence[Tensor], this: _Pass) -> Returning | DirectReturning:
         """Begin to return the gradients of slots, in parts of their columns; copy engines' are scaled on the way."""
@@ -477,23 +483,24 @@ class FullyShardedExperts(ExpertLayer):
 
     def _take_ahead(self, placement: Placement, dtype: torch.dtype) -> Gathering | DirectGathering | None:
         ahead, self._ahead = self._ahead, None
-        now = placement, version_of(self.shard), dtype
-        if ahead is None or ((ahead.placement, ahead.version, ahead.dtype) == now and self._have_been_shown(placement)):
-            return ahead
-        # The layout, the planner or the weights have changed since, on every rank alike.
-        ahead.drop()
+        if ahead is None:
+            return None
+        found, now = ahead.gathering, (placement, version_of(self.shard), dtype)
+        same = (found.placement, found.version, found.dtype) == now and self._have_been_shown(placement)
+        if same and ahead.is_of_now(self._chain):
+            return found
+        # The layout, the planner or the weights have changed since, or may have, on every rank alike.
+        found.drop()
         return None
 
     def _follower(self) -> FullyShardedExperts | None:
         """The layer to prefetch: none in a recomputation, which runs the layers in another order."""
-        if not self._order or self is self._order[-1] or in_backward():
-            return None
-        return self._order[self._order.index(self) + 1]
+        return None if in_backward() else self._chain.after(self)
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies, which are in no chain."""
         return super().__getstate__() | {
-            "_order": [],
+            "_chain": _Chain(),
             "_ahead": None,
             "_latest": None,
             "_spilling": None,
@@ -508,9 +515,68 @@ def chain(layers: Sequence[FullyShardedExperts]) -> None:
     Args:
         layers: In the order of the forward pass; the backward pass uses the reverse.
     """
-    order = list(layers)
-    for layer in order:
-        layer._order = order
+    made = _Chain(layers)
+    for layer in made.layers:
+        layer._chain = made
+
+
+class _Chain:
+    """Layers in the order of their passes, and how far they have come.
+
+    Attributes:
+        layers: The layers; none where a layer is in no chain.
+        sweep: Number of the run through them, forward, that is under way.
+        backwards: Differs after a backward pass of any of them.
+    """
+
+    def __init__(self, layers: Sequence[FullyShardedExperts] = ()) -> None:
+        self.layers = list(layers)
+        self.sweep = self.backwards = 0
+        self._last = -1
+
+    def begin(self, layer: FullyShardedExperts) -> None:
+        """Note a forward pass, unless it is one that a checkpoint runs again."""
+        if not in_backward():
+            place = self.layers.index(layer) if self.layers else 0
+            self.sweep += place <= self._last
+            self._last = place
+
+    def after(self, layer: FullyShardedExperts) -> FullyShardedExperts | None:
+        """The layer that comes next; None behind the last."""
+        return self._beside(layer, 1)
+
+    def before(self, layer: FullyShardedExperts) -> FullyShardedExperts | None:
+        """The layer that came before; None for the first."""
+        return self._beside(layer, -1)
+
+    def _beside(self, layer: FullyShardedExperts, step: int) -> FullyShardedExperts | None:
+        place = self.layers.index(layer) + step if self.layers else -1
+        return self.layers[place] if 0 <= place < len(self.layers) else None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Ahead:
+    """Weights that were gathered ahead, and for what.
+
+    Not every change of weights can be seen, and a layer may be left out of a pass, or run in another order than said.
+    So these are for the same sweep, or where `prefetch` was called for the next one, and for no pass after a backward,
+    which optimizers follow.
+
+    Attributes:
+        gathering: The weights.
+        chain: Of the layer then.
+        backwards: Of the chain then.
+        sweep: Of the chain then; None where it was still to come.
+    """
+
+    gathering: Gathering | DirectGathering
+    chain: _Chain
+    backwards: int
+    sweep: int | None
+
+    def is_of_now(self, chain: _Chain) -> bool:
+        """Whether the pass that is under way in a layer's chain may use them."""
+        return (self.chain, self.backwards) == (chain, chain.backwards) and self.sweep in (None, chain.sweep)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -535,12 +601,12 @@ class _Pass:
         self.arriving: Gathering | DirectGathering | None = None
         self.returning: Returning | DirectReturning | None = None
         self.total: Tensor | None = None
-        self.version = layer.shard._version
+        self.version = changes_of(layer.shard)
         # Weak, because autograd alone decides how long the weights are wanted.
         self.storage: StorageWeakRef | None = None
         self.size = 0
-        place = layer._order.index(layer) if layer._order else 0
-        self.before = layer._order[place - 1]._latest if place else None
+        before = layer._chain.before(layer)
+        self.before = None if before is None else before._latest
         layer._latest = self
 
     def land(self) -> Tensor:
@@ -582,8 +648,9 @@ class _Pass:
 
     def start(self) -> None:
         """Begin to gather the weights again, if they have been freed and are still wanted."""
+        self.layer._chain.backwards += 1
         if self.freed and self.arriving is None and self.storage and not self.storage.expired():
-            if self.version != self.layer.shard._version and self.layer.memory is not None:
+            if self.version != changes_of(self.layer.shard):
                 raise RuntimeError(
                     f"{self.layer.title}: its experts have changed since the forward pass of this backward, which "
                     "gathers them again. Change them once all backward passes of a step are over"
@@ -608,6 +675,7 @@ class _Pass:
 
     def bring_back(self, flat: Tensor) -> None:
         """`restore`, and begin with the weights of the layer before, whose backward comes next."""
+        self.layer._chain.backwards += 1
         self.restore(flat)
         if self.before is not None:
             self.before.start()

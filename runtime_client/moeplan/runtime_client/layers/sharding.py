@@ -14,6 +14,7 @@ from torch import Tensor
 
 from moeplan.runtime_client.device.shard_memory import PublishedShard, ShardMemory
 from moeplan.runtime_client.group import ExpertGroup, Traffic, Transfer, beside, join
+from moeplan.runtime_client.layers.changes import changes_of
 from moeplan.runtime_client.layers.copies import copy_strided, scatter_rows
 from moeplan.runtime_client.layers.fingerprints import fingerprint
 from moeplan.solvers.problem.arrays import Int32, Int64
@@ -36,9 +37,9 @@ def shard_width(elements: int, size: int) -> int:
     return -(-elements // size)
 
 
-def version_of(shard: Tensor) -> tuple[int, int, torch.dtype]:
-    """Differs after a change of the shard's values, memory or type."""
-    return shard._version, shard.data_ptr(), shard.dtype
+def version_of(shard: Tensor) -> tuple[int, int, int, torch.dtype]:
+    """Differs after a change of the shard's values, as `changes_of` sees them, memory or type."""
+    return *changes_of(shard), shard.data_ptr(), shard.dtype
 
 
 class Slots:

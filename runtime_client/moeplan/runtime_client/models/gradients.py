@@ -16,9 +16,11 @@ from torch.utils.weak import WeakIdKeyDictionary
 from moeplan.runtime_client.device.launches import is_captured
 from moeplan.runtime_client.errors import RanksDifferError
 from moeplan.runtime_client.group import ExpertGroup
+from moeplan.runtime_client.layers.changes import changes_of
 from moeplan.runtime_client.layers.expert_layer import ExpertLayer
 from moeplan.runtime_client.layers.rank_checks import row_sums
 from moeplan.runtime_client.models.optimizers import watch_optimizers
+from moeplan.runtime_client.models.replicas import Replicas
 
 __all__ = ["ExpertGradients", "expert_parameters", "groups_of", "ignore_experts"]
 
@@ -90,7 +92,7 @@ class ExpertGradients:
         ignore_experts(model)
         _watch_copies(model)
         for group, members in self.layers.items():
-            replicas = _replicas_of(group.members, ranks)
+            replicas = _replicas_of(group, ranks)
             for layer in members:
                 layer.replicated = replicas is not None
                 if isinstance(layer.prepare, _Reduction):
@@ -187,13 +189,13 @@ def groups_of(members: Sequence[int], ranks: dist.ProcessGroup | None = None) ->
     return groups
 
 
-def _replicas_of(members: Sequence[int], ranks: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
+def _replicas_of(group: ExpertGroup, ranks: dist.ProcessGroup | None) -> Replicas | None:
     """Ranks that hold the same experts as this one, each in its own expert group; None if there is no other."""
-    groups = groups_of(members, ranks)
+    groups = groups_of(group.members, ranks)
     if len(groups) == 1:
         return None
-    holders = [group[members.index(dist.get_rank())] for group in groups]
-    return dist.new_group(holders, use_local_synchronization=True)
+    place = group.members.index(dist.get_rank())
+    return Replicas([members[place] for members in groups], group.timeout)
 
 
 class _Reduction:
@@ -204,10 +206,10 @@ class _Reduction:
     theirs.
     """
 
-    def __init__(self, title: str, size: int, replicas: dist.ProcessGroup | None, mean: bool) -> None:
+    def __init__(self, title: str, size: int, replicas: Replicas | None, mean: bool) -> None:
         self.title = title
         self.replicas = replicas
-        self.times = 1 if replicas is None else dist.get_world_size(replicas)
+        self.times = 1 if replicas is None else len(replicas.members)
         self.summed = 1 if mean else size * self.times
         # Of each parameter that the layer has had: ``torch.func.functional_call`` puts others there, and back again.
         self.hooks: WeakIdKeyDictionary = WeakIdKeyDictionary()
@@ -270,29 +272,26 @@ class _Reduction:
             )
         gradient = parameter.grad
         assert gradient is not None, "it has been accumulated"
+        assert self.replicas is not None, "there are replicas"
         self.waits = False
         self.backwards += 1
         # In 1, 2, 4, 8 and so on, as what differs stays different; not in each replay of a CUDA graph.
         if self.backwards & (self.backwards - 1) == 0 and not is_captured(parameter):
-            self._require_replicas(parameter)
-        if gradient.numel():
-            work = dist.all_reduce(gradient.div_(self.times), group=self.replicas, async_op=True)
-            # Called when the backward pass is over, which goes on meanwhile.
-            torch.autograd.Variable._execution_engine.queue_callback(work.wait)
+            self._require_replicas(self.replicas, parameter)
+        self.replicas.average(gradient, self.title, changes_of(parameter)[1])
 
-    def _require_replicas(self, parameter: Tensor) -> None:
+    def _require_replicas(self, replicas: Replicas, parameter: Tensor) -> None:
         """Raise, on all replicas alike, if they do not hold the same experts.
 
         Raises:
             RanksDifferError: they do not.
         """
         mine = row_sums(parameter).sum()
-        sums = [torch.empty_like(mine) for _ in range(self.times)]
-        dist.all_gather(sums, mine, group=self.replicas)
+        sums = [torch.empty_like(mine) for _ in replicas.members]
+        dist.all_gather(sums, mine, group=replicas.group)
         if len({int(each) for each in sums}) > 1:
-            assert self.replicas is not None, "there are replicas"
             raise RanksDifferError(
-                f"{self.title}: ranks {dist.get_process_group_ranks(self.replicas)} hold the same experts, each in "
+                f"{self.title}: ranks {list(replicas.members)} hold the same experts, each in "
                 "its own expert group, and their weights differ. They were drawn from other seeds or loaded from other "
                 "files, or only some of them have made a step. Draw experts from one seed on all ranks, or load all of "
                 "a checkpoint:\n"
