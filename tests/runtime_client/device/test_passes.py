@@ -33,7 +33,7 @@ from torch.utils.checkpoint import checkpoint
 from moeplan.runtime_client.device.exchange import DeviceExchange
 from moeplan.runtime_client.device.memory import symmetric_memory
 from moeplan.runtime_client.device.routes import FULLEST
-from moeplan.runtime_client.errors import MissedPassError, PassError, RanksDifferError, RouterError
+from moeplan.runtime_client.errors import LayoutMismatchError, MissedPassError, PassError, RanksDifferError, RouterError
 from moeplan.runtime_client.group import ExpertGroup
 from moeplan.runtime_client.layers.feed_forward import ExpertShape
 from moeplan.runtime_client.layers.resident import ResidentExperts
@@ -231,6 +231,10 @@ def failure(folder: Path, kind: str) -> tuple[str, list[str]]:
         own.flat.data.fill_(1.0)
     if kind == "pass":
         own._passes += rank
+    if kind == "backward":
+        outputs = [own(*batch(0)[:3]) for _ in range(2)]
+        for before in outputs if rank else reversed(outputs):
+            before.sum().backward()
     if kind == "missing" and rank == 1:
         dist.barrier()  # comes when the other has given up
     output = own(hidden, index, weight)
@@ -266,6 +270,7 @@ def failure(folder: Path, kind: str) -> tuple[str, list[str]]:
             MissedPassError,
             "layer 1: the ranks are not in the same pass: rank 0 in pass 1 of layer 1",
         ),
+        ("backward", LayoutMismatchError, "of which passes they have run the backward, and in what order"),
         ("missing", MissedPassError, "rank 1 has not come to a pass in time"),
     ],
 )

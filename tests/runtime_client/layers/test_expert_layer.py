@@ -424,6 +424,31 @@ def test_gradients_of_gradients_are_refused(ranks: Launch, kind: str, size: int)
         assert all("Leave create_graph out" in each for each in told)
 
 
+def backward_in_any_order(kind: str, alike: bool) -> str:
+    """Two losses of two passes with equal loads, whose backwards ranks run by their sizes, say."""
+    group = make_group()
+    layer = make_layer(kind, group)
+    if isinstance(layer, ResidentExperts):  # no loans, of which gloo would see that they differ
+        layer.planner = QuotaPlanner(SpillOptions.uniform(EXPERTS, group.size, 0), group.size)
+    layer.load_experts(0, make_flat())
+    hidden, index, weight = make_batch(0)
+    losses = [layer(hidden * (1 + group.rank + nth), index, weight).square().sum() for nth in range(2)]
+    for loss in losses if alike or group.rank == 0 else reversed(losses):
+        loss.backward()
+    try:
+        layer(hidden, index, weight)
+    except LayoutMismatchError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_backwards_in_another_order_are_refused(ranks: Launch, kind: str) -> None:
+    assert ranks(2, backward_in_any_order, kind, True) == ["", ""]
+    for told in ranks(2, backward_in_any_order, kind, False):
+        assert "of which passes they have run the backward, and in what order" in told
+
+
 def copy_layers(kind: str) -> None:
     """A copy computes the same with weights of its own, on the same process groups, beside the original."""
     group = make_group()

@@ -108,6 +108,7 @@ class ExpertLayer(nn.Module, ABC):
         self._cut = False
         self._number = next(group.numbers)
         self._passes = 0
+        self._backwards = 0  # differs after backward passes in another order
         self._valued = False
         self.loaded: Tensor | None = None
         self.steps: int | None = None
@@ -192,8 +193,16 @@ class ExpertLayer(nn.Module, ABC):
         run = partial(self._run, dtype=dtype)
         if self.identities:
             run = partial(with_identities, run, range(self.experts, self.experts + self.identities))
-        output = run(rows, index.long(), weight).to(hidden.dtype).view_as(hidden)
+        return self._noted(run(rows, index.long(), weight).to(hidden.dtype).view_as(hidden))
+
+    def _noted(self, output: Tensor) -> Tensor:
+        """The output of a pass, whose backward is noted: ranks that run several in another order would mix them."""
+        if output.requires_grad:
+            output.register_hook(partial(self._note_backward, self._passes))
         return output.clone() if self._cut else output  # FSDP2 hangs a hook on it, which operations on views may lose
+
+    def _note_backward(self, number: int, _: Tensor) -> None:
+        self._backwards = fingerprint(f"{self._backwards} {number}".encode())
 
     def _weights_of_pass(self, *, scaled: bool) -> Tensor:
         """The weights, whose gradient goes `on_way`; it is multiplied by `scale` unless the pass has done so."""
@@ -369,7 +378,7 @@ class ExpertLayer(nn.Module, ABC):
         """Tokens of each expert from each rank, int64[size, experts], once what ranks tell goes together."""
         steps = 0 if self.steps is None or not self.weights.numel() else 1 + self.steps
         what = f"pass {self._passes} of {self.title}"
-        way = self._dtype(), self._trains()
+        way = self._dtype(), self._trains(), self._backwards
         with unseen():
             told = tell(
                 self._number, self._passes, layout ^ fingerprint(repr(way).encode()), *self._checks(), steps=steps
@@ -396,7 +405,9 @@ class ExpertLayer(nn.Module, ABC):
         none = partial(torch.zeros, (), dtype=torch.int64, device=self.weights.device)
         checks = [none() if check is None else check.long() for check in self._checks()]
         compare = partial(compare_ranks, self.title)
-        return Turn(self._number, self._passes, compare, self.title, checks, layout, gathered, scale, means)
+        return Turn(
+            self._number, self._passes, compare, self.title, checks, layout, gathered ^ self._backwards, scale, means
+        )
 
     def _checks(self) -> tuple[Tensor | None, Tensor | None, Tensor | None] | tuple[()]:
         """Values by which ranks compare weights, in the order of `tell`.

@@ -36,7 +36,8 @@ def tell(
     Args:
         layer: Number of the layer in the group.
         number: Number of its pass.
-        layout: Number that differs between layouts, means of a planner, types, and with and without gradients.
+        layout: Number that differs between layouts, means of a planner, types, with and without gradients, and after
+            backward passes in another order.
         own: int64, sum of `row_sums` of this rank's part of the experts; in passes that `tells_training`, of what an
             optimizer trains them by. None in most passes, as it reads all of them.
         rewritten: int64, 1 if no other rank may hold the same: it is not what the layer has loaded.
@@ -81,8 +82,8 @@ def compare_ranks(name: str, told: Int64) -> None:
     if ranks := _differing(layout):
         raise LayoutMismatchError(
             f"{name}: layout of ranks {ranks}, or the planner that lends there or its options, the type that they "
-            "compute in (autocast), or whether experts are trained (frozen, no_grad), differ from rank 0's; set the "
-            "same on all ranks"
+            "compute in (autocast), whether experts are trained (frozen, no_grad), or of which passes they have run "
+            "the backward, and in what order, differ from rank 0's; have the same on all ranks"
         )
     training = tells_training(int(place[0]) & (1 << _PASS_BITS) - 1)
     for rank in np.flatnonzero(rewritten).tolist():

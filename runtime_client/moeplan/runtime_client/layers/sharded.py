@@ -647,14 +647,10 @@ class _Pass:
         return self.layer.reshard and torch.is_grad_enabled() and results.requires_grad
 
     def start(self) -> None:
-        """Begin to gather the weights again, if they have been freed and are still wanted."""
+        """Begin to gather the weights again, if they have been freed, are still wanted, and are what they were."""
         self.layer._chain.backwards += 1
-        if self.freed and self.arriving is None and self.storage and not self.storage.expired():
-            if self.version != changes_of(self.layer.shard):
-                raise RuntimeError(
-                    f"{self.layer.title}: its experts have changed since the forward pass of this backward, which "
-                    "gathers them again. Change them once all backward passes of a step are over"
-                )
+        same = self.version == changes_of(self.layer.shard)
+        if self.freed and same and self.arriving is None and self.storage and not self.storage.expired():
             storage = torch.UntypedStorage._new_with_weak_ptr(self.storage.cdata)
             self.arriving = self.layer._start(self.placement, self.dtype, "weights.backward", storage)
 
@@ -662,12 +658,19 @@ class _Pass:
         """Bring the weights back.
 
         Under activation checkpointing `flat` is not the tensor of this pass but a recomputed one, which is whole.
+
+        Raises:
+            RuntimeError: the layer has others since.
         """
         storage = flat.untyped_storage()
         if not self.freed or self.storage is None or storage._cdata != self.storage.cdata:
             return
         self.start()
-        assert self.arriving is not None, "the storage is alive, since `flat` refers to it"
+        if self.arriving is None:
+            raise RuntimeError(
+                f"{self.layer.title}: its experts have changed since the forward pass of this backward, which "
+                "gathers them again. Change them once all backward passes of a step are over"
+            )
         if storage.nbytes() != self.size:  # or it would be copied, half arrived, to other memory
             storage.resize_(self.size)
         self.arriving.finish(flat)
