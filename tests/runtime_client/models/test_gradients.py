@@ -464,39 +464,45 @@ class Outer(nn.Module):
         return loss
 
 
+def wrapped_by(line: str, model: nn.Module) -> nn.Module:
+    """A model wrapped as an ordinary line says, for data parallelism over all ranks."""
+    if line == "ddp that does not broadcast":
+        return DistributedDataParallel(Outer(model), init_sync=False)
+    if "ddp of an outer module" in line:
+        ExpertGradients(model)
+        return DistributedDataParallel(Outer(model))
+    if line.startswith("fsdp"):
+        ignored = set(expert_parameters(model).values()) if "ignores" in line else None
+        model = Outer(model) if "outer" in line else model
+        fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)), ignored_params=ignored)
+        return model
+    return DistributedDataParallel(model) if "ddp" in line or line == "validation first" else model
+
+
 def refusal_of(kind: str, line: str) -> str:
     """The first error of up to three steps after an ordinary line."""
-    group = make_group()
-    model: nn.Module = make_ours(kind, group)
-    clip = False
-    if line == "ddp":
-        model = DistributedDataParallel(model)
-    elif line == "ddp of an outer module":
-        inner, model = model, Outer(model)
-        ExpertGradients(inner)
-        model = DistributedDataParallel(model)
-    elif line == "ddp that does not broadcast":
-        model = DistributedDataParallel(Outer(model), init_sync=False)
-    elif line.startswith("fsdp"):
-        ignored = set(expert_parameters(model).values()) if "ignores" in line else None
-        try:
-            fully_shard(model, mesh=init_device_mesh("cpu", (group.size,)), ignored_params=ignored)
-        except ValueError as error:  # at once
-            return f"{type(error).__name__}: {error}"
-    elif line == "broadcast":
-        for parameter in model.parameters():
+    rank, size = dist.get_rank(), dist.get_world_size()
+    model: nn.Module = make_ours(kind, make_group(1 if "whole experts" in line else None))
+    if line == "validation first":
+        with torch.no_grad():
+            for step in range(4):
+                model(words_of(step, rank, size))
+    for parameter in model.parameters():
+        if "clipped by values" in line:
+            parameter.register_hook(lambda gradient: gradient.clamp(-1e3, 1e3))
+        if line == "broadcast":
             dist.broadcast(parameter.data if kind == "sharded" else parameter.detach(), 0)
-    else:
-        clip = True
+    try:
+        model = wrapped_by(line, model)
+    except ValueError as error:  # at once
+        return f"{type(error).__name__}: {error}"
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for step in range(3):
         try:
-            model(words_of(step, group.rank, group.size)).backward()
+            model(words_of(step, rank, size)).backward()
         except RuntimeError as error:
             return f"{type(error).__name__}: {error}"
-        if line == "gradients of one rank":
-            pass
-        elif clip:
+        if line == "clip":
             average(model)
             torch.nn.utils.clip_grad_norm_(model.parameters(), 0.01)
         optimizer.step()
@@ -512,7 +518,13 @@ def refusal_of(kind: str, line: str) -> str:
         ("ddp of an outer module", "has broadcast the experts"),
         ("ddp that does not broadcast", "has broadcast the experts"),
         ("fsdp", "fully_shard(model, ignored_params=set(expert_parameters(model).values()))"),
+        ("ddp, clipped by values", "ExpertGradients(model)  # before DistributedDataParallel(model)"),
+        ("validation first", "ExpertGradients(model)  # before DistributedDataParallel(model)"),
+        ("whole experts in ddp", "ExpertGradients(model)  # before DistributedDataParallel(model)"),
+        ("whole experts in ddp of an outer module", "has broadcast the experts"),
         ("fsdp that ignores experts", "FSDP2 averages gradients over ranks, and those of experts are sums"),
+        ("fsdp that ignores experts, clipped by values", "FSDP2 averages gradients over ranks"),
+        ("fsdp that ignores experts, of an outer module", "FSDP2 averages gradients over ranks"),
         ("broadcast", "hold the same part of the experts"),
         ("clip", "gradients.clip_grad_norm_(1.0)"),
         ("gradients of one rank", "differ on ranks [1] from rank 0's"),
@@ -523,6 +535,83 @@ def test_lines_that_would_train_wrongly_are_refused_with_what_to_write(
 ) -> None:
     for told in ranks(2, refusal_of, kind, line):
         assert "blocks.0.experts: " in told
+        assert words in told
+
+
+def train_one_of_two(told: bool) -> str:
+    """Two models on two ranks each, which DDP knows by its process group, and ExpertGradients perhaps."""
+    groups = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    mine = groups[dist.get_rank() // 2]
+    model = make_ours("resident", make_group(2))
+    ExpertGradients(model, ranks=mine if told else None)
+    try:
+        DistributedDataParallel(model, process_group=mine)(words_of(0, dist.get_rank() % 2, 2)).backward()
+    except RuntimeError as error:
+        return str(error)
+    return "nothing"
+
+
+def test_data_parallelism_over_other_ranks_is_refused(ranks: Launch) -> None:
+    assert ranks(4, train_one_of_two, True) == ["nothing"] * 4
+    for rank, told in enumerate(ranks(4, train_one_of_two, False)):
+        assert f"over ranks {[0, 1] if rank < 2 else [2, 3]}, and those of experts go with ranks [0, 1, 2, 3]" in told
+        assert "ExpertGradients(model, ranks=process_group)" in told
+
+
+class OwnModel(nn.Module):
+    """A block of one's own, whose experts are ours from the start."""
+
+    def __init__(self, layer: nn.Module, width: int, experts: int) -> None:
+        super().__init__()
+        self.router = nn.Linear(width, experts, dtype=torch.float64)
+        self.experts = layer
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        weight, index = self.router(hidden).softmax(-1).topk(2)
+        output: Tensor = self.experts(hidden, index, weight)
+        return (hidden + output).square().mean()
+
+
+def train_own(line: str) -> str:
+    """The first error of three steps of a model that `replace_experts` has not seen."""
+    group, generator = make_group(), torch.Generator().manual_seed(0)
+    layer = FullyShardedExperts(ExpertShape(6, 4), 4, group, dtype=torch.float64)
+    layer.load_experts(0, torch.randn(4, layer.shape.elements, generator=generator, dtype=torch.float64))
+    torch.manual_seed(0)
+    model: nn.Module = OwnModel(layer, 6, 4)
+    if line == "fsdp":
+        fully_shard(model, mesh=init_device_mesh("cpu", (group.size,)), ignored_params={layer.shard})
+    else:
+        gradients = ExpertGradients(model)
+        model = DistributedDataParallel(model)
+    make = torch.optim.Adafactor if line == "adafactor" else torch.optim.SGD
+    optimizer: torch.optim.Optimizer = make(model.parameters(), lr=0.1)
+    for step in range(3):
+        generator.manual_seed(10 * step + group.rank)
+        try:
+            model(torch.randn(9, 6, generator=generator, dtype=torch.float64)).backward()
+            if line == "clip":
+                torch.nn.utils.clip_grad_norm_(model.parameters(), 0.01)
+            elif line == "none":
+                gradients.clip_grad_norm_(0.01)
+            optimizer.step()
+        except RuntimeError as error:
+            return str(error)
+        optimizer.zero_grad()
+    return "nothing"
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("none", "nothing"),
+        ("adafactor", "takes the weights of layer 0 for a tensor"),
+        ("clip", "gradients.clip_grad_norm_(1.0)"),
+        ("fsdp", "FSDP2 averages gradients over ranks"),
+    ],
+)
+def test_models_of_ones_own_are_looked_at_too(ranks: Launch, line: str, words: str) -> None:
+    for told in ranks(2, train_own, line):
         assert words in told
 
 

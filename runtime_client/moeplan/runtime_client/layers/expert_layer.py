@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import traceback
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
+from itertools import chain
 from typing import Any, ClassVar, Self
 
 import torch
@@ -75,7 +77,6 @@ class ExpertLayer(nn.Module, ABC):
         loaded: int64[rows], sums of the parameter's rows as they were loaded; None where they were not.
         identities: Choices from `experts` on that give a token back as it is; 0 if there are none.
         steps: Steps of optimizers that have trained it; None where nobody counts them.
-        forgets: True in a copy of a layer that was watched, until it is watched itself.
         trained_by: int64, sum of what an optimizer was about to train its part by; None until the first step after the
             last that was told to other ranks.
         prepare: Called with the parameter before a pass that will have gradients, and with whether FSDP2 averages them
@@ -108,12 +109,12 @@ class ExpertLayer(nn.Module, ABC):
         self._cut = False
         self._number = next(group.numbers)
         self._passes = 0
+        self._trainings = 0
         self._backwards = 0  # differs after backward passes in another order
         self._valued = False
         self.loaded: Tensor | None = None
         self.steps: int | None = None
         self.trained_by: Tensor | None = None
-        self.forgets = False
         self._shared_by: list[weakref.ref[nn.Module]] = []
         self._witnesses: list[Tensor] = []
 
@@ -173,8 +174,7 @@ class ExpertLayer(nn.Module, ABC):
                 self._require_values()
             if self.prepare is not None:
                 self.prepare(weights, self._cut)
-            if self._compares:
-                self._require_own_gradients(weights)
+            self._require_own_gradients(weights)
         if hidden.shape[-1:] != (self.shape.hidden,):
             raise ValueError(f"{self.title}: hidden {tuple(hidden.shape)}: must be [tokens, {self.shape.hidden}]")
         rows = hidden.reshape(-1, self.shape.hidden)
@@ -302,7 +302,11 @@ class ExpertLayer(nn.Module, ABC):
                 its weights are frozen.
         """
         self._shared_by = [weakref.ref(module) for module in modules]
-        self.forgets = False
+
+    @property
+    def is_watched(self) -> bool:
+        """Whether something is watched that is still there."""
+        return bool(self._around())
 
     @property
     def title(self) -> str:
@@ -346,23 +350,34 @@ class ExpertLayer(nn.Module, ABC):
             )
 
     def _require_own_gradients(self, weights: nn.Parameter) -> None:
+        """Refuse what averages gradients of experts as those of the rest, or leaves them to nobody.
+
+        Looked for in training passes 1, 2, 4, 8 and so on.
+
+        Raises:
+            RuntimeError: something does.
+        """
+        self._trainings += 1
+        if self._trainings & (self._trainings - 1) or not dist.is_initialized() or dist.get_world_size() == 1:
+            return
+        unscaled, whole = self.prepare is None, self.group.size == 1
         data_parallel = DistributedDataParallel._get_active_ddp_module()
-        unscaled = self.prepare is None and not weights._backward_hooks
         if data_parallel is None:
-            if unscaled and self._beside_fsdp2():
+            if unscaled and not (whole and self._cut) and self._beside_fsdp2():
                 raise RuntimeError(
                     f"{self.title}: FSDP2 averages gradients over ranks, and those of experts are sums over ranks. "
                     "Write\n"
                     "    ExpertGradients(model)  # mean=False if set_gradient_divide_factor has FSDP2 sum them"
                 )
             return
-        if any(parameter is weights for parameter in data_parallel._module_parameters):
+        reduced = any(parameter is weights for parameter in data_parallel._module_parameters)
+        if reduced and not (whole and unscaled):  # whole experts may be left to it
             raise RuntimeError(
                 f"{self.title}: DistributedDataParallel has broadcast the experts, of which each rank holds its own "
                 "part. Write, with the module that it wraps,\n"
                 "    ExpertGradients(model)  # before DistributedDataParallel(model)"
             )
-        if unscaled:
+        if unscaled and not reduced:
             raise RuntimeError(
                 f"{self.title}: DistributedDataParallel averages gradients over ranks, and those of experts are sums "
                 "over ranks. Write\n"
@@ -370,9 +385,9 @@ class ExpertLayer(nn.Module, ABC):
             )
 
     def _beside_fsdp2(self) -> bool:
-        """Whether FSDP2 reduces gradients of what is around the layer, over several ranks."""
-        several = dist.is_initialized() and dist.get_world_size() > 1
-        return several and any(isinstance(part, FSDPModule) for module in self._around() for part in module.modules())
+        """Whether FSDP2 reduces gradients of what is around the layer."""
+        modules = (part for module in self._around() for part in module.modules())
+        return any(isinstance(module, FSDPModule) for module in chain(_calling(), modules))
 
     def _gather_counts(self, index: Tensor, weight: Tensor, layout: int = 0) -> Int64:
         """Tokens of each expert from each rank, int64[size, experts], once what ranks tell goes together."""
@@ -526,7 +541,6 @@ class ExpertLayer(nn.Module, ABC):
             "replicated": self._cut,
             "steps": None,
             "trained_by": None,
-            "forgets": self.forgets or bool(self._shared_by),
             "_shared_by": [],
             "_witnesses": [],
         }
@@ -557,6 +571,13 @@ def _refuse_copied(title: str) -> None:
         "be sums over ranks. Write, with the model that the copy is in,\n"
         "    ExpertGradients(model)"
     )
+
+
+def _calling() -> Iterator[nn.Module]:
+    """Modules whose forward is under way, the innermost first."""
+    for frame, _ in traceback.walk_stack(None):
+        if frame.f_code is nn.Module._call_impl.__code__:
+            yield frame.f_locals["self"]
 
 
 def _trained(module: nn.Module) -> Iterator[Tensor]:

@@ -90,14 +90,15 @@ class ExpertGradients:
         self.stages = stages
         self.layers = {group: [layer for layer in layers if layer.group is group] for group in _groups(layers)}
         ignore_experts(model)
-        _watch_copies(model)
+        _watch(model)
         for group, members in self.layers.items():
-            replicas = _replicas_of(group, ranks)
+            groups = groups_of(group.members, ranks)
+            replicas = _replicas_of(group, groups)
             for layer in members:
                 layer.replicated = replicas is not None
                 if isinstance(layer.prepare, _Reduction):
                     layer.prepare.detach()
-                layer.prepare = reduction = _Reduction(layer.title, group.size, replicas, mean)
+                layer.prepare = reduction = _Reduction(layer.title, groups, replicas, mean)
                 layer.scale = 1 / group.size
                 layer.on_way = reduction.arrived if group.size > 1 or replicas is not None else None
 
@@ -128,14 +129,14 @@ class ExpertGradients:
         return total
 
 
-def _watch_copies(model: nn.Module) -> None:
-    """Watch layers of a copied model as those of the original are."""
+def _watch(model: nn.Module) -> None:
+    """Watch layers of a model of one's own, or of a copy, as `replace_experts` does those that it makes."""
     children = [(block, child) for block in model.modules() for child in block.children()]
-    copies = {child: block for block, child in children if isinstance(child, ExpertLayer) and child.forgets}
-    for layer, block in copies.items():
+    unseen = {child: block for block, child in children if isinstance(child, ExpertLayer) and not child.is_watched}
+    for layer, block in unseen.items():
         layer.watch(block, model)
-    if copies:
-        watch_optimizers(copies, ())
+    if unseen:
+        watch_optimizers(unseen, ())
 
 
 def _groups(layers: Iterable[ExpertLayer]) -> list[ExpertGroup]:
@@ -189,9 +190,8 @@ def groups_of(members: Sequence[int], ranks: dist.ProcessGroup | None = None) ->
     return groups
 
 
-def _replicas_of(group: ExpertGroup, ranks: dist.ProcessGroup | None) -> Replicas | None:
-    """Ranks that hold the same experts as this one, each in its own expert group; None if there is no other."""
-    groups = groups_of(group.members, ranks)
+def _replicas_of(group: ExpertGroup, groups: Sequence[tuple[int, ...]]) -> Replicas | None:
+    """Ranks that hold the same experts as this one, each in its own of the groups; None if there is no other."""
     if len(groups) == 1:
         return None
     place = group.members.index(dist.get_rank())
@@ -206,11 +206,12 @@ class _Reduction:
     theirs.
     """
 
-    def __init__(self, title: str, size: int, replicas: Replicas | None, mean: bool) -> None:
+    def __init__(self, title: str, groups: Sequence[tuple[int, ...]], replicas: Replicas | None, mean: bool) -> None:
         self.title = title
+        self.ranks = sorted(rank for group in groups for rank in group)
         self.replicas = replicas
         self.times = 1 if replicas is None else len(replicas.members)
-        self.summed = 1 if mean else size * self.times
+        self.summed = 1 if mean else len(self.ranks)
         # Of each parameter that the layer has had: ``torch.func.functional_call`` puts others there, and back again.
         self.hooks: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self.backwards = 0
@@ -231,6 +232,7 @@ class _Reduction:
                 "functional_call parameters, do not parametrize experts, and write\n"
                 "    FullyShardedDataParallel(model, ignored_states=list(expert_parameters(model).values()))"
             )
+        self._require_ranks()
         hooks: list[RemovableHandle] = []
         if self.summed != 1:
             hooks.append(parameter.register_hook(lambda gradient: gradient * self.summed))
@@ -238,6 +240,23 @@ class _Reduction:
         if self.averages:
             hooks.append(parameter.register_post_accumulate_grad_hook(self._average))
         self.hooks[parameter] = hooks
+
+    def _require_ranks(self) -> None:
+        """Raise if DistributedDataParallel reduces other gradients over other ranks.
+
+        Raises:
+            RuntimeError: it does.
+        """
+        data_parallel = DistributedDataParallel._get_active_ddp_module()
+        if data_parallel is None:
+            return
+        reduced = sorted(dist.get_process_group_ranks(data_parallel.process_group))
+        if reduced != self.ranks:
+            raise RuntimeError(
+                f"{self.title}: DistributedDataParallel reduces gradients over ranks {reduced}, and those of experts "
+                f"go with ranks {self.ranks}. Write, with the process_group that it was given,\n"
+                "    ExpertGradients(model, ranks=process_group)"
+            )
 
     def arrived(self) -> None:
         """Note a pass's gradient that is on its way to the parameter."""
