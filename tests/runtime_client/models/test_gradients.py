@@ -405,6 +405,17 @@ def call_with_parameters(kind: str) -> str:
         found.append([source[name].grad for name in expert_parameters(model)])
     for gradients in found[1:]:
         torch.testing.assert_close(gradients, found[0], rtol=1e-14, atol=0)
+    other = {name: (p.detach() / 2).requires_grad_() for name, p in model.named_parameters()}
+    functional_call(model, other, (words,)).backward()
+    changed = copy.deepcopy(model)
+    ExpertGradients(changed)
+    with torch.no_grad():
+        for parameter in changed.parameters():
+            parameter.div_(2)
+    changed.zero_grad()
+    changed(words).backward()
+    for name, parameter in changed.named_parameters():
+        torch.testing.assert_close(other[name].grad, parameter.grad, rtol=1e-14, atol=0)
     half = {name: p / 2 for name, p in model.named_parameters()}
     with pytest.raises(RuntimeError) as refused:
         functional_call(model, half, (words,))

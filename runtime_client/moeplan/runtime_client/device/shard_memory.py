@@ -73,7 +73,7 @@ class PublishedShard:
     addresses: Int64
     held: object
     read: int = -1
-    shown: object = None
+    shown: tuple[tuple[int, int, int], int | None] | None = None
 
 
 class ShardMemory:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from itertools import count
 from typing import Any
 
 import torch
@@ -11,16 +12,28 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.weak import WeakIdKeyDictionary
 
-__all__ = ["changes_of"]
+__all__ = ["changes_of", "steps_of"]
 
-_steps: WeakIdKeyDictionary = WeakIdKeyDictionary()
-"""Steps that optimizers have made with each parameter since it was first asked for."""
+_numbers = count()
+_asked: WeakIdKeyDictionary = WeakIdKeyDictionary()
+"""[a number of its own, steps that optimizers have made with it since] of each parameter that was asked for."""
 
 
-def changes_of(parameter: Tensor) -> tuple[int, int]:
-    """Differs after a change of a parameter in place, or a step of an optimizer; not after one through ``.data``."""
+def changes_of(parameter: Tensor) -> tuple[int, int, int]:
+    """(number, version, steps): differs between parameters, and after a change of one in place or by an optimizer.
+
+    Not after a change through ``.data``, which nothing tells of.
+    """
     _look_at_steps()
-    return parameter._version, _steps.setdefault(parameter, 0)
+    if parameter not in _asked:
+        _asked[parameter] = [next(_numbers), 0]
+    number, steps = _asked[parameter]
+    return number, parameter._version, steps
+
+
+def steps_of(parameter: Tensor) -> int:
+    """Steps that optimizers have made with a parameter since it was first asked for."""
+    return changes_of(parameter)[2]
 
 
 @cache
@@ -33,5 +46,5 @@ def _look_at_steps() -> None:
 def _after_step(optimizer: Optimizer, *_: Any) -> None:
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            if parameter in _steps:
-                _steps[parameter] += 1
+            if parameter in _asked:
+                _asked[parameter][1] += 1

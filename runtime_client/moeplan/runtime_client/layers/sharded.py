@@ -341,13 +341,13 @@ class FullyShardedExperts(ExpertLayer):
         made = self._made.repeated(self.title, counts)
         if made is not None:
             placement = made.placement
-        gatherings = [self._take_ahead(placement, dtype) or self._start(placement, dtype, "weights.forward")]
+        gathering = self._take_ahead(placement, dtype) or self._start(placement, dtype, "weights.forward", self.shard)
         made = made or _Made(placement, *self.route(counts))
-        slots, width = made.slots, placement.layout.slots.shape[1]
+        gatherings, slots, width = [gathering], made.slots, placement.layout.slots.shape[1]
         if slots.shape[1] > width:  # something is lent, as every rank knows
             lent = Slots(slots[:, width:], self.experts, group, placement.device)
-            behind = gatherings[0].storage, len(placement.experts)
-            gatherings.append(self._start(lent, dtype, "weights.forward", *behind))
+            behind = None if gathering.storage is None else (gathering.storage, len(placement.experts))
+            gatherings.append(self._start(lent, dtype, "weights.forward", self.shard, behind))
             placement = Placement(Layout(slots, self.experts), group, placement.device)
         this = _Pass(self, placement, dtype)
         landed = this.land()
@@ -379,7 +379,7 @@ class FullyShardedExperts(ExpertLayer):
         means = placement.fingerprint ^ division.fingerprint
         key = dividing.key(placement.layout, division.cluster.speed, division.rule, means or 1)
         turn = self._turn(key, self.memory.meetings, means=means)
-        gathering = self._take_ahead(placement, dtype) or self._start(placement, dtype, "weights.forward")
+        gathering = self._take_ahead(placement, dtype) or self._start(placement, dtype, "weights.forward", self.shard)
         this = _Pass(self, placement, dtype)
         matrices = this.gather(this.land(), [gathering], matrix_sizes(self.shape))
         follower = self._follower()
@@ -403,7 +403,7 @@ class FullyShardedExperts(ExpertLayer):
     def _prefetch(self, dtype: torch.dtype, sweep: int | None, after: torch.cuda.Event | None = None) -> None:
         if self._ahead is not None:
             self._ahead.gathering.drop()
-        gathering = self._start(self._placed(), dtype, "weights.forward", after=after, anew=True)
+        gathering = self._start(self._placed(), dtype, "weights.forward", self.shard, after=after, anew=True)
         self._ahead = _Ahead(gathering, self._chain, self._chain.backwards, sweep)
 
     def _placed(self) -> Placement:
@@ -417,14 +417,15 @@ class FullyShardedExperts(ExpertLayer):
         placement: Slots,
         dtype: torch.dtype,
         purpose: str,
-        storage: torch.UntypedStorage | None = None,
-        first: int = 0,
+        shard: Tensor,
+        into: tuple[torch.UntypedStorage, int] | None = None,
         *,
         after: torch.cuda.Event | None = None,
         anew: bool = False,
     ) -> Gathering | DirectGathering:
-        """Begin to gather weights; copy engines write them into a storage from row `first` on, which are weights of a
-        pass that others have been shown, or into new memory, and begin behind what `after` marks.
+        """Begin to gather weights, of which `shard` is this rank's part; copy engines write them `into` a storage from
+        a row on, which are weights of a pass that others have been shown, or into new memory, and begin behind what
+        `after` marks.
 
         A pass that runs again within a backward pass does not show once more what others have been shown for it; with
         `anew` weights are shown in any case.
@@ -432,7 +433,7 @@ class FullyShardedExperts(ExpertLayer):
         memory = self.memory
         if memory is None:
             with unseen():
-                return Gathering(self.shard, placement, self.group, dtype, self.traffic, purpose)
+                return Gathering(shard, placement, self.group, dtype, self.traffic, purpose)
         if dtype != memory.dtype:
             raise ValueError(
                 f"{self.title}: dtype = {dtype}: the memory was made for {memory.dtype}. Give the layer "
@@ -446,25 +447,25 @@ class FullyShardedExperts(ExpertLayer):
             # Between a forward pass and its backward weights stay as they are, and within one; at any other time they
             # may have changed, and in ways that autograd does not see. A checkpoint that is reentrant may run a pass
             # again by another layout or planner than it showed weights for.
-            shown = storage is not None
+            shown = into is not None
             if isinstance(placement, Placement) and not shown:
                 shown = in_backward() and not anew and self._have_been_shown(placement)
                 if not shown:
                     self._published.shown = self._shows(placement)
             gathering = DirectGathering(
-                self.shard,
+                shard,
                 placement,
                 memory,
                 self._published,
                 shown=shown,
-                into=None if storage is None else (storage, first),
+                into=into,
                 room=None if self.planner is None else int(self._lent(self.planner)[self.group.rank]),
                 after=after,
             )
         self.traffic[purpose] += gathering.sent
         return gathering
 
-    def _shows(self, placement: Placement) -> tuple[tuple[int, int], int | None]:
+    def _shows(self, placement: Placement) -> tuple[tuple[int, int, int], int | None]:
         """What others are shown for a pass: which weights, and of which layout; of all experts where ranks may lend."""
         return changes_of(self.shard), None if self.planner is not None else placement.fingerprint
 
@@ -472,6 +473,11 @@ class FullyShardedExperts(ExpertLayer):
         """Whether others were last shown what a pass asks for, by what all ranks find alike; without memory always."""
         published = self._published
         return published is None or published.shown in (self._shows(placement), (changes_of(self.shard), None))
+
+    def _still_shows(self, weights: tuple[int, int, int]) -> bool:
+        """Whether others were last shown these weights, of whatever layout; without memory they are sent anyway."""
+        published = self._published
+        return published is None or published.shown is None or published.shown[0] == weights
 
     def _return(self, gradients: Sequence[Tensor], this: _Pass) -> Returning | DirectReturning:
         """Begin to return the gradients of slots, in parts of their columns; copy engines' are scaled on the way."""
@@ -601,7 +607,8 @@ class _Pass:
         self.arriving: Gathering | DirectGathering | None = None
         self.returning: Returning | DirectReturning | None = None
         self.total: Tensor | None = None
-        self.version = changes_of(layer.shard)
+        self.shard: Tensor = layer.shard  # which ``torch.func.functional_call`` may put there for the pass alone
+        self.version = changes_of(self.shard)
         # Weak, because autograd alone decides how long the weights are wanted.
         self.storage: StorageWeakRef | None = None
         self.size = 0
@@ -649,10 +656,10 @@ class _Pass:
     def start(self) -> None:
         """Begin to gather the weights again, if they have been freed, are still wanted, and are what they were."""
         self.layer._chain.backwards += 1
-        same = self.version == changes_of(self.layer.shard)
+        same = self.version == changes_of(self.shard) and self.layer._still_shows(self.version)
         if self.freed and same and self.arriving is None and self.storage and not self.storage.expired():
             storage = torch.UntypedStorage._new_with_weak_ptr(self.storage.cdata)
-            self.arriving = self.layer._start(self.placement, self.dtype, "weights.backward", storage)
+            self.arriving = self.layer._start(self.placement, self.dtype, "weights.backward", self.shard, (storage, 0))
 
     def restore(self, flat: Tensor) -> None:
         """Bring the weights back.

@@ -37,7 +37,7 @@ def shard_width(elements: int, size: int) -> int:
     return -(-elements // size)
 
 
-def version_of(shard: Tensor) -> tuple[int, int, int, torch.dtype]:
+def version_of(shard: Tensor) -> tuple[int, int, int, int, torch.dtype]:
     """Differs after a change of the shard's values, as `changes_of` sees them, memory or type."""
     return *changes_of(shard), shard.data_ptr(), shard.dtype
 

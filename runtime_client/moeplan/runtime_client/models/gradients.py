@@ -16,7 +16,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from moeplan.runtime_client.device.launches import is_captured
 from moeplan.runtime_client.errors import RanksDifferError
 from moeplan.runtime_client.group import ExpertGroup
-from moeplan.runtime_client.layers.changes import changes_of
+from moeplan.runtime_client.layers.changes import steps_of
 from moeplan.runtime_client.layers.expert_layer import ExpertLayer
 from moeplan.runtime_client.layers.rank_checks import row_sums
 from moeplan.runtime_client.models.optimizers import watch_optimizers
@@ -297,7 +297,7 @@ class _Reduction:
         # In 1, 2, 4, 8 and so on, as what differs stays different; not in each replay of a CUDA graph.
         if self.backwards & (self.backwards - 1) == 0 and not is_captured(parameter):
             self._require_replicas(self.replicas, parameter)
-        self.replicas.average(gradient, self.title, changes_of(parameter)[1])
+        self.replicas.average(gradient, self.title, steps_of(parameter))
 
     def _require_replicas(self, replicas: Replicas, parameter: Tensor) -> None:
         """Raise, on all replicas alike, if they do not hold the same experts.
