@@ -249,6 +249,11 @@ def leave_behind() -> None:
     with pytest.raises(ValueError, match="AdamW trains it, and HomeMoves was not given it"):
         moves.step()
     assert HomeMoves(model.experts, optimizer).moving == 0
+    masters = [parameter.detach().clone().requires_grad_() for parameter in model.parameters()]
+    moves = HomeMoves(model.experts, torch.optim.AdamW(masters, lr=0.1))
+    moves.take(planned(2, group.size))
+    with pytest.raises(ValueError, match="AdamW does not train it"):
+        moves.step()
 
 
 def test_an_optimizer_that_would_be_left_behind_is_refused(ranks: Launch) -> None:

@@ -42,12 +42,17 @@ class GaLoreAdamW(torch.optim.SGD):
     """Called as one that projects the gradients of a matrix."""
 
 
-def test_optimizers_that_treat_a_matrix_as_a_whole_are_known_by_name() -> None:
+class StableAdamW(torch.optim.SGD):
+    """Called as one that clips by a norm of each tensor."""
+
+
+@pytest.mark.parametrize("kind", [GaLoreAdamW, StableAdamW])
+def test_optimizers_that_treat_a_matrix_as_a_whole_are_known_by_name(kind: type[torch.optim.SGD]) -> None:
     model = fused_model()
     replace_experts(model, partial(ResidentExperts, group=ExpertGroup()))
     model(words_of(0, 0, 1)).backward()
-    with pytest.raises(RuntimeError, match="GaLoreAdamW: takes the weights of"):
-        GaLoreAdamW(model.parameters(), lr=0.1).step()
+    with pytest.raises(RuntimeError, match=f"{kind.__name__}: takes the weights of"):
+        kind(model.parameters(), lr=0.1).step()
 
 
 def spread_states(kind: str) -> str:

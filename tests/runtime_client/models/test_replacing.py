@@ -220,6 +220,28 @@ class DroppingExperts(FusedExperts):
         return self.dropout(super().forward(hidden, top_k_index, top_k_weights))
 
 
+class PrunedExperts(FusedExperts):
+    """With a factor of each expert that training does not change."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("alive", torch.tensor([1.0, 0.0, 1.0, 1.0]))
+
+    def forward(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        alive = self.get_buffer("alive").to(top_k_weights)
+        return super().forward(hidden, top_k_index, top_k_weights * alive[top_k_index])
+
+
+class FullExperts(FusedExperts):
+    """Drops what is beyond a capacity of at least eight tokens."""
+
+    def forward(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        capacity = max(8, int(1.25 * top_k_index.numel() / self.num_experts))
+        chosen = nn.functional.one_hot(top_k_index.flatten(), self.num_experts)
+        place = (chosen.cumsum(0) * chosen).sum(-1).view_as(top_k_index)
+        return super().forward(hidden, top_k_index, top_k_weights * (place <= capacity))
+
+
 class OtherCall(FusedExperts):
     def forward(self, hidden: Tensor, offsets: Tensor) -> Tensor:  # type: ignore[override]
         return hidden
@@ -231,6 +253,8 @@ class OtherCall(FusedExperts):
     [
         (ClampedExperts, "does not compute .* it differs by"),
         (DroppingExperts, "does not compute"),
+        (PrunedExperts, "has buffers alive"),
+        (FullExperts, "does not compute .* it differs by"),
         (OtherCall, "cannot be called as"),
     ],
 )
@@ -477,6 +501,44 @@ def test_a_checkpoint_continues_with_any_ranks_layers_and_layout(
     for size, other in [(3, "sharded"), (2, "resident"), (1, "plain")]:
         for actual in ranks(size, load, family, other, tmp_path):
             torch.testing.assert_close(actual, expected, rtol=0, atol=TOLERANCE)
+
+
+def start_anew(kind: str, folder: Path) -> None:
+    """A checkpoint before the first step changes nothing for who writes it, nor for who reads it."""
+    group, trained = make_group(), []
+    for how in ("not at all", "written", "read"):
+        model = make_model("qwen3_moe")
+        replace(model, kind, group)
+        optimizer = make_optimizer(model)
+        if how != "not at all":
+            go = save_checkpoint if how == "written" else load_checkpoint
+            go({"training": TrainingState(model, optimizer)}, checkpoint_id=folder)
+        for step in range(3):
+            train(model, optimizer, step, group)
+        trained.append([parameter.detach() for parameter in model.parameters()])
+    for others in trained[1:]:
+        torch.testing.assert_close(others, trained[0], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["sharded", "resident"])
+def test_a_checkpoint_before_the_first_step(ranks: Launch, kind: str, tmp_path: Path) -> None:
+    ranks(2, start_anew, kind, tmp_path)
+
+
+def test_biases_of_experts_that_would_decay_unlike_others_are_refused() -> None:
+    model = make_model("gpt_oss")
+    replace(model, "resident", ExpertGroup())
+    biases = [p for n, p in model.named_parameters() if "bias" in n]
+    rest = [p for n, p in model.named_parameters() if "bias" not in n]
+    said: list[dict[str, Any]] = [{}, {"weight_decay": 0.0}, {"decays_biases": True}]
+    for group in said:
+        decayed: dict[str, Any] = {"params": rest, "weight_decay": 0.1} | group
+        optimizer = torch.optim.AdamW([decayed, {"params": biases, "weight_decay": 0.0}], lr=0.01)
+        if group:
+            train(model, optimizer, 0, ExpertGroup())
+            continue
+        with pytest.raises(RuntimeError, match=r'(?s)AdamW: weight_decay = 0\.1 of .*"decays_biases": True'):
+            train(model, optimizer, 0, ExpertGroup())
 
 
 class Factored(torch.optim.Adafactor):

@@ -309,6 +309,12 @@ class ExpertLayer(nn.Module, ABC):
         return bool(self._around())
 
     @property
+    def biases_beside(self) -> list[nn.Parameter]:
+        """What is called a bias in the modules that are watched."""
+        named = (named for module in self._around() for named in module.named_parameters())
+        return [parameter for name, parameter in named if name.endswith("bias")]
+
+    @property
     def title(self) -> str:
         """The layer's name in errors."""
         return self.name or f"layer {self._number}"

@@ -209,6 +209,16 @@ class HomeMoves(Stateful):
         return told
 
     def _require_all_optimizers(self) -> None:
+        given = {
+            id(part) for optimizer in self._optimizers for group in optimizer.param_groups for part in group["params"]
+        }
+        for layer in self._layers if given else ():
+            if layer.flat.requires_grad and not layer.replicated and id(layer.flat) not in given:
+                kinds = ", ".join(type(optimizer).__name__ for optimizer in self._optimizers)
+                raise ValueError(
+                    f"{layer.title}: {kinds} does not train it, but copies of it, perhaps, which would stay where "
+                    "experts leave. Give HomeMoves optimizers of the layers' own parameters, or keep homes as they are"
+                )
         for optimizer in self._stepped:
             if any(optimizer.state is given.state for given in self._optimizers):  # wrappers share it
                 continue

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, cast
 
 import torch
@@ -172,8 +172,10 @@ class TrainingState(Stateful):
         Raises:
             ValueError: an optimizer keeps a tensor of an expert parameter that has not its shape.
         """
+        fresh = [optimizer for optimizer in self.optimizers if not optimizer.state]
         with state_in_parts():
             model, optimizer = cast(tuple[dict[str, Any], dict[str, Any]], get_state_dict(self.model, self.optimizers))
+        _forget_first_step(fresh)
         for layer, own, logical in self._names():
             held = model.pop(own)
             model |= _renamed(logical, logical_experts(layer, held))
@@ -212,6 +214,17 @@ class TrainingState(Stateful):
         for name, layer in self._layers.items():
             prefix = f"{name}." if name else ""
             yield layer, prefix + layer.own, {part: prefix + part for part in layer.shape.parts}
+
+
+def _forget_first_step(optimizers: Iterable[Optimizer]) -> None:
+    """Have optimizers count from 0 that torch has made a step of, with gradients of zeros, as they had no state yet.
+
+    The rest of what they keep is zeros then, as before a first step.
+    """
+    for optimizer in optimizers:
+        for entries in optimizer.state.values():
+            if "step" in entries:
+                entries["step"] *= 0  # in place, if a tensor: what was returned of the state is the same
 
 
 def expert_layers(model: nn.Module) -> dict[str, Layer]:

@@ -32,8 +32,9 @@ _trained: weakref.WeakKeyDictionary[Optimizer, _Looked] = weakref.WeakKeyDiction
 """Optimizers that have been looked at since experts were last replaced."""
 
 _OF_WHOLE_TENSORS = (
-    "adafactor", "adamini", "adam_mini", "adammini", "apollo", "came", "dadapt", "galore", "kfac", "lamb", "lars",
-    "lbfgs", "muon", "novograd", "prodigy", "psgd", "shampoo", "sm3", "soap",
+    "adafactor", "adagc", "adamini", "adam_mini", "adammini", "adamp", "apollo", "came", "dadapt", "galore",
+    "kfac", "kron", "lamb", "lars", "lbfgs", "muon", "novograd", "prodigy", "psgd", "ranger", "sgdp", "shampoo", "sm3",
+    "soap", "stableadam",
 )  # fmt: skip
 """In names of optimizers that treat a tensor, or all of them, as a whole: by its rows and columns, its singular values
 or its norm, or with one rate for all that is found from all."""
@@ -108,7 +109,29 @@ def _require_right(optimizer: Optimizer) -> weakref.WeakSet[ExpertLayer]:
             "treats as a whole, and they are the flat experts of a rank. Leave expert_parameters(model) to an "
             "optimizer that treats elements one by one, as AdamW or SGD"
         )
+    for layer in layers:
+        _require_decay(optimizer, layer)
     return layers
+
+
+def _require_decay(optimizer: Optimizer, layer: ExpertLayer) -> None:
+    """Refuse a decay of weights that is meant for matrices alone, where biases are in one parameter with them.
+
+    Raises:
+        RuntimeError: other biases of the model decay otherwise.
+    """
+    decays = {id(part): group.get("weight_decay") for group in optimizer.param_groups for part in group["params"]}
+    (group,) = [group for group in optimizer.param_groups if any(part is layer.weights for part in group["params"])]
+    own = group.get("weight_decay")
+    others = {decays[id(bias)] for bias in layer.biases_beside if id(bias) in decays} - {own}
+    if layer.shape.bias and own and others and not group.get("decays_biases"):
+        raise RuntimeError(
+            f"{type(optimizer).__name__}: weight_decay = {own} of {layer.title} is for its biases, too, which are in "
+            f"one parameter with its matrices, and other biases have weight_decay = {sorted(others, key=repr)}. Write, "
+            "in the group of expert_parameters(model), weight_decay=0, or if biases of experts shall decay with their "
+            "matrices, as where all of two dimensions and more does,\n"
+            f'    {{"params": ..., "weight_decay": {own}, "decays_biases": True}}'
+        )
 
 
 def _sum_of_training(optimizer: Optimizer, layer: ExpertLayer) -> Tensor | None:

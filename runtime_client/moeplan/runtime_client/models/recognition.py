@@ -24,7 +24,8 @@ _SIZES = (1.0, 1000.0)
 _TOLERANCE = 1e-4
 """Relative; both compute in single precision, which at any width of a model is within a tenth of it."""
 
-_ROWS = 6
+_ROWS = 20
+"""More than any capacity leaves of tokens that all choose the same experts."""
 
 _TRAINED = {"torch.float16", "torch.bfloat16", "torch.float32", "torch.float64"}
 
@@ -62,13 +63,17 @@ def recognise(title: str, module: nn.Module, known: Iterable[ExpertShape] = ()) 
 
     Raises:
         ValueError: it computes something that no `ExpertShape` describes, its parameters are others or quantized, only
-            some of them are frozen, or it is inside an adapter.
+            some of them are frozen, it has buffers, or it is inside an adapter.
     """
     weights = dict(module.named_parameters(recurse=False))
     if quantized := {str(weight.dtype) for weight in weights.values()} - _TRAINED:
         raise ValueError(
             f"{title}: has weights of {', '.join(sorted(quantized))}; experts are trained in bfloat16 or wider. Load "
             "the model dequantized: from_pretrained(..., quantization_config=...Config(dequantize=True))"
+        )
+    if buffers := [name for name, _ in module.named_buffers()]:
+        raise ValueError(
+            f"{title}: has buffers {', '.join(buffers)}, and no ExpertShape has; what it computes may depend on them"
         )
     candidates = list(_dimensions(title, weights))
     if title.split(" ")[0].endswith("base_layer"):
