@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from functools import cache
+import weakref
+from dataclasses import dataclass
+from functools import cache, partial
 from itertools import count
 from typing import Any
 
@@ -10,13 +12,22 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
-from torch.utils.weak import WeakIdKeyDictionary
 
 __all__ = ["changes_of", "steps_of"]
 
+
+@dataclass(slots=True, eq=False)
+class _Asked:
+    """A parameter that was asked for, a number of its own, and steps that optimizers have made with it since."""
+
+    parameter: weakref.ref[Tensor]
+    number: int
+    steps: int = 0
+
+
 _numbers = count()
-_asked: WeakIdKeyDictionary = WeakIdKeyDictionary()
-"""[a number of its own, steps that optimizers have made with it since] of each parameter that was asked for."""
+_asked: dict[int, _Asked] = {}
+"""By the parameter's `id`: several times in a pass, and dictionaries of tensors take ten times as long."""
 
 
 def changes_of(parameter: Tensor) -> tuple[int, int, int]:
@@ -24,16 +35,22 @@ def changes_of(parameter: Tensor) -> tuple[int, int, int]:
 
     Not after a change through ``.data``, which nothing tells of.
     """
-    _look_at_steps()
-    if parameter not in _asked:
-        _asked[parameter] = [next(_numbers), 0]
-    number, steps = _asked[parameter]
-    return number, parameter._version, steps
+    place = id(parameter)
+    asked = _asked.get(place)
+    if asked is None or asked.parameter() is not parameter:
+        _look_at_steps()
+        asked = _asked[place] = _Asked(weakref.ref(parameter, partial(_forget, place)), next(_numbers))
+    return asked.number, parameter._version, asked.steps
 
 
 def steps_of(parameter: Tensor) -> int:
     """Steps that optimizers have made with a parameter since it was first asked for."""
     return changes_of(parameter)[2]
+
+
+def _forget(place: int, gone: weakref.ref[Tensor]) -> None:
+    if place in _asked and _asked[place].parameter is gone:
+        del _asked[place]
 
 
 @cache
@@ -46,5 +63,6 @@ def _look_at_steps() -> None:
 def _after_step(optimizer: Optimizer, *_: Any) -> None:
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            if parameter in _asked:
-                _asked[parameter][1] += 1
+            asked = _asked.get(id(parameter))
+            if asked is not None and asked.parameter() is parameter:
+                asked.steps += 1

@@ -472,7 +472,10 @@ class FullyShardedExperts(ExpertLayer):
     def _have_been_shown(self, placement: Placement) -> bool:
         """Whether others were last shown what a pass asks for, by what all ranks find alike; without memory always."""
         published = self._published
-        return published is None or published.shown in (self._shows(placement), (changes_of(self.shard), None))
+        if published is None:
+            return True
+        weights, layout = self._shows(placement)
+        return published.shown in ((weights, layout), (weights, None))
 
     def _still_shows(self, weights: tuple[int, int, int]) -> bool:
         """Whether others were last shown these weights, of whatever layout; without memory they are sent anyway."""
@@ -656,10 +659,12 @@ class _Pass:
     def start(self) -> None:
         """Begin to gather the weights again, if they have been freed, are still wanted, and are what they were."""
         self.layer._chain.backwards += 1
-        same = self.version == changes_of(self.shard) and self.layer._still_shows(self.version)
-        if self.freed and same and self.arriving is None and self.storage and not self.storage.expired():
-            storage = torch.UntypedStorage._new_with_weak_ptr(self.storage.cdata)
-            self.arriving = self.layer._start(self.placement, self.dtype, "weights.backward", self.shard, (storage, 0))
+        storage = self.storage
+        if not self.freed or self.arriving is not None or storage is None or storage.expired():
+            return
+        if self.version == changes_of(self.shard) and self.layer._still_shows(self.version):
+            into = torch.UntypedStorage._new_with_weak_ptr(storage.cdata), 0
+            self.arriving = self.layer._start(self.placement, self.dtype, "weights.backward", self.shard, into)
 
     def restore(self, flat: Tensor) -> None:
         """Bring the weights back.
