@@ -33,7 +33,17 @@ ROOMS = {
         *("policies", "solving", "affinity", "routing", "spill", "homes", "known", "choice"),
     ),
     "planner": ("errors", "traces", "files", "exports", "jobs", "studies", "pages", "daemon", "commands"),
-    "runtime_client": ("errors", "group", "recording", "device", "layers", "planning", "models", "integrations"),
+    "runtime_client": (
+        "errors",
+        "group",
+        "derivatives",
+        "recording",
+        "device",
+        "layers",
+        "planning",
+        "models",
+        "integrations",
+    ),
 }
 """Rooms, and modules beside them, in the order in which they may import: later ones import earlier ones."""
 

@@ -248,6 +248,10 @@ def test_replicas_that_would_part_are_refused(ranks: Launch, kind: str, line: st
             assert each in told
 
 
+def fail(_: Tensor) -> None:
+    raise ZeroDivisionError
+
+
 def part_in_backwards(line: str) -> list[str]:
     """What replicas are told where they run other backward passes: each rank is an expert group of its own."""
     rank = dist.get_rank()
@@ -256,9 +260,16 @@ def part_in_backwards(line: str) -> list[str]:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     wrapped = DistributedDataParallel(model, find_unused_parameters=True)
     told = []
+    if "failed" in line:  # once everything has been averaged
+        failing = model.get_parameter("embedding.weight").register_hook(fail)
+        for step in range(2):
+            with pytest.raises(ZeroDivisionError):
+                model(words_of(step, rank, 2)).backward()
+        failing.remove()
+        model.zero_grad()
     for step in range(4):
         try:
-            if line == "another layer" and step == 2:
+            if "another layer" in line and step == 2:
                 model.blocks[rank].requires_grad_(False)
             elif line == "more micro-batches" and step == 2:
                 for nth in range(1 + rank):
@@ -279,6 +290,10 @@ def part_in_backwards(line: str) -> list[str]:
         ("nothing", []),
         (
             "another layer",
+            ["2: ranks [0, 1] hold", "rank 0 blocks.1.experts after 2 steps; rank 1 blocks.0"],
+        ),
+        (
+            "another layer after a backward that failed",
             ["2: ranks [0, 1] hold", "rank 0 blocks.1.experts after 2 steps; rank 1 blocks.0"],
         ),
         (

@@ -57,7 +57,8 @@ class Turn:
             of weights that all ranks share; empty in most passes.
         layout: int64[4], on the device, where tokens are divided by layouts: three zeros in place of checks, and the
             layout's key. See `LayoutPlans.key`.
-        gathered: How often experts have been gathered; ranks that differ have other weights.
+        gathered: A number that differs after another number of gatherings, as ranks then have other weights, and after
+            backward passes in another order.
         scale: What gradients of experts at home are multiplied by.
         means: Differs between passes that are planned differently; for one that is run again for its backward.
     """

@@ -210,7 +210,6 @@ class _Reduction:
         self.title = title
         self.ranks = sorted(rank for group in groups for rank in group)
         self.replicas = replicas
-        self.times = 1 if replicas is None else len(replicas.members)
         self.summed = 1 if mean else len(self.ranks)
         # Of each parameter that the layer has had: ``torch.func.functional_call`` puts others there, and back again.
         self.hooks: WeakIdKeyDictionary = WeakIdKeyDictionary()

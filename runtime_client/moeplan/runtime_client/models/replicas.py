@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moeplan.runtime_client.device.launches import is_captured
-from moeplan.runtime_client.errors import RanksDifferError
+from moeplan.runtime_client.errors import MissedPassError, RanksDifferError
 from moeplan.runtime_client.layers.fingerprints import fingerprint
 
 __all__ = ["Replicas"]
@@ -27,8 +27,8 @@ class Replicas:
         self.members = members
         make = partial(dist.new_group, members, timeout=timeout, use_local_synchronization=True)
         self.group, self._tellers = make(), make(backend="gloo")  # by the host, which does not wait for the device
-        self._under_way: list[dist.Work] = []
-        self._averaged: list[tuple[str, int]] = []
+        self._averaged: dict[int, list[tuple[str, int, dist.Work | None]]] = {}
+        """Title and steps of each gradient, and its average under way, by the backward pass that it is of."""
 
     def average(self, gradient: Tensor, title: str, steps: int) -> None:
         """Begin to average a gradient in place; the backward pass that is under way ends once it is.
@@ -38,33 +38,37 @@ class Replicas:
             title: Of its layer.
             steps: Of optimizers, that its parameter has made.
         """
-        if not self._averaged:
-            torch.autograd.Variable._execution_engine.queue_callback(partial(self._finish, is_captured(gradient)))
-        self._averaged.append((title, steps))
+        backward = torch._C._current_graph_task_id()  # a checkpoint that is reentrant has its own within another
+        if backward not in self._averaged:
+            self._averaged[backward] = []
+            finish = partial(self._finish, backward, is_captured(gradient))
+            torch.autograd.Variable._execution_engine.queue_callback(finish)
+        work = None
         if gradient.numel():
             work = dist.all_reduce(gradient.div_(len(self.members)), group=self.group, async_op=True)
-            self._under_way.append(work)
+        self._averaged[backward].append((title, steps, work))
 
-    def _finish(self, captured: bool) -> None:
-        averaged, self._averaged = self._averaged, []
-        under_way, self._under_way = self._under_way, []
+    def _finish(self, backward: int, captured: bool) -> None:
+        averaged = self._averaged.pop(backward)
         if not captured:
-            self._compare(averaged)
-        for work in under_way:
-            work.wait()
+            self._compare([(title, steps) for title, steps, _ in averaged])
+        for *_, work in averaged:
+            if work is not None:
+                work.wait()
 
     def _compare(self, averaged: Sequence[tuple[str, int]]) -> None:
         """Raise, on all replicas, if they have averaged other gradients than these.
 
         Raises:
             RanksDifferError: they have.
+            MissedPassError: one of them did not come in time.
         """
-        mine = torch.tensor([fingerprint(repr(averaged).encode())])
+        mine = torch.tensor([fingerprint(repr(averaged).encode())], device="cpu")
         told = [torch.empty_like(mine) for _ in self.members]
         try:
             dist.all_gather(told, mine, group=self._tellers)
         except RuntimeError as error:
-            raise RanksDifferError(f"{self._rule()} One of them did not come in time: {error}") from error
+            raise MissedPassError(f"{self._rule()} One of them did not come in time: {error}") from error
         if len({int(mark) for mark in told}) > 1:
             everything: list[Sequence[tuple[str, int]]] = [() for _ in self.members]
             dist.all_gather_object(everything, averaged, group=self._tellers)

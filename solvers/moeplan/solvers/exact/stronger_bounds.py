@@ -9,11 +9,11 @@ import numpy as np
 
 from moeplan.solvers.exact import configurations
 from moeplan.solvers.objective import score as scores
-from moeplan.solvers.objective.judging import rule_of
 from moeplan.solvers.problem.arrays import Float64
 from moeplan.solvers.problem.even_bounds import places_bound
 from moeplan.solvers.problem.problem import Problem
 from moeplan.solvers.problem.split_rules import SplitRule
+from moeplan.solvers.split.judging import rule_of
 
 __all__ = ["stronger_bounds"]
 

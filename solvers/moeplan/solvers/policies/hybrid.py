@@ -32,7 +32,6 @@ from moeplan.solvers.exact.of_problem import any_layout, proven_by, whole
 from moeplan.solvers.exact.run import building_s, run
 from moeplan.solvers.exact.stronger_bounds import stronger_bounds
 from moeplan.solvers.objective import score as scores
-from moeplan.solvers.objective.judging import judged, reordered, rule_of, score_of
 from moeplan.solvers.plan.parameters import SolveParameters
 from moeplan.solvers.plan.termination import Termination
 from moeplan.solvers.policies.registry import ALL_LIMITS, Progress, policy
@@ -66,6 +65,7 @@ from moeplan.solvers.search.neighbourhoods import neighbour
 from moeplan.solvers.search.recount import recounted
 from moeplan.solvers.search.rooms import Room, rooms
 from moeplan.solvers.split.flow import optimal_quota
+from moeplan.solvers.split.judging import judged, reordered, rule_of, score_of
 from moeplan.solvers.split.memory import memory_limited, planning_speed
 from moeplan.solvers.split.rules import Split
 

@@ -12,7 +12,6 @@ from moeplan.solvers.construct.repair import table
 from moeplan.solvers.exact.model import Effort
 from moeplan.solvers.exact.of_problem import proven_by, whole
 from moeplan.solvers.exact.run import require, run
-from moeplan.solvers.objective.judging import score_of
 from moeplan.solvers.objective.score import bound, objective
 from moeplan.solvers.plan.parameters import SolveParameters
 from moeplan.solvers.plan.termination import Termination
@@ -23,6 +22,7 @@ from moeplan.solvers.problem.layout import Layout
 from moeplan.solvers.problem.moves import keep_slots
 from moeplan.solvers.problem.problem import Problem
 from moeplan.solvers.problem.split_rules import SplitRule
+from moeplan.solvers.split.judging import score_of
 
 WORK_PER_SECOND = 1_000
 """Candidates of `work_limit` that a deterministic second of a solver counts as."""

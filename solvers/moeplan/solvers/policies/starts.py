@@ -15,7 +15,6 @@ from moeplan.solvers.construct.regions import narrowings
 from moeplan.solvers.construct.repair import repair, table
 from moeplan.solvers.construct.replica_counts import adams_replicas
 from moeplan.solvers.construct.tiers import tiered
-from moeplan.solvers.objective.judging import rule_of, score_of
 from moeplan.solvers.plan.parameters import SolveParameters
 from moeplan.solvers.policies.base import base
 from moeplan.solvers.policies.eplb import eplb
@@ -32,6 +31,7 @@ from moeplan.solvers.problem.layout import EMPTY, placed_in
 from moeplan.solvers.problem.limits import Limits, broken
 from moeplan.solvers.problem.problem import Problem
 from moeplan.solvers.problem.split_rules import SplitRule
+from moeplan.solvers.split.judging import rule_of, score_of
 
 __all__ = [
     "BLOCK_STARTS",
