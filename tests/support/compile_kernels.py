@@ -60,7 +60,7 @@ def spill() -> None:
         QuotaPlans(SpillOptions.uniform(8, 4, 1), Numbering(0, 64, -1, 16)),
         LayoutPlans(8, 4, 3, Numbering(0, 64, -1, 16), torch.device("cpu")),
     ):
-        Mailbox(planning, pinned=False).close()
+        Mailbox(planning, torch.device("cpu")).close()
     plan_homes(Demand.of(COUNTS), options)
     routes = count_choices(list(RANDOM.random((8, 9, 2, 8)).argsort(axis=3)[..., :2]), 8)
     plan_known(KnownRoutes.by_rank(routes, 4, 1), options)

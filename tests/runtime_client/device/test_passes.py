@@ -231,6 +231,8 @@ def failure(folder: Path, kind: str) -> tuple[str, list[str]]:
         own.flat.data.fill_(1.0)
     if kind == "pass":
         own._passes += rank
+    if kind == "steps" and rank == 1:
+        own.steps = 1
     if kind == "backward":
         outputs = [own(*batch(0)[:3]) for _ in range(2)]
         for before in outputs if rank else reversed(outputs):
@@ -270,6 +272,7 @@ def failure(folder: Path, kind: str) -> tuple[str, list[str]]:
             MissedPassError,
             "layer 1: the ranks are not in the same pass: rank 0 in pass 1 of layer 1",
         ),
+        ("steps", LayoutMismatchError, "write ShardedGradScaler"),
         ("backward", LayoutMismatchError, "of which passes they have run the backward, and in what order"),
         ("missing", MissedPassError, "rank 1 has not come to a pass in time"),
     ],
@@ -279,6 +282,20 @@ def test_all_ranks_fail_alike(ranks: Launch, tmp_path: Path, kind: str, error: t
         assert name == error.__name__
         assert message in said[0]
         assert said == said[:1] * 3
+
+
+def priced(folder: Path) -> list[int]:
+    _, _, exchange = make_layers(folder)
+    told = []
+    for price in (1000.0, 20.0):
+        exchange.charge(price)
+        told.append(int(exchange.options.min_tokens))
+    exchange.mailbox.close()
+    return told
+
+
+def test_the_price_of_a_loan_may_fall(ranks: Launch, tmp_path: Path) -> None:
+    assert ranks(2, priced, tmp_path, timeout_s=200) == [[1000, 20]] * 2
 
 
 def meetings(folder: Path) -> None:

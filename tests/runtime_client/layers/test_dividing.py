@@ -17,6 +17,7 @@ from torch import Tensor
 from moeplan.runtime_client.errors import LayoutMismatchError
 from moeplan.runtime_client.group import ExpertGroup
 from moeplan.runtime_client.layers import sharded
+from moeplan.runtime_client.layers.dividing import Division
 from moeplan.runtime_client.layers.feed_forward import ExpertShape, feed_forward
 from moeplan.runtime_client.layers.sharded import FullyShardedExperts
 from moeplan.solvers import Cluster, Demand, ExpertSpec, Layout, Problem, ProblemError, evaluate
@@ -122,3 +123,10 @@ def test_a_rule_that_ranks_cannot_afford_is_refused() -> None:
         FullyShardedExperts(SHAPE, EXPERTS, ExpertGroup(), split_rule="local")
     with pytest.raises(ProblemError, match="must be one of even, lite, optimal, home"):
         FullyShardedExperts(SHAPE, EXPERTS, ExpertGroup(), split_rule="fair")
+
+
+def test_divisions_by_other_costs_of_experts_differ_where_memory_is_limited() -> None:
+    costs = [ExpertSpec(weight_bytes=100, activation_bytes=size) for size in (1, 20)]
+    for limited in (False, True):
+        told = {Division(machines(limited), cost, SplitRule.OPTIMAL).fingerprint for cost in costs}
+        assert len(told) == 1 + limited

@@ -256,6 +256,23 @@ def leave_behind() -> None:
         moves.step()
 
 
+def gather_moved() -> list[bool]:
+    """Whole experts are gathered by their numbers, wherever they have moved."""
+    group = make_group()
+    model = Model(group)
+    before = [layer.gather_experts(0) for layer in model.experts]
+    moves = HomeMoves(model.experts)
+    for seed in (1, 2):
+        moves.take(planned(seed, group.size))
+        moves.finish()
+    after = [layer.gather_experts(0) for layer in model.experts]
+    return [torch.equal(a, b) for a, b in zip(before, after, strict=True) if a is not None and b is not None]
+
+
+def test_experts_whose_homes_have_moved_are_gathered_by_their_numbers(ranks: Launch) -> None:
+    assert ranks(RANKS, gather_moved) == [[True] * LAYERS] + [[]] * (RANKS - 1)
+
+
 def test_an_optimizer_that_would_be_left_behind_is_refused(ranks: Launch) -> None:
     ranks(2, leave_behind)
 

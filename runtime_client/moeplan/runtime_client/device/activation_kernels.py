@@ -36,7 +36,7 @@ def slope(x: tl.tensor, NAME: tl.constexpr) -> tl.tensor:
 
 @program
 def activate(
-    first: tl.tensor,
+    product: tl.tensor,
     out: tl.tensor,
     end: tl.tensor,
     WIDTH: tl.constexpr,
@@ -48,7 +48,7 @@ def activate(
     """``act(gate) * up`` of the rows before `end`, or ``act(up)``.
 
     Args:
-        first: [rows, WIDTH or 2 * WIDTH], gate before up.
+        product: [rows, WIDTH or 2 * WIDTH], gate before up.
         out: [rows, WIDTH], out.
         end: int32, number of rows.
     """
@@ -59,11 +59,11 @@ def activate(
             column = left + tl.arange(0, COLUMNS)
             mask = (row < rows)[:, None] & (column < WIDTH)[None, :]
             if GATED:
-                at = first + row[:, None] * (2 * WIDTH) + column[None, :]
+                at = product + row[:, None] * (2 * WIDTH) + column[None, :]
                 value = activation(tl.load(at, mask=mask).to(tl.float32), NAME)
                 value *= tl.load(at + WIDTH, mask=mask).to(tl.float32)
             else:
-                at = first + row[:, None] * WIDTH + column[None, :]
+                at = product + row[:, None] * WIDTH + column[None, :]
                 value = activation(tl.load(at, mask=mask).to(tl.float32), NAME)
             tl.store(out + row[:, None] * WIDTH + column[None, :], value.to(out.dtype.element_ty), mask=mask)
 
@@ -71,9 +71,9 @@ def activate(
 @program
 def activate_backward(
     gradient: tl.tensor,
-    first: tl.tensor,
+    product: tl.tensor,
     scale: tl.tensor,
-    to_first: tl.tensor,
+    to_product: tl.tensor,
     scaled: tl.tensor,
     to_weight: tl.tensor,
     end: tl.tensor,
@@ -91,9 +91,9 @@ def activate_backward(
 
     Args:
         gradient: [rows, WIDTH].
-        first: As in `activate`.
+        product: As in `activate`.
         scale: float32[rows], the weights.
-        to_first: As `first`, out.
+        to_product: As `product`, out.
         scaled: [rows, WIDTH], ``w * a``, out.
         to_weight: float32[rows], out.
         end: int32, number of rows.
@@ -110,16 +110,16 @@ def activate_backward(
             narrow = row[:, None] * WIDTH + column[None, :]
             raw = tl.load(gradient + narrow, mask=mask, other=0.0).to(tl.float32)
             wide = row[:, None] * (2 * WIDTH) + column[None, :] if GATED else narrow
-            gate = tl.load(first + wide, mask=mask, other=0.0).to(tl.float32)
+            gate = tl.load(product + wide, mask=mask, other=0.0).to(tl.float32)
             active = activation(gate, NAME)
             if GATED:
-                up = tl.load(first + wide + WIDTH, mask=mask, other=0.0).to(tl.float32)
-                tl.store(to_first + wide + WIDTH, (weight * raw * active).to(to_first.dtype.element_ty), mask=mask)
+                up = tl.load(product + wide + WIDTH, mask=mask, other=0.0).to(tl.float32)
+                tl.store(to_product + wide + WIDTH, (weight * raw * active).to(to_product.dtype.element_ty), mask=mask)
                 turn = weight * raw * up * slope(gate, NAME)
                 active *= up
             else:
                 turn = weight * raw * slope(gate, NAME)
-            tl.store(to_first + wide, turn.to(to_first.dtype.element_ty), mask=mask)
+            tl.store(to_product + wide, turn.to(to_product.dtype.element_ty), mask=mask)
             tl.store(scaled + narrow, (weight * active).to(scaled.dtype.element_ty), mask=mask)
             dots += raw * active
         tl.store(to_weight + row, tl.sum(dots, axis=1), mask=used)

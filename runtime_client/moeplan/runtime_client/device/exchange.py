@@ -31,6 +31,8 @@ __all__ = ["DeviceExchange", "Route", "SlotsOfLayouts"]
 _LENDERS = 128
 """Blocks that move lent experts and their gradients: as many as it takes to fill a link with reads from another GPU."""
 
+_LENDS_NOTHING = "the exchange was made for layouts of sharded experts: it lends nothing"
+
 _CHUNK = 128
 """Choices whose order a block finds by comparing all with all."""
 
@@ -181,9 +183,9 @@ class DeviceExchange:
         self._turns: dict[int, Turn] = {}
         self._is_captured = False
         self._nothing_told = torch.zeros(TOLD // 2, dtype=torch.int64, device=device)
-        self.planner = planner
+        self.planner, self._price = planner, 0
 
-        self.mailbox = self._open_mailbox(self._planning(planner))
+        self.mailbox = self._open_mailbox()
         item, hidden = dtype.itemsize, shape.hidden
         sizes = {
             "flags": 8 * group.size,
@@ -271,9 +273,10 @@ class DeviceExchange:
         Raises:
             ValueError: the exchange was made for layouts, and lends nothing.
         """
-        if not isinstance(self.mailbox.planning, QuotaPlans):
-            raise ValueError("the exchange was made for layouts of sharded experts: it lends nothing")
-        return self.mailbox.planning.options
+        if isinstance(self.planner, SlotsOfLayouts):
+            raise ValueError(_LENDS_NOTHING)
+        own, room = self.planner.options, self.rounds * self.capacity
+        return replace(own, token_cap=own.token_cap.clip(max=room), min_tokens=max(own.min_tokens, self._price))
 
     def charge(self, tokens: float) -> None:
         """Lend from now on only what relieves a rank of so many tokens, the same on all ranks; see `measure_transfer`.
@@ -294,10 +297,12 @@ class DeviceExchange:
                 f"charge({tokens}): a CUDA graph holds passes of this exchange, and asks its planner as it is; call it "
                 "before steps are captured, or make another exchange"
             )
-        options = replace(self.options, min_tokens=max(self.options.min_tokens, math.ceil(tokens)))
+        if isinstance(self.planner, SlotsOfLayouts):
+            raise ValueError(_LENDS_NOTHING)
+        self._price = math.ceil(tokens)
         self.mailbox.close()
         self.check()  # what failed is noted in the mailbox that goes
-        self.mailbox = self._open_mailbox(self._lending(options))
+        self.mailbox = self._open_mailbox()
 
     def _most_experts(self, planner: QuotaPlanner | SlotsOfLayouts) -> int:
         """Experts that any rank has rows of, each of which may need zeros to fill its last tile."""
@@ -306,21 +311,18 @@ class DeviceExchange:
         owned = _most_owned(planner.options)
         return owned + self.spare if self.joined else max(owned, self.spare)
 
-    def _planning(self, planner: QuotaPlanner | SlotsOfLayouts) -> Planning:
+    def _planning(self) -> Planning:
+        planner, numbering = self.planner, self._numbering()
         if isinstance(planner, SlotsOfLayouts):
-            return LayoutPlans(planner.experts, self.group.size, planner.slots, self._numbering(), self.device)
-        room = self.rounds * self.capacity
-        return self._lending(replace(planner.options, token_cap=planner.options.token_cap.clip(max=room)))
-
-    def _lending(self, options: SpillOptions) -> QuotaPlans:
-        return QuotaPlans(options, self._numbering())
+            return LayoutPlans(planner.experts, self.group.size, planner.slots, numbering, self.device)
+        return QuotaPlans(self.options, numbering)
 
     def _numbering(self) -> Numbering:
         away = -1 if self.joined else self.rounds * self.span
         return Numbering(self.group.rank, self.rows, away, tile_rows(self.device))
 
-    def _open_mailbox(self, planning: Planning) -> Mailbox:
-        return Mailbox(planning, pinned=self.device.type == "cuda")
+    def _open_mailbox(self) -> Mailbox:
+        return Mailbox(self._planning(), self.device)
 
     def check(self) -> None:
         """Raise what has gone wrong in passes that are over; call it where the host waits for the device anyway.

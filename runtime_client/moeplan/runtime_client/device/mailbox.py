@@ -57,8 +57,8 @@ class Turn:
             of weights that all ranks share; empty in most passes.
         layout: int64[4], on the device, where tokens are divided by layouts: three zeros in place of checks, and the
             layout's key. See `LayoutPlans.key`.
-        gathered: A number that differs after another number of gatherings, as ranks then have other weights, and after
-            backward passes in another order.
+        gathered: A number that differs after another number of gatherings, as ranks then have other weights, and where
+            ranks differ in what `compare` says of layouts.
         scale: What gradients of experts at home are multiplied by.
         means: Differs between passes that are planned differently; for one that is run again for its backward.
     """
@@ -96,7 +96,7 @@ class Mailbox:
 
     Args:
         planning: What the thread plans.
-        pinned: Whether kernels of a CUDA device read and write the memory.
+        device: Whose kernels read and write the memory.
 
     Attributes:
         shape: Places in the answer.
@@ -108,7 +108,8 @@ class Mailbox:
         answer: int32[shape.words].
     """
 
-    def __init__(self, planning: Planning, *, pinned: bool) -> None:
+    def __init__(self, planning: Planning, device: torch.device) -> None:
+        pinned = device.type == "cuda"
         self.planning, self.shape = planning, planning.shape
         self.columns = -(-(planning.experts + 6 + TOLD) // 4) * 4
         self.words = torch.zeros(WORDS, dtype=torch.int64, pin_memory=pinned)
@@ -128,7 +129,7 @@ class Mailbox:
         self._words[STOP] = 0
         self._thread = threading.Thread(target=planning.serve, args=(self._desk,), name="moeplan-mailbox", daemon=True)
         self._thread.start()
-        self.close = weakref.finalize(self, _stop, self._words, self._thread, pinned)
+        self.close = weakref.finalize(self, _stop, self._words, self._thread, device)
         """End the thread."""
 
     def check(self, turns: Mapping[int, Turn]) -> None:
@@ -183,8 +184,10 @@ def _title(turns: Mapping[int, Turn], layer: int) -> str:
     return f"layer {layer}" if turn is None else turn.title
 
 
-def _stop(words: Int64, thread: threading.Thread, pinned: bool) -> None:
-    if pinned:
-        torch.cuda.synchronize()  # a pass under way still asks
-    words[STOP] = 1
-    thread.join(timeout=1)
+def _stop(words: Int64, thread: threading.Thread, device: torch.device) -> None:
+    try:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)  # a pass under way still asks
+    finally:
+        words[STOP] = 1
+        thread.join(timeout=1)

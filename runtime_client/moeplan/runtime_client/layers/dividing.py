@@ -38,7 +38,9 @@ class Division:
         self.cluster, self.expert = cluster, expert
         self._fabric = Fabric(cluster, np.arange(cluster.devices, dtype=np.int32), expert)
         told = (cluster.speed, cluster.node, cluster.memory_bytes)
-        self.fingerprint = fingerprint(self.rule.encode(), *(array.tobytes() for array in told if array is not None))
+        occupied = b"" if cluster.memory_bytes is None else repr(expert).encode()
+        arrays = (array.tobytes() for array in told if array is not None)
+        self.fingerprint = fingerprint(self.rule.encode(), *arrays, occupied)
 
     def divide(self, layout: Layout, counts: Int64) -> Split:
         """The split of counts, int64[ranks, experts], as of one scenario."""

@@ -399,10 +399,13 @@ class ExpertLayer(nn.Module, ABC):
         """Tokens of each expert from each rank, int64[size, experts], once what ranks tell goes together."""
         steps = 0 if self.steps is None or not self.weights.numel() else 1 + self.steps
         what = f"pass {self._passes} of {self.title}"
-        way = self._dtype(), self._trains(), self._backwards
         with unseen():
             told = tell(
-                self._number, self._passes, layout ^ fingerprint(repr(way).encode()), *self._checks(), steps=steps
+                self._number,
+                self._passes,
+                layout ^ fingerprint(repr(self._way()).encode()),
+                *self._checks(),
+                steps=steps,
             )
             compare = partial(compare_ranks, self.title)
             return gather_counts(self.group, index, weight, self.experts, what, told, compare)
@@ -426,9 +429,12 @@ class ExpertLayer(nn.Module, ABC):
         none = partial(torch.zeros, (), dtype=torch.int64, device=self.weights.device)
         checks = [none() if check is None else check.long() for check in self._checks()]
         compare = partial(compare_ranks, self.title)
-        return Turn(
-            self._number, self._passes, compare, self.title, checks, layout, gathered ^ self._backwards, scale, means
-        )
+        gathered ^= fingerprint(repr((*self._way(), self.steps)).encode())
+        return Turn(self._number, self._passes, compare, self.title, checks, layout, gathered, scale, means)
+
+    def _way(self) -> tuple[object, ...]:
+        """What else ranks must have alike: the type, whether experts are trained, and the order of backward passes."""
+        return self._dtype(), self._trains(), self._backwards
 
     def _checks(self) -> tuple[Tensor | None, Tensor | None, Tensor | None] | tuple[()]:
         """Values by which ranks compare weights, in the order of `tell`.

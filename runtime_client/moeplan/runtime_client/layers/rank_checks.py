@@ -82,8 +82,9 @@ def compare_ranks(name: str, told: Int64) -> None:
     if ranks := _differing(layout):
         raise LayoutMismatchError(
             f"{name}: layout of ranks {ranks}, or the planner that lends there or its options, the type that they "
-            "compute in (autocast), whether experts are trained (frozen, no_grad), or of which passes they have run "
-            "the backward, and in what order, differ from rank 0's; have the same on all ranks"
+            "compute in (autocast), whether experts are trained (frozen, no_grad), how often optimizers have trained "
+            "them (GradScaler leaves out steps; write ShardedGradScaler), or of which passes they have run the "
+            "backward, and in what order, differ from rank 0's; have the same on all ranks"
         )
     training = tells_training(int(place[0]) & (1 << _PASS_BITS) - 1)
     for rank in np.flatnonzero(rewritten).tolist():

@@ -178,10 +178,11 @@ class ResidentExperts(ExpertLayer):
         group, homes = self.group, self.homes
         here = group.rank == rank
         send = [len(homes.owned) * (other == rank) for other in range(group.size)]
-        receive = [here * int((homes.device == other).sum()) for other in range(group.size)]
+        counts = np.bincount(homes.device, minlength=group.size)
+        receive = [here * int(count) for count in counts]
         flat = self.flat.full_tensor() if isinstance(self.flat, DTensor) else self.flat
         got = group.exchange(flat.detach(), send, receive, weights=True, traffic=Traffic(), purpose="gathered").wait()
-        return got[torch.from_numpy(np.argsort(np.argsort(homes.device, kind="stable")))] if here else None
+        return got[torch.from_numpy((np.cumsum(counts) - counts)[homes.device] + homes.row)] if here else None
 
     def _load_from_state_dict(self, *arguments: Any, **named: Any) -> None:
         super()._load_from_state_dict(*arguments, **named)
