@@ -503,16 +503,20 @@ def test_a_checkpoint_continues_with_any_ranks_layers_and_layout(
             torch.testing.assert_close(actual, expected, rtol=0, atol=TOLERANCE)
 
 
-def start_anew(kind: str, folder: Path) -> None:
-    """A checkpoint before the first step changes nothing for who writes it, nor for who reads it."""
+def start_anew(kind: str, make: Callable[..., torch.optim.Optimizer], folder: Path) -> None:
+    """A checkpoint before the first step changes nothing for who writes it, nor for who reads it, gradients or not."""
     group, trained = make_group(), []
-    for how in ("not at all", "written", "read"):
+    for how in ("not at all", "written", "read", "read with gradients"):
         model = make_model("qwen3_moe")
         replace(model, kind, group)
-        optimizer = make_optimizer(model)
+        optimizer = make(model.parameters())
+        if how == "read with gradients":
+            loss_of(model, tokens(0))[1].backward()
         if how != "not at all":
             go = save_checkpoint if how == "written" else load_checkpoint
             go({"training": TrainingState(model, optimizer)}, checkpoint_id=folder)
+        assert (how == "read with gradients") == any(p.grad is not None for p in model.parameters())
+        optimizer.zero_grad()
         for step in range(3):
             train(model, optimizer, step, group)
         trained.append([parameter.detach() for parameter in model.parameters()])
@@ -520,9 +524,19 @@ def start_anew(kind: str, folder: Path) -> None:
         torch.testing.assert_close(others, trained[0], rtol=0, atol=0)
 
 
+@pytest.mark.parametrize(
+    "make",
+    [
+        partial(torch.optim.AdamW, lr=0.01),
+        partial(torch.optim.Adam, lr=0.01, weight_decay=0.1, amsgrad=True),
+        partial(torch.optim.SGD, lr=0.01, momentum=0.9, weight_decay=0.1),
+    ],
+)
 @pytest.mark.parametrize("kind", ["sharded", "resident"])
-def test_a_checkpoint_before_the_first_step(ranks: Launch, kind: str, tmp_path: Path) -> None:
-    ranks(2, start_anew, kind, tmp_path)
+def test_a_checkpoint_before_the_first_step(
+    ranks: Launch, kind: str, make: Callable[..., torch.optim.Optimizer], tmp_path: Path
+) -> None:
+    ranks(2, start_anew, kind, make, tmp_path)
 
 
 def test_biases_of_experts_that_would_decay_unlike_others_are_refused() -> None:

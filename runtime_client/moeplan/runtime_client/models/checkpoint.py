@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -173,9 +174,11 @@ class TrainingState(Stateful):
             ValueError: an optimizer keeps a tensor of an expert parameter that has not its shape.
         """
         fresh = [optimizer for optimizer in self.optimizers if not optimizer.state]
-        with state_in_parts():
+        with state_in_parts(), _at_rest(fresh):
             model, optimizer = cast(tuple[dict[str, Any], dict[str, Any]], get_state_dict(self.model, self.optimizers))
-        _forget_first_step(fresh)
+        groups = [group for each in self.optimizers for group in each.param_groups]
+        for told, group in zip(optimizer.get("param_groups", []), groups, strict=bool(self.optimizers)):
+            told |= {key: group[key] for key in told.keys() & {"weight_decay"}}
         for layer, own, logical in self._names():
             held = model.pop(own)
             model |= _renamed(logical, logical_experts(layer, held))
@@ -216,15 +219,30 @@ class TrainingState(Stateful):
             yield layer, prefix + layer.own, {part: prefix + part for part in layer.shape.parts}
 
 
-def _forget_first_step(optimizers: Iterable[Optimizer]) -> None:
-    """Have optimizers count from 0 that torch has made a step of, with gradients of zeros, as they had no state yet.
+@contextmanager
+def _at_rest(optimizers: Iterable[Optimizer]) -> Iterator[None]:
+    """Within it, torch makes the state of optimizers that have none: by a step, which must leave nothing behind.
 
-    The rest of what they keep is zeros then, as before a first step.
+    It takes one with gradients of zeros and a rate of 0, but not where there are gradients, and momenta would hold a
+    decay of weights. What counts that step is set back.
     """
-    for optimizer in optimizers:
-        for entries in optimizer.state.values():
-            if "step" in entries:
-                entries["step"] *= 0  # in place, if a tensor: what was returned of the state is the same
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    gradients = [(parameter, parameter.grad) for group in groups for parameter in group["params"]]
+    decays = [group.get("weight_decay") for group in groups]
+    for parameter, _ in gradients:
+        parameter.grad = None
+    for group in groups:
+        group |= dict.fromkeys(group.keys() & {"weight_decay"}, 0.0)
+    try:
+        yield
+    finally:
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
+        for group, decay in zip(groups, decays, strict=True):
+            group |= dict.fromkeys(group.keys() & {"weight_decay"}, decay)
+    for entries in (entries for optimizer in optimizers for entries in optimizer.state.values()):
+        if "step" in entries:
+            entries["step"] *= 0  # in place, if a tensor: what was returned of the state is the same
 
 
 def expert_layers(model: nn.Module) -> dict[str, Layer]:
