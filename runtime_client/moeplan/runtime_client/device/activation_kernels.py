@@ -9,7 +9,7 @@ from moeplan.runtime_client.device.programs import program
 __all__ = ["activate", "activate_backward"]
 
 
-@program
+@program()
 def activation(x: tl.tensor, NAME: tl.constexpr) -> tl.tensor:
     """The activation of float32 values."""
     if NAME == "silu":
@@ -21,7 +21,7 @@ def activation(x: tl.tensor, NAME: tl.constexpr) -> tl.tensor:
     return y
 
 
-@program
+@program()
 def slope(x: tl.tensor, NAME: tl.constexpr) -> tl.tensor:
     """The derivative of `activation`."""
     if NAME == "silu":
@@ -34,7 +34,7 @@ def slope(x: tl.tensor, NAME: tl.constexpr) -> tl.tensor:
     return y
 
 
-@program
+@program("end")
 def activate(
     product: tl.tensor,
     out: tl.tensor,
@@ -68,7 +68,7 @@ def activate(
             tl.store(out + row[:, None] * WIDTH + column[None, :], value.to(out.dtype.element_ty), mask=mask)
 
 
-@program
+@program("end")
 def activate_backward(
     gradient: tl.tensor,
     product: tl.tensor,

@@ -12,7 +12,7 @@ __all__ = ["convert", "fetch", "offer", "take_back"]
 _LOAN = tl.constexpr(LOAN)
 
 
-@program
+@program()
 def convert(
     source: tl.tensor,
     out: tl.tensor,
@@ -31,7 +31,7 @@ def convert(
         tl.store(out + at, value.to(out.dtype.element_ty), mask=element < END)
 
 
-@program
+@program()
 def offer(
     experts: tl.tensor,
     offered: tl.tensor,
@@ -60,7 +60,7 @@ def offer(
                 tl.store(offered + place * ELEMENTS + piece, value, mask=piece < ELEMENTS)
 
 
-@program
+@program("rank")
 def fetch(
     offered: tl.tensor,
     lent: tl.tensor,
@@ -109,7 +109,7 @@ def fetch(
                         tl.store(lent + to + piece, value, mask=piece < ELEMENTS)
 
 
-@program
+@program()
 def take_back(
     gradient: tl.tensor,
     borrowed: tl.tensor,

@@ -12,7 +12,7 @@ __all__ = ["count", "place", "plan", "total"]
 _UNFILLED = tl.constexpr(2**31 - 1)
 
 
-@program
+@program("pairs")
 def count(
     index: tl.tensor,
     weight: tl.tensor,
@@ -54,7 +54,7 @@ def count(
     tl.store(tallies + chunk * COLUMNS + EXPERTS + 1, tl.sum(bad.to(tl.int32)))
 
 
-@program
+@program("rank", "chunks", "excess", "layer", "number", "gathered")
 def total(
     tallies: tl.tensor,
     table: tl.tensor,
@@ -106,7 +106,7 @@ def total(
             tl.store(row + COLUMNS + 3 + TOLD, gathered)
 
 
-@program
+@program("rank", "limit", "layer")
 def plan(
     state: tl.tensor,
     flags: tl.tensor,
@@ -178,7 +178,7 @@ def plan(
         tl.store(host_words + ABORTED, stopped)
 
 
-@program
+@program("pairs", "rank")
 def place(
     index: tl.tensor,
     weight: tl.tensor,

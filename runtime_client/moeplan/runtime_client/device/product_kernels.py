@@ -20,7 +20,7 @@ _ROWS = tl.constexpr(8)
 """Rows of a tile whose parts are added at a time."""
 
 
-@program
+@program()
 def place_of(
     nth: tl.tensor, height: tl.tensor, ACROSS: tl.constexpr, SIDE: tl.constexpr
 ) -> tuple[tl.tensor, tl.tensor]:
@@ -34,7 +34,7 @@ def place_of(
     return strip * side + nth % (side * ACROSS) % here, nth % (side * ACROSS) // here
 
 
-@program
+@program("ends", "replicas", "first")
 def multiply(
     rows: tl.tensor,
     matrices: tl.tensor,
@@ -85,7 +85,7 @@ def multiply(
         out.store([row, right * COLUMNS], sums.to(out.dtype))
 
 
-@program
+@program()
 def sum_over(
     left: tl.tensor,
     right: tl.tensor,
@@ -105,7 +105,7 @@ def sum_over(
     return sums
 
 
-@program
+@program()
 def count_of(answer: tl.tensor, home: tl.tensor, BORROWED: tl.constexpr) -> tl.tensor:
     """How many replicas have gradients: those at home, and behind them those that are borrowed by the plan, unless
     `BORROWED`, where it says how many, is negative.
@@ -116,7 +116,7 @@ def count_of(answer: tl.tensor, home: tl.tensor, BORROWED: tl.constexpr) -> tl.t
     return count
 
 
-@program
+@program()
 def cut_of(
     ends: tl.tensor, fills: tl.tensor, count: tl.tensor, tiles: tl.tensor, LANES: tl.constexpr, MANY: tl.constexpr
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
@@ -137,7 +137,7 @@ def cut_of(
     return heavy, last, tl.where((last > 0) & (most > 2), tl.minimum(most, _PARTS), 0)
 
 
-@program
+@program("ends", "fills", "home")
 def sum_parts(
     left: tl.tensor,
     right: tl.tensor,
@@ -178,7 +178,7 @@ def sum_parts(
         tl.store(sums + part * (TILE * COLUMNS) + cell, tile)
 
 
-@program
+@program()
 def write(
     tile: tl.tensor,
     to: tl.tensor,
@@ -216,7 +216,7 @@ def write(
         tl.store(at, kept, mask=inside)
 
 
-@program
+@program()
 def keep(
     tile: tl.tensor,
     out: tl.tensor,
@@ -246,7 +246,7 @@ def keep(
         write(tile, out + place, row, column, MORE, HEIGHT, WIDTH, total, line, LOW, PART, SCALE)
 
 
-@program
+@program("ends", "fills", "home", "loans")
 def differentiate(
     left: tl.tensor,
     right: tl.tensor,

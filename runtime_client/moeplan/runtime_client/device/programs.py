@@ -17,8 +17,11 @@ import triton
 __all__ = ["program"]
 
 
-def program(function: Callable[..., Any]) -> Any:
-    """A Triton kernel, or a part of one, compiled once for all numbers and for all places of single words."""
-    numbers = ["rank", "layer", "tokens", "pairs", "chunks", "excess", "limit", "number", "gathered", "low", "apart"]
-    numbers += ["replicas", "first", "home", "loans", "begin", "end", "ends", "fills", "count"]
-    return triton.jit(function, do_not_specialize=numbers)
+def program(*varying: str) -> Callable[[Callable[..., Any]], Any]:
+    """A Triton kernel, or a part of one.
+
+    Args:
+        varying: Numbers, and places of single words, that it is compiled once for; others it is compiled anew for where
+            they are multiples of 16, so that it reads 16 bytes at a time.
+    """
+    return triton.jit(do_not_specialize=varying)

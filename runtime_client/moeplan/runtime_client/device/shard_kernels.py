@@ -9,7 +9,7 @@ from moeplan.runtime_client.device.programs import program
 __all__ = ["add_replicas", "show", "spoil"]
 
 
-@program
+@program("rank")
 def show(
     shard: tl.tensor,
     shown: tl.tensor,
@@ -52,7 +52,7 @@ def show(
                 tl.store(weights + (slot * RANKS + rank) * WIDTH + at, part, mask=at < WIDTH)
 
 
-@program
+@program("rank", "begin", "end", "count")
 def add_replicas(
     arrived: tl.tensor,
     gradient: tl.tensor,
@@ -124,7 +124,7 @@ def add_replicas(
         tl.store(total + expert * WIDTH + at, sums.to(total.dtype.element_ty), mask=inside)
 
 
-@program
+@program("count")
 def spoil(
     weights: tl.tensor,
     abort: tl.tensor,

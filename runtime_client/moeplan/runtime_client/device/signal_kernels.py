@@ -15,7 +15,7 @@ _ON_GPU = not triton.knobs.runtime.interpret
 _GPU = tl.constexpr(_ON_GPU)
 
 
-@program
+@program()
 def fence() -> tl.tensor:
     """A fence of the system: all processors see what this thread did before it ahead of what follows."""
     if _GPU:
@@ -24,7 +24,7 @@ def fence() -> tl.tensor:
 
 if _ON_GPU:
 
-    @program
+    @program()
     def clock(waited: tl.tensor) -> tl.tensor:
         """Nanoseconds."""
         return tl.extra.cuda.globaltimer().to(tl.int64)
@@ -37,7 +37,7 @@ else:
         return waited * 1000
 
 
-@program
+@program("rank", "limit")
 def meet_peers(
     state: tl.tensor,
     flags: tl.tensor,
@@ -77,7 +77,7 @@ def meet_peers(
     return number
 
 
-@program
+@program("rank", "limit")
 def meet(
     state: tl.tensor,
     flags: tl.tensor,
@@ -92,7 +92,7 @@ def meet(
     meet_peers(state, flags, abort, peers, rank, limit, RANKS, LANES)
 
 
-@program
+@program("rank", "limit")
 def meet_for_loans(
     state: tl.tensor,
     flags: tl.tensor,

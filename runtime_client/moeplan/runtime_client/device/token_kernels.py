@@ -15,7 +15,7 @@ from moeplan.runtime_client.device.programs import program
 __all__ = ["arrange", "collect", "give_back", "hand_out"]
 
 
-@program
+@program("tokens", "rank")
 def hand_out(
     source: tl.tensor,
     target: tl.tensor,
@@ -62,7 +62,7 @@ def hand_out(
             tl.store(to, values, mask=leads[:, None] & inside)
 
 
-@program
+@program("low")
 def arrange(
     arrived: tl.tensor,
     where: tl.tensor,
@@ -128,7 +128,7 @@ def arrange(
     )  # fmt: skip
 
 
-@program
+@program()
 def clear(
     rows: tl.tensor,
     scale: tl.tensor,
@@ -166,7 +166,7 @@ def clear(
                 tl.store(to, nothing, mask=(row >= 0)[:, None] & (column < WIDTH)[None, :])
 
 
-@program
+@program("low")
 def give_back(
     at_home: tl.tensor,
     away: tl.tensor,
@@ -241,7 +241,7 @@ def give_back(
             tl.store(at, sums.to(returned.dtype.element_ty), mask=(lead < CHOICES)[:, None] & mask)
 
 
-@program
+@program("tokens", "replicas", "apart")
 def collect(
     returned: tl.tensor,
     target: tl.tensor,
@@ -295,7 +295,7 @@ def collect(
     tl.store(to, sums.to(out.dtype.element_ty), mask=inside[:, None] & mask)
 
 
-@program
+@program()
 def leads_to(
     target: tl.tensor,
     token: tl.tensor,
@@ -315,13 +315,13 @@ def leads_to(
     return leads
 
 
-@program
+@program()
 def computed_by(goal: tl.tensor, ROWS: tl.constexpr, AWAY: tl.constexpr, SPAN: tl.constexpr) -> tl.tensor:
     """A number for the rank and the round that compute a row of the group."""
     return goal // ROWS * (AWAY // SPAN) + goal % ROWS % AWAY // SPAN
 
 
-@program
+@program()
 def in_round(row: tl.tensor, low: tl.tensor, JOINED: tl.constexpr, AWAY: tl.constexpr, SPAN: tl.constexpr) -> tl.tensor:
     """Place of a row among those of the round that begins at row `low` of each region; -1 if it is not one of them."""
     place = row - low
