@@ -31,8 +31,6 @@ __all__ = ["DeviceExchange", "Route", "SlotsOfLayouts"]
 _LENDERS = 128
 """Blocks that move lent experts and their gradients: as many as it takes to fill a link with reads from another GPU."""
 
-_LENDS_NOTHING = "the exchange was made for layouts of sharded experts: it lends nothing"
-
 _CHUNK = 128
 """Choices whose order a block finds by comparing all with all."""
 
@@ -273,10 +271,13 @@ class DeviceExchange:
         Raises:
             ValueError: the exchange was made for layouts, and lends nothing.
         """
-        if isinstance(self.planner, SlotsOfLayouts):
-            raise ValueError(_LENDS_NOTHING)
-        own, room = self.planner.options, self.rounds * self.capacity
+        own, room = self._lender().options, self.rounds * self.capacity
         return replace(own, token_cap=own.token_cap.clip(max=room), min_tokens=max(own.min_tokens, self._price))
+
+    def _lender(self) -> QuotaPlanner:
+        if isinstance(self.planner, SlotsOfLayouts):
+            raise ValueError("the exchange was made for layouts of sharded experts: it lends nothing")
+        return self.planner
 
     def charge(self, tokens: float) -> None:
         """Lend from now on only what relieves a rank of so many tokens, the same on all ranks; see `measure_transfer`.
@@ -297,8 +298,7 @@ class DeviceExchange:
                 f"charge({tokens}): a CUDA graph holds passes of this exchange, and asks its planner as it is; call it "
                 "before steps are captured, or make another exchange"
             )
-        if isinstance(self.planner, SlotsOfLayouts):
-            raise ValueError(_LENDS_NOTHING)
+        self._lender()  # or there is no price
         self._price = math.ceil(tokens)
         self.mailbox.close()
         self.check()  # what failed is noted in the mailbox that goes

@@ -26,7 +26,7 @@ from moeplan.runtime_client.group import ExpertGroup, Traffic
 from moeplan.runtime_client.layers.feed_forward import ExpertShape, join_weights, split_weights
 from moeplan.runtime_client.layers.fingerprints import fingerprint
 from moeplan.runtime_client.layers.identities import with_identities
-from moeplan.runtime_client.layers.rank_checks import compare_ranks, row_sums, tell, tells_training
+from moeplan.runtime_client.layers.rank_checks import compare_ranks, is_looked_at, row_sums, tell, tells_training
 from moeplan.runtime_client.layers.repeating import unseen
 from moeplan.runtime_client.layers.routing import gather_counts
 from moeplan.solvers.problem.arrays import Int64
@@ -201,7 +201,8 @@ class ExpertLayer(nn.Module, ABC):
             output.register_hook(partial(self._note_backward, self._passes))
         return output.clone() if self._cut else output  # FSDP2 hangs a hook on it, which operations on views may lose
 
-    def _note_backward(self, number: int, _: Tensor) -> None:
+    def _note_backward(self, number: int, gradient: Tensor) -> None:
+        """Note that the backward of a pass has begun."""
         self._backwards = fingerprint(f"{self._backwards} {number}".encode())
 
     def _weights_of_pass(self, *, scaled: bool) -> Tensor:
@@ -358,13 +359,13 @@ class ExpertLayer(nn.Module, ABC):
     def _require_own_gradients(self, weights: nn.Parameter) -> None:
         """Refuse what averages gradients of experts as those of the rest, or leaves them to nobody.
 
-        Looked for in training passes 1, 2, 4, 8 and so on.
+        Looked for in some of the passes that train, from the first on.
 
         Raises:
             RuntimeError: something does.
         """
         self._trainings += 1
-        if self._trainings & (self._trainings - 1) or not dist.is_initialized() or dist.get_world_size() == 1:
+        if not is_looked_at(self._trainings) or not dist.is_initialized() or dist.get_world_size() == 1:
             return
         unscaled, whole = self.prepare is None, self.group.size == 1
         data_parallel = DistributedDataParallel._get_active_ddp_module()
@@ -466,8 +467,8 @@ class ExpertLayer(nn.Module, ABC):
 
     @property
     def _compares(self) -> bool:
-        """True if ranks compare all weights in this pass: in 1, 2, 4, 8 and so on, as what differs stays different."""
-        return self.group.size > 1 and self._passes & (self._passes - 1) == 0 and not is_captured(self.weights)
+        """True if ranks compare all weights in this pass."""
+        return self.group.size > 1 and is_looked_at(self._passes) and not is_captured(self.weights)
 
     @property
     @abstractmethod

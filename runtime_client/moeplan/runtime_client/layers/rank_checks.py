@@ -9,16 +9,21 @@ from torch import Tensor
 from moeplan.runtime_client.errors import LayoutMismatchError, MissedPassError, RanksDifferError
 from moeplan.solvers.problem.arrays import Int64
 
-__all__ = ["compare_ranks", "row_sums", "tell", "tells_training"]
+__all__ = ["compare_ranks", "is_looked_at", "row_sums", "tell", "tells_training"]
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _PASS_BITS = 32
 _LAYER_BITS = 16
 
 
+def is_looked_at(number: int) -> bool:
+    """True of pass 1, 2, 4, 8 and so on, in which ranks look at what takes long, as what differs stays different."""
+    return number & (number - 1) == 0
+
+
 def tells_training(number: int) -> bool:
     """True in passes 3, 5, 9, 17 and so on, in which ranks compare what trains their experts, not these."""
-    return number > 2 and number - 1 & (number - 2) == 0
+    return number > 2 and is_looked_at(number - 1)
 
 
 def tell(

@@ -502,6 +502,10 @@ class FullyShardedExperts(ExpertLayer):
         found.drop()
         return None
 
+    def _note_backward(self, number: int, gradient: Tensor) -> None:
+        super()._note_backward(number, gradient)
+        self._chain.backwards += 1
+
     def _follower(self) -> FullyShardedExperts | None:
         """The layer to prefetch: none in a recomputation, which runs the layers in another order."""
         return None if in_backward() else self._chain.after(self)
@@ -658,7 +662,6 @@ class _Pass:
 
     def start(self) -> None:
         """Begin to gather the weights again, if they have been freed, are still wanted, and are what they were."""
-        self.layer._chain.backwards += 1
         storage = self.storage
         if not self.freed or self.arriving is not None or storage is None or storage.expired():
             return
@@ -690,7 +693,6 @@ class _Pass:
 
     def bring_back(self, flat: Tensor) -> None:
         """`restore`, and begin with the weights of the layer before, whose backward comes next."""
-        self.layer._chain.backwards += 1
         self.restore(flat)
         if self.before is not None:
             self.before.start()

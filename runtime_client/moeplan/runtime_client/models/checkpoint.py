@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
-from torch.distributed.checkpoint.state_dict import _get_fqns, get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import _get_fqns, _init_optim_state, get_state_dict, set_state_dict
 from torch.distributed.checkpoint.stateful import Stateful
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
@@ -173,12 +172,10 @@ class TrainingState(Stateful):
         Raises:
             ValueError: an optimizer keeps a tensor of an expert parameter that has not its shape.
         """
-        fresh = [optimizer for optimizer in self.optimizers if not optimizer.state]
-        with state_in_parts(), _at_rest(fresh):
+        for fresh in (optimizer for optimizer in self.optimizers if not optimizer.state):
+            _begin(fresh)
+        with state_in_parts():
             model, optimizer = cast(tuple[dict[str, Any], dict[str, Any]], get_state_dict(self.model, self.optimizers))
-        groups = [group for each in self.optimizers for group in each.param_groups]
-        for told, group in zip(optimizer.get("param_groups", []), groups, strict=bool(self.optimizers)):
-            told |= {key: group[key] for key in told.keys() & {"weight_decay"}}
         for layer, own, logical in self._names():
             held = model.pop(own)
             model |= _renamed(logical, logical_experts(layer, held))
@@ -219,30 +216,29 @@ class TrainingState(Stateful):
             yield layer, prefix + layer.own, {part: prefix + part for part in layer.shape.parts}
 
 
-@contextmanager
-def _at_rest(optimizers: Iterable[Optimizer]) -> Iterator[None]:
-    """Within it, torch makes the state of optimizers that have none: by a step, which must leave nothing behind.
+def _begin(optimizer: Optimizer) -> None:
+    """Make the state of an optimizer that has none, as it is before a first step.
 
-    It takes one with gradients of zeros and a rate of 0, but not where there are gradients, and momenta would hold a
-    decay of weights. What counts that step is set back.
+    torch makes it by a step with gradients of zeros and a rate of 0, which counts, and leaves a decay of weights in
+    momenta; and not where there are gradients.
     """
-    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-    gradients = [(parameter, parameter.grad) for group in groups for parameter in group["params"]]
-    decays = [group.get("weight_decay") for group in groups]
-    for parameter, _ in gradients:
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    gradients = [parameter.grad for parameter in parameters]
+    decaying = [(group, group["weight_decay"]) for group in optimizer.param_groups if "weight_decay" in group]
+    for parameter in parameters:
         parameter.grad = None
-    for group in groups:
-        group |= dict.fromkeys(group.keys() & {"weight_decay"}, 0.0)
+    for group, _ in decaying:
+        group["weight_decay"] = 0.0
     try:
-        yield
+        _init_optim_state(optimizer)
     finally:
-        for parameter, gradient in gradients:
+        for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = gradient
-        for group, decay in zip(groups, decays, strict=True):
-            group |= dict.fromkeys(group.keys() & {"weight_decay"}, decay)
-    for entries in (entries for optimizer in optimizers for entries in optimizer.state.values()):
+        for group, decay in decaying:
+            group["weight_decay"] = decay
+    for entries in optimizer.state.values():
         if "step" in entries:
-            entries["step"] *= 0  # in place, if a tensor: what was returned of the state is the same
+            entries["step"] *= 0
 
 
 def expert_layers(model: nn.Module) -> dict[str, Layer]:

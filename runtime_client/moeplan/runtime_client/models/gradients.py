@@ -18,7 +18,7 @@ from moeplan.runtime_client.errors import RanksDifferError
 from moeplan.runtime_client.group import ExpertGroup
 from moeplan.runtime_client.layers.changes import steps_of
 from moeplan.runtime_client.layers.expert_layer import ExpertLayer
-from moeplan.runtime_client.layers.rank_checks import row_sums
+from moeplan.runtime_client.layers.rank_checks import is_looked_at, row_sums
 from moeplan.runtime_client.models.optimizers import watch_optimizers
 from moeplan.runtime_client.models.replicas import Replicas
 
@@ -293,8 +293,7 @@ class _Reduction:
         assert self.replicas is not None, "there are replicas"
         self.waits = False
         self.backwards += 1
-        # In 1, 2, 4, 8 and so on, as what differs stays different; not in each replay of a CUDA graph.
-        if self.backwards & (self.backwards - 1) == 0 and not is_captured(parameter):
+        if is_looked_at(self.backwards) and not is_captured(parameter):  # not in each replay of a CUDA graph
             self._require_replicas(self.replicas, parameter)
         self.replicas.average(gradient, self.title, steps_of(parameter))
 

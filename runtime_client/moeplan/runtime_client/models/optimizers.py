@@ -120,11 +120,13 @@ def _require_decay(optimizer: Optimizer, layer: ExpertLayer) -> None:
     Raises:
         RuntimeError: other biases of the model decay otherwise.
     """
+    if not layer.shape.bias:
+        return
     decays = {id(part): group.get("weight_decay") for group in optimizer.param_groups for part in group["params"]}
     (group,) = [group for group in optimizer.param_groups if any(part is layer.weights for part in group["params"])]
     own = group.get("weight_decay")
     others = {decays[id(bias)] for bias in layer.biases_beside if id(bias) in decays} - {own}
-    if layer.shape.bias and own and others and not group.get("decays_biases"):
+    if own and others and not group.get("decays_biases"):
         raise RuntimeError(
             f"{type(optimizer).__name__}: weight_decay = {own} of {layer.title} is for its biases, too, which are in "
             f"one parameter with its matrices, and other biases have weight_decay = {sorted(others, key=repr)}. Write, "
